@@ -1,0 +1,112 @@
+# Environments: .venv is yours (demo, test, check, docs); .venvs/ holds what the other test-* targets make.
+# Each is made on first use and brought up to date when setup.cfg changes. CONTRIBUTING.md explains them.
+PYTHON ?= python3
+GPU_PYTHON ?= $(BIN)/python
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+WHEEL_BIN := .venvs/wheel/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP_INSTALL := -m pip install $(if $(CI),--quiet --progress-bar off)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## list the targets
+	@sed -nE 's/^([a-z][a-z-]*):.*## (.*)/\1\t\2/p' Makefile | expand -t 16
+
+.PHONY: demo
+demo: .venv/installed-package ## answer questions about a picture, offline
+	$(BIN)/python examples/demo.py
+
+.PHONY: test
+test: .venv/installed-test ## run the suite with every optional package
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: check
+check: .venv/installed-check ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: format
+format: .venv/installed-check ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: docs
+docs: .venv/installed-docs ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+.PHONY: test-wheel
+test-wheel: .venvs/wheel/installed ## install the built wheel on its own and use it
+	$(WHEEL_BIN)/python -I tools/check_wheel.py dist
+
+# The suite against the wheel, with its dependencies and pytest and nothing else; `pythonpath` is emptied so that
+# the installed package is imported and not src/.
+.PHONY: test-minimal
+test-minimal: .venvs/wheel/installed ## run the suite without any optional package
+	$(WHEEL_BIN)/python $(PIP_INSTALL) "pytest>=8"
+	$(WHEEL_BIN)/pytest -o pythonpath= $(PYTEST_ARGS)
+
+# `make -k test-versions` goes on with the other versions after a failure.
+TRANSFORMERS := 5.16.1 5.19 newest
+SPEC_5.16.1 := transformers==5.16.1
+SPEC_5.19 := transformers==5.19.*
+SPEC_newest := transformers>=5.20,<6
+
+.PHONY: test-versions $(TRANSFORMERS:%=test-versions-%)
+test-versions: $(TRANSFORMERS:%=test-versions-%) ## run the suite and Transformers' own on each supported version
+$(TRANSFORMERS:%=test-versions-%): test-versions-%: .venvs/transformers-%/installed
+	.venvs/transformers-$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	.venvs/transformers-$*/bin/python -m pytest $(PYTEST_ARGS)
+	.venvs/transformers-$*/bin/python tests/upstream/run.py
+
+.PHONY: test-gpu
+test-gpu: ## run the tests that need an accelerator, in GPU_PYTHON (.venv's Python unless given)
+	$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+.PHONY: clean
+clean: ## remove environments, caches and build outputs
+	rm -rf .venv .venvs build dist site .cache .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- environments ---
+
+EXTRAS_package :=
+EXTRAS_test := [torchvision,test]
+EXTRAS_check := [torchvision,test,dev]
+EXTRAS_docs := [docs]
+
+.venv/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed; run make PYTHON=python3.11 (or later)')"
+	$(PYTHON) -m venv .venv
+
+.venv/installed-%: setup.cfg pyproject.toml | .venv/bin/python
+	$(BIN)/python $(PIP_INSTALL) --editable ".$(EXTRAS_$*)"
+	@touch $@
+
+# A version's environment holds only what differs from .venv, whose packages it sees through a .pth file: PyTorch,
+# five gigabytes of it, is installed once.
+.venvs/transformers-%/installed: .venv/installed-test
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	$(@D)/bin/python $(PIP_INSTALL) --upgrade --editable . "$(SPEC_$*)"
+	@touch $@
+
+WHEEL_SOURCES := setup.cfg pyproject.toml MANIFEST.in LICENSE NOTICE README.md \
+	$(shell find src -type f -not -name '*.py[co]' -not -path '*.egg-info/*')
+
+dist/built: $(WHEEL_SOURCES) | .venv/installed-check
+	rm -rf dist
+	$(BIN)/python -m build $(if $(CI),--quiet)
+	@touch $@
+
+.venvs/wheel/installed: dist/built
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(WHEEL_BIN)/python $(PIP_INSTALL) dist/*.whl
+	@touch $@

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Pillow and the torchvision image processor share: options, their checks, reading input, and loading.
+
+The two differ only in how pixels are resized. Saved files name the torchvision class, as Transformers does; which of
+the two the Auto classes then build is decided when they are registered.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict, is_valid_image
+from transformers.processing_utils import ImagesKwargs
+
+from . import _image_inputs
+from .anyres import STRIDE, best_resolution, check_pinpoints, num_image_tokens, num_tiles
+from .configuration_fastvlm import FastVLMConfig, FastViTHDConfig, is_flat, nested_from_flat
+
+ASPECT_RATIOS = ("pad", "square", "anyres")
+MIN_SIZE, MAX_SIZE = 64, 2048
+
+_TYPES = ("FastVLMImageProcessor", "FastVLMImageProcessorPil")
+_UNUSED_OPTIONS = ("do_center_crop", "crop_size", "do_pad", "pad_size")
+
+
+class FastVLMImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""Options of the FastVLM image processors beyond those of every image processor.
+
+    image_aspect_ratio (`str`):
+        How a picture becomes square: "pad" (black borders), "square" (centre crop) or "anyres" (a view of the whole
+        and tiles).
+    image_grid_pinpoints (`list[list[int]]`):
+        For "anyres": the resolutions to choose from, as pairs of width and height.
+    do_exif_transpose (`bool`):
+        Whether to turn a picture as its EXIF orientation says.
+    """
+
+    image_aspect_ratio: str | None
+    image_grid_pinpoints: list[Any] | tuple[Any, ...] | str | None
+    do_exif_transpose: bool | None
+
+
+class FastVLMImageProcessorMixin:
+    """The half of both image processors that does not touch pixels."""
+
+    valid_kwargs = FastVLMImageProcessorKwargs
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = [0.0, 0.0, 0.0]
+    image_std = [1.0, 1.0, 1.0]
+    size = {"height": 1024, "width": 1024}
+    default_to_square = True
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    do_exif_transpose = False
+    image_aspect_ratio = "pad"
+    image_grid_pinpoints = None
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what a call returns."""
+        tiled = self.image_aspect_ratio == "anyres"
+        return ["pixel_values", "image_sizes", "num_tiles"] if tiled else ["pixel_values"]
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
+        """Return how many tiles (rows of `pixel_values`) a picture of this height and width becomes."""
+        options = self._options(images_kwargs)
+        if options["image_aspect_ratio"] != "anyres":
+            return num_tiles((height, width), None, MIN_SIZE)
+        return num_tiles((height, width), options["image_grid_pinpoints"], options["size"].height)
+
+    def get_number_of_image_tokens(
+        self, height: int, width: int, merge_type: str = "flat", images_kwargs: dict[str, Any] | None = None
+    ) -> int:
+        """Return how many tokens the model makes of a picture of this height and width.
+
+        Args:
+            height, width: of the picture as it is passed in (after EXIF rotation, where that is asked for).
+            merge_type: the model's `mm_patch_merge_type`.
+            images_kwargs: options of the call, such as `size`, that replace this processor's.
+        """
+        options = self._options(images_kwargs)
+        if not options["do_resize"]:
+            check_unresized(height, width)
+            return num_image_tokens((height, width), None, (height, width), merge_type)
+        pinpoints = options["image_grid_pinpoints"] if options["image_aspect_ratio"] == "anyres" else None
+        return num_image_tokens((height, width), pinpoints, options["size"].height, merge_type)
+
+    def _options(self, images_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+        names = ("size", "do_resize", "image_aspect_ratio", "image_grid_pinpoints")
+        given = {name: value for name, value in (images_kwargs or {}).items() if name in names}
+        return self._standardize_kwargs(**{name: getattr(self, name) for name in names} | given)
+
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        """Bring the options of a call, or of the constructor, to one form and check them.
+
+        Raises:
+            ValueError: an option that FastVLM does not have, a value it cannot have, or two that contradict.
+        """
+        kwargs.setdefault("default_to_square", True)
+        options = super()._standardize_kwargs(**kwargs)  # type: ignore[misc]
+        for name in _UNUSED_OPTIONS:
+            if options.get(name):
+                raise ValueError(
+                    f"{name}={options[name]!r} is not an option of FastVLM's image processor: image_aspect_ratio "
+                    "('pad', 'square' or 'anyres') says how a picture becomes square, and `size` how large."
+                )
+        if options.get("data_format") not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
+            raise ValueError(f"data_format is {options['data_format']!r}; FastVLM takes 'channels_first' only.")
+        if options.get("size") is not None:
+            check_size(options["size"])
+        mode = options.get("image_aspect_ratio")
+        if mode is None:
+            mode = options["image_aspect_ratio"] = type(self).image_aspect_ratio
+        if mode not in ASPECT_RATIOS:
+            raise ValueError(f"image_aspect_ratio is {mode!r}; expected one of {', '.join(map(repr, ASPECT_RATIOS))}.")
+        pinpoints = options.get("image_grid_pinpoints")
+        if mode == "anyres":
+            if not options.get("do_resize", True):
+                raise ValueError("do_resize=False contradicts image_aspect_ratio='anyres', which resizes into tiles.")
+            size = options.get("size")
+            options["image_grid_pinpoints"] = check_pinpoints(pinpoints, size.height if size is not None else None)
+        elif pinpoints:
+            options["image_grid_pinpoints"] = check_pinpoints(pinpoints)
+        return options
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Read what is a path, an address or base64, in lists of any nesting; pass pictures through.
+
+        A file keeps its mode and its EXIF orientation, which `do_exif_transpose` applies. An array of two axes gets a
+        third, for the channel.
+        """
+        if isinstance(image_url_or_urls, list | tuple):
+            return [self.fetch_images(item) for item in image_url_or_urls]
+        if isinstance(image_url_or_urls, str | os.PathLike):
+            return _image_inputs.read_image(image_url_or_urls)
+        if is_valid_image(image_url_or_urls):
+            if not isinstance(image_url_or_urls, Image.Image) and image_url_or_urls.ndim == 2:
+                return image_url_or_urls[..., None]
+            return image_url_or_urls
+        raise TypeError(
+            f"an image is {type(image_url_or_urls).__name__}; expected a Pillow image, a numpy array, a torch tensor, a "
+            "path, an http(s) address, base64 text, or a list of these."
+        )
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
+        """Flatten lists of any nesting, and arrays with a batch axis, to a list of pictures."""
+        flat = _flatten(self.fetch_images(images), expected_ndims)
+        if not flat:
+            raise ValueError("there are no images to process; leave `images` out for text only.")
+        return flat
+
+    def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[Any]:
+        """Prepare each picture by `process_image`; an error says which one it was about."""
+        pictures = self._prepare_images_structure(images, expected_ndims)
+        prepared = []
+        for index, picture in enumerate(pictures):
+            try:
+                prepared.append(self.process_image(picture, *args, **kwargs))  # type: ignore[attr-defined]
+            except ValueError as error:
+                if len(pictures) == 1:
+                    raise
+                raise ValueError(f"image {index} (counting from 0) of {len(pictures)}: {error}") from error
+        return prepared
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the options from preprocessor_config.json or processor_config.json, or else from config.json.
+
+        Apple's checkpoints have a config.json only. A preprocessor file written for another class of image processor,
+        as exports for other tools have, is passed over in favour of a config.json of FastVLM's.
+
+        Raises:
+            OSError: none of these files is there.
+            ValueError: the files describe another model, for instance a LLaVA with another vision tower.
+        """
+        name = pretrained_model_name_or_path
+        found: dict[str, Any] | None = None
+        try:
+            found, rest = super().get_image_processor_dict(name, **kwargs)  # type: ignore[misc]
+        except OSError as error:
+            missing = error
+        if found is not None and found.get("image_processor_type") in _TYPES:
+            return found, rest
+        kwargs.pop("image_processor_filename", None)
+        try:
+            config, rest = PreTrainedConfig.get_config_dict(name, **kwargs)
+        except OSError as error:
+            if found is None:
+                raise OSError(
+                    f"found neither preprocessor_config.json nor config.json in {str(name)!r}: {missing}"
+                ) from error
+            config = {}
+        if config.get("model_type") not in _MODEL_TYPES:
+            described = found.get("image_processor_type") if found else None
+            raise ValueError(
+                f"{str(name)!r} is not a FastVLM checkpoint: its image processor is {described!r} and its model_type "
+                f"{config.get('model_type')!r}; expected model_type {', '.join(map(repr, _MODEL_TYPES))}. Load it with "
+                "the class it was made for."
+            )
+        return options_from_config(config), rest
+
+
+_MODEL_TYPES = (FastVLMConfig.model_type, FastViTHDConfig.model_type, "llava_qwen2", "llava_llama")
+
+
+def options_from_config(config: FastVLMConfig | FastViTHDConfig | dict[str, Any]) -> dict[str, Any]:
+    """Return the image processor's options that a model's configuration, in either form, determines.
+
+    Raises:
+        ValueError: the configuration is not one of FastVLM's, such as one of LLaVA's with another vision tower.
+    """
+    if isinstance(config, dict):
+        if is_flat(config):
+            config = nested_from_flat(config)
+        kind = FastViTHDConfig if config.get("model_type") == FastViTHDConfig.model_type else FastVLMConfig
+        config = kind.from_dict(config)
+    if isinstance(config, FastViTHDConfig):
+        return {"size": {"height": config.image_size, "width": config.image_size}}
+    side = config.vision_config.image_size
+    options = {"size": {"height": side, "width": side}, "image_aspect_ratio": config.image_aspect_ratio}
+    if config.image_grid_pinpoints:
+        options["image_grid_pinpoints"] = config.image_grid_pinpoints
+    return options
+
+
+def check_size(size: SizeDict) -> None:
+    """Raise ValueError unless `size` is a square that the encoder takes: a multiple of 64 from 64 to 2048."""
+    sides = dict(size)
+    valid = set(sides) == {"height", "width"} and sides["height"] == sides["width"]
+    if not valid or sides["height"] % STRIDE or not MIN_SIZE <= sides["height"] <= MAX_SIZE:
+        raise ValueError(
+            f"size is {sides}; expected one number, or equal 'height' and 'width', a multiple of {STRIDE} from "
+            f"{MIN_SIZE} to {MAX_SIZE}. For another shape resize the images yourself and pass do_resize=False."
+        )
+
+
+def check_unresized(height: int, width: int) -> None:
+    """Raise ValueError unless a picture can be used with `do_resize=False`."""
+    if height % STRIDE or width % STRIDE:
+        raise ValueError(
+            f"an image is {width}x{height} (width x height) and do_resize=False leaves it so; both sides must be "
+            f"multiples of {STRIDE}."
+        )
+
+
+def check_one_shape(shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise ValueError unless all pictures of a batch came out with the same number of channels, height and width."""
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"the images of this batch have {len(set(shapes))} different shapes (channels, height, width): "
+            f"{sorted(set(shapes))}. Pass them one by one, or leave do_resize and do_convert_rgb at True."
+        )
+
+
+def per_channel(values: Any, channels: int, name: str) -> list[float]:
+    """Return `values` as one number a channel; a single number stands for all."""
+    numbers = [float(values)] * channels if isinstance(values, int | float) else [float(value) for value in values]
+    if len(numbers) != channels:
+        raise ValueError(f"{name} has {len(numbers)} values, but the images have {channels} channels.")
+    if name == "image_std" and 0 in numbers:
+        raise ValueError(f"image_std is {numbers}; expected numbers other than 0.")
+    return numbers
+
+
+def anyres_target(size_hw: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Return the (height, width) that a picture is fitted into before it is cut into tiles."""
+    return best_resolution(size_hw, pinpoints)
+
+
+def _flatten(images: Any, ndims: int) -> list[Any]:
+    if isinstance(images, list | tuple):
+        return [picture for item in images for picture in _flatten(item, ndims)]
+    if not isinstance(images, Image.Image) and images.ndim == ndims + 1:
+        return list(images)
+    return [images]

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint layouts of others as tables, and the converter between them."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .conversion import Conversion, convert
+    from .projector import load_projector
+    from .source import Layout, detect_layout
+
+_MODULE_OF = {
+    "Conversion": "conversion",
+    "Layout": "source",
+    "convert": "conversion",
+    "detect_layout": "source",
+    "load_projector": "projector",
+}
+
+__all__ = ["Conversion", "Layout", "convert", "detect_layout", "load_projector"]
+
+
+def __getattr__(name: str) -> Any:
+    # Registration imports the table of names from here, so the rest waits until it is used.
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversion of a whole checkpoint directory between Apple's layout, ours and Transformers' native `fast_vlm`.
+
+    directory ─ read ─► tensors under our names + FastVLMConfig ─ write ─► directory
+
+Tensors are copied as bytes, so each arrives bit for bit, in its dtype. The target appears under its name only when it
+is complete, and the source is never written to.
+"""
+
+import contextlib
+import fnmatch
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from ..tokens import IMAGE_TOKEN, image_token_id_of
+from .configs import apple_config, native_config, native_processor_files
+from .files import read_json, sync_directory, write_directory, write_json, write_tensors
+from .layouts import to_apple_name, to_our_name
+from .native import EXTRA_FILE, NOT_IN_NATIVE, to_native_name
+from .source import Checkpoint, Layout, read_checkpoint
+
+__all__ = ["DROPPED_FILES", "Conversion", "convert"]
+
+_ANEW = "written anew"
+DROPPED_FILES: dict[str, str] = {
+    "config.json": _ANEW,
+    "*.safetensors": _ANEW,
+    "*.safetensors.index.json": _ANEW,
+    "*.bin": "weights or training state, not converted",
+    "*.bin.index.json": "weights, not converted",
+    "*.pt": "weights or training state, not converted",
+    "*.pth": "weights or training state, not converted",
+    "*.gguf": "weights, not converted",
+    "*.h5": "weights, not converted",
+    "*.msgpack": "weights, not converted",
+    ".*": "hidden",
+}
+"""Patterns of file names that are never copied, each with the reason. Folders are not copied either."""
+
+_PORTS_PROCESSOR = "the processor of the native port"
+DROPPED_FROM: dict[Layout, dict[str, str]] = {
+    "apple": {"*.py": "remote code of Apple's layout"},
+    "transformers": {
+        "preprocessor_config.json": "the processor of this package",
+        "processor_config.json": "the processor of this package",
+    },
+    "native": {
+        "preprocessor_config.json": _PORTS_PROCESSOR,
+        "processor_config.json": _PORTS_PROCESSOR,
+        "chat_template.jinja": _PORTS_PROCESSOR,
+        "chat_template.json": _PORTS_PROCESSOR,
+    },
+}
+"""More of them, by the source's layout, where the target's is another."""
+
+_NATIVE_ROW_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did.
+
+    Attributes:
+        directory: where the result is.
+        source_layout, layout: the two layouts.
+        num_tensors, num_bytes: what was written.
+        dropped: names of tensors left out on purpose (`layouts.DROPPED_TENSORS`).
+        not_copied: files and folders of the source left out, each with the reason.
+        notes: what a user should know, such as facts that the source did not state.
+    """
+
+    directory: Path
+    source_layout: Layout
+    layout: Layout
+    num_tensors: int
+    num_bytes: int
+    dropped: tuple[str, ...] = ()
+    not_copied: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    layout: Layout = "apple",
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Conversion:
+    """Write the checkpoint in `source` to the new directory `out`, laid out as `layout`.
+
+    The source's layout is found out. Tensors keep their bits, their dtype and their division into shards. Tokenizer,
+    generation_config.json, licence and other small files are copied. The native layout also gets the files of its
+    processor, `<image>` in the tokenizer, and beside its weights `fastvlm_extra.safetensors` with the tensors that it
+    has no place for, which the way back takes up again.
+
+    Args:
+        source: directory of a checkpoint in safetensors.
+        out: a directory that does not exist yet, or is empty.
+        layout: "apple" (flat config.json, Apple's tensor names), "transformers" (this package's nested config.json and
+            names) or "native" (`fast_vlm`, which Transformers loads without this package).
+        progress: called with (bytes written so far, bytes in all, tensor name).
+
+    Raises:
+        FileNotFoundError: the source, its config.json, its weights or one of its shards is missing.
+        FileExistsError: `out` exists and is not an empty directory.
+        ValueError: a damaged file, unknown or missing tensors, shapes that contradict config.json, another model, or a
+            model that `layout` cannot express.
+    """
+    source, out = Path(source), Path(out)
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(map(repr, get_args(Layout)))}.")
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is not a directory; expected one with a FastVLM checkpoint.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty directory. Choose a new one; nothing is overwritten.")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out} lies inside the source {source}, which is never written to. Choose another place.")
+    checkpoint = read_checkpoint(source)
+    with _new_directory(out) as directory:
+        return _write(checkpoint, directory, out, layout, progress)
+
+
+@contextlib.contextmanager
+def _new_directory(out: Path) -> Iterator[Path]:
+    """Yield a hidden directory beside `out` that becomes `out` at the end, or disappears on any error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f".{out.name}.incomplete-", dir=out.parent))
+    try:
+        mask = os.umask(0)
+        os.umask(mask)
+        directory.chmod(0o777 & ~mask)
+        yield directory
+        sync_directory(directory)
+        if out.is_dir():
+            out.rmdir()
+        directory.rename(out)
+        sync_directory(out.parent)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _write(
+    checkpoint: Checkpoint,
+    directory: Path,
+    out: Path,
+    layout: Layout,
+    progress: Callable[[int, int, str], None] | None,
+) -> Conversion:
+    vocabulary = checkpoint.config.text_config.vocab_size
+    not_copied = _copy_files(checkpoint, directory, layout)
+    if layout == "native" != checkpoint.layout:
+        _prepare_native(checkpoint, directory)
+    tensors = checkpoint.tensors
+    extra = {name: tensors[name] for name in tensors if name in NOT_IN_NATIVE} if layout == "native" else {}
+    shards = [
+        {_name_in(layout, name): tensors[name] for name in names if name not in extra} for names in checkpoint.shards
+    ]
+    total = sum(tensor.written_bytes for tensor in tensors.values())
+    done = 0
+
+    def advance(name: str, nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total, name)
+
+    write_directory(directory, shards, advance)
+    if extra:
+        write_tensors(directory / EXTRA_FILE, extra, advance)
+    # Last, so that a directory that was cut short by force is no checkpoint to anyone.
+    write_json(directory / "config.json", _config_in(layout, checkpoint, directory, vocabulary))
+    return Conversion(
+        directory=out,
+        source_layout=checkpoint.layout,
+        layout=layout,
+        num_tensors=len(tensors),
+        num_bytes=total,
+        dropped=tuple(sorted(checkpoint.dropped)),
+        not_copied=tuple(not_copied),
+        notes=tuple(checkpoint.notes),
+    )
+
+
+def _name_in(layout: Layout, name: str) -> str:
+    renamed = {"apple": to_apple_name, "transformers": to_our_name, "native": to_native_name}[layout](name)
+    if renamed is None:
+        raise ValueError(f"The tensor {name} has no name in the layout {layout!r}.")
+    return renamed
+
+
+def _config_in(layout: Layout, checkpoint: Checkpoint, directory: Path, vocabulary: int) -> dict[str, Any]:
+    config = checkpoint.config
+    if layout == checkpoint.layout:
+        return checkpoint.raw_config
+    if layout == "native":
+        return native_config(config, vocabulary)
+    if layout == "apple":
+        flat = apple_config(config)
+        if config.image_token_id is not None and image_token_id_of(directory) != config.image_token_id:
+            flat["image_token_id"] = config.image_token_id
+        return flat
+    config.architectures = ["FastVLMForConditionalGeneration"]
+    nested: dict[str, Any] = config.to_diff_dict()
+    return nested
+
+
+def _copy_files(checkpoint: Checkpoint, directory: Path, layout: Layout) -> list[str]:
+    patterns = DROPPED_FILES | (DROPPED_FROM[checkpoint.layout] if layout != checkpoint.layout else {})
+    not_copied = []
+    for path in sorted(checkpoint.directory.iterdir()):
+        reason = next((why for pattern, why in patterns.items() if fnmatch.fnmatch(path.name, pattern)), None)
+        if path.is_dir():
+            reason = "a folder"
+        if reason is None:
+            shutil.copyfile(path, directory / path.name)
+        elif reason != _ANEW:
+            not_copied.append(f"{path.name} ({reason})")
+    return not_copied
+
+
+def _prepare_native(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write the port's processor files, put `<image>` into the tokenizer and make room for it in the vocabulary."""
+    config = checkpoint.config
+    for name, content in native_processor_files(config).items():
+        write_json(directory / name, content)
+    if config.mm_patch_merge_type != "flat" or config.image_aspect_ratio == "anyres":
+        checkpoint.notes.append("the native port has no AnyRes: it sees each picture as one padded square")
+    token_id, rows = config.image_token_id, config.text_config.vocab_size
+    if token_id is None:
+        return
+    _add_image_token(directory, token_id)
+    if token_id >= rows:
+        # The port embeds the placeholder before it puts the features there. Copies of the first row's logit never are
+        # the first of the greatest.
+        grown = -(-(token_id + 1) // _NATIVE_ROW_MULTIPLE) * _NATIVE_ROW_MULTIPLE
+        checkpoint.resize_vocabulary(grown)
+        checkpoint.notes.append(f"the vocabulary grew from {rows} to {grown} rows, to hold {IMAGE_TOKEN} ({token_id})")
+
+
+def _add_image_token(directory: Path, token_id: int) -> None:
+    """Put `<image>` into the copies of the tokenizer's files, in each place where added tokens are listed."""
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    token: dict[str, Any] = {"content": IMAGE_TOKEN, **flags, "special": True}
+    path = directory / "tokenizer_config.json"
+    decoder: dict[str, Any] | None = None
+    if path.is_file():
+        content = read_json(path)
+        decoder = content.get("added_tokens_decoder")
+        if decoder is not None:
+            decoder.setdefault(str(token_id), token)
+            write_json(path, content)
+    path = directory / "added_tokens.json"
+    if path.is_file() or decoder is None:
+        write_json(path, {IMAGE_TOKEN: token_id} | (read_json(path) if path.is_file() else {}))
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        content = read_json(path)
+        added = content.setdefault("added_tokens", [])
+        if all(entry["content"] != IMAGE_TOKEN for entry in added):
+            added.append({"id": token_id} | token)
+            write_json(path, content)
+    found = image_token_id_of(directory)
+    if found != token_id:
+        raise ValueError(
+            f"{IMAGE_TOKEN} should have the id {token_id} in the tokenizer, but has {found}: the tokenizer's files and "
+            "config.json do not belong together."
+        )

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What older supported versions of Transformers lack. Each item names the version at which it can be deleted."""
+
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+_VERSION = Version(transformers.__version__)
+
+GENERATE_KEEPS_ENCODER_OUTPUTS = _VERSION < Version("5.20.0.dev0")
+"""Delete with support for Transformers < 5.20, whose generate() neither encodes images once before it repeats a batch
+nor drops the encoder's outputs after the first step."""
+
+
+def encode_and_expand_images(
+    model: Any, expand_size: int, input_ids: Tensor | None, model_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Encode images once and repeat each row's group of images `expand_size` times.
+
+    Transformers < 5.20 repeats `pixel_values` image by image, so that with several images a prompt the second copy of
+    a prompt gets the first image twice.
+
+    Args:
+        model: a `FastVLMForConditionalGeneration`.
+        expand_size: copies of each row.
+        input_ids: (batch, length) before expansion, or empty if `model_kwargs` has `inputs_embeds`.
+        model_kwargs: generate()'s arguments; `pixel_values`, `image_sizes` and `num_tiles` are taken out.
+
+    Returns:
+        The arguments with `mm_encoder_outputs` in their place.
+    """
+    images = {key: model_kwargs.pop(key, None) for key in ("pixel_values", "image_sizes", "num_tiles")}
+    features = model.get_image_features(**images, return_dict=True).pooler_output
+    embeds = model_kwargs.get("inputs_embeds")
+    if embeds is not None:
+        input_ids = None
+    if expand_size > 1:
+        per_row = model.model.get_placeholder_mask(input_ids, embeds).sum(-1).tolist()
+        groups, first = [], 0
+        for tokens in per_row:
+            last = first
+            while tokens > 0 and last < len(features):
+                tokens -= len(features[last])
+                last += 1
+            groups.append(list(features[first:last]))
+            first = last
+        expanded = [image for group in groups for _ in range(expand_size) for image in group]
+        features = torch.stack(expanded) if isinstance(features, Tensor) and expanded else expanded
+    return model_kwargs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations before they are rendered and after: parts of messages in one form, frames of videos, masks of answers.
+
+Used by the processor; nothing here knows of tokenizers or models.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = [
+    "DEFAULT_VIDEO_FRAMES",
+    "MAX_VIDEO_FRAMES",
+    "answer_mask",
+    "image_sources",
+    "plain_message",
+    "spread",
+]
+
+DEFAULT_VIDEO_FRAMES = 8
+"""Frames taken from a video in a message unless `num_frames` says otherwise."""
+MAX_VIDEO_FRAMES = 32
+"""Most frames taken from one video: 8192 tokens at 1024 pixels, the longest text the published models were trained on."""
+
+_IMAGE_SOURCES = ("image", "url", "path", "base64")
+_VIDEO_SOURCES = ("video", "path", "url")
+
+
+def plain_message(message: Mapping[str, Any], num_frames: int = DEFAULT_VIDEO_FRAMES) -> dict[str, Any]:
+    """Return a copy of a message whose parts are of type text or image, each image with one source at most.
+
+    Args:
+        message: a role and a content, which is a string or a list of parts.
+        num_frames: frames that stand for a video, 1 to 32.
+
+    Raises:
+        ValueError: a part that is not understood, a video without frames, or `num_frames` out of range.
+        ImportError: a video file, but nothing to read it with.
+    """
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return dict(message)
+    return {**message, "content": [plain for part in content for plain in _plain_parts(part, num_frames)]}
+
+
+def image_sources(message: Mapping[str, Any]) -> list[Any]:
+    """Return the pictures (or paths, addresses, base64) of a message that `plain_message` returned, in order."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    return [part[key] for part in parts if part["type"] == "image" for key in _IMAGE_SOURCES if key in part]
+
+
+def _plain_parts(part: Any, num_frames: int) -> list[dict[str, Any]]:
+    if isinstance(part, str):
+        return [{"type": "text", "text": part}]
+    if isinstance(part, Mapping):
+        given = {key: value for key, value in part.items() if value is not None}
+        kind = given.get("type") or next((key for key in ("text", "image", "image_url", "video") if key in given), None)
+        if kind == "text" and "text" in given:
+            return [{"type": "text", "text": given["text"]}]
+        if kind == "image":
+            source = next((key for key in _IMAGE_SOURCES if key in given), None)
+            return [{"type": "image", source: given[source]} if source else {"type": "image"}]
+        if kind == "image_url" and "image_url" in given:
+            url = given["image_url"]
+            return [{"type": "image", "url": url["url"] if isinstance(url, Mapping) else url}]
+        if kind == "video":
+            return [{"type": "image", "image": frame} for frame in _frames(given, num_frames)]
+    raise ValueError(
+        f"A part of a message is {str(part)[:100]!r}; expected type text with text, type image (with url, path, base64 "
+        "or image), or type video (with video, path or url)."
+    )
+
+
+def _frames(part: Mapping[str, Any], num_frames: int) -> list[Any]:
+    """Return `num_frames` frames of a video part, or all where there are fewer."""
+    if not 1 <= num_frames <= MAX_VIDEO_FRAMES:
+        raise ValueError(f"num_frames is {num_frames}; expected 1 to {MAX_VIDEO_FRAMES}.")
+    video = next((part[key] for key in _VIDEO_SOURCES if key in part), None)
+    if isinstance(video, str | os.PathLike):
+        from transformers.video_utils import load_video
+
+        try:
+            frames, _ = load_video(
+                os.fspath(video), sample_indices_fn=lambda metadata, **_: spread(metadata.total_num_frames, num_frames)
+            )
+        except ImportError as error:
+            raise ImportError(
+                "Reading a video file needs PyAV: pip install av. Or pass a list of frames as the part's video."
+            ) from error
+        return list(frames)
+    if video is None or len(video) == 0:
+        raise ValueError("A video part has no frames; give it a list of frames or a file as video, or a path or url.")
+    return [video[index] for index in spread(len(video), num_frames)]
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """Return up to `wanted` indices below `total`, evenly spread from the first to the last; of one, the middle."""
+    if wanted >= total:
+        return list(range(total))
+    if wanted == 1:
+        return [total // 2]
+    return [round(index * (total - 1) / (wanted - 1)) for index in range(wanted)]
+
+
+def answer_mask(
+    offsets: Sequence[Sequence[int]], replaced: Sequence[Mapping[str, Any]], spans: Sequence[tuple[int, int]]
+) -> list[int]:
+    """Return 1 for each token that shares a character with a span, else 0.
+
+    Args:
+        offsets: (start, end) of each token in the text after expansion; padding is (0, 0).
+        replaced: the expansions, in order, with `span` before and `new_span` after.
+        spans: (start, end) in the text before expansion.
+    """
+
+    def expanded(char: int) -> int:
+        shift = 0
+        for one in replaced:
+            if one["span"][1] <= char:
+                shift = one["new_span"][1] - one["span"][1]
+        return char + shift
+
+    wanted = [(expanded(start), expanded(end)) for start, end in spans]
+    return [int(any(start < last and end > first for first, last in wanted)) for start, end in offsets]

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastVLM's image processor with Pillow: the exact reference, and the default.
+
+Its pixel values equal those of Apple's code to the bit. It needs neither torch nor torchvision for its work.
+"""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_base import BatchFeature
+from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
+from transformers.processing_utils import Unpack
+from transformers.utils import TensorType, is_torch_tensor
+
+from ._image_inputs import array_to_pil, load_pixels, pil_as_is, pil_to_rgb, upright
+from ._image_processing_common import (
+    FastVLMImageProcessorKwargs,
+    FastVLMImageProcessorMixin,
+    anyres_target,
+    check_one_shape,
+    check_unresized,
+    per_channel,
+)
+from ._image_resizing import crop_to_square, cut_into_tiles, pad_to_square
+
+__all__ = ["FastVLMImageProcessorPil"]
+
+
+class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
+    """Turns pictures into FastVLM's `pixel_values` with Pillow, bit for bit as Apple's reference code does.
+
+    A picture is read as RGB (alpha is dropped), made square, resized with bicubic interpolation in 8 bits, divided by
+    255, and normalized with mean 0 and standard deviation 1, which changes nothing.
+
+    A call takes a Pillow image of any mode, an array or tensor, (height, width) or with 1, 3 or 4 channels first or
+    last, of integers in 0...255 or floats in 0...1 (which are rounded to 8 bits), a path, an http(s) address, base64,
+    or nested lists of these. It returns
+
+    - `pixel_values`: (total tiles, 3, size, size), float32 in 0...1; one tile a picture, except for "anyres";
+    - `image_sizes`, for "anyres" only: (number of pictures, 2), int64, the (height, width) they had;
+    - `num_tiles`, for "anyres" only: (number of pictures,), int64; the view of the whole picture is the first.
+
+    Args:
+        size: the side of a tile, a multiple of 64 from 64 to 2048, as a number or `{"height": n, "width": n}`.
+        image_aspect_ratio: "pad" centres the picture on a black square, "square" crops the centre, "anyres" cuts the
+            picture, at the best resolution of `image_grid_pinpoints`, into tiles, after a view of the whole.
+        image_grid_pinpoints: pairs of width and height, multiples of `size`.
+        do_exif_transpose: whether to turn a picture as its EXIF orientation says; the reference does not.
+        do_resize: False takes pictures as they are; their sides must be multiples of 64.
+        do_convert_rgb: False keeps 1, 3 or 4 channels, for encoders that were made for them.
+        resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std: as in every image processor.
+
+    Each can be given in the call too.
+
+    Raises:
+        ValueError: an option or a picture that cannot be used; the message says why.
+        ConnectionError: an address that cannot be downloaded.
+
+    Example:
+        >>> from PIL import Image
+        >>> from transformers_fastvlm import FastVLMImageProcessorPil
+        >>> processor = FastVLMImageProcessorPil(size=256)
+        >>> processor(Image.new("RGB", (640, 480)), return_tensors="np").pixel_values.shape
+        (1, 3, 256, 256)
+    """
+
+    def __init__(self, **kwargs: Unpack[FastVLMImageProcessorKwargs]) -> None:
+        super().__init__(**kwargs)
+
+    def process_image(
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        do_exif_transpose: bool | None = None,
+        **kwargs: Any,
+    ) -> Image.Image:
+        """Return one picture as a Pillow image, decoded and checked: RGB, or with its channels if `do_convert_rgb` is off."""
+        if isinstance(image, Image.Image):
+            image = load_pixels(image)
+            if do_exif_transpose:
+                image = upright(image)
+            return pil_to_rgb(image) if do_convert_rgb else pil_as_is(image)
+        if is_torch_tensor(image):
+            image = image.detach().cpu()
+            # numpy has no bfloat16
+            image = (image.float() if image.is_floating_point() else image).numpy()
+        return array_to_pil(image, input_data_format, bool(do_convert_rgb))
+
+    def _preprocess(  # type: ignore[override]
+        self,
+        images: list[Image.Image],
+        *,
+        do_resize: bool | None,
+        size: SizeDict,
+        resample: int,
+        do_rescale: bool | None,
+        rescale_factor: float,
+        do_normalize: bool | None,
+        image_mean: float | tuple[float, ...],
+        image_std: float | tuple[float, ...],
+        image_aspect_ratio: str,
+        image_grid_pinpoints: list[list[int]] | None,
+        return_tensors: str | TensorType | None,
+        device: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        tiles: list[Image.Image] = []
+        counts: list[int] = []
+        for image in images:
+            if not do_resize:
+                check_unresized(image.height, image.width)
+                views = [image]
+            elif image_aspect_ratio == "pad":
+                views = [pad_to_square(image, size.height, resample)]
+            elif image_aspect_ratio == "square":
+                views = [crop_to_square(image, size.height, resample)]
+            else:
+                target = anyres_target((image.height, image.width), image_grid_pinpoints)
+                views = cut_into_tiles(image, target, size.height, resample)
+            tiles.extend(views)
+            counts.append(len(views))
+
+        check_one_shape([(len(tile.getbands()), tile.height, tile.width) for tile in tiles])
+        channels, height, width = len(tiles[0].getbands()), tiles[0].height, tiles[0].width
+        # A pixel has 256 possible values, so scaling and normalizing are a table.
+        table = np.arange(256) * (rescale_factor if do_rescale else 1)
+        table = np.tile(table.astype(np.float32), (channels, 1))
+        if do_normalize:
+            mean = np.array(per_channel(image_mean, channels, "image_mean"), np.float32)
+            std = np.array(per_channel(image_std, channels, "image_std"), np.float32)
+            table = (table - mean[:, None]) / std[:, None]
+        pixel_values = np.empty((len(tiles), channels, height, width), np.float32)
+        for tile, values in zip(tiles, pixel_values, strict=True):
+            pixels = np.asarray(tile).reshape(height, width, channels)
+            for channel in range(channels):
+                np.take(table[channel], pixels[..., channel], out=values[channel], mode="clip")
+
+        data: dict[str, Any] = {"pixel_values": pixel_values if return_tensors else list(pixel_values)}
+        if image_aspect_ratio == "anyres":
+            data["image_sizes"] = np.array([(image.height, image.width) for image in images], np.int64)
+            data["num_tiles"] = np.array(counts, np.int64)
+        features = BatchFeature(data=data, tensor_type=return_tensors)
+        if device is not None and return_tensors in ("pt", TensorType.PYTORCH):
+            features = features.to(device)
+        return features

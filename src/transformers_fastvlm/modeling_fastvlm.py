@@ -1,0 +1,536 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastVLM: the projector, the scatter of image features into text embeddings, and the language model with its head.
+
+Sources: FastVLM, arXiv 2412.13303, section 3; LLaVA-1.5, arXiv 2310.03744, section 3.3 (two-layer projector);
+LLaVA-NeXT's AnyRes, arXiv 2407.07895, section 3 (tiles). Written from the papers and the published tensors.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, torch_compilable_check
+from transformers.utils.generic import can_return_tuple
+
+from . import anyres, compat
+from .configuration_fastvlm import HUB_KEYS, FastVLMConfig
+from .modeling_fastvithd import FastViTHDModel
+from .tokens import image_token_id_of
+
+
+@dataclass
+class FastVLMModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of `FastVLMModel`.
+
+    Args:
+        last_hidden_state: (batch, length, hidden_size) of the language model.
+        past_key_values: the language model's cache.
+        hidden_states: of the language model, one more than layers, each (batch, length, hidden_size).
+        attentions: of the language model, one a layer, each (batch, heads, length, length).
+        image_hidden_states: what was put at the placeholders: (images, tokens, hidden_size), or a list of
+            (tokens, hidden_size) where images have different numbers of tokens.
+    """
+
+    image_hidden_states: Any = None
+
+
+@dataclass
+class FastVLMCausalLMOutputWithPast(ModelOutput):
+    """Output of `FastVLMForConditionalGeneration`.
+
+    Args:
+        loss: scalar, if labels were given.
+        logits: (batch, kept positions, vocab_size).
+        past_key_values: the language model's cache.
+        hidden_states: of the language model, one more than layers, each (batch, length, hidden_size).
+        attentions: of the language model, one a layer, each (batch, heads, length, length).
+        image_hidden_states: as in `FastVLMModelOutputWithPast`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Any = None
+
+
+class FastVLMMultiModalProjector(nn.Module):
+    """Two linear layers with an activation between them, from the encoder's channels to the language model's."""
+
+    def __init__(self, config: FastVLMConfig):
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.num_features, hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project (..., num_features) to (..., hidden_size)."""
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class FastVLMPreTrainedModel(PreTrainedModel):
+    """What the FastVLM classes share: configuration, capabilities, initialisation and strict loading."""
+
+    config: FastVLMConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise projector and newline; encoder and language model initialise themselves."""
+        super()._init_weights(module)
+        if isinstance(module, FastVLMModel) and module.image_newline is not None:
+            init.normal_(module.image_newline, mean=0.0, std=module.config.text_config.hidden_size**-0.5)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """Load a model from a directory or hub repository in Apple's layout or in this package's.
+
+        Takes what `PreTrainedModel.from_pretrained` takes.
+
+        Raises:
+            OSError: if a file is missing, truncated or not safetensors.
+            ValueError: if the checkpoint has tensors that this model does not know, or lacks some that it needs.
+        """
+        source = pretrained_model_name_or_path
+        if isinstance(config, FastVLMConfig) and config.image_token_id_is_inferred and not os.path.isdir(str(source)):
+            # The Auto classes read the configuration without saying which revision it is of; here it is known.
+            hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
+            config.image_token_id = image_token_id_of(source, **hub)
+        try:
+            return super().from_pretrained(source, *model_args, config=config, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"A weight file of {str(source)!r} cannot be read ({error}). It is truncated or not a safetensors "
+                "file: download or copy it again."
+            ) from error
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Refuse unknown and missing tensors, where Transformers would only print a report."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        if getattr(self, "hf_quantizer", None) is not None or getattr(self.config, "quantization_config", None):
+            return
+        if loading_info.unexpected_keys:
+            raise ValueError(_key_error("tensors that this model does not know", loading_info.unexpected_keys))
+        optional = ("model.vision_tower.multi_scale.", "vision_tower.multi_scale.")
+        missing = {key for key in loading_info.missing_keys if not key.startswith(optional)}
+        # An empty checkpoint is how Transformers asks for a newly initialised model.
+        if missing and len(missing) < len(self.state_dict()):
+            raise ValueError(_key_error("no values for tensors that this model needs", missing))
+
+
+def _key_error(what: str, keys: set[str]) -> str:
+    names = sorted(keys)
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return (
+        f"The checkpoint has {what}: {listed}. Its config.json describes another model than its weights, or a shard is "
+        "missing. Compare the two, or download the checkpoint again."
+    )
+
+
+class FastVLMModel(FastVLMPreTrainedModel):
+    """Encoder, projector and language model, without the head that predicts tokens."""
+
+    def __init__(self, config: FastVLMConfig):
+        super().__init__(config)
+        self.vision_tower = FastViTHDModel._from_config(config.vision_config)
+        if self.vision_tower.head is not None:
+            # The CLIP embedding is not used here, so it would be a parameter that never gets a gradient.
+            self.vision_tower.head.requires_grad_(False)
+        self.multi_modal_projector = FastVLMMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        has_newline = config.image_aspect_ratio == "anyres" and config.mm_patch_merge_type == "spatial_unpad"
+        self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size)) if has_newline else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embeddings."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings."""
+        self.language_model.set_input_embeddings(value)
+
+    def _join_tiles(self, features: Tensor, image_sizes: Tensor, num_tiles: Tensor) -> list[Tensor]:
+        """Split (tiles, tokens, hidden) by image and bring each image's tokens into the order that the model reads."""
+        tile = self.config.vision_config.image_size
+        side = round(features.shape[1] ** 0.5)
+        if features.shape[1] == side * side:
+            tile = side * self.config.vision_config.stride
+        joined = []
+        for view, size in zip(features.split(num_tiles.tolist()), image_sizes.tolist(), strict=True):
+            if self.config.mm_patch_merge_type == "flat":
+                joined.append(view.flatten(0, 1))
+                continue
+            pinpoints = self._pinpoints_for(tile)
+            rows, columns = anyres.tile_grid(size, pinpoints, tile)
+            if view.shape[0] != 1 + rows * columns:
+                raise ValueError(
+                    f"An image of {size[0]}x{size[1]} pixels has {view.shape[0]} tiles, but image_grid_pinpoints cuts "
+                    f"it into {1 + rows * columns} (base view included). Use the processor of this checkpoint."
+                )
+            grid = view[1:].view(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
+            if self.image_newline is not None:
+                top, left, height, width = anyres.unpadded_grid(size, *grid.shape[:2])
+                grid = grid[top : top + height, left : left + width]
+                newline = self.image_newline.to(grid).expand(height, 1, -1)
+                grid = torch.cat((grid, newline), dim=1)
+            joined.append(torch.cat((view[0], grid.flatten(0, 1))))
+        return joined
+
+    def _pinpoints_for(self, tile: int) -> list[list[int]]:
+        """Return the pinpoints, scaled when the processor was asked for another size than the checkpoint's."""
+        own = self.config.vision_config.image_size
+        return [[width * tile // own, height * tile // own] for width, height in self.config.image_grid_pinpoints]
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        num_tiles: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images and project them to the language model's hidden size.
+
+        Args:
+            pixel_values: (images, channels, height, width); with AnyRes (tiles of all images, channels, height,
+                width), each image's base view first.
+            image_sizes: with AnyRes, (images, 2), height and width of the pictures before they were cut.
+            num_tiles: with AnyRes, (images,), tiles of each image, base view included.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            The encoder's output with `pooler_output` replaced by one (tokens, hidden_size) an image: a tensor (images,
+            tokens, hidden_size), with AnyRes a list.
+
+        Raises:
+            ValueError: if sizes or counts do not fit.
+        """
+        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        features = self.multi_modal_projector(outputs.last_hidden_state.flatten(2).transpose(1, 2))
+        if num_tiles is not None:
+            if image_sizes is None or len(image_sizes) != len(num_tiles):
+                raise ValueError("num_tiles is given, so image_sizes must be given too, one (height, width) an image.")
+            if int(num_tiles.sum()) != features.shape[0]:
+                raise ValueError(
+                    f"num_tiles adds up to {int(num_tiles.sum())}, but pixel_values holds {features.shape[0]} tiles."
+                )
+            features = self._join_tiles(features, image_sizes, num_tiles)
+        elif self.config.image_aspect_ratio == "anyres" and image_sizes is not None:
+            raise ValueError("image_sizes is given, so num_tiles must be given too, the number of tiles of each image.")
+        outputs.pooler_output = features
+        return outputs
+
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Return where the `<image>` placeholders are, as a boolean (batch, length).
+
+        Without `input_ids` they are found by comparing `inputs_embeds` with the placeholder's embedding.
+        """
+        image_token_id = self.config.image_token_id
+        if image_token_id is None:
+            raise ValueError(
+                "config.image_token_id is None, so image placeholders cannot be found. Set it to the processor's: "
+                "model.config.image_token_id = processor.image_token_id."
+            )
+        if input_ids is not None:
+            return input_ids == image_token_id
+        assert inputs_embeds is not None
+        rows = self.config.text_config.vocab_size
+        if image_token_id >= rows:
+            raise ValueError(
+                f"image_token_id {image_token_id} has no embedding ({rows} rows), so inputs_embeds cannot show where "
+                "the images belong. Pass input_ids."
+            )
+        token = torch.full((), image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """Embed tokens; placeholders beyond the embedding rows are looked up as row 0 and overwritten later."""
+        image_token_id = self.config.image_token_id
+        if image_token_id is not None and image_token_id >= self.config.text_config.vocab_size:
+            input_ids = input_ids.masked_fill(input_ids == image_token_id, 0)
+        return self.get_input_embeddings()(input_ids)
+
+    def _scatter(self, mask: Tensor, inputs_embeds: Tensor, features: Any) -> Tensor:
+        """Put the features of all images, in order, at the placeholders."""
+        if not isinstance(features, Tensor):
+            features = torch.cat(list(features))
+        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        count = features.numel() // features.shape[-1]
+        torch_compilable_check(
+            mask.sum() == count,
+            lambda: (
+                f"input_ids has {int(mask.sum())} <image> placeholders, but the images have {count} features. Let the "
+                "processor make both, with one <image> in the text for each image."
+            ),
+        )
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), features)
+
+    def _check_no_placeholders(self, input_ids: Tensor | None, past_key_values: Cache | None) -> None:
+        """Raise if a prompt has placeholders although there are no images to put there."""
+        if input_ids is None or self.config.image_token_id is None or torch.compiler.is_compiling():
+            return
+        if input_ids.shape[1] == 1 or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+            return
+        count = int((input_ids == self.config.image_token_id).sum())
+        if count:
+            raise ValueError(
+                f"input_ids has {count} <image> placeholders, but there are no images: pass pixel_values, or remove "
+                "<image> from the text."
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        num_tiles: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> FastVLMModelOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids: (batch, length), with one placeholder for every image token.
+            pixel_values, image_sizes, num_tiles: see `get_image_features`; images in the order of their placeholders.
+            attention_mask: (batch, length), 1 for tokens and 0 for padding.
+            position_ids: (batch, length).
+            past_key_values: cache of earlier tokens.
+            inputs_embeds: (batch, length, hidden_size) in place of `input_ids`.
+            mm_encoder_outputs: {"image": output of `get_image_features`} in place of `pixel_values`.
+            kwargs: passed on to the language model.
+
+        Raises:
+            ValueError: if both or neither of two alternatives are given, or counts of placeholders and features differ.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        images = (mm_encoder_outputs or {}).get("image")
+        if images is not None and pixel_values is not None:
+            raise ValueError("Pass only one of pixel_values and mm_encoder_outputs: both hold the images.")
+        if images is None and pixel_values is not None:
+            images = self.get_image_features(pixel_values, image_sizes, num_tiles, return_dict=True)
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self._embed(input_ids)
+        features = None
+        if images is not None:
+            features = images.pooler_output
+            inputs_embeds = self._scatter(self.get_placeholder_mask(input_ids, inputs_embeds), inputs_embeds, features)
+        else:
+            self._check_no_placeholders(input_ids, past_key_values)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return FastVLMModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features,
+        )
+
+
+class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
+    """FastVLM with its language-modelling head: answers text about images and text.
+
+    Example:
+        >>> from transformers import AutoProcessor
+        >>> from transformers_fastvlm import FastVLMForConditionalGeneration
+        >>> model = FastVLMForConditionalGeneration.from_pretrained("apple/FastVLM-0.5B")  # doctest: +SKIP
+        >>> processor = AutoProcessor.from_pretrained("apple/FastVLM-0.5B")  # doctest: +SKIP
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: FastVLMConfig):
+        super().__init__(config)
+        self.model = FastVLMModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the head."""
+        self.lm_head = value
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        num_tiles: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode and project images. See `FastVLMModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_sizes, num_tiles, **kwargs)
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        """Tie head and embeddings, or not; after loading the checkpoint's tensors decide and not its flag.
+
+        A head that the checkpoint does not store is the embeddings; one that it stores with other values is not,
+        whatever `tie_word_embeddings` says. The configuration is corrected to what was found.
+        """
+        if missing_keys is not None:
+            head, embeddings = self.lm_head.weight, self.get_input_embeddings().weight
+            head_missing = "lm_head.weight" in missing_keys
+            embeddings_missing = "model.language_model.embed_tokens.weight" in missing_keys
+            if head_missing and not embeddings_missing:
+                self._set_tied(True)
+            elif not head_missing and not embeddings_missing and head.device.type != "meta":
+                if self.config.tie_word_embeddings and (head.shape != embeddings.shape or not head.equal(embeddings)):
+                    self._set_tied(False)
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+
+    def _set_tied(self, tied: bool) -> None:
+        """Record whether the head is the embeddings, for tying now and for saving later."""
+        if self.config.tie_word_embeddings != tied:
+            self.config.tie_word_embeddings = tied
+            self.config.text_config.tie_word_embeddings = tied
+            self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Load the checkpoint's generation_config.json and fill in what Apple's leaves out.
+
+        Apple's names neither an end nor a padding token, so that answers would never stop: both come from the text
+        configuration. It asks for sampling without a temperature, which would mean 1.0; Apple's script uses 0.2.
+        """
+        super().adjust_generation_fn(*args, **kwargs)
+        generation, text = self.generation_config, self.config.text_config
+        if generation.eos_token_id is None:
+            generation.eos_token_id = text.eos_token_id
+        if generation.pad_token_id is None:
+            eos = generation.eos_token_id
+            generation.pad_token_id = (
+                text.pad_token_id if text.pad_token_id is not None else eos[0] if isinstance(eos, list) else eos
+            )
+        if generation.do_sample and generation.temperature is None:
+            generation.temperature = 0.2
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        num_tiles: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> FastVLMCausalLMOutputWithPast:
+        """Predict tokens.
+
+        Args:
+            labels: (batch, length), ids to be predicted, -100 where there is no loss; shifted inside.
+            logits_to_keep: number of last positions to compute logits for, 0 for all, or the positions' indices.
+            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_sizes,
+                num_tiles, mm_encoder_outputs, kwargs: see `FastVLMModel.forward`; `num_items_in_batch` reaches the
+                loss.
+
+        Raises:
+            ValueError: see `FastVLMModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_sizes=image_sizes,
+            num_tiles=num_tiles,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return FastVLMCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any) -> Any:
+        """Pass the images on in the first step only, since later ones find them in the cache."""
+        if compat.GENERATE_KEEPS_ENCODER_OUTPUTS and not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("mm_encoder_outputs", None)
+        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Repeat a batch for beams or several returned sequences, each row with its own images."""
+        if compat.GENERATE_KEEPS_ENCODER_OUTPUTS and model_kwargs.get("pixel_values") is not None:
+            model_kwargs = compat.encode_and_expand_images(self, expand_size, input_ids, model_kwargs)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any):
+        if compat.GENERATE_KEEPS_ENCODER_OUTPUTS and generation_config.prefill_chunk_size is not None:
+            if model_kwargs.get("pixel_values") is not None or model_kwargs.get("mm_encoder_outputs") is not None:
+                raise ValueError(
+                    "prefill_chunk_size with images needs Transformers 5.20 or newer: older ones would give every "
+                    "chunk all images. Upgrade, or pass prefill_chunk_size=None."
+                )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
+
+
+__all__ = [
+    "FastVLMCausalLMOutputWithPast",
+    "FastVLMForConditionalGeneration",
+    "FastVLMModel",
+    "FastVLMModelOutputWithPast",
+    "FastVLMPreTrainedModel",
+]

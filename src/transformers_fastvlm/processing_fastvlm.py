@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processor: puts prompts and pictures into the form that the model takes.
+
+A prompt names each picture by one "<image>". The processor replaces it by as many placeholders as the picture has
+tokens, so that `input_ids` has a place for every image feature; the model only checks that the counts agree. On a
+directory laid out as Apple's, which has no processor files, everything is found in config.json and the tokenizer's
+files.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from transformers import AddedToken, AutoTokenizer, BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from . import anyres
+from .configuration_fastvlm import FastVLMConfig
+from .conversations import DEFAULT_VIDEO_FRAMES, answer_mask, image_sources, plain_message
+from .image_processing_pil_fastvlm import FastVLMImageProcessorPil
+from .tokens import IMAGE_TOKEN
+
+__all__ = ["FastVLMProcessor", "chat_template_for"]
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+_TEMPLATES = {"llama": "vicuna_v1"}
+
+
+@functools.cache
+def chat_template_for(text_model_type: str) -> str:
+    """Return the chat template of FastVLM on a text model: Vicuna v1 for "llama", ChatML for any other.
+
+    Args:
+        text_model_type: `model_type` of the text model's configuration.
+    """
+    name = _TEMPLATES.get(text_model_type, "chatml")
+    return resources.files(__package__).joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+
+
+class FastVLMProcessor(ProcessorMixin):
+    """Wraps an image processor and a tokenizer, expands "<image>" and renders conversations.
+
+    Loading from a directory laid out as Apple's also sets what generation needs and those files do not say: the chat
+    template of the text model (the tokenizer's own renders strings only), and padding on the left, since a decoder
+    continues each row from its end. Training code that pads on the right passes `padding_side="right"` in the call.
+    A directory that this class saved is loaded as it was saved.
+
+    The image processor is the Pillow one, exact to the reference, whatever is installed or was saved;
+    `from_pretrained(..., backend="torchvision")` chooses the other.
+
+    Args:
+        image_processor: `FastVLMImageProcessorPil` or `FastVLMImageProcessor`.
+        tokenizer: the text model's tokenizer. If it has no "<image>", that is added to this very object as a special
+            token; the tokenizer is never copied.
+        chat_template: Jinja template, or a dictionary of named ones; without it ChatML where the tokenizer knows
+            <|im_start|> and <|im_end|>, and otherwise none.
+        mm_patch_merge_type: how the model merges the tiles of an AnyRes picture: "flat", "spatial" or "spatial_unpad".
+            Must be the model's.
+        context_length: most tokens of a row, placeholders included; longer rows raise. None for no limit.
+
+    Attributes:
+        image_token: "<image>".
+        image_token_id: its id in this tokenizer.
+
+    Example:
+        >>> processor = FastVLMProcessor.from_pretrained("apple/FastVLM-0.5B")  # doctest: +SKIP
+        >>> inputs = processor(text="<image>\\nDescribe it.", images=picture, return_tensors="pt")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | dict[str, str] | None = None,
+        mm_patch_merge_type: str = "flat",
+        context_length: int | None = None,
+    ) -> None:
+        for name, part in (("image_processor", image_processor), ("tokenizer", tokenizer)):
+            if part is None:
+                raise ValueError(
+                    f"FastVLMProcessor got no {name}: it needs both an image processor and a tokenizer. "
+                    "FastVLMProcessor.from_pretrained finds both in a checkpoint."
+                )
+        if mm_patch_merge_type not in anyres.MERGE_TYPES:
+            raise ValueError(f"mm_patch_merge_type is {mm_patch_merge_type!r}; expected one of {anyres.MERGE_TYPES}.")
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = _image_token_id(tokenizer)
+        self.mm_patch_merge_type = mm_patch_merge_type
+        self.context_length = context_length
+        if chat_template is None and {"<|im_start|>", "<|im_end|>"} <= tokenizer.added_tokens_encoder.keys():
+            chat_template = chat_template_for("qwen2")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    # Loading
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read processor_config.json, or where there is none say what config.json implies."""
+        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+        processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "processor_class" not in processor_dict:
+            config = FastVLMConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            text_config = config.get_text_config()
+            # A template that came with the tokenizer and never mentions images cannot place them.
+            if "image" not in str(processor_dict.get("chat_template")):
+                processor_dict["chat_template"] = chat_template_for(text_config.model_type)
+            processor_dict.setdefault("mm_patch_merge_type", config.mm_patch_merge_type)
+            processor_dict.setdefault("context_length", getattr(text_config, "max_position_embeddings", None))
+        return processor_dict, kwargs
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        processor_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Return the image processor and the tokenizer; either may be handed in by name."""
+        processor_dict = processor_dict or {}
+        backend = kwargs.pop("backend", None)
+        kwargs.pop("use_fast", None)
+        image_processor, tokenizer = kwargs.pop("image_processor", None), kwargs.pop("tokenizer", None)
+        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        if image_processor is None:
+            image_class = _image_processor_class(backend)
+            names = image_class.valid_kwargs.__annotations__
+            image_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in names and key not in hub}
+            image_processor = image_class.from_pretrained(pretrained_model_name_or_path, **hub, **image_kwargs)
+        if tokenizer is None:
+            for own in ("mm_patch_merge_type", "context_length"):
+                kwargs.pop(own, None)
+            if "processor_class" not in processor_dict:
+                kwargs.setdefault("padding_side", "left")
+                kwargs.setdefault("chat_template", processor_dict.get("chat_template"))
+            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return [image_processor, tokenizer]
+
+    # Calling
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+        """Check the form of `text` and `images`, fetch pictures named by path or URL, wrap a single text in a list."""
+        if text is not None and not isinstance(text, str):
+            if not isinstance(text, list | tuple) or not text or not all(isinstance(row, str) for row in text):
+                raise ValueError(
+                    f"text is {_shown(text)}; expected a string or a non-empty list of strings. For a conversation use "
+                    "apply_chat_template, for token ids call the model."
+                )
+        missing = [index for index, image in enumerate(_flat(images)) if image is None]
+        if images is not None and missing:
+            raise ValueError(
+                f"Image {missing[0]} is None. Leave it out; for a row without images in a batch pass an empty list."
+            )
+        images = images if images is not None and _flat(images) else None
+        prepared: tuple[Any, Any, Any, Any] = super().prepare_inputs_layout(images=images, text=text, **kwargs)
+        return prepared
+
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
+        """Check that every "<image>" has its picture, row by row where `images` is nested.
+
+        Raises:
+            ValueError: counts differ, nothing was given, or something that the model does not take.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError(
+                f"FastVLM takes text and images, but {'videos' if videos is not None else 'audio'} was given. "
+                "Pass frames of a video as images, or put the video into a message for apply_chat_template."
+            )
+        if text is None and images is None:
+            raise ValueError("Neither text nor images were given; pass at least one of them.")
+        if text is not None:
+            rows = [text] if isinstance(text, str) else text
+            self._check_counts([row.count(self.image_token) for row in rows], images)
+        super().validate_inputs(images=None if images is None else _flat(images), text=text, **kwargs)
+
+    def _check_counts(self, places: list[int], images: Any) -> None:
+        """Compare the placeholders of each row with the images."""
+        by_row = images is not None and _is_nested(images)
+        counts = [len(_flat(row)) for row in images] if by_row else [0 if images is None else len(_flat(images))]
+        if by_row and len(counts) != len(places):
+            raise ValueError(
+                f"There are {len(places)} texts, but images has {len(counts)} rows. Pass one list of images for each "
+                "text (an empty one where there is none), or one flat list for all."
+            )
+        pairs = list(zip(places, counts, strict=True)) if by_row else [(sum(places), counts[0])]
+        for row, (expected, given) in enumerate(pairs):
+            if expected == given:
+                continue
+            where = f"Text {row}" if by_row and len(pairs) > 1 else "The text"
+            advice = "Write one placeholder for each image and pass the images in the same order."
+            if given == 0:
+                advice = (
+                    "Pass the images in the same order (as an image part of a message: with its url, path, base64 or "
+                    f"image). If {self.image_token} is meant literally, write it otherwise, such as < image >."
+                )
+            raise ValueError(f"{where} has {expected} {self.image_token}, but {given} images were given. {advice}")
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        images = _flat(images)
+        processed = self.image_processor(images, **kwargs)
+        return processed, [self.replace_image_token(processed, index, **kwargs) for index in range(len(images))]
+
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        """Return the placeholders of one picture, one a token.
+
+        Args:
+            image_inputs: what the image processor returned.
+            image_idx: which of its pictures.
+            **kwargs: the arguments that the image processor was called with.
+        """
+        sizes = image_inputs["image_sizes"][image_idx] if "image_sizes" in image_inputs else None
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:] if sizes is None else sizes
+        return self.image_token * self._tokens(int(height), int(width), kwargs)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Return the tokens and tiles of pictures of the given (height, width), for servers that plan ahead."""
+        if image_sizes is None:
+            return MultiModalData()
+        options = {**kwargs.get("images_kwargs", {}), **kwargs}
+        count_tiles = self.image_processor.get_number_of_image_patches
+        return MultiModalData(
+            num_image_tokens=[self._tokens(height, width, options) for height, width in image_sizes],
+            num_image_patches=[count_tiles(height, width, options) for height, width in image_sizes],
+        )
+
+    def _tokens(self, height: int, width: int, options: dict[str, Any]) -> int:
+        number: int = self.image_processor.get_number_of_image_tokens(height, width, self.mm_patch_merge_type, options)
+        return number
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        """Check each row of ids: no placeholder was cut off, and it fits into the context.
+
+        Transformers calls this between tokenizing and returning.
+        """
+        marked = "\U000f0000" + self.image_token  # a user's literal text (sanitize_control_tokens)
+        places = [row.count(self.image_token) - row.count(marked) for row in text]
+        for row, (ids, expected) in enumerate(zip(_as_lists(text_inputs["input_ids"]), places, strict=False)):
+            kept = ids.count(self.image_token_id)
+            if kept != expected:
+                raise ValueError(
+                    f"Truncation would leave {kept} of the {expected} image tokens of text {row}, and an image cannot "
+                    "be cut. Turn truncation off, raise max_length, or use a smaller image size."
+                )
+        if self.context_length is None:
+            return
+        rows = _as_lists(text_inputs.get("attention_mask", text_inputs["input_ids"]))
+        lengths = [sum(row) if "attention_mask" in text_inputs else len(row) for row in rows]
+        for row, length in enumerate(lengths):
+            if length > self.context_length:
+                raise ValueError(
+                    f"Text {row} has {length} tokens, {places[row] if row < len(places) else 0} of them for images, "
+                    f"but the model's context holds {self.context_length}. Shorten the text, pass fewer or smaller "
+                    "images, or truncate with truncation=True and max_length=… ."
+                )
+
+    # Conversations
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """Render a conversation, or a list of them, and with `tokenize=True` process it and its images.
+
+        As in Transformers. A content is a string or a list of parts: `{"type": "text", "text": …}`, `{"type": "image"}`
+        with `url`, `path`, `base64` or `image`, OpenAI's `image_url`, and `{"type": "video"}` with `video` (frames),
+        `path` or `url`, which becomes `num_frames` images (default 8, at most 32) spread evenly from first to last
+        frame; to the model they are pictures, it was trained on no videos. The conversation itself is not changed.
+
+        With `return_assistant_tokens_mask=True`, `assistant_masks` marks exactly the tokens to be learned, on every
+        supported version and with images.
+
+        Raises:
+            ValueError: an empty conversation, a part that is not understood, too many frames, or what `__call__` raises.
+        """
+        batched = isinstance(conversation, list | tuple) and bool(conversation) and not isinstance(conversation[0], dict)
+        chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
+        if not all(chats):
+            raise ValueError("A conversation has no messages; expected at least one with a role and a content.")
+        processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
+        frames = processor_kwargs.pop("num_frames", kwargs.pop("num_frames", DEFAULT_VIDEO_FRAMES))
+        chats = [[plain_message(message, frames) for message in chat] for chat in chats]
+        names = TextKwargs.__annotations__.keys() | self.image_processor.valid_kwargs.__annotations__.keys()
+        names -= inspect.signature(super().apply_chat_template).parameters.keys()
+        processor_kwargs |= {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        if not kwargs.get("return_assistant_tokens_mask") or not (kwargs.get("tokenize") and kwargs.get("return_dict")):
+            kwargs["processor_kwargs"] = processor_kwargs
+            return super().apply_chat_template(chats if batched else chats[0], chat_template, **kwargs)
+
+        for name in ("continue_final_message", "sanitize_control_tokens"):
+            if kwargs.pop(name, False):
+                raise ValueError(f"return_assistant_tokens_mask and {name} cannot go together; leave one of them out.")
+        for name in ("return_assistant_tokens_mask", "tokenize", "return_dict"):
+            del kwargs[name]
+        if kwargs.get("return_tensors", "auto") != "auto":
+            processor_kwargs["return_tensors"] = kwargs["return_tensors"]
+        kwargs.pop("return_tensors", None)
+        if isinstance(self.chat_template, dict):
+            chat_template = self.chat_template.get(chat_template or "default", chat_template)
+        return self._with_assistant_masks(chats, chat_template or self.chat_template, processor_kwargs, kwargs)
+
+    def _with_assistant_masks(
+        self, chats: list[list[dict[str, Any]]], template: Any, processor_kwargs: dict[str, Any], kwargs: dict[str, Any]
+    ) -> BatchFeature:
+        """Process conversations and mark the tokens of the template's generation blocks.
+
+        Transformers before 5.19 counts characters of the text without its placeholders expanded, and so marks the
+        wrong tokens where there are images or padding on the right.
+        """
+        if not isinstance(template, str):
+            raise ValueError("This processor has no chat template of that name, so a conversation cannot be rendered.")
+        prompts, spans = render_jinja_template(
+            conversations=chats,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **kwargs},
+        )
+        bos = self.tokenizer.bos_token
+        if bos is not None and prompts[0].startswith(bos):
+            processor_kwargs["add_special_tokens"] = False
+        images = [[part for message in chat for part in image_sources(message)] for chat in chats]
+        inputs: BatchFeature = self(
+            text=prompts,
+            images=images,
+            **processor_kwargs,
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+        )
+        offsets = _as_lists(inputs.pop("offset_mapping"))
+        replaced = inputs.pop("text_replacement_offsets", None) or [[] for _ in prompts]
+        inputs["assistant_masks"] = [answer_mask(*row) for row in zip(offsets, replaced, spans, strict=True)]
+        return inputs.convert_to_tensors(tensor_type=processor_kwargs.get("return_tensors"))
+
+
+def _image_token_id(tokenizer: Any) -> int:
+    """Return the id of "<image>" in `tokenizer`, which gets that token if it has none."""
+    if IMAGE_TOKEN not in tokenizer.added_tokens_encoder:
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return token_id
+
+
+def _image_processor_class(backend: str | None) -> Any:
+    if backend in (None, "pil"):
+        return FastVLMImageProcessorPil
+    if backend != "torchvision":
+        raise ValueError(f"backend is {backend!r}; expected 'pil' (the default, exact) or 'torchvision'.")
+    from .image_processing_fastvlm import FastVLMImageProcessor
+
+    return FastVLMImageProcessor
+
+
+def _is_nested(images: Any) -> bool:
+    """Whether `images` has one list for each text."""
+    return isinstance(images, list | tuple) and bool(images) and all(isinstance(row, list | tuple) for row in images)
+
+
+def _flat(images: Any) -> list[Any]:
+    """Return single pictures in order, from one picture, a batch in one array, or lists of either."""
+    if images is None:
+        return []
+    if isinstance(images, list | tuple):
+        return [image for row in images for image in (_flat(row) if row is not None else [None])]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+
+
+def _as_lists(rows: Any) -> list[Any]:
+    rows = rows.tolist() if hasattr(rows, "tolist") else rows
+    return [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+
+
+def _shown(value: Any) -> str:
+    text = f"{value!r} ({type(value).__name__})"
+    return text if len(text) <= 120 else f"{text[:100]}… ({type(value).__name__})"

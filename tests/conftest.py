@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by the suite: golden data and the tiny checkpoints rebuilt from it."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def _load_golden_module(name: str) -> ModuleType:
+    """Import tests/golden/`name`.py, which is a script beside data and not part of a package."""
+    if str(GOLDEN) not in sys.path:
+        sys.path.insert(0, str(GOLDEN))
+    spec = importlib.util.spec_from_file_location(name, GOLDEN / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of reference answers."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden_fill() -> ModuleType:
+    """The generator of deterministic weights and inputs, tests/golden/fill.py."""
+    return _load_golden_module("fill")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Build a tiny checkpoint laid out as Apple's by name, once a session; treat it as read-only."""
+    _load_golden_module("fill")
+    build = _load_golden_module("build").build
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def get(name: str) -> Path:
+        out = root / name
+        if not out.exists():
+            build(name, out)
+        return out
+
+    return get

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports point one way: from the command line down to the configuration, never back, and never between siblings."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "transformers_fastvlm"
+SOURCE = Path(__file__).parent.parent / "src" / PACKAGE
+
+# Top to bottom. A module may import only what stands in a lower layer. "" is the package itself, as in
+# `from transformers_fastvlm import FastVLMConfig`.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("__main__",),
+    ("cli",),
+    ("benchmarking", "evaluation", "export", "serving", "training"),
+    ("data", "engines"),
+    ("",),
+    ("registration",),
+    ("checkpoints", "inference"),
+    ("modeling_fastvlm", "processing_fastvlm"),
+    ("image_processing_fastvlm", "modeling_fastvithd"),
+    ("image_processing_pil_fastvlm",),
+    ("_image_processing_common",),
+    ("_image_inputs", "_image_resizing"),
+    ("configuration_fastvlm",),
+    ("_version", "anyres", "compat", "kernels", "tokens"),
+)
+# Neither side imports anything of the other, whatever the layers.
+MODELING = {"kernels", "modeling_fastvithd", "modeling_fastvlm"}
+PROCESSING = {
+    "_image_inputs",
+    "_image_processing_common",
+    "_image_resizing",
+    "image_processing_fastvlm",
+    "image_processing_pil_fastvlm",
+    "processing_fastvlm",
+}
+
+CORE_DEPENDENCIES = {"transformers", "torch", "safetensors", "tokenizers", "huggingface_hub", "PIL", "numpy"}
+# packaging, rich and typer are dependencies of Transformers; one part each has a use for them.
+DEPENDENCIES_OF_UNIT = {
+    "cli": {"rich", "typer"},
+    "compat": {"packaging"},
+    "image_processing_fastvlm": {"torchvision"},
+}
+
+RANK = {unit: rank for rank, layer in enumerate(reversed(LAYERS)) for unit in layer}
+
+
+def unit_of(module: str) -> str:
+    """Return the part of the package that `module`, a full dotted name, belongs to; "" is the package itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def module_name(file: Path, root: Path) -> str:
+    parts = (root.name, *file.relative_to(root).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[str, int, bool]]:
+    """Yield (full dotted name, line, whether it runs on import) of each import, lazy ones inside functions included.
+
+    `from a import b` yields `a.b`: whether b is a module or a name in one does not change the unit it belongs to.
+    """
+    lazy = {
+        id(inner)
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _is_type_checking(outer)
+        for inner in ast.walk(outer)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                parents = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*parents, base]) if base else ".".join(parents)
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield name, node.lineno, id(node) not in lazy
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def violations(root: Path) -> list[str]:
+    """Return one sentence for each import under the package folder `root` that its place in LAYERS forbids."""
+    units = {unit_of(module_name(file, root)) for file in root.rglob("*.py")}
+    found = [
+        f"{unit}: new here; give it a place in LAYERS of tests/test_layering.py" for unit in sorted(units - set(RANK))
+    ]
+    for file in sorted(root.rglob("*.py")):
+        module = module_name(file, root)
+        unit = unit_of(module)
+        tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+        for name, line, runs_on_import in imports_of(tree, module, file.name == "__init__.py"):
+            place = f"{file.relative_to(root)}:{line}"
+            top = name.split(".")[0]
+            if top == root.name:
+                # The last part of `from transformers_fastvlm import FastVLMConfig` is a name, not a unit.
+                target = unit_of(name) if unit_of(name) in units | set(RANK) else ""
+                if unit == target or unit not in RANK or target not in RANK:
+                    continue
+                crosses = {unit, target} & MODELING and {unit, target} & PROCESSING
+                if crosses or RANK[target] >= RANK[unit]:
+                    found.append(f"{place}: {unit or 'the package'} must not import {target or 'the package'}")
+            elif runs_on_import and top not in sys.stdlib_module_names:
+                allowed = CORE_DEPENDENCIES | DEPENDENCIES_OF_UNIT.get(unit, set())
+                if top not in allowed:
+                    found.append(
+                        f"{place}: {top} is not a core dependency; import it inside the function that needs it"
+                    )
+    return found
+
+
+def test_imports_point_down() -> None:
+    assert violations(SOURCE) == []
+
+
+def test_layers_name_each_unit_once() -> None:
+    units = [unit for layer in LAYERS for unit in layer]
+    assert len(units) == len(set(units))
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "expected"),
+    [
+        ("modeling_fastvlm.py", "from .processing_fastvlm import FastVLMProcessor", "must not import processing"),
+        ("processing_fastvlm.py", "from . import modeling_fastvlm", "must not import modeling"),
+        ("processing_fastvlm.py", "from .modeling_fastvithd import X", "must not import modeling_fastvithd"),
+        ("configuration_fastvlm.py", "import transformers_fastvlm.checkpoints.tables", "must not import checkpoints"),
+        ("anyres.py", "from transformers_fastvlm import FastVLMConfig", "must not import the package"),
+        ("training/loop.py", "from ..evaluation import vqa", "must not import evaluation"),
+        ("training/__init__.py", "from ..evaluation import vqa", "must not import evaluation"),
+        ("checkpoints/apple.py", "def f():\n    from ..inference.fuse import fuse", "must not import inference"),
+        ("checkpoints/apple.py", "from ..modeling_fastvlm import FastVLMModel", None),
+        ("checkpoints/apple.py", "from .tables import APPLE", None),
+        ("cli/main.py", "from ..training import loop\nimport typer", None),
+        ("modeling_fastvlm.py", "import timm", "timm is not a core dependency"),
+        ("modeling_fastvlm.py", "def f():\n    import timm", None),
+        ("modeling_fastvlm.py", "import torch.nn as nn\nfrom .modeling_fastvithd import FastViTHDModel", None),
+        ("odds.py", "", "odds: new here"),
+    ],
+)
+def test_the_check_itself(tmp_path: Path, file: str, source: str, expected: str | None) -> None:
+    root = tmp_path / PACKAGE
+    for name in ("", "checkpoints", "evaluation", "inference", "training"):
+        (root / name).mkdir()
+        (root / name / "__init__.py").touch()
+    for name in ("processing_fastvlm", "modeling_fastvlm", "modeling_fastvithd"):
+        (root / f"{name}.py").touch()
+    (root / file).parent.mkdir(exist_ok=True)
+    (root / file).write_text(source)
+    found = violations(root)
+    assert (found == []) if expected is None else (len(found) == 1 and expected in found[0]), found
