@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_image_processing_common",),
     ("_image_inputs", "_image_resizing"),
     ("configuration_fastvlm",),
-    ("_version", "anyres", "compat", "kernels", "tokens"),
+    ("_version", "anyres", "compat", "conversations", "kernels", "tokens"),
 )
 # Neither side imports anything of the other, whatever the layers.
 MODELING = {"kernels", "modeling_fastvithd", "modeling_fastvlm"}
@@ -35,6 +35,7 @@ PROCESSING = {
     "_image_inputs",
     "_image_processing_common",
     "_image_resizing",
+    "conversations",
     "image_processing_fastvlm",
     "image_processing_pil_fastvlm",
     "processing_fastvlm",

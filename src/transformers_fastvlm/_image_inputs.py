@@ -55,7 +55,7 @@ def read_image(source: str | os.PathLike) -> Image.Image:
     """Return the decoded picture at `source`, in its own mode, its EXIF orientation not applied.
 
     Args:
-        source: path of a file, http(s) address, or the file's bytes as base64, with or without `data:image/...;base64,`.
+        source: path of a file, http(s) address, or base64 of a file's bytes, with or without `data:image/...;base64,`.
 
     Raises:
         ValueError: not an image, empty, truncated, too large, or a text that is none of the above.
@@ -86,7 +86,8 @@ def read_image(source: str | os.PathLike) -> Image.Image:
         ) from error
     if not content:
         raise ValueError("the base64 image is empty (0 bytes).")
-    return _decode(io.BytesIO(content), "the base64 image")
+    what = "the base64 image" if prefix else f"the text {shown!r}, read as base64 since no file has that name,"
+    return _decode(io.BytesIO(content), what)
 
 
 def _download(address: str) -> io.BytesIO:
@@ -136,7 +137,10 @@ def load_pixels(image: Image.Image, what: str = "the image") -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """Return `image` turned as its EXIF orientation says."""
-    return ImageOps.exif_transpose(image)
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # a damaged EXIF block raises struct.error, SyntaxError, ValueError and more
+        raise ValueError(f"the image's EXIF block is damaged: {error}. Pass do_exif_transpose=False.") from error
 
 
 def pil_to_rgb(image: Image.Image) -> Image.Image:
@@ -203,7 +207,8 @@ def channel_axis(shape: Sequence[int], input_data_format: str | ChannelDimension
         )
     if not first and not last:
         raise ValueError(
-            f"an image array has shape {shape}; expected 1 (gray), 3 (RGB) or 4 (RGBA) channels as its first or last axis."
+            f"an image array has shape {shape}; expected 1 (gray), 3 (RGB) or 4 (RGBA) channels as its "
+            "first or last axis."
         )
     return 0 if first else 2
 

@@ -7,6 +7,7 @@ the two the Auto classes then build is decided when they are registered.
 
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 from PIL import Image
@@ -15,8 +16,8 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, SizeD
 from transformers.processing_utils import ImagesKwargs
 
 from . import _image_inputs
-from .anyres import STRIDE, best_resolution, check_pinpoints, num_image_tokens, num_tiles
-from .configuration_fastvlm import FastVLMConfig, FastViTHDConfig, is_flat, nested_from_flat
+from .anyres import STRIDE, check_pinpoints, num_image_tokens, num_tiles
+from .configuration_fastvlm import FastViTHDConfig, FastVLMConfig, is_flat, nested_from_flat
 
 ASPECT_RATIOS = ("pad", "square", "anyres")
 MIN_SIZE, MAX_SIZE = 64, 2048
@@ -25,7 +26,7 @@ _TYPES = ("FastVLMImageProcessor", "FastVLMImageProcessorPil")
 _UNUSED_OPTIONS = ("do_center_crop", "crop_size", "do_pad", "pad_size")
 
 
-class FastVLMImageProcessorKwargs(ImagesKwargs, total=False):
+class FastVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     r"""Options of the FastVLM image processors beyond those of every image processor.
 
     image_aspect_ratio (`str`):
@@ -102,6 +103,10 @@ class FastVLMImageProcessorMixin:
             ValueError: an option that FastVLM does not have, a value it cannot have, or two that contradict.
         """
         kwargs.setdefault("default_to_square", True)
+        for name in ("size", "image_aspect_ratio"):
+            if kwargs.get(name) is None:
+                own = getattr(self, name, None)
+                kwargs[name] = deepcopy(getattr(type(self), name) if own is None else own)
         options = super()._standardize_kwargs(**kwargs)  # type: ignore[misc]
         for name in _UNUSED_OPTIONS:
             if options.get(name):
@@ -111,19 +116,15 @@ class FastVLMImageProcessorMixin:
                 )
         if options.get("data_format") not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
             raise ValueError(f"data_format is {options['data_format']!r}; FastVLM takes 'channels_first' only.")
-        if options.get("size") is not None:
-            check_size(options["size"])
-        mode = options.get("image_aspect_ratio")
-        if mode is None:
-            mode = options["image_aspect_ratio"] = type(self).image_aspect_ratio
+        check_size(options["size"])
+        mode = options["image_aspect_ratio"]
         if mode not in ASPECT_RATIOS:
             raise ValueError(f"image_aspect_ratio is {mode!r}; expected one of {', '.join(map(repr, ASPECT_RATIOS))}.")
         pinpoints = options.get("image_grid_pinpoints")
         if mode == "anyres":
             if not options.get("do_resize", True):
                 raise ValueError("do_resize=False contradicts image_aspect_ratio='anyres', which resizes into tiles.")
-            size = options.get("size")
-            options["image_grid_pinpoints"] = check_pinpoints(pinpoints, size.height if size is not None else None)
+            options["image_grid_pinpoints"] = check_pinpoints(pinpoints, options["size"].height)
         elif pinpoints:
             options["image_grid_pinpoints"] = check_pinpoints(pinpoints)
         return options
@@ -143,8 +144,8 @@ class FastVLMImageProcessorMixin:
                 return image_url_or_urls[..., None]
             return image_url_or_urls
         raise TypeError(
-            f"an image is {type(image_url_or_urls).__name__}; expected a Pillow image, a numpy array, a torch tensor, a "
-            "path, an http(s) address, base64 text, or a list of these."
+            f"an image is {type(image_url_or_urls).__name__}; expected a Pillow image, a numpy array, a torch tensor, "
+            "a path, an http(s) address, base64 text, or a list of these."
         )
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
@@ -181,24 +182,26 @@ class FastVLMImageProcessorMixin:
             ValueError: the files describe another model, for instance a LLaVA with another vision tower.
         """
         name = pretrained_model_name_or_path
-        found: dict[str, Any] | None = None
+        found: dict[str, Any] = {}
+        reason: OSError | None = None
         try:
             found, rest = super().get_image_processor_dict(name, **kwargs)  # type: ignore[misc]
         except OSError as error:
-            missing = error
-        if found is not None and found.get("image_processor_type") in _TYPES:
+            reason = error
+        if found.get("image_processor_type") in _TYPES:
             return found, rest
         kwargs.pop("image_processor_filename", None)
         try:
             config, rest = PreTrainedConfig.get_config_dict(name, **kwargs)
         except OSError as error:
-            if found is None:
-                raise OSError(
-                    f"found neither preprocessor_config.json nor config.json in {str(name)!r}: {missing}"
-                ) from error
-            config = {}
+            config, reason = {}, error
+        if not found and not config:
+            raise OSError(
+                f"cannot read a preprocessor_config.json or config.json of {str(name)!r}; expected a local folder or a "
+                f"repository with one of them. {reason}"
+            ) from reason
         if config.get("model_type") not in _MODEL_TYPES:
-            described = found.get("image_processor_type") if found else None
+            described = found.get("image_processor_type")
             raise ValueError(
                 f"{str(name)!r} is not a FastVLM checkpoint: its image processor is {described!r} and its model_type "
                 f"{config.get('model_type')!r}; expected model_type {', '.join(map(repr, _MODEL_TYPES))}. Load it with "
@@ -216,17 +219,17 @@ def options_from_config(config: FastVLMConfig | FastViTHDConfig | dict[str, Any]
     Raises:
         ValueError: the configuration is not one of FastVLM's, such as one of LLaVA's with another vision tower.
     """
+    model: Any = config
     if isinstance(config, dict):
-        if is_flat(config):
-            config = nested_from_flat(config)
-        kind = FastViTHDConfig if config.get("model_type") == FastViTHDConfig.model_type else FastVLMConfig
-        config = kind.from_dict(config)
-    if isinstance(config, FastViTHDConfig):
-        return {"size": {"height": config.image_size, "width": config.image_size}}
-    side = config.vision_config.image_size
-    options = {"size": {"height": side, "width": side}, "image_aspect_ratio": config.image_aspect_ratio}
-    if config.image_grid_pinpoints:
-        options["image_grid_pinpoints"] = config.image_grid_pinpoints
+        nested = nested_from_flat(config) if is_flat(config) else config
+        kind = FastViTHDConfig if nested.get("model_type") == FastViTHDConfig.model_type else FastVLMConfig
+        model = kind.from_dict(nested)
+    if isinstance(model, FastViTHDConfig):
+        return {"size": {"height": model.image_size, "width": model.image_size}}
+    side = model.vision_config.image_size
+    options = {"size": {"height": side, "width": side}, "image_aspect_ratio": model.image_aspect_ratio}
+    if model.image_grid_pinpoints:
+        options["image_grid_pinpoints"] = model.image_grid_pinpoints
     return options
 
 
@@ -267,11 +270,6 @@ def per_channel(values: Any, channels: int, name: str) -> list[float]:
     if name == "image_std" and 0 in numbers:
         raise ValueError(f"image_std is {numbers}; expected numbers other than 0.")
     return numbers
-
-
-def anyres_target(size_hw: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Return the (height, width) that a picture is fitted into before it is cut into tiles."""
-    return best_resolution(size_hw, pinpoints)
 
 
 def _flatten(images: Any, ndims: int) -> list[Any]:

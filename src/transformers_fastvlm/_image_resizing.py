@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three ways a picture becomes square tiles, with Pillow's 8-bit resampling, and the same for extreme shapes.
 
+Pillow resamples one axis after the other and rounds to bytes in between, so the order matters. Pillow 13 began to
+choose it by the shape; here its rule is applied explicitly, so that every version of Pillow gives the same pixels.
+
 Padding a panorama to a square, or scaling its short side up before a centre crop, can ask for a canvas of 10^10
-pixels of which little is seen. Pillow resamples one axis after the other, rounding to bytes in between, so a result
-follows from two one-axis passes; here the pass along the oversized axis computes only the part that is seen. Its
-weights are Pillow's, to the bit: fixed-point with 22 fractional bits, applied in exact integer arithmetic.
+pixels of which little is seen. There the pass along the oversized axis computes only the part that is seen, with
+Pillow's weights to the bit: fixed-point with 22 fractional bits, applied in exact integer arithmetic.
 
 Sources: LLaVA's and Apple's preprocessing (what is padded, cropped and rounded where); Pillow's documentation of its
 resampling filters; Keys, *Cubic convolution interpolation for digital image processing*, 1981 (a = -0.5).
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -21,8 +24,25 @@ MAX_CANVAS_PIXELS = 2**26
 """Intermediate canvases of more pixels than this are never made."""
 
 _FRACTION_BITS = 22
-_BLOCK = 2**22
+_BLOCK = 2**20
+_MIN_BLOCK_WIDTH = 2**10
 _Resampling = Image.Resampling
+_TRANSPOSE = Image.Transpose.TRANSPOSE
+
+
+def vertical_first(size_hw: tuple[int, int], target_hw: tuple[int, int]) -> bool:
+    """Whether columns are resampled before rows: where the height loses over twice as many pixels as the width."""
+    shrink_h, shrink_w = size_hw[0] - target_hw[0], size_hw[1] - target_hw[1]
+    return shrink_h > 0 and shrink_h > 2 * shrink_w
+
+
+def resize(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
+    """Resize as Pillow 13 does, whatever the version."""
+    if vertical_first((image.height, image.width), (height, width)):
+        image = image.resize((image.width, height), resample)
+    else:
+        image = image.resize((width, image.height), resample)
+    return image.resize((width, height), resample)
 
 
 def pad_to_square(image: Image.Image, side: int, resample: int) -> Image.Image:
@@ -30,12 +50,12 @@ def pad_to_square(image: Image.Image, side: int, resample: int) -> Image.Image:
     width, height = image.size
     long = max(width, height)
     if width == height:
-        return image.resize((side, side), resample)
+        return resize(image, side, side, resample)
     left, top = (long - width) // 2, (long - height) // 2
     if long * long <= MAX_CANVAS_PIXELS:
         canvas = Image.new(image.mode, (long, long))
         canvas.paste(image, (left, top))
-        return canvas.resize((side, side), resample)
+        return resize(canvas, side, side, resample)
     result = Image.new(image.mode, (side, side))
     if width > height:
         flat = image.resize((side, height), resample)
@@ -56,34 +76,37 @@ def crop_to_square(image: Image.Image, side: int, resample: int) -> Image.Image:
     scaled = int(side * long / short)
     start = (scaled - side) // 2
     if scaled * side <= MAX_CANVAS_PIXELS:
-        size = (scaled, side) if width >= height else (side, scaled)
+        width, height = (scaled, side) if width >= height else (side, scaled)
         left, top = (start, 0) if width >= height else (0, start)
-        return image.resize(size, resample).crop((left, top, left + side, top + side))
+        return resize(image, width, height, resample).crop((left, top, left + side, top + side))
     seen = range(start, start + side)
     first, last = _seen(long, scaled, seen, resample)
     if width >= height:
         part = image.crop((first, 0, last, height))
         columns = _resample_lines(_columns(part), long, first, scaled, seen, resample)
         return _from_columns(columns, part).resize((side, side), resample)
-    part = image.crop((0, first, width, last)).resize((side, last - first), resample)
-    return _from_rows(_resample_lines(_rows(part), long, first, scaled, seen, resample), part)
+    part = image.crop((0, first, width, last))
+    if not vertical_first((height, width), (scaled, side)):
+        part = part.resize((side, last - first), resample)
+    part = _from_rows(_resample_lines(_rows(part), long, first, scaled, seen, resample), part)
+    return part.resize((side, side), resample)
 
 
 def cut_into_tiles(image: Image.Image, target_hw: tuple[int, int], side: int, resample: int) -> list[Image.Image]:
-    """Return the AnyRes views: the whole image squeezed to (side, side), then its tiles at `target_hw` in reading order.
+    """Return the AnyRes views: the whole image squeezed to (side, side), then its tiles in reading order.
 
-    The image is scaled to fit into `target_hw` and centred on black.
+    For the tiles the image is scaled to fit into `target_hw` and centred on black.
     """
     target_h, target_w = target_hw
     height, width = fitted_size((image.height, image.width), target_hw)
     canvas = Image.new(image.mode, (target_w, target_h))
-    canvas.paste(image.resize((width, height), resample), ((target_w - width) // 2, (target_h - height) // 2))
+    canvas.paste(resize(image, width, height, resample), ((target_w - width) // 2, (target_h - height) // 2))
     tiles = [
         canvas.crop((left, top, left + side, top + side))
         for top in range(0, target_h, side)
         for left in range(0, target_w, side)
     ]
-    return [image.resize((side, side), resample), *tiles]
+    return [resize(image, side, side, resample), *tiles]
 
 
 def _rows(image: Image.Image) -> np.ndarray:
@@ -93,7 +116,7 @@ def _rows(image: Image.Image) -> np.ndarray:
 
 def _columns(image: Image.Image) -> np.ndarray:
     """(width, height x channels) bytes."""
-    return np.ascontiguousarray(np.asarray(image).swapaxes(0, 1)).reshape(image.width, -1)
+    return _rows(image.transpose(_TRANSPOSE))
 
 
 def _from_rows(rows: np.ndarray, like: Image.Image) -> Image.Image:
@@ -101,8 +124,7 @@ def _from_rows(rows: np.ndarray, like: Image.Image) -> Image.Image:
 
 
 def _from_columns(columns: np.ndarray, like: Image.Image) -> Image.Image:
-    pixels = columns.reshape(len(columns), like.height, -1).swapaxes(0, 1)
-    return Image.frombytes(like.mode, (len(columns), like.height), np.ascontiguousarray(pixels).tobytes())
+    return Image.frombytes(like.mode, (like.height, len(columns)), columns.tobytes()).transpose(_TRANSPOSE)
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:
@@ -117,19 +139,27 @@ def _triangle(x: np.ndarray) -> np.ndarray:
     return np.maximum(1.0 - np.abs(x), 0.0)
 
 
-_FILTERS = {_Resampling.BICUBIC: (_cubic, 2.0), _Resampling.BILINEAR: (_triangle, 1.0)}
+_FILTERS: dict[int, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
+    _Resampling.BICUBIC: (_cubic, 2.0),
+    _Resampling.BILINEAR: (_triangle, 1.0),
+}
 
 
-def _window(position: int, in_size: int, out_size: int, resample: int) -> tuple[int, int]:
-    """The inputs [first, last) that output `position` of a line resampled from `in_size` to `out_size` is made of."""
+def _filter(resample: int) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+    """The filter's weight by distance, and the distance from which on it is 0."""
     if resample not in _FILTERS:
-        known = ", ".join(kind.name for kind in _FILTERS)
+        known = ", ".join(_Resampling(kind).name for kind in _FILTERS)
         raise ValueError(
             f"resample is {_Resampling(resample).name}; an image this long and narrow needs one of {known}. "
             "Crop it, or leave resample at BICUBIC."
         )
+    return _FILTERS[resample]
+
+
+def _window(position: int, in_size: int, out_size: int, resample: int) -> tuple[int, int]:
+    """The inputs [first, last) that output `position` of a line resampled from `in_size` to `out_size` is made of."""
     scale = in_size / out_size
-    reach = _FILTERS[_Resampling(resample)][1] * max(scale, 1.0)
+    reach = _filter(resample)[1] * max(scale, 1.0)
     centre = (position + 0.5) * scale
     return max(int(centre - reach + 0.5), 0), min(int(centre + reach + 0.5), in_size)
 
@@ -163,23 +193,25 @@ def _resample_lines(
     length, columns = lines.shape
     scale = in_size / out_size
     stretch = max(scale, 1.0)
-    result = np.zeros((len(wanted), columns), np.uint8)
+    kernel, _ = _filter(resample)
+    passes = []
     for row, position in enumerate(wanted):
         first, last = _window(position, in_size, out_size, resample)
         centre = (position + 0.5) * scale
-        kernel = _FILTERS[_Resampling(resample)][0]
         weights = kernel((np.arange(last - first) + first - centre + 0.5) * (1.0 / stretch))
         # Pillow adds the weights up one by one; numpy's sum would round differently.
         total = np.add.accumulate(weights)[-1]
         fixed = np.trunc(weights / total * (1 << _FRACTION_BITS) + np.where(weights < 0, -0.5, 0.5))
         start, stop = max(first, offset), min(last, offset + length)
-        if start >= stop:
-            continue
-        fixed = fixed[start - first : stop - first]
-        step = max(_BLOCK // len(fixed), 1)
-        for at in range(0, columns, step):
-            block = lines[start - offset : stop - offset, at : at + step]
-            # Sums stay far below 2^53, so float64 products are exact integers in any order of summation.
-            value = fixed @ block.astype(np.float64) + (1 << (_FRACTION_BITS - 1))
+        if start < stop:
+            passes.append((row, start - offset, stop - offset, fixed[start - first : stop - first]))
+
+    result = np.zeros((len(wanted), columns), np.uint8)
+    step = max(_BLOCK // length, _MIN_BLOCK_WIDTH)
+    for at in range(0, columns, step):
+        block = lines[:, at : at + step].astype(np.float64)
+        for row, start, stop, fixed in passes:
+            # Sums stay far below 2^53, so these are exact integers whatever the order of summation.
+            value = fixed @ block[start:stop] + (1 << (_FRACTION_BITS - 1))
             result[row, at : at + step] = np.clip(np.floor(value / (1 << _FRACTION_BITS)), 0, 255)
     return result

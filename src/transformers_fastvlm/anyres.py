@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic of AnyRes (LLaVA-NeXT's dynamic resolution): which tiles a picture is cut into and how many tokens it gets.
+"""Arithmetic of AnyRes, LLaVA-NeXT's dynamic resolution: the tiles a picture is cut into and the tokens it gets.
 
 The image processors cut by it, the processor counts placeholders by it and the model stitches features by it, so
 that the three cannot disagree. Pure Python integers and floats; picture and grid sizes are (height, width),
@@ -43,7 +43,7 @@ def check_pinpoints(pinpoints: Any, tile_size: int | Sequence[int] | None = None
 
     Args:
         pinpoints: pairs of (width, height) in pixels, or the text of such a list, as some checkpoints store it.
-        tile_size: side of a square tile, or its (height, width); when given, every pinpoint must be made of whole tiles.
+        tile_size: side of a square tile, or its (height, width); when given, pinpoints must be made of whole tiles.
 
     Raises:
         ValueError: no pinpoints, something that is not a pair of positive integers, or a pinpoint cut unevenly.
@@ -72,8 +72,8 @@ def check_pinpoints(pinpoints: Any, tile_size: int | Sequence[int] | None = None
         for width, height in checked:
             if width % tile_w or height % tile_h:
                 raise ValueError(
-                    f"image_grid_pinpoints contains [{width}, {height}] (width, height), which is not made of whole tiles "
-                    f"of {tile_w}x{tile_h}; choose pinpoints that are multiples of the tile, or another size."
+                    f"image_grid_pinpoints contains [{width}, {height}] (width, height), which is not made of whole "
+                    f"tiles of {tile_w}x{tile_h}; choose pinpoints that are multiples of the tile, or another size."
                 )
     return checked
 

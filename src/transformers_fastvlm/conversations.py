@@ -20,7 +20,7 @@ __all__ = [
 DEFAULT_VIDEO_FRAMES = 8
 """Frames taken from a video in a message unless `num_frames` says otherwise."""
 MAX_VIDEO_FRAMES = 32
-"""Most frames taken from one video: 8192 tokens at 1024 pixels, the longest text the published models were trained on."""
+"""Most frames taken from one video: 8192 tokens at 1024 pixels, as many as the published models were trained on."""
 
 _IMAGE_SOURCES = ("image", "url", "path", "base64")
 _VIDEO_SOURCES = ("video", "path", "url")

@@ -28,13 +28,12 @@ from ._image_inputs import (
 from ._image_processing_common import (
     FastVLMImageProcessorKwargs,
     FastVLMImageProcessorMixin,
-    anyres_target,
     check_one_shape,
     check_unresized,
     per_channel,
 )
-from ._image_resizing import MAX_CANVAS_PIXELS, crop_to_square, pad_to_square
-from .anyres import fitted_size
+from ._image_resizing import MAX_CANVAS_PIXELS, crop_to_square, pad_to_square, vertical_first
+from .anyres import best_resolution, fitted_size
 
 if is_torch_available():
     import torch
@@ -75,7 +74,7 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         do_exif_transpose: bool | None = None,
         **kwargs: Any,
     ) -> "torch.Tensor":
-        """Return one picture as (channels, height, width) bytes on `device`; 3 channels unless `do_convert_rgb` is off."""
+        """Return one picture as (channels, height, width) bytes on `device`, of 3 channels if `do_convert_rgb`."""
         if isinstance(image, Image.Image):
             image = load_pixels(image)
             if do_exif_transpose:
@@ -85,7 +84,7 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         if image.ndim == 2:
             image, input_data_format = image[None], ChannelDimension.FIRST
         axis = channel_axis(image.shape, input_data_format)
-        height, width = (image.shape[1:] if axis == 0 else image.shape[:2])
+        height, width = image.shape[1:] if axis == 0 else image.shape[:2]
         check_dimensions(width, height)
         if is_torch_tensor(image):
             pixels = _tensor_to_uint8(image.detach() if device is None else image.detach().to(device))
@@ -98,7 +97,7 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
             pixels = pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
         return pixels.contiguous()
 
-    def _preprocess(  # type: ignore[override]
+    def _preprocess(
         self,
         images: list["torch.Tensor"],
         *,
@@ -111,7 +110,7 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         image_mean: float | tuple[float, ...],
         image_std: float | tuple[float, ...],
         image_aspect_ratio: str,
-        image_grid_pinpoints: list[list[int]] | None,
+        image_grid_pinpoints: list[list[int]],
         return_tensors: str | TensorType | None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -123,7 +122,7 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
                 check_unresized(*size_hw)
                 views = image[None]
             elif image_aspect_ratio == "anyres":
-                views = self._tiles(image, anyres_target(size_hw, image_grid_pinpoints), size.height, resample)
+                views = self._tiles(image, best_resolution(size_hw, image_grid_pinpoints), size.height, resample)
             else:
                 make_square = self._padded if image_aspect_ratio == "pad" else self._cropped
                 views = make_square(image, size.height, resample)[None]
@@ -153,10 +152,12 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
     def _scaled(self, image: "torch.Tensor", height: int, width: int, resample: int) -> "torch.Tensor":
         """(channels, h, w) bytes to (channels, height, width) bytes, antialiased.
 
-        Rows first, then columns, rounded to bytes in between as in Pillow: where the filter overshoots at sharp edges,
-        as in text, one pass in floating point differs visibly.
+        One axis after the other, rounded to bytes in between as in Pillow: where the filter overshoots at sharp
+        edges, as in text, one pass in floating point differs visibly.
         """
-        for size_hw in ((image.shape[1], width), (height, width)):
+        columns_first = vertical_first((image.shape[1], image.shape[2]), (height, width))
+        between = (height, image.shape[2]) if columns_first else (image.shape[1], width)
+        for size_hw in (between, (height, width)):
             if image.shape[1:] == size_hw:
                 continue
             target = SizeDict(height=size_hw[0], width=size_hw[1])
@@ -175,12 +176,15 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
             return self._scaled(image, side, side, resample)
         if long * (long if height > width else side) > MAX_CANVAS_PIXELS:
             return _from_pil(pad_to_square(_to_pil(image), side, resample)).to(image.device)
-        left, top = (long - width) // 2, (long - height) // 2
         if width > height:
-            # Black rows stay black in the pass along the rows, and need not be there yet.
-            image, left, width = self._scaled(image, height, side, resample), 0, side
-        canvas = image.new_zeros((channels, long, max(width, side if left == 0 else long)))
-        canvas[:, top : top + height, left : left + width] = image
+            # Black rows stay black in the pass along the rows, so they are added after it.
+            top = (long - height) // 2
+            canvas = image.new_zeros((channels, long, side))
+            canvas[:, top : top + height] = self._scaled(image, height, side, resample)
+        else:
+            left = (long - width) // 2
+            canvas = image.new_zeros((channels, long, long))
+            canvas[:, :, left : left + width] = image
         return self._scaled(canvas, side, side, resample)
 
     def _cropped(self, image: "torch.Tensor", side: int, resample: int) -> "torch.Tensor":
@@ -221,11 +225,11 @@ def _tensor_to_uint8(pixels: "torch.Tensor") -> "torch.Tensor":
         return pixels
     if pixels.dtype == torch.bool:
         return pixels.to(torch.uint8) * 255
+    if pixels.is_complex():
+        raise ValueError(f"an image tensor has dtype {pixels.dtype}; expected integers in 0...255 or floats in 0...1.")
     low, high = pixels.min().item(), pixels.max().item()
     if pixels.is_floating_point():
         check_float_range(low, high)
         return pixels.to(torch.float32).mul(255).clamp_(0, 255).round_().to(torch.uint8)
-    if pixels.is_complex():
-        raise ValueError(f"an image tensor has dtype {pixels.dtype}; expected integers in 0...255 or floats in 0...1.")
-    check_integer_range(low, high)
+    check_integer_range(int(low), int(high))
     return pixels.to(torch.uint8)

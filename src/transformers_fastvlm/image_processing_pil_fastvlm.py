@@ -18,12 +18,12 @@ from ._image_inputs import array_to_pil, load_pixels, pil_as_is, pil_to_rgb, upr
 from ._image_processing_common import (
     FastVLMImageProcessorKwargs,
     FastVLMImageProcessorMixin,
-    anyres_target,
     check_one_shape,
     check_unresized,
     per_channel,
 )
 from ._image_resizing import crop_to_square, cut_into_tiles, pad_to_square
+from .anyres import best_resolution
 
 __all__ = ["FastVLMImageProcessorPil"]
 
@@ -77,7 +77,7 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
         do_exif_transpose: bool | None = None,
         **kwargs: Any,
     ) -> Image.Image:
-        """Return one picture as a Pillow image, decoded and checked: RGB, or with its channels if `do_convert_rgb` is off."""
+        """Return one picture as a Pillow image, decoded and checked, in mode RGB if `do_convert_rgb`."""
         if isinstance(image, Image.Image):
             image = load_pixels(image)
             if do_exif_transpose:
@@ -89,7 +89,7 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
             image = (image.float() if image.is_floating_point() else image).numpy()
         return array_to_pil(image, input_data_format, bool(do_convert_rgb))
 
-    def _preprocess(  # type: ignore[override]
+    def _preprocess(
         self,
         images: list[Image.Image],
         *,
@@ -102,7 +102,7 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
         image_mean: float | tuple[float, ...],
         image_std: float | tuple[float, ...],
         image_aspect_ratio: str,
-        image_grid_pinpoints: list[list[int]] | None,
+        image_grid_pinpoints: list[list[int]],
         return_tensors: str | TensorType | None,
         device: Any = None,
         **kwargs: Any,
@@ -118,7 +118,7 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
             elif image_aspect_ratio == "square":
                 views = [crop_to_square(image, size.height, resample)]
             else:
-                target = anyres_target((image.height, image.width), image_grid_pinpoints)
+                target = best_resolution((image.height, image.width), image_grid_pinpoints)
                 views = cut_into_tiles(image, target, size.height, resample)
             tiles.extend(views)
             counts.append(len(views))

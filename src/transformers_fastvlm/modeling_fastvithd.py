@@ -140,6 +140,15 @@ def _merged_conv(like: nn.Conv2d, kernel: Tensor, bias: Tensor) -> _Conv2d:
     return conv
 
 
+def _float32_from_float16(hidden: Tensor, weight_dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Return a context in which autocast to float16 is off, if float16 is in use, and an empty one otherwise."""
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    if autocast or weight_dtype == torch.float16:
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 class SqueezeExcite(nn.Module):
     """Scale each channel by a gate computed from the mean over the whole map, whatever its size."""
 
@@ -517,11 +526,17 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise kernels to unit gain, matrices by `initializer_range`, layer scales by `layer_scale_init_value`."""
+        """Initialise a new model so that activations keep their size, in either form and at any depth.
+
+        Kernels follow He et al., arXiv 1502.01852, section 2.2; merged mixers and position encodings start as the
+        identity, which is what their train-time forms nearly are at first; matrices use `initializer_range`.
+        """
         super()._init_weights(module)
         if isinstance(module, nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            init.normal_(module.weight, mean=0.0, std=fan_in**-0.5)
+            init.normal_(module.weight, mean=0.0, std=(2.0 / module.weight[0].numel()) ** 0.5)
+        elif isinstance(module, RepMixer | RepCPE) and module.merged:
+            identity = _identity_kernel(module.reparam_conv)
+            init.copy_(module.reparam_conv.weight, identity.to(module.reparam_conv.weight.dtype))
         elif isinstance(module, RepMixer | RepMixerBlock | AttentionBlock):
             for name, parameter in module.named_parameters(recurse=False):
                 if name.startswith("layer_scale"):
@@ -581,16 +596,17 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
         """
         hidden = self.patch_embed(self._check_pixel_values(pixel_values))
         outputs: list[Tensor] = []
-        with contextlib.ExitStack() as stack:
-            for index, module in enumerate(self.network):
-                if index == _FIRST_FLOAT32_MODULE and hidden.dtype == torch.float16:
-                    stack.enter_context(torch.autocast(hidden.device.type, enabled=False))
-                    hidden = hidden.float()
+        for index, module in enumerate(self.network):
+            context: contextlib.AbstractContextManager = contextlib.nullcontext()
+            if index >= _FIRST_FLOAT32_MODULE:
+                context = _float32_from_float16(hidden, self.patch_embed_dtype)
+                hidden = hidden.float() if hidden.dtype == torch.float16 else hidden
+            with context:
                 hidden = module(hidden, **kwargs) if isinstance(module, FastViTHDStage) else module(hidden)
-                if index in _STAGE_MODULES:
-                    outputs.append(hidden)
-                    if len(outputs) == last_stage:
-                        break
+            if index in _STAGE_MODULES:
+                outputs.append(hidden)
+                if len(outputs) == last_stage:
+                    break
         return outputs
 
     def reparameterize(self) -> "FastViTHDPreTrainedModel":
@@ -679,11 +695,8 @@ class FastViTHDModel(FastViTHDPreTrainedModel):
         attention_kwargs = {k: v for k, v in kwargs.items() if k in ("output_attentions",)}
         stages = self._trunk(pixel_values, **attention_kwargs)
         dtype = self.patch_embed_dtype
-        last = stages[-1]
-        with contextlib.ExitStack() as stack:
-            if dtype == torch.float16 or (last.dtype == torch.float32 and stages[0].dtype == torch.float16):
-                stack.enter_context(torch.autocast(last.device.type, enabled=False))
-            last = self.conv_exp(last)
+        with _float32_from_float16(stages[-1], dtype):
+            last = self.conv_exp(stages[-1])
             pooled = last.mean((2, 3)).to(dtype)
             features = self.multi_scale(stages[:4], last) if self.multi_scale is not None else last
         pooled = self.head(pooled) if self.head is not None else pooled

@@ -150,6 +150,8 @@ def _key_error(what: str, keys: set[str]) -> str:
 class FastVLMModel(FastVLMPreTrainedModel):
     """Encoder, projector and language model, without the head that predicts tokens."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
     def __init__(self, config: FastVLMConfig):
         super().__init__(config)
         self.vision_tower = FastViTHDModel._from_config(config.vision_config)

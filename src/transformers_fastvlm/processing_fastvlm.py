@@ -10,7 +10,7 @@ files.
 import functools
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -273,12 +273,13 @@ class FastVLMProcessor(ProcessorMixin):
         frame; to the model they are pictures, it was trained on no videos. The conversation itself is not changed.
 
         With `return_assistant_tokens_mask=True`, `assistant_masks` marks exactly the tokens to be learned, on every
-        supported version and with images.
+        supported version and with images; these may also come as `processor_kwargs={"images": …}`, for conversations
+        of strings.
 
         Raises:
-            ValueError: an empty conversation, a part that is not understood, too many frames, or what `__call__` raises.
+            ValueError: no messages, a part that is not understood, too many frames, or what a call raises.
         """
-        batched = isinstance(conversation, list | tuple) and bool(conversation) and not isinstance(conversation[0], dict)
+        batched = isinstance(conversation, list | tuple) and conversation and not isinstance(conversation[0], dict)
         chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
         if not all(chats):
             raise ValueError("A conversation has no messages; expected at least one with a role and a content.")
@@ -323,7 +324,8 @@ class FastVLMProcessor(ProcessorMixin):
         bos = self.tokenizer.bos_token
         if bos is not None and prompts[0].startswith(bos):
             processor_kwargs["add_special_tokens"] = False
-        images = [[part for message in chat for part in image_sources(message)] for chat in chats]
+        sources = [[source for message in chat for source in image_sources(message)] for chat in chats]
+        images = processor_kwargs.pop("images", None) or sources
         inputs: BatchFeature = self(
             text=prompts,
             images=images,

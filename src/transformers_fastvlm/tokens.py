@@ -34,7 +34,7 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision",
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULT_TOKENS: dict[str, dict[str, str]] = {
     # What a tokenizer class assumes where tokenizer_config.json is silent (a null there means none).
-    "Qwen2Tokenizer": {name: "<|endoftext|>" for name in ("eos_token", "unk_token", "pad_token")},
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "TokenizersBackend": {},
     "PreTrainedTokenizer": {},
@@ -133,18 +133,25 @@ def _added_tokens(
 ) -> list[str]:
     """Return the added tokens in the order in which the tokenizer adds them."""
     config = dict(config)
+    if not config.get("extra_special_tokens") and "additional_special_tokens" in config:
+        config["extra_special_tokens"] = config.pop("additional_special_tokens")
     in_json = {int(entry["id"]): entry["content"] for entry in serialized.get("added_tokens") or ()}
     if "added_tokens_decoder" in config:
         by_id = {int(index): _text(token) for index, token in config["added_tokens_decoder"].items()}
     else:
-        config.update(_read_json(files.get("special_tokens_map.json")))
+        named_later = _read_json(files.get("special_tokens_map.json"))
+        if isinstance(named_later.get("extra_special_tokens"), list):
+            named_later["extra_special_tokens"] = [
+                *(config.get("extra_special_tokens") or ()), *named_later["extra_special_tokens"]
+            ]  # fmt: skip
+        config.update(named_later)
         by_id = {index: token for token, index in _read_json(files.get("added_tokens.json")).items()}
         by_id.update(in_json)
     ordered = [by_id[index] for index in sorted(by_id)]
     if tokenizer_class in _KEEP_SERIALIZED:
         ordered = [*in_json.values(), *ordered]
 
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra = config.get("extra_special_tokens", config.get("additional_special_tokens")) or []
     named = {**_DEFAULT_TOKENS[tokenizer_class], **{name: config[name] for name in _NAMED_TOKENS if name in config}}
     ordered += [_text(named[name]) for name in _NAMED_TOKENS if named.get(name)]
     # Tokens with names of their own ("image_token" and the like) follow the usual ones.

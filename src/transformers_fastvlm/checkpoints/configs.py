@@ -89,7 +89,8 @@ def apple_config(config: FastVLMConfig) -> dict[str, Any]:
     Raises:
         ValueError: the language model or the projector is one that Apple's layout cannot name.
     """
-    text = config.text_config
+    text: Any = config.text_config
+    vision: Any = config.vision_config
     if text.model_type not in _APPLE_NAMES:
         raise ValueError(
             f"The language model is a {text.model_type!r}; Apple's layout has names for {' and '.join(_APPLE_NAMES)} "
@@ -108,7 +109,6 @@ def apple_config(config: FastVLMConfig) -> dict[str, Any]:
     rope = dict(getattr(text, "rope_parameters", None) or {})
     flat["rope_theta"] = rope.pop("rope_theta", getattr(text, "rope_theta", 10000.0))
     flat["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-    vision = config.vision_config
     flat |= {
         "architectures": [architecture],
         "image_aspect_ratio": config.image_aspect_ratio,
@@ -138,7 +138,8 @@ def native_config(config: FastVLMConfig, vocabulary: int) -> dict[str, Any]:
     Raises:
         ValueError: the encoder differs from FastViTHD in something that timm's cannot vary, or there is no image token.
     """
-    vision, text = config.vision_config, config.text_config
+    vision: Any = config.vision_config
+    text: Any = config.text_config
     fixed = [field for field in _NATIVE_FIXED if _differs(vision, field)]
     if fixed:
         values = ", ".join(f"{field}={_jsonable(getattr(vision, field))!r}" for field in fixed)
@@ -203,7 +204,8 @@ def native_processor_files(config: FastVLMConfig) -> dict[str, dict[str, Any]]:
     The picture is padded to a black square and resized with "pad", centre-cropped with "square"; AnyRes has no
     counterpart there, and is padded.
     """
-    side = config.vision_config.image_size
+    vision: Any = config.vision_config
+    side = vision.image_size
     return {
         "preprocessor_config.json": {
             "image_processor_type": "LlavaImageProcessor",
@@ -225,7 +227,7 @@ def native_processor_files(config: FastVLMConfig) -> dict[str, dict[str, Any]]:
             "processor_class": "LlavaProcessor",
             "image_token": "<image>",
             "num_additional_image_tokens": 0,
-            "patch_size": config.vision_config.stride,
+            "patch_size": vision.stride,
             "vision_feature_select_strategy": "full",
         },
     }

@@ -24,7 +24,7 @@ from .layouts import to_apple_name, to_our_name
 from .native import EXTRA_FILE, NOT_IN_NATIVE, to_native_name
 from .source import Checkpoint, Layout, read_checkpoint
 
-__all__ = ["DROPPED_FILES", "Conversion", "convert"]
+__all__ = ["DROPPED_FILES", "DROPPED_FROM", "Conversion", "convert"]
 
 _ANEW = "written anew"
 DROPPED_FILES: dict[str, str] = {
@@ -152,7 +152,7 @@ def _write(
     layout: Layout,
     progress: Callable[[int, int, str], None] | None,
 ) -> Conversion:
-    vocabulary = checkpoint.config.text_config.vocab_size
+    vocabulary = checkpoint.vocabulary
     not_copied = _copy_files(checkpoint, directory, layout)
     if layout == "native" != checkpoint.layout:
         _prepare_native(checkpoint, directory)
@@ -231,7 +231,7 @@ def _prepare_native(checkpoint: Checkpoint, directory: Path) -> None:
         write_json(directory / name, content)
     if config.mm_patch_merge_type != "flat" or config.image_aspect_ratio == "anyres":
         checkpoint.notes.append("the native port has no AnyRes: it sees each picture as one padded square")
-    token_id, rows = config.image_token_id, config.text_config.vocab_size
+    token_id, rows = config.image_token_id, checkpoint.vocabulary
     if token_id is None:
         return
     _add_image_token(directory, token_id)

@@ -18,7 +18,17 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["StoredTensor", "read_directory", "read_json", "read_tensors", "same_values", "write_json", "write_tensors"]
+__all__ = [
+    "StoredTensor",
+    "read_directory",
+    "read_json",
+    "read_tensors",
+    "same_values",
+    "sync_directory",
+    "write_directory",
+    "write_json",
+    "write_tensors",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

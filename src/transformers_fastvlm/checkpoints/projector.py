@@ -77,7 +77,7 @@ def _load(path: Path) -> Any:
             f"{path} is refused: it is damaged, or holds more than tensors, and loading it could run code "
             f"({str(error).splitlines()[0]})."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle can fail in any way
         raise ValueError(f"{path} cannot be read as a PyTorch file: {error}. It is damaged; fetch it again.") from error
 
 

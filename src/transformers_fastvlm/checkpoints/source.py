@@ -45,9 +45,16 @@ class Checkpoint:
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the vocabulary."""
+        text: Any = self.config.text_config
+        return int(text.vocab_size)
+
     def resize_vocabulary(self, rows: int) -> None:
         """Cut the embeddings and the head to `rows` rows, or lengthen them by copies of their first row."""
-        self.config.text_config.vocab_size = rows
+        text: Any = self.config.text_config
+        text.vocab_size = rows
         for name in (_EMBEDDING, _HEAD):
             if name in self.tensors:
                 self.tensors[name] = self.tensors[name].with_rows(rows)
@@ -128,7 +135,8 @@ def _refuse_unknown(directory: Path, unknown: list[str]) -> None:
 def _correct_config(checkpoint: Checkpoint) -> None:
     """Let the tensors decide what config.json does not say, or may have wrong."""
     tensors, config, raw = checkpoint.tensors, checkpoint.config, checkpoint.raw_config
-    vision, text = config.vision_config, config.text_config
+    vision: Any = config.vision_config
+    text: Any = config.text_config
     vision.reparameterized = not any(part in name for name in tensors for part in _TRAIN_TIME_PARTS)
     vision.projection_dim = tensors[_CLIP_HEAD].shape[-1] if _CLIP_HEAD in tensors else 0
     if _EMBEDDING in tensors:
@@ -145,7 +153,7 @@ def _correct_config(checkpoint: Checkpoint) -> None:
         text.tie_word_embeddings = config.tie_word_embeddings
     if checkpoint.layout == "native":
         rows = native_vocabulary(raw)
-        if rows is not None and rows < text.vocab_size:
+        if rows is not None and rows < checkpoint.vocabulary:
             checkpoint.resize_vocabulary(rows)
 
 

@@ -23,8 +23,11 @@ EXPLAINED = explained_skips()
 
 def pytest_configure(config: pytest.Config) -> None:
     import transformers
+    from transformers.utils.logging import disable_progress_bar
 
     import transformers_fastvlm
+
+    disable_progress_bar()
 
     # Upstream's pipeline tests look classes up by name in `transformers`.
     for name in transformers_fastvlm.__all__:

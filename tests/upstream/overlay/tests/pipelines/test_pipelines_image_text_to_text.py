@@ -23,17 +23,26 @@ class ImageTextToTextPipelineTests:
         """Return the pipeline and its examples."""
         processor = AutoProcessor.from_pretrained(model.name_or_path)
         pipe = pipeline(self.task, model=model.to(getattr(torch, dtype)), processor=processor, max_new_tokens=4)
-        return pipe, [chat(IMAGE), chat(IMAGE, IMAGE), chat()]
+        prompt = "<image>\nWhat is this?"
+        return pipe, [{"text": prompt, "images": IMAGE}, {"text": 2 * prompt, "images": [IMAGE, IMAGE]}]
 
     def run_pipeline_test(self, pipe: Any, examples: list[Any]) -> None:
         """Ask by conversation and by prompt, for one answer and for several at once."""
+        greedy = {"do_sample": False}
         for example in examples:
-            answer = pipe(example, generate_kwargs={"do_sample": False})
-            assert answer[0]["input_text"] == example
+            answer = pipe(**example, generate_kwargs=greedy)
+            assert answer[0]["input_text"] == example["text"]
+            assert answer[0]["generated_text"].startswith(example["text"])
+            only_new = pipe(**example, generate_kwargs=greedy, return_full_text=False)
+            assert answer[0]["generated_text"] == example["text"] + only_new[0]["generated_text"]
+        chats = [chat(IMAGE), chat(IMAGE, IMAGE, text="What are these?"), chat()]
+        alone = []
+        for conversation in chats:
+            answer = pipe(conversation, generate_kwargs=greedy)
+            assert answer[0]["input_text"] == conversation
             assert answer[0]["generated_text"][-1]["role"] == "assistant"
-        answer = pipe(images=IMAGE, text="<image>\nWhat is this?", generate_kwargs={"do_sample": False})
-        assert answer[0]["generated_text"].startswith("<image>\nWhat is this?")
-        answers = pipe(examples[:2], generate_kwargs={"do_sample": False}, batch_size=2)
-        alone = [pipe(example, generate_kwargs={"do_sample": False}) for example in examples[:2]]
+            alone.append(answer[0]["generated_text"])
+        together = [answers[0]["generated_text"] for answers in pipe(chats, generate_kwargs=greedy, batch_size=3)]
+        assert len(together) == len(alone)
         if pipe.model.dtype == torch.float32:
-            assert [a[0]["generated_text"] for a in answers] == [a[0]["generated_text"] for a in alone]
+            assert together == alone

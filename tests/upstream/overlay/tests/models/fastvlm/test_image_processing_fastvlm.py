@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transformers' tests of image processors, on FastVLM's two."""
 
+import subprocess
+import sys
+import tempfile
 import unittest
 from typing import Any
 
 import torch
+from PIL import Image
 
 from transformers_fastvlm import FastVLMImageProcessor, FastVLMImageProcessorPil
 
@@ -48,3 +52,33 @@ class FastVLMImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     @property
     def image_processor_dict(self) -> dict[str, Any]:
         return self.image_processor_tester.prepare_image_processor_dict()
+
+    def test_override_instance_attributes_does_not_affect_other_instances(self) -> None:
+        """As upstream's, which leaves out processors whose size is not a plain dictionary: all of this version's."""
+        for image_processing_class in self.image_processing_classes.values():
+            first, second = image_processing_class(), image_processing_class()
+            original = (second.size["height"], list(second.image_mean))
+            first.size["height"] = -1
+            first.image_mean = [-1.0, *first.image_mean[1:]]
+            assert (second.size["height"], list(second.image_mean)) == original
+            assert image_processing_class().size["height"] == original[0]
+
+    def test_pil_can_run_without_torchvision(self) -> None:
+        """As upstream's, with our package imported in the process that has no torchvision."""
+        script = """
+import sys
+sys.modules["torchvision"] = None
+import transformers_fastvlm
+from transformers import AutoImageProcessor
+from PIL import Image
+processor = AutoImageProcessor.from_pretrained(sys.argv[1], backend="pil")
+assert type(processor).__name__ == "FastVLMImageProcessorPil", type(processor)
+print(processor(Image.linear_gradient("L"), return_tensors="np").pixel_values.sum())
+"""
+        image_processor = FastVLMImageProcessorPil(**self.image_processor_dict)
+        expected = image_processor(Image.linear_gradient("L"), return_tensors="np").pixel_values.sum()
+        with tempfile.TemporaryDirectory() as folder:
+            image_processor.save_pretrained(folder)
+            result = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.split()[-1] == str(expected)

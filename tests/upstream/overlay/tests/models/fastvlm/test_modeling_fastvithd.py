@@ -19,7 +19,7 @@ from .tiny import IMAGE_SIZE, REPEATED, YoungEnough, leave_out, only_pipelines, 
 # tensor parallelism.
 NOT_OF_ENCODERS = (
     "test_*_composite_model*",
-    "test_*_tp_plan*",
+    "test_*tp_plan*",
     "test_attn_implementation_composite_models",
     "test_enable_input_require_grads_with_*",
     "test_internal_model_config_and_subconfig_are_same",

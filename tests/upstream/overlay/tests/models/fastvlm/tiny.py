@@ -132,6 +132,7 @@ def save_tiny_models(folder: Path) -> None:
     """Save what the pipeline tests load, and the index by which they find it."""
     torch.manual_seed(0)
     words = tokenizer()
+    words.padding_side = "left"
     processor = FastVLMProcessor(image_processor=image_processor(), tokenizer=words)
     whole = FastVLMForConditionalGeneration(
         FastVLMConfig(

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `fastvlm`: one file a verb, each of which parses, calls the package and prints.
+
+Answers go to standard output, everything else to standard error. Exit codes: 0, 1 for a failure of the program, 2 for
+input that cannot be used. Nothing here imports torch before a verb needs it.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from . import chat, convert, generate, info
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fastvlm",
+    help="FastVLM on the command line: answer questions about pictures. `fastvlm VERB --help` explains each verb.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("info")(info.info)
+app.command("convert")(convert.convert)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastvlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit.
+
+    Args:
+        arguments: words after `fastvlm`; those of the process by default.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # An answer may hold any character; a console that lacks it shows a question mark.
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")
+    app(args=None if arguments is None else list(arguments), prog_name="fastvlm")

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm chat`: several turns about one or more pictures."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .errors import UserError, notice, one_line, reports_errors
+from .pictures import STDIN, question, read_picture, read_pictures
+
+__all__ = ["chat"]
+
+_HELP = """\
+/image PATH   show a picture (file or http address) with the next question
+/clear        start again, with the pictures that the command began with
+/exit         leave; so does the end of the input (Ctrl-D)"""
+
+
+@reports_errors
+def chat(
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures to talk about: files or http(s) addresses.")
+    ] = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
+    dtype: options.Dtype = options.DtypeName.auto,
+    size: options.Size = None,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = None,
+    num_beams: options.NumBeams = 1,
+    seed: options.Seed = None,
+    upright: options.Upright = False,
+    debug: options.Debug = False,
+) -> None:
+    """Talk about pictures, in several turns.
+
+    A line is a question; the whole conversation is kept. /image PATH adds a picture, /clear starts again, /exit leaves.
+    Questions may also come from a pipe, one a line; then the first error ends the command.
+
+    Example: fastvlm chat street.jpg
+    """
+    from .session import Sampling, load
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
+    sampling.check()
+    if STDIN in (images or []):
+        raise UserError("chat reads questions from standard input, so a picture cannot come from there. Give a file.")
+    first = read_pictures(images or [], upright)
+    session = load(model, device, dtype, size)
+    session.sampling = sampling
+    interactive = sys.stdin.isatty()
+    if interactive:
+        notice(_HELP)
+    talk = _Conversation(session, system, first, upright)
+    while (line := _next_line(interactive)) is not None:
+        try:
+            if not talk.turn(line):
+                return
+        except (UserError, OSError, ValueError) as error:
+            if not interactive or debug or isinstance(error, BrokenPipeError):
+                raise
+            notice(f"fastvlm: {one_line(error)}")
+
+
+def _next_line(interactive: bool) -> str | None:
+    """Return the next line of standard input, or None at its end."""
+    try:
+        if interactive and sys.stdout.isatty():
+            import contextlib
+
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (gives input() line editing)
+            return input("> ")
+        if interactive:
+            typer.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        typer.echo(err=True)
+        return None
+    return line if line else None
+
+
+class _Conversation:
+    """The turns so far, and the pictures that the next question brings."""
+
+    def __init__(self, session: Any, system: str | None, pictures: list[Any], upright: bool) -> None:
+        self.session, self.system, self.first, self.upright = session, system, pictures, upright
+        self.clear()
+
+    def clear(self) -> None:
+        """Start again."""
+        self.messages: list[dict[str, Any]] = (
+            [{"role": "system", "content": self.system}] if self.system is not None else []
+        )
+        self.pictures = list(self.first)
+
+    def turn(self, line: str) -> bool:
+        """Do what a line says; return whether to go on."""
+        line = line.strip()
+        command, _, rest = line.partition(" ")
+        if command in ("/exit", "/quit"):
+            return False
+        if command == "/clear":
+            self.clear()
+        elif command == "/image":
+            self._add(rest.strip())
+        elif command == "/help":
+            notice(_HELP)
+        elif command.startswith("/") and "/" not in command[1:]:
+            raise UserError(f"unknown command {command!r}; /help lists the commands.")
+        elif line:
+            self._ask(line)
+        return True
+
+    def _add(self, name: str) -> None:
+        name = name.strip("'\"")
+        if not name or name == STDIN:
+            raise UserError("/image needs a file or an http(s) address, as in: /image street.jpg")
+        self.pictures.append(read_picture(name, self.upright))
+        notice(f"picture {len(self.pictures)} of the next question: {name}")
+
+    def _ask(self, text: str) -> None:
+        messages = [*self.messages, {"role": "user", "content": question(text, self.pictures)}]
+        answer = self.session.answer(messages, lambda piece: typer.echo(piece, nl=False))
+        typer.echo()
+        # Kept only now: a question that failed is not part of the conversation.
+        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        self.pictures = []

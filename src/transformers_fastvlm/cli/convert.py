@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm convert`: a checkpoint in another layout."""
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+from .errors import notice, reports_errors
+
+__all__ = ["convert"]
+
+
+class LayoutName(enum.StrEnum):
+    """Values of --to."""
+
+    apple = "apple"
+    transformers = "transformers"
+    native = "native"
+
+
+@reports_errors
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Directory of a checkpoint, or a hub repository.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")],
+    to: Annotated[
+        LayoutName,
+        typer.Option(
+            "--to",
+            help="apple: Apple's flat config.json and names. transformers: this package's nested config.json. native: "
+            "fast_vlm, which Transformers loads without this package (it needs timm).",
+        ),
+    ],
+    debug: options.Debug = False,
+) -> None:
+    """Write a checkpoint in another layout.
+
+    The source's layout is found out, and it is never changed. Every tensor arrives bit for bit; OUT appears under its
+    name only when it is complete.
+
+    Example: fastvlm convert apple/FastVLM-0.5B fastvlm-native --to native
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..checkpoints import convert as convert_checkpoint
+    from .sources import RESEARCH_ONLY, licence_of, local_files
+
+    directory = local_files(source)
+    console = Console(stderr=True)
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("converting", total=None)
+        done = convert_checkpoint(
+            directory,
+            out,
+            to.value,
+            progress=lambda written, total, name: progress.update(task, completed=written, total=total),
+        )
+    for name in done.dropped:
+        notice(f"left out on purpose: {name}")
+    for name in done.not_copied:
+        notice(f"not copied: {name}")
+    for note in done.notes:
+        notice(f"note: {note}")
+    if licence_of(source) == "apple-amlr":
+        notice(f"Apple's weights are {RESEARCH_ONLY}.")
+    size = f"{done.num_tensors} tensors, {done.num_bytes / 1e6:,.1f} MB"
+    typer.echo(f"{done.directory}: {size}, from {done.source_layout} to {done.layout}")

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm generate`: one answer about pictures, or to a text alone."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .errors import reports_errors
+from .pictures import question, read_pictures
+
+__all__ = ["generate"]
+
+
+@reports_errors
+def generate(
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt", "-p", help="What to ask. <image> in it, once for each picture, says where the pictures go."
+        ),
+    ],
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGE]...",
+            help="Pictures: files, http(s) addresses, or - for standard input. None at all asks about text alone.",
+        ),
+    ] = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
+    dtype: options.Dtype = options.DtypeName.auto,
+    size: options.Size = None,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = None,
+    num_beams: options.NumBeams = 1,
+    seed: options.Seed = None,
+    upright: options.Upright = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
+) -> None:
+    """Answer one question about pictures.
+
+    The answer is printed as it comes. By default it is the likeliest one, so it is always the same; --temperature
+    makes it vary. Apple's weights are for research only.
+
+    Example: fastvlm generate street.jpg -p "What number is on the sign?"
+    """
+    from .session import Sampling, load
+
+    names = images or []
+    sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
+    sampling.check()
+    message = question(prompt, read_pictures(names, upright))
+    conversation: list[dict[str, Any]] = [{"role": "user", "content": message}]
+    if system is not None:
+        conversation.insert(0, {"role": "system", "content": system})
+    session = load(model, device, dtype, size)
+    session.sampling = sampling
+    if not as_json:
+        session.answer(conversation, lambda text: typer.echo(text, nl=False))
+        typer.echo()
+        return
+    answer = session.answer(conversation)
+    result = {
+        "model": model,
+        "images": names,
+        "system": system,
+        "prompt": prompt,
+        "answer": answer.text,
+        "stopped": answer.stopped,
+        "tokens": {
+            "prompt": answer.prompt_tokens,
+            "image": answer.image_tokens,
+            "answer": answer.answer_tokens,
+        },
+        "seconds": {
+            name: None if value is None else round(value, 4)
+            for name, value in {"load": session.load_seconds, **answer.seconds}.items()
+        },
+        "device": session.device,
+        "dtype": session.dtype,
+        "size": session.size,
+        "sampling": {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "num_beams": num_beams,
+            "seed": seed,
+        },
+    }
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False))

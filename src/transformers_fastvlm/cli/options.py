@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments and options that several verbs have in common."""
+
+import enum
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "AsJson",
+    "Debug",
+    "Device",
+    "Dtype",
+    "DtypeName",
+    "MaxNewTokens",
+    "Model",
+    "NumBeams",
+    "Seed",
+    "Size",
+    "System",
+    "Temperature",
+    "TopP",
+    "Upright",
+    "DEFAULT_MODEL",
+]
+
+DEFAULT_MODEL = "apple/FastVLM-0.5B"
+SIZE_STEP = 64
+
+
+class DtypeName(enum.StrEnum):
+    """Values of --dtype."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _multiple_of_64(size: int | None) -> int | None:
+    if size is not None and size % SIZE_STEP:
+        lower = size - size % SIZE_STEP
+        raise typer.BadParameter(f"{size} is not a multiple of 64; the nearest are {lower} and {lower + SIZE_STEP}.")
+    return size
+
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Directory of a checkpoint, or its name on the Hugging Face hub.")
+]
+Device = Annotated[str, typer.Option(help="auto (CUDA, else Apple's GPU, else the CPU), cpu, cuda, cuda:1, mps, …")]
+Dtype = Annotated[
+    DtypeName, typer.Option(help="auto is the checkpoint's own, but float32 for a float16 checkpoint on a CPU.")
+]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        min=256,
+        max=2048,
+        callback=_multiple_of_64,
+        help="Height and width in pixels that pictures are resized to, a multiple of 64: smaller is faster, larger "
+        "shows more detail. Default: what the checkpoint was trained for.",
+    ),
+]
+System = Annotated[str | None, typer.Option(help="System message in place of the chat template's own.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        help="0 always takes the likeliest token, so the same question gets the same answer; above 0 samples. "
+        "Apple's own script samples at 0.2.",
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that reach this probability together."),
+]
+NumBeams = Annotated[int, typer.Option(min=1, help="Beams of a beam search; above 1 the answer comes all at once.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling, to get an answer again.")]
+Upright = Annotated[
+    bool, typer.Option("--upright", help="Turn pictures as their EXIF orientation says, as viewers do; Apple's does not.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loaded model that answers conversations, for the verbs `generate` and `chat`."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..tokens import IMAGE_TOKEN
+from .errors import UserError, notice
+from .options import DtypeName
+from .sources import check_loadable, licence_notice, read_config
+
+__all__ = ["Answer", "Sampling", "Session", "load"]
+
+INCOMPLETE = "\ufffd"
+"""What a tokenizer writes for a character of which only some bytes are there."""
+
+_WINDOW = 32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0 takes the likeliest; `top_p` and `seed` need one above 0."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+    seed: int | None = None
+
+    def check(self) -> None:
+        """Raise UserError if an option would have no effect."""
+        for name, value in (("--top-p", self.top_p), ("--seed", self.seed)):
+            if value is not None and not self.temperature:
+                raise UserError(f"{name} has no effect at --temperature 0, which never samples. Give a temperature.")
+        if self.top_p == 0:
+            raise UserError("--top-p is 0, which leaves no token to sample; expected above 0 and up to 1.")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: without special tokens and surrounding white space.
+        prompt_tokens, image_tokens, answer_tokens: numbers of tokens; those of images are part of the prompt's.
+        stopped: "end" if the model ended its answer, "length" if it was cut, "interrupted" by the user.
+        seconds: "preprocess", "generate" and "first_token" (from the start of generate; None with beams).
+    """
+
+    text: str
+    prompt_tokens: int
+    image_tokens: int
+    answer_tokens: int
+    stopped: Literal["end", "length", "interrupted"]
+    seconds: dict[str, float | None]
+
+
+@dataclass
+class Session:
+    """A model and its processor, on their device."""
+
+    name: str
+    model: Any
+    processor: Any
+    load_seconds: float
+    sampling: Sampling = field(default_factory=Sampling)
+
+    @property
+    def device(self) -> str:
+        return str(self.model.device)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def size(self) -> int:
+        """Height and width, in pixels, of what the encoder sees."""
+        return int(self.processor.image_processor.size["height"])
+
+    def answer(self, conversation: list[dict[str, Any]], say: Callable[[str], None] = lambda text: None) -> Answer:
+        """Continue a conversation.
+
+        Args:
+            conversation: messages as `FastVLMProcessor.apply_chat_template` takes them.
+            say: called with each piece of the answer as it comes.
+
+        Raises:
+            ValueError: a picture that cannot be used, or a conversation that does not fit into the context.
+        """
+        import torch
+
+        start = time.perf_counter()
+        inputs = self.processor.apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(self.model.device)
+        prompt = inputs["input_ids"]
+        options, limit = self._options(prompt.shape[1])
+        preprocessed = time.perf_counter()
+        stream = _Stream(self.processor.tokenizer, say)
+        if self.sampling.seed is not None:
+            torch.manual_seed(self.sampling.seed)
+        interrupted = False
+        try:
+            streamer = stream if self.sampling.num_beams == 1 else None
+            output = self.model.generate(**inputs, **options, streamer=streamer)
+            tokens = output[0, prompt.shape[1] :].tolist()
+        except KeyboardInterrupt:
+            interrupted, tokens = True, stream.tokens
+        end = time.perf_counter()
+        text = stream.finish(tokens)
+        ends = self.model.generation_config.eos_token_id
+        ended = bool(tokens) and tokens[-1] in (ends if isinstance(ends, list) else [ends])
+        if not ended and not interrupted and limit:
+            notice(f"fastvlm: {limit}")
+        return Answer(
+            text=text.strip(),
+            prompt_tokens=prompt.shape[1],
+            image_tokens=int((prompt == self.processor.image_token_id).sum()),
+            answer_tokens=len(tokens),
+            stopped="interrupted" if interrupted else "end" if ended else "length",
+            seconds={
+                "preprocess": preprocessed - start,
+                "first_token": None if stream.first is None else stream.first - preprocessed,
+                "generate": end - preprocessed,
+            },
+        )
+
+    def _options(self, prompt_tokens: int) -> tuple[dict[str, Any], str]:
+        """Return generate()'s options, and what to say if the answer is cut by its length."""
+        chosen = self.sampling
+        # Set on the model: generate() takes a None as "not given", and falls back to the checkpoint's temperature.
+        config = self.model.generation_config
+        config.do_sample = chosen.temperature > 0
+        config.temperature = chosen.temperature if config.do_sample else None
+        config.top_p = chosen.top_p
+        if not config.do_sample:
+            config.top_k = None
+        context = self.processor.context_length
+        room = chosen.max_new_tokens if context is None else min(chosen.max_new_tokens, context - prompt_tokens)
+        if room < 1:
+            raise UserError(
+                f"the conversation has {prompt_tokens} tokens and fills the model's context of {context}, with no room "
+                "for an answer. Shorten it, or use fewer or smaller pictures."
+            )
+        limit = f"the answer was cut after {room} tokens; "
+        limit += (
+            "--max-new-tokens allows longer ones." if room == chosen.max_new_tokens else "the model's context is full."
+        )
+        return {"max_new_tokens": room, "num_beams": chosen.num_beams}, limit
+
+
+class _Stream:
+    """A streamer for generate() that passes on text as soon as its characters are complete."""
+
+    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+        self.tokenizer, self.say = tokenizer, say
+        self.tokens: list[int] = []
+        self.first: float | None = None
+        self._seen_prompt = False
+        self._start = self._said = 0  # the window of tokens that is decoded, and the characters of it already said
+        self._total = ""
+
+    def put(self, tokens: Any) -> None:
+        """Take new tokens; the first call brings the prompt."""
+        if not self._seen_prompt:
+            self._seen_prompt = True
+            return
+        if self.first is None:
+            self.first = time.perf_counter()
+        self.tokens += tokens.flatten().tolist()
+        text = self._decode(self._start)
+        if text.endswith(INCOMPLETE):
+            return
+        self._pass_on(text[self._said :])
+        self._said = len(text)
+        if len(self.tokens) - self._start > 2 * _WINDOW:
+            self._start = len(self.tokens) - _WINDOW
+            self._said = len(self._decode(self._start))
+
+    def end(self) -> None:
+        """Called by generate() at the end; what is left is said by `finish`, also where generate() never streams."""
+
+    def finish(self, tokens: list[int]) -> str:
+        """Pass on what is left of the answer and return all of it."""
+        self.tokens = tokens
+        self._pass_on(self._decode(self._start)[self._said :])
+        return self._total
+
+    def _decode(self, start: int) -> str:
+        text: str = self.tokenizer.decode(self.tokens[start:], skip_special_tokens=True)
+        return text
+
+    def _pass_on(self, text: str) -> None:
+        if text:
+            self._total += text
+            self.say(text)
+
+
+def load(
+    model: str, device: str = "auto", dtype: DtypeName = DtypeName.auto, size: int | None = None
+) -> Session:
+    """Load a checkpoint and its processor, and say on standard error what its licence restricts.
+
+    Args:
+        model: directory or hub repository.
+        device: "auto" or a device of torch.
+        dtype: "auto" is the checkpoint's, but float32 where that is float16 and the device a CPU.
+        size: height and width of pictures, a multiple of 64; None for the checkpoint's own.
+
+    Raises:
+        UserError: no such checkpoint, or of another model; no such device.
+        OSError, ValueError: a damaged checkpoint.
+    """
+    config = read_config(model)
+    check_loadable(model, config)
+    if message := licence_notice(model, config):
+        notice(message)
+
+    import torch
+    from transformers.utils import logging
+
+    from .. import FastVLMConfig, FastVLMForConditionalGeneration, FastVLMProcessor
+
+    place = _device(device)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    start = time.perf_counter()
+    processor = FastVLMProcessor.from_pretrained(model, **_image_options(FastVLMConfig.from_pretrained(model), size))
+    loaded = FastVLMForConditionalGeneration.from_pretrained(
+        model, dtype="auto" if dtype == DtypeName.auto else getattr(torch, dtype)
+    )
+    if dtype == DtypeName.auto and place.type == "cpu" and loaded.dtype == torch.float16:
+        loaded = loaded.float()
+    loaded = loaded.to(place).eval()
+    if loaded.config.image_token_id != processor.image_token_id:
+        raise UserError(
+            f"{model!r}: config.json has image_token_id {loaded.config.image_token_id}, but {IMAGE_TOKEN} is "
+            f"{processor.image_token_id} in the tokenizer. The files belong to different checkpoints."
+        )
+    return Session(model, loaded, processor, time.perf_counter() - start)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    expected = "Expected auto, cpu, cuda (or cuda:1 and so on) or mps."
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device is {name!r}, which torch does not know. {expected}") from error
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"--device is {name!r}, which is not available here (torch {torch.__version__}). {expected}"
+        ) from error
+    return device
+
+
+def _image_options(config: Any, size: int | None) -> dict[str, Any]:
+    """Return the image processor's options for another size; AnyRes' grids scale with it, as the model expects."""
+    if size is None:
+        return {}
+    options: dict[str, Any] = {"size": {"height": size, "width": size}}
+    if config.image_aspect_ratio == "anyres":
+        own = config.vision_config.image_size
+        options["image_grid_pinpoints"] = [
+            [width * size // own, height * size // own] for width, height in config.image_grid_pinpoints
+        ]
+    return options
