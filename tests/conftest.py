@@ -8,6 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+# Tiny models are slower on many threads than on one, above all when test processes run side by side.
+torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -134,6 +134,8 @@ def test_mean_std_and_scale(processor: FastVLMImageProcessorPil) -> None:
     normalized = pixels_of(processor, image, image_mean=[0.5, 0.4, 0.3], image_std=0.25)
     mean = np.array([0.5, 0.4, 0.3]).reshape(3, 1, 1)
     assert normalized == pytest.approx((raw / 255 - mean) / 0.25, abs=1e-6)
+    with pytest.raises(ValueError, match="do_rescale=False was passed with a floating-point image"):
+        pixels_of(processor, np.zeros((64, 64)), do_rescale=False)
     with pytest.raises(ValueError, match="image_mean has 2 values, but the images have 3 channels"):
         pixels_of(processor, image, image_mean=[0.5, 0.5])
     with pytest.raises(ValueError, match="other than 0"):

@@ -204,6 +204,9 @@ def test_images_of_different_shapes_without_resizing() -> None:
 
 
 def test_bad_options() -> None:
+    for image in (torch.zeros(3, 64, 64), np.zeros((64, 64))):
+        with pytest.raises(ValueError, match="do_rescale=False was passed with a floating-point image"):
+            FastVLMImageProcessor(size=64)(image, do_rescale=False)
     with pytest.raises(ValueError, match="multiple of 64"):
         FastVLMImageProcessor(size=100)
     with pytest.raises(ValueError, match="expected one of 'pad'"):

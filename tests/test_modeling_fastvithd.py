@@ -2,6 +2,7 @@
 """The encoder against the reference's answers: full size, train-time form, and everything a backbone's user expects."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -46,14 +47,18 @@ def tiny(**fields: object) -> FastViTHDModel:
 
 
 @pytest.fixture(scope="module")
-def full_size(golden_fill, tmp_path_factory: pytest.TempPathFactory) -> FastViTHDModel:
+def full_size(golden_fill, tmp_path_factory: pytest.TempPathFactory):
     import build
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
 
     path = build.build("full", tmp_path_factory.mktemp("full")) / "model.safetensors"
     model = FastViTHDModel(FastViTHDConfig()).eval()
     model.load_state_dict(without_prefix(load_file(path)))
     path.unlink()
-    return model
+    yield model
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("size", ["256x256", "320x448", "512x512", "1024x1024"])

@@ -2,6 +2,7 @@
 """The id of <image> read from files is the one that the tokenizer itself gives it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+import transformers_fastvlm
 from transformers_fastvlm.tokens import IMAGE_TOKEN, image_token_id_of
 
 QWEN2_5_ADDED = [
@@ -213,4 +215,5 @@ def test_needs_no_torch(golden: Path) -> None:
         "import sys; from transformers_fastvlm.tokens import image_token_id_of; "
         f"assert image_token_id_of({str(golden / 'tokenizer')!r}) == 483; assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    source = str(Path(transformers_fastvlm.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": source})

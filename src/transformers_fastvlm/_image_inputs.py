@@ -31,22 +31,22 @@ _DATA_URI = re.compile(r"^data:[^,]*;base64,", re.IGNORECASE)
 _RANGE_TOLERANCE = 1e-4
 
 
-def check_dimensions(width: int, height: int) -> None:
-    """Raise ValueError unless a picture of this many pixels may be decoded and resized.
+def check_dimensions(width: int, height: int, what: str = "the image") -> None:
+    """Raise ValueError unless `what`, a picture of this many pixels may be decoded and resized.
 
     The number of pixels is limited by `PIL.Image.MAX_IMAGE_PIXELS`, which Pillow itself only warns about.
     """
     if width < 1 or height < 1:
-        raise ValueError(f"the image is {width}x{height} pixels (width x height); both sides must be at least 1.")
+        raise ValueError(f"{what} is {width}x{height} pixels (width x height); both sides must be at least 1.")
     if max(width, height) > MAX_SIDE:
         raise ValueError(
-            f"the image is {width}x{height} pixels (width x height); sides up to {MAX_SIDE} are supported. "
+            f"{what} is {width}x{height} pixels (width x height); sides up to {MAX_SIDE} are supported. "
             "Cut it into pieces first."
         )
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise ValueError(
-            f"the image is {width}x{height} = {width * height} pixels, more than the limit of {limit} against "
+            f"{what} is {width}x{height} = {width * height} pixels, more than the limit of {limit} against "
             "decompression bombs. If you trust the source, raise PIL.Image.MAX_IMAGE_PIXELS or shrink the image first."
         )
 
@@ -124,10 +124,7 @@ def _decode(file: Any, what: str) -> Image.Image:
 
 def load_pixels(image: Image.Image, what: str = "the image") -> Image.Image:
     """Decode a lazily opened Pillow image now, so that a truncated file is noticed; check its size first."""
-    try:
-        check_dimensions(*image.size)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") if what != "the image" else error from None
+    check_dimensions(*image.size, what)
     try:
         image.load()
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more
@@ -219,6 +216,15 @@ def check_float_range(low: float, high: float) -> None:
         raise ValueError(
             f"a floating-point image has values from {low} to {high}; expected finite values in 0...1. "
             "Divide by its maximum, or pass uint8 values in 0...255."
+        )
+
+
+def check_rescaled(is_float: bool, do_rescale: bool | None) -> None:
+    """Raise ValueError where a floating-point picture, which is read as bytes, would be returned as 0...255."""
+    if is_float and not do_rescale:
+        raise ValueError(
+            "do_rescale=False was passed with a floating-point image. Leave it at True: values in 0...1 are returned "
+            "in 0...1; only integers in 0...255 are divided."
         )
 
 

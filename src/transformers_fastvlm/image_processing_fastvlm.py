@@ -20,6 +20,7 @@ from ._image_inputs import (
     check_dimensions,
     check_float_range,
     check_integer_range,
+    check_rescaled,
     load_pixels,
     pil_as_is,
     pil_to_rgb,
@@ -72,6 +73,7 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         input_data_format: str | ChannelDimension | None = None,
         device: Any = None,
         do_exif_transpose: bool | None = None,
+        do_rescale: bool | None = True,
         **kwargs: Any,
     ) -> "torch.Tensor":
         """Return one picture as (channels, height, width) bytes on `device`, of 3 channels if `do_convert_rgb`."""
@@ -86,7 +88,10 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         axis = channel_axis(image.shape, input_data_format)
         height, width = image.shape[1:] if axis == 0 else image.shape[:2]
         check_dimensions(width, height)
-        if is_torch_tensor(image):
+        is_tensor = is_torch_tensor(image)
+        is_float = image.is_floating_point() if is_tensor else np.issubdtype(image.dtype, np.floating)
+        check_rescaled(is_float, do_rescale)
+        if is_tensor:
             pixels = _tensor_to_uint8(image.detach() if device is None else image.detach().to(device))
         else:
             pixels = torch.from_numpy(np.array(array_to_uint8(image), order="C"))

@@ -14,7 +14,7 @@ from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
 from transformers.processing_utils import Unpack
 from transformers.utils import TensorType, is_torch_tensor
 
-from ._image_inputs import array_to_pil, load_pixels, pil_as_is, pil_to_rgb, upright
+from ._image_inputs import array_to_pil, check_rescaled, load_pixels, pil_as_is, pil_to_rgb, upright
 from ._image_processing_common import (
     FastVLMImageProcessorKwargs,
     FastVLMImageProcessorMixin,
@@ -75,6 +75,7 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
         do_exif_transpose: bool | None = None,
+        do_rescale: bool | None = True,
         **kwargs: Any,
     ) -> Image.Image:
         """Return one picture as a Pillow image, decoded and checked, in mode RGB if `do_convert_rgb`."""
@@ -87,6 +88,7 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
             image = image.detach().cpu()
             # numpy has no bfloat16
             image = (image.float() if image.is_floating_point() else image).numpy()
+        check_rescaled(np.issubdtype(image.dtype, np.floating), do_rescale)
         return array_to_pil(image, input_data_format, bool(do_convert_rgb))
 
     def _preprocess(

@@ -13,7 +13,7 @@ conditional position encoding, large-kernel downsampling); MobileOne, arXiv 2206
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from transformers.backbone_utils import BackboneMixin, filter_output_hidden_stat
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_fastvlm import ENCODER_STRIDE, FastViTHDConfig, FastVLMConfig
@@ -675,7 +675,11 @@ class FastViTHDModel(FastViTHDPreTrainedModel):
         return stem.reparam_conv if stem.merged else stem.rbr_conv[0].conv
 
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+    ) -> BaseModelOutputWithPooling:
         """Encode images.
 
         Args:
@@ -738,7 +742,7 @@ class FastViTHDBackbone(BackboneMixin, FastViTHDPreTrainedModel):
     @can_return_tuple
     @filter_output_hidden_states
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor | None = None, **kwargs: Any) -> BackboneOutput:
+    def forward(self, pixel_values: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:  # type: ignore[misc]
         """Encode images and return the chosen stages' maps.
 
         Args:

@@ -7,7 +7,7 @@ LLaVA-NeXT's AnyRes, arXiv 2407.07895, section 3 (tiles). Written from the paper
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, torch_compilable_check
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from . import anyres, compat
 from .configuration_fastvlm import HUB_KEYS, FastVLMConfig
@@ -277,6 +277,12 @@ class FastVLMModel(FastVLMPreTrainedModel):
         """Put the features of all images, in order, at the placeholders."""
         if not isinstance(features, Tensor):
             features = torch.cat(list(features))
+        if features.shape[-1] != inputs_embeds.shape[-1]:
+            raise ValueError(
+                f"The image features have {features.shape[-1]} channels, but this model's hidden size is "
+                f"{inputs_embeds.shape[-1]}: they were made by another model. An assistant model of another size "
+                "cannot use them; try prompt_lookup_num_tokens instead."
+            )
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
         count = features.numel() // features.shape[-1]
         torch_compilable_check(
@@ -313,7 +319,7 @@ class FastVLMModel(FastVLMPreTrainedModel):
         image_sizes: Tensor | None = None,
         num_tiles: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> FastVLMModelOutputWithPast:
         """Run the model.
 
@@ -456,7 +462,7 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         num_tiles: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> FastVLMCausalLMOutputWithPast:
         """Predict tokens.
 
@@ -499,11 +505,20 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Pass the images on in the first step only, since later ones find them in the cache."""
         if compat.GENERATE_KEEPS_ENCODER_OUTPUTS and not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("mm_encoder_outputs", None)
-        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
 
     def _expand_inputs_for_generation(
         self,
@@ -519,14 +534,24 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 
-    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any):
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the prompt; an assistant model of assisted decoding, too, needs the images if its cache is empty."""
         if compat.GENERATE_KEEPS_ENCODER_OUTPUTS and generation_config.prefill_chunk_size is not None:
             if model_kwargs.get("pixel_values") is not None or model_kwargs.get("mm_encoder_outputs") is not None:
                 raise ValueError(
                     "prefill_chunk_size with images needs Transformers 5.20 or newer: older ones would give every "
                     "chunk all images. Upgrade, or pass prefill_chunk_size=None."
                 )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
+        cache = model_kwargs.get("past_key_values")
+        is_first_iteration = is_first_iteration or cache is None or cache.get_seq_length() == 0
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration, **kwargs)
 
 
 __all__ = [

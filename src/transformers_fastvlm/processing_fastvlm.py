@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from transformers import AddedToken, AutoTokenizer, BatchFeature
+from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedConfig
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -138,6 +138,8 @@ class FastVLMProcessor(ProcessorMixin):
             if "processor_class" not in processor_dict:
                 kwargs.setdefault("padding_side", "left")
                 kwargs.setdefault("chat_template", processor_dict.get("chat_template"))
+            # The tokenizer's files name its class; with a bare configuration AutoTokenizer does not read config.json.
+            kwargs["config"] = PreTrainedConfig()
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return [image_processor, tokenizer]
 

@@ -25,6 +25,8 @@ longer has, from being added."""
 def register() -> None:
     """Register FastVLM with Transformers; later calls change nothing."""
     _offer_vision2seq()
+    for name in _OUR_MODULES:
+        _FINDER.watch(name)
     # Importing this module replaces sys.modules["transformers"] by a new object, which has to be told again.
     _after_import("transformers.processing_utils", lambda _: _offer_vision2seq())
     _after_import("transformers.models.auto.configuration_auto", _register_configurations)
@@ -107,39 +109,65 @@ def _register_processors(module: ModuleType) -> None:
 
 
 def _after_import(name: str, callback: Callable[[ModuleType], None]) -> None:
-    """Call `callback` with the module called `name`: now if it is imported, else right after it is."""
-    module = sys.modules.get(name)
-    if module is not None and not getattr(module.__spec__, "_initializing", False):
-        callback(module)
-        return
-    _FINDER.callbacks[name] = callback
+    """Call `callback` with the module called `name` as soon as it is imported and none of ours is half imported."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
+    _FINDER.watch(name)
+    _FINDER.waiting.append((name, callback))
+    _FINDER.call_those_ready()
 
 
 class _PostImportFinder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a module, and runs a callback after it has been executed."""
+    """Lets the other finders find a module, notes when it has been executed, and runs the callbacks that wait for it.
+
+    Callbacks import modules of ours, and each of those imports modules of Transformers. Where one of ours came first,
+    it is half done when Transformers' module is complete, so callbacks also wait until ours are.
+    """
 
     def __init__(self) -> None:
-        self.callbacks: dict[str, Callable[[ModuleType], None]] = {}
+        self.waiting: list[tuple[str, Callable[[ModuleType], None]]] = []
+        self._watched: set[str] = set()
+        self._executed: set[str] = set()
+
+    def watch(self, name: str) -> None:
+        """Note when the module called `name` has been executed, which may have been before."""
+        module = sys.modules.get(name)
+        if module is None:
+            self._watched.add(name)
+        elif not getattr(module.__spec__, "_initializing", False):
+            self._executed.add(name)
+
+    def executed(self, name: str) -> None:
+        """Note that a module has been executed."""
+        self._executed.add(name)
+        self.call_those_ready()
+
+    def call_those_ready(self) -> None:
+        """Run every callback whose module is there, unless a module of ours is half imported."""
+        if any(name in sys.modules and name not in self._executed for name in _OUR_MODULES):
+            return
+        for entry in [entry for entry in self.waiting if entry[0] in self._executed]:
+            if entry in self.waiting:  # a callback may import what makes others ready
+                self.waiting.remove(entry)
+                entry[1](sys.modules[entry[0]])
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        callback = self.callbacks.pop(fullname, None)
-        if callback is None:
+        if fullname not in self._watched:
             return None
+        self._watched.discard(fullname)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _CallbackLoader(spec.loader, callback)
+            spec.loader = _NotingLoader(spec.loader, self)
         return spec
 
 
-class _CallbackLoader(importlib.abc.Loader):
-    """A loader that runs a callback on the module after another loader has executed it."""
+class _NotingLoader(importlib.abc.Loader):
+    """A loader that tells a finder when another loader has executed the module."""
 
-    def __init__(self, loader: importlib.abc.Loader, callback: Callable[[ModuleType], None]):
-        self._loader, self._callback = loader, callback
+    def __init__(self, loader: importlib.abc.Loader, finder: _PostImportFinder):
+        self._loader, self._finder = loader, finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -150,7 +178,18 @@ class _CallbackLoader(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        self._callback(module)
+        self._finder.executed(module.__name__)
 
 
+_OUR_MODULES = tuple(
+    f"{__package__}.{name}"
+    for name in (
+        "configuration_fastvlm",
+        "image_processing_fastvlm",
+        "image_processing_pil_fastvlm",
+        "modeling_fastvithd",
+        "modeling_fastvlm",
+        "processing_fastvlm",
+    )
+)
 _FINDER = _PostImportFinder()

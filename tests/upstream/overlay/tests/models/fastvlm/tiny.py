@@ -56,9 +56,9 @@ def text_config(model_type: str = "qwen2", **overrides: Any) -> dict[str, Any]:
     } | overrides
 
 
-def tokenizer() -> Any:
+def tokenizer(**overrides: Any) -> Any:
     """Return the golden tokenizer of 480 entries."""
-    return AutoTokenizer.from_pretrained(ROOT / "fixtures" / "tokenizer")
+    return AutoTokenizer.from_pretrained(ROOT / "fixtures" / "tokenizer", **overrides)
 
 
 def image_processor(**overrides: Any) -> FastVLMImageProcessorPil:
@@ -131,8 +131,7 @@ class YoungEnough:
 def save_tiny_models(folder: Path) -> None:
     """Save what the pipeline tests load, and the index by which they find it."""
     torch.manual_seed(0)
-    words = tokenizer()
-    words.padding_side = "left"
+    words = tokenizer(padding_side="left")
     processor = FastVLMProcessor(image_processor=image_processor(), tokenizer=words)
     whole = FastVLMForConditionalGeneration(
         FastVLMConfig(
