@@ -32,7 +32,7 @@ _RANGE_TOLERANCE = 1e-4
 
 
 def check_dimensions(width: int, height: int, what: str = "the image") -> None:
-    """Raise ValueError unless `what`, a picture of this many pixels may be decoded and resized.
+    """Raise ValueError unless `what`, a picture of this many pixels, may be decoded and resized.
 
     The number of pixels is limited by `PIL.Image.MAX_IMAGE_PIXELS`, which Pillow itself only warns about.
     """

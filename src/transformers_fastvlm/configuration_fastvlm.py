@@ -14,10 +14,12 @@ import os
 import re
 from typing import Any, ClassVar, Literal
 
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from . import anyres
 from .tokens import image_token_id_of
 
 NUM_STAGES = 5
@@ -381,19 +383,10 @@ class FastVLMConfig(PreTrainedConfig):
                     f"text_config.model_type is {model_type!r}, which this version of Transformers does not know."
                 )
             self.text_config = CONFIG_MAPPING[model_type].from_dict(text)
-        if self.image_aspect_ratio == "anyres" and not self.image_grid_pinpoints:
-            raise ValueError(
-                "image_aspect_ratio is 'anyres', but image_grid_pinpoints is empty: list the (width, height) pairs, in "
-                "pixels, that a picture may be cut into, such as [[1024, 2048], [2048, 1024], [2048, 2048]]."
+        if self.image_aspect_ratio == "anyres" or self.image_grid_pinpoints is not None:
+            self.image_grid_pinpoints = anyres.check_pinpoints(
+                self.image_grid_pinpoints, self.vision_config.image_size
             )
-        if self.image_grid_pinpoints is not None:
-            self.image_grid_pinpoints = [[int(w), int(h)] for w, h in self.image_grid_pinpoints]
-            size = self.vision_config.image_size
-            wrong = [pair for pair in self.image_grid_pinpoints if pair[0] % size or pair[1] % size or min(pair) <= 0]
-            if wrong:
-                raise ValueError(
-                    f"image_grid_pinpoints has {wrong}, expected multiples of image_size ({size}) in both directions."
-                )
         super().__post_init__(**kwargs)
 
     @property
@@ -441,10 +434,7 @@ class FastVLMConfig(PreTrainedConfig):
         For Apple's form, `name_or_path` in `kwargs` (the Auto classes pass it) says where the tokenizer files are.
         """
         if is_flat(config_dict):
-            revision = config_dict.get("_commit_hash")
-            config_dict = _with_image_token_id(
-                config_dict, kwargs.get("name_or_path"), {"revision": revision} if revision else {}
-            )
+            config_dict = _with_image_token_id(config_dict, kwargs.get("name_or_path"), None)
         return super().from_dict(config_dict, **kwargs)
 
 
@@ -471,13 +461,21 @@ class LlavaLlamaConfig(FastVLMConfig):
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
-def _with_image_token_id(flat: dict[str, Any], source: str | None, hub: dict[str, Any]) -> dict[str, Any]:
-    """Return the nested form of `flat`, with the id that the tokenizer in `source` has, or will give, to `<image>`."""
+def _with_image_token_id(flat: dict[str, Any], source: str | None, hub: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the nested form of `flat`, with the id that the tokenizer in `source` has, or will give, to `<image>`.
+
+    Args:
+        flat: Apple's form.
+        source: directory, config file or hub repository that it was read from, if known.
+        hub: the arguments it was read from the hub with, or None if they are not known. Then only the default cache
+            is looked into; `FastVLMPreTrainedModel.from_pretrained`, which knows them, looks again.
+    """
     nested = nested_from_flat(flat)
     if flat.get("image_token_id") is not None:
-        nested["image_token_id"] = flat["image_token_id"]
-    elif source:
-        folder = os.path.dirname(source) if os.path.isfile(source) else source
-        nested["image_token_id"] = image_token_id_of(folder, **hub)
-        nested["image_token_id_is_inferred"] = True
-    return nested
+        return nested | {"image_token_id": flat["image_token_id"]}
+    if not source:
+        return nested
+    folder = os.path.dirname(source) if os.path.isfile(source) else source
+    if hub is not None or os.path.isdir(folder) or isinstance(try_to_load_from_cache(folder, "config.json"), str):
+        nested["image_token_id"] = image_token_id_of(folder, **(hub or {}))
+    return nested | {"image_token_id_is_inferred": True}

@@ -99,6 +99,9 @@ def _register_image_processors(module: ModuleType) -> None:
 
         classes["torchvision"] = FastVLMImageProcessor
     module.AutoImageProcessor.register(FastVLMConfig, image_processor_classes=classes, exist_ok=True)
+    # Without a backend argument the Auto classes prefer torchvision; this list names the exceptions.
+    if "FastVLMImageProcessor" not in module.DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS:
+        module.DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS.append("FastVLMImageProcessor")
 
 
 def _register_processors(module: ModuleType) -> None:

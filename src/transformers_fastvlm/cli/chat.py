@@ -21,7 +21,7 @@ _HELP = """\
 @reports_errors
 def chat(
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures to talk about: files or http(s) addresses.")
+        list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures to talk about: files or http(s) addresses.")
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = "auto",

@@ -24,7 +24,7 @@ def generate(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[IMAGE]...",
+            metavar="IMAGE",
             help="Pictures: files, http(s) addresses, or - for standard input. None at all asks about text alone.",
         ),
     ] = None,

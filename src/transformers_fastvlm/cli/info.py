@@ -36,7 +36,7 @@ _PARTS = (
 @reports_errors
 def info(
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="Directory of a checkpoint, or its name on the Hugging Face hub.")
+        str, typer.Argument(metavar="MODEL", help="Directory of a checkpoint, or its name on the Hugging Face hub.")
     ] = options.DEFAULT_MODEL,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
@@ -60,11 +60,11 @@ def _facts(model: str) -> dict[str, Any]:
 
         layout, config = "native", config_from_native(directory)[0]
     else:
-        from .. import FastVLMConfig
+        from transformers import AutoConfig
 
         check_loadable(model, raw)
         layout = "transformers" if raw["model_type"] == "fastvlm" else "apple"
-        config = FastVLMConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
     tensors = _tensors(model, directory, native=layout == "native")
     tied = bool(config.tie_word_embeddings) or _HEAD not in tensors
     parameters = dict.fromkeys((part for part, _ in _PARTS), 0) | {"buffers": 0}

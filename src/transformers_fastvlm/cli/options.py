@@ -78,7 +78,8 @@ TopP = Annotated[
 NumBeams = Annotated[int, typer.Option(min=1, help="Beams of a beam search; above 1 the answer comes all at once.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling, to get an answer again.")]
 Upright = Annotated[
-    bool, typer.Option("--upright", help="Turn pictures as their EXIF orientation says, as viewers do; Apple's does not.")
+    bool,
+    typer.Option("--upright", help="Turn pictures as their EXIF orientation says, as viewers do; Apple's does not."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -62,9 +62,7 @@ def _from_stdin() -> "Image":
     try:
         return load_pixels(Image.open(io.BytesIO(content)), "the picture on standard input")
     except UnidentifiedImageError as error:
-        raise UserError(
-            "standard input is not an image of a format that Pillow can read, or it is damaged."
-        ) from error
+        raise UserError("standard input is not an image of a format that Pillow can read, or it is damaged.") from error
 
 
 def question(text: str, pictures: "Sequence[Image]") -> list[dict[str, Any]]:

@@ -200,9 +200,7 @@ class _Stream:
             self.say(text)
 
 
-def load(
-    model: str, device: str = "auto", dtype: DtypeName = DtypeName.auto, size: int | None = None
-) -> Session:
+def load(model: str, device: str = "auto", dtype: DtypeName = DtypeName.auto, size: int | None = None) -> Session:
     """Load a checkpoint and its processor, and say on standard error what its licence restricts.
 
     Args:
@@ -221,16 +219,15 @@ def load(
         notice(message)
 
     import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
-
-    from .. import FastVLMConfig, FastVLMForConditionalGeneration, FastVLMProcessor
 
     place = _device(device)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     start = time.perf_counter()
-    processor = FastVLMProcessor.from_pretrained(model, **_image_options(FastVLMConfig.from_pretrained(model), size))
-    loaded = FastVLMForConditionalGeneration.from_pretrained(
+    processor = AutoProcessor.from_pretrained(model, **_image_options(AutoConfig.from_pretrained(model), size))
+    loaded = AutoModelForImageTextToText.from_pretrained(
         model, dtype="auto" if dtype == DtypeName.auto else getattr(torch, dtype)
     )
     if dtype == DtypeName.auto and place.type == "cpu" and loaded.dtype == torch.float16:

@@ -3,12 +3,15 @@
 
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
-__all__ = ["RESEARCH_ONLY", "licence_notice", "licence_of", "local_files", "read_config"]
+__all__ = ["RESEARCH_ONLY", "check_loadable", "licence_notice", "licence_of", "local_files", "read_config"]
 
 RESEARCH_ONLY = "for research only, not for commercial use, and so is everything derived from them (apple-amlr)"
 
@@ -34,6 +37,8 @@ def read_config(model: str) -> dict[str, Any]:
             f"no such directory: {model!r}. Expected one with a FastVLM checkpoint, or the name of a hub repository, "
             "such as apple/FastVLM-0.5B."
         )
+    else:
+        _skip_an_unreachable_hub()
     try:
         config: dict[str, Any] = PreTrainedConfig.get_config_dict(model)[0]
     except OSError as error:
@@ -41,6 +46,18 @@ def read_config(model: str) -> dict[str, Any]:
             raise
         raise _unreachable(model) from error
     return config
+
+
+def _skip_an_unreachable_hub() -> None:
+    """Where the hub's name cannot be looked up, use what is cached at once, and not after minutes of retries."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def _unreachable(model: str) -> UserError:
@@ -85,7 +102,9 @@ def licence_of(model: str) -> str | None:
     if "Apple Machine Learning Research Model" in (_text(model, "LICENSE") or ""):
         return "apple-amlr"
     card = re.match(r"---\n(.*?)\n---", _text(model, "README.md") or "", re.DOTALL)
-    entries = dict(re.findall(r"^(license(?:_name)?):[ \t]*(\S.*?)[ \t]*$", card.group(1), re.MULTILINE) if card else ())
+    entries = dict(
+        re.findall(r"^(license(?:_name)?):[ \t]*(\S.*?)[ \t]*$", card.group(1), re.MULTILINE) if card else ()
+    )
     name = entries.get("license_name") or entries.get("license")
     return name.strip("'\"") if name else None
 

@@ -13,7 +13,7 @@ from ...test_backbone_common import BackboneTesterMixin
 from ...test_configuration_common import ConfigTester
 from ...test_modeling_common import ModelTesterMixin, floats_tensor
 from ...test_pipeline_mixin import PipelineTesterMixin
-from .tiny import IMAGE_SIZE, REPEATED, YoungEnough, leave_out, only_pipelines, vision_config, without_repeated_skips
+from .tiny import IMAGE_SIZE, REPEATED, ModelTests, leave_out, only_pipelines, vision_config, without_repeated_skips
 
 # Tests of what an encoder does not have: token embeddings, language modelling and its loss, sub-models, a plan for
 # tensor parallelism.
@@ -62,7 +62,7 @@ class FastViTHDModelTesterTrainForm(FastViTHDModelTester):
     overrides = {"reparameterized": False, "multi_scale": "conv"}
 
 
-class FastViTHDModelTests(YoungEnough):
+class FastViTHDModelTests(ModelTests):
     """Shared by the merged and the train-time form."""
 
     all_model_classes = (FastViTHDModel, FastViTHDBackbone)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.testing_utils import torch_device
 
 from transformers_fastvlm import FastVLMConfig, FastVLMForConditionalGeneration, FastVLMModel
+from transformers_fastvlm.modeling_fastvithd import FastViTHDPreTrainedModel
 from transformers_fastvlm.modeling_fastvlm import FastVLMPreTrainedModel
 
 from ...generation.test_utils import GenerationTesterMixin
@@ -23,7 +24,7 @@ from .tiny import (
     IMAGE_SIZE,
     REPEATED,
     TOKENS_PER_IMAGE,
-    YoungEnough,
+    ModelTests,
     leave_out,
     only_pipelines,
     text_config,
@@ -72,7 +73,7 @@ class FastVLMModelTesterLlama(FastVLMModelTester):
     text_model = "llama"
 
 
-class FastVLMModelTests(YoungEnough):
+class FastVLMModelTests(ModelTests):
     """Shared by the classes for the language models."""
 
     all_model_classes = (FastVLMModel, FastVLMForConditionalGeneration)
@@ -132,6 +133,12 @@ class FastVLMModelTests(YoungEnough):
             patch.object(FastVLMPreTrainedModel, CHECK_OF_KEYS, getattr(PreTrainedModel, CHECK_OF_KEYS)),
         ):
             super().test_correct_missing_keys()
+
+    def test_can_capture_specific_layers_hidden_states(self) -> None:
+        """As upstream's, of the language model; older ones take how the encoder records for how the whole does."""
+        if hasattr(ModelTesterMixin, "test_can_capture_specific_layers_hidden_states"):
+            with patch.object(FastViTHDPreTrainedModel, "_can_record_outputs", {}):
+                super().test_can_capture_specific_layers_hidden_states()
 
     def test_sliding_window_mask(self) -> None:
         """As upstream's, with the window where a composite model has it: in the configuration of its language model."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny configurations, processors and saved models for the tests beside this file."""
 
+import contextlib
 import fnmatch
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,20 @@ def _has_skip_mark(test: Any) -> bool:
     return any(mark.name == "skip" or (mark.name == "skipif" and mark.args and mark.args[0] is True) for mark in marks)
 
 
-class YoungEnough:
-    """Makes a test run that upstream skips for configuration files whose copyright line names no year or an old one."""
+class ModelTests:
+    """What all classes of model tests here change of upstream's."""
+
+    @contextlib.contextmanager
+    def subTest(self, msg: str | None = None, **parameters: Any) -> Iterator[None]:
+        """Run a part of a test as any other statement: reports of 12,000 parts take longer than the tests."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"In the part {msg or parameters}.")
+            raise
 
     def test_can_init_all_missing_weights(self) -> None:
-        """As upstream's."""
+        """As upstream's, which skips models whose configuration file has no copyright line, or one of an old year."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "dated.py"
             source.write_text("# Copyright 2025\n", encoding="utf-8")
