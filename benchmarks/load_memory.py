@@ -61,7 +61,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(Path(folder))
-        cases = {"bare": BARE, "loaded": LOAD.format(directory=folder), "every_weight_read": TOUCH.format(directory=folder)}
+        cases = {
+            "bare": BARE,
+            "loaded": LOAD.format(directory=folder),
+            "every_weight_read": TOUCH.format(directory=folder),
+        }
         peaks = {name: sorted(peak_bytes(code) for _ in range(arguments.runs)) for name, code in cases.items()}
     import torch
     import transformers

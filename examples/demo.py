@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import shlex
 import tempfile
 import textwrap
@@ -35,17 +36,17 @@ NOISE = "This model is untrained: its words are noise."
 SEED = 42
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # What the noise is made of; an untrained head over bytes would hardly ever hit a printable character.
-WORDS = (
-    "a and at blue by car cloud day door field far green grass hill house in is long near not of old on over red road "
-    "roof seen sign sky slow some stone sun that the there tree two under wall warm white wide wind window with yes"
-).split()
+WORDS = """
+a and at blue by car cloud day door far field grass green hill house in is long near not of old on over red road
+roof seen sign sky slow some stone sun that the there tree two under wall warm white wide wind window with yes
+"""
 
 
 def build_tokenizer(directory: Path) -> dict[str, int]:
     """Write a byte-level tokenizer in Qwen2's files and return its vocabulary: 256 bytes, words, special tokens."""
     vocabulary = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
     merges = []
-    for word in WORDS:
+    for word in WORDS.split():
         piece = "\u0120"  # a space, as byte-level tokenizers write it
         for letter in word:
             if piece + letter not in vocabulary:
@@ -76,7 +77,7 @@ def build_checkpoint(directory: Path) -> Path:
         vision_config={
             "image_size": 512,
             "depths": [1, 1, 2, 1, 1],
-            "hidden_sizes": [16, 32, 64, 96, 128],
+            "hidden_sizes": [8, 16, 32, 64, 128],
             "projection_dim": 0,
             "layer_scale_init_value": 1.0,
             "initializer_range": 0.2,
@@ -98,7 +99,7 @@ def build_checkpoint(directory: Path) -> Path:
     )
     torch.manual_seed(SEED)
     model = FastVLMForConditionalGeneration(config)
-    words = torch.tensor([vocabulary[f"\u0120{word}"] for word in WORDS])
+    words = torch.tensor([vocabulary[f"\u0120{word}"] for word in WORDS.split()])
     with torch.no_grad():
         # Other tokens get the logit 0, which the largest of the words' exceeds.
         head = torch.zeros_like(model.lm_head.weight)
@@ -110,7 +111,8 @@ def build_checkpoint(directory: Path) -> Path:
 
 def ask(model: str, picture: Path, question: str) -> dict[str, Any]:
     """Run `fastvlm generate --json` and return what it printed."""
-    command = ["generate", str(picture), "-p", question, "--model", model, "--max-new-tokens", "12", "--json"]
+    command = ["generate", os.path.relpath(picture), "-p", question, "--model", model]
+    command += ["--max-new-tokens", "12", "--json"]
     print("$", shlex.join(["fastvlm", *command]))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_registration import run
 from transformers import AutoModelForImageTextToText
 
+from test_registration import run
 from transformers_fastvlm import FastVLMForConditionalGeneration, FastVLMProcessor
 
 

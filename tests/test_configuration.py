@@ -112,7 +112,11 @@ def test_presets_build_the_published_language_models(
     encoder = sum(p.numel() for p in model.model.vision_tower.parameters())
     assert own - projector - encoder == parameters  # the language model's published size
     index = json.loads((golden / "vision_full_weights.json").read_text())
-    published = sum(math.prod(spec["shape"]) for name, spec in index.items() if ".bn." not in name or "running" not in name and "num_b" not in name)
+    published = sum(
+        math.prod(spec["shape"])
+        for name, spec in index.items()
+        if ".bn." not in name or ("running" not in name and "num_b" not in name)
+    )
     assert encoder == published
 
 
@@ -138,7 +142,9 @@ def test_round_trip_through_our_form(name: str, checkpoint, tmp_path: Path) -> N
 
 def test_class_and_auto_class_agree(checkpoint) -> None:
     directory = checkpoint("qwen2_anyres")
-    assert FastVLMConfig.from_pretrained(directory).to_diff_dict() == AutoConfig.from_pretrained(directory).to_diff_dict()
+    assert (
+        FastVLMConfig.from_pretrained(directory).to_diff_dict() == AutoConfig.from_pretrained(directory).to_diff_dict()
+    )
 
 
 @pytest.mark.parametrize("trust_remote_code", [None, False, True])

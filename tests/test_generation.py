@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import golden_images
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, TextIteratorStreamer
 
+from helpers import golden_images
 from transformers_fastvlm import compat
 
 # The tiny models' answers are noise, which may contain the placeholder: it is left out to compare ways of decoding.
@@ -133,7 +133,9 @@ def test_compiled_model_gives_the_same_tokens(plain: Setup) -> None:
         expected = model(**inputs).logits
         model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager", dynamic=False)
         assert torch.allclose(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
-    assert plain.generate([row], model=model, cache_implementation="static", disable_compile=True) == plain.generate([row])
+    assert plain.generate([row], model=model, cache_implementation="static", disable_compile=True) == plain.generate(
+        [row]
+    )
 
 
 def test_answers_stop_although_apples_generation_config_has_no_eos(plain: Setup) -> None:
@@ -166,7 +168,7 @@ def test_given_generation_config_is_kept(plain: Setup) -> None:
 def test_chunked_prefill(plain: Setup) -> None:
     row = plain.conversations[1:2]
     if compat.GENERATE_KEEPS_ENCODER_OUTPUTS:
-        with pytest.raises(ValueError, match="prefill_chunk_size with images needs Transformers 5.20"):
+        with pytest.raises(ValueError, match=r"prefill_chunk_size with images needs Transformers 5\.20"):
             plain.generate(row, prefill_chunk_size=20)
     else:
         assert plain.generate(row, prefill_chunk_size=20) == plain.generate(row)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_pixels, relative_error
 from safetensors.torch import load_file
 from transformers import AutoBackbone, AutoConfig, AutoModel
 
+from helpers import random_pixels, relative_error
 from transformers_fastvlm import FastViTHDBackbone, FastViTHDConfig, FastViTHDModel
 
 APPLE_PREFIX = "model.vision_tower.vision_tower.model."
@@ -26,7 +26,9 @@ def train_form(golden: Path, golden_fill, tmp_path_factory: pytest.TempPathFacto
     """A function that makes the golden train-time encoder, its golden input and the golden answers."""
     import build
 
-    tensors = without_prefix(load_file(build.build("train_form", tmp_path_factory.mktemp("form")) / "model.safetensors"))
+    tensors = without_prefix(
+        load_file(build.build("train_form", tmp_path_factory.mktemp("form")) / "model.safetensors")
+    )
     shape = (2, 3, 128, 192)
     values = golden_fill._uniform("train_form.pixel_values", 2 * 3 * 128 * 192, 0)
     pixels = torch.tensor(values, dtype=torch.float32).view(shape)
@@ -109,7 +111,9 @@ def test_reparameterize_changes_form_and_not_function(train_form, tmp_path: Path
     assert model.config.reparameterized is True
     names = model.state_dict().keys()
     assert len(names) < branches
-    assert not any(part in name for name in names for part in ("rbr_", "lkb_origin", "small_conv", ".pe.", "mixer.mixer"))
+    assert not any(
+        part in name for name in names for part in ("rbr_", "lkb_origin", "small_conv", ".pe.", "mixer.mixer")
+    )
     with torch.no_grad():
         assert relative_error(model(pixels).last_hidden_state, expected["features"]) < 1e-5
     model.save_pretrained(tmp_path)
@@ -353,8 +357,12 @@ def test_auto_backbone(checkpoint) -> None:
 
 
 def amplified(model: FastViTHDModel, size: float, pixels: torch.Tensor) -> FastViTHDModel:
-    """Scale `model` so that its last stage's output reaches `size` for `pixels`, and its features have a normal size."""
-    before = (model.network[8].proj[0].lkb_reparam, model.network[8].proj[1].reparam_conv, model.network[9].reparam_conv)
+    """Scale `model`: its last stage's output reaches `size` for `pixels`, its features have a normal size."""
+    before = (
+        model.network[8].proj[0].lkb_reparam,
+        model.network[8].proj[1].reparam_conv,
+        model.network[9].reparam_conv,
+    )
     for _ in range(12):  # the network is not linear, so the factor is found in steps
         reached = model(pixels, output_hidden_states=True).hidden_states[-1].abs().max()
         for conv in before:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import expand, golden_images, image_names, random_pixels, relative_error
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
+from helpers import expand, golden_images, image_names, random_pixels, relative_error
 from transformers_fastvlm import (
     FastVLMConfig,
     FastVLMForConditionalGeneration,
@@ -288,7 +288,7 @@ def test_counts_that_differ_are_errors(reference) -> None:
         ref.model(input_ids=inputs["input_ids"], pixel_values=torch.zeros(1, 3, 250, 256))
     model = FastVLMForConditionalGeneration(ref.model.config)
     model.config.image_token_id = None
-    with pytest.raises(ValueError, match="image_token_id is None.*processor.image_token_id"):
+    with pytest.raises(ValueError, match=r"image_token_id is None.*processor\.image_token_id"):
         model(**inputs)
 
 
@@ -302,8 +302,8 @@ def test_anyres_counts_are_checked(reference) -> None:
         ref.model.get_image_features(images["pixel_values"], num_tiles=images["num_tiles"])
     with pytest.raises(ValueError, match="num_tiles must be given"):
         ref.model.get_image_features(images["pixel_values"], image_sizes=images["image_sizes"])
+    three = {"pixel_values": images["pixel_values"][:3], "num_tiles": torch.tensor([3])}
     with pytest.raises(ValueError, match="image_grid_pinpoints cuts it into"):
-        three = {"pixel_values": images["pixel_values"][:3], "num_tiles": torch.tensor([3])}
         ref.model.get_image_features(**three, image_sizes=torch.tensor([[600, 600]]))
 
 

@@ -148,7 +148,9 @@ def test_pipeline(name: str, checkpoint, golden: Path, capsys: pytest.CaptureFix
     options = {"generate_kwargs": {"do_sample": False, "max_new_tokens": 5}}
     answer = pipe(text=[{"role": "user", "content": content}], **options)
     assert answer[0]["generated_text"][-1]["role"] == "assistant"
-    rows = [[{"role": "user", "content": [content[0], {"type": "text", "text": q}]}] for q in ("What?", "Read the text.")]
+    rows = [
+        [{"role": "user", "content": [content[0], {"type": "text", "text": q}]}] for q in ("What?", "Read the text.")
+    ]
     batched = pipe(text=rows, batch_size=2, **options)
     alone = [pipe(text=row, **options)[0]["generated_text"][-1]["content"] for row in rows]
     assert [row[0]["generated_text"][-1]["content"] for row in batched] == alone

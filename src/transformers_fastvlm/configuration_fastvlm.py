@@ -12,7 +12,7 @@ config.json files (field names and values).
 import copy
 import os
 import re
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.dataclasses import strict
@@ -385,7 +385,7 @@ class FastVLMConfig(PreTrainedConfig):
             self.text_config = CONFIG_MAPPING[model_type].from_dict(text)
         if self.image_aspect_ratio == "anyres" or self.image_grid_pinpoints is not None:
             self.image_grid_pinpoints = anyres.check_pinpoints(
-                self.image_grid_pinpoints, self.vision_config.image_size
+                self.image_grid_pinpoints, cast(FastViTHDConfig, self.vision_config).image_size
             )
         super().__post_init__(**kwargs)
 

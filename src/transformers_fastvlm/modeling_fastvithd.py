@@ -13,7 +13,7 @@ conditional position encoding, large-kernel downsampling); MobileOne, arXiv 2206
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class _BatchNorm2d(nn.BatchNorm2d):
 
 
 class _ChannelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position: (batch, channels, height, width) to (batch, positions, channels)."""
+    """LayerNorm over channels: from (batch, channels, height, width) to (batch, positions, channels)."""
 
     def forward(self, input: Tensor) -> Tensor:
         tokens = input.flatten(2).transpose(1, 2)
@@ -163,7 +163,7 @@ class SqueezeExcite(nn.Module):
 
 
 class MobileOneBlock(nn.Module):
-    """A convolution with, at train time, a scale and an identity branch (MobileOne, section 3.2), then an activation."""
+    """A convolution with, at train time, scale and identity branches (MobileOne, section 3.2), then an activation."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class MobileOneBlock(nn.Module):
         self.act = ACT2FN[config.hidden_act] if activation else nn.Identity()
         self.se = SqueezeExcite(out_channels) if squeeze_excite else nn.Identity()
         self.merged = config.reparameterized
-        geometry = {"stride": stride, "groups": groups}
+        geometry: dict[str, Any] = {"stride": stride, "groups": groups}
         if self.merged:
             self.reparam_conv = _Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, **geometry)
             return
@@ -194,16 +194,26 @@ class MobileOneBlock(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if self.merged:
             return self.act(self.se(self.reparam_conv(hidden)))
-        out = self.rbr_conv[0](hidden)
+        out = self.convolution(hidden)
         if self.rbr_scale is not None:
             out = out + self.rbr_scale(hidden)
         if self.rbr_skip is not None:
             out = out + self.rbr_skip(hidden)
         return self.act(self.se(out))
 
+    @property
+    def convolution(self) -> _ConvNorm:
+        """The main branch of the train-time form; checkpoints keep it in a list of one."""
+        return cast(_ConvNorm, self.rbr_conv[0])
+
+    @property
+    def first_conv(self) -> _Conv2d:
+        """The convolution that meets the input, in either form."""
+        return self.reparam_conv if self.merged else self.convolution.conv
+
     def merged_kernel(self) -> tuple[Tensor, Tensor]:
         """Return kernel and bias, in float64, of the one convolution that equals all branches."""
-        branch = self.rbr_conv[0]
+        branch = self.convolution
         kernel, bias = branch.merged()
         if self.rbr_scale is not None:
             scale_kernel, scale_bias = self.rbr_scale.merged()
@@ -219,7 +229,7 @@ class MobileOneBlock(nn.Module):
         """Replace the branches by one convolution."""
         if self.merged:
             return
-        self.reparam_conv = _merged_conv(self.rbr_conv[0].conv, *self.merged_kernel())
+        self.reparam_conv = _merged_conv(self.convolution.conv, *self.merged_kernel())
         del self.rbr_conv, self.rbr_scale, self.rbr_skip
         self.merged = True
 
@@ -236,7 +246,7 @@ class _IdentityNorm(nn.Module):
 
 
 class RepMixer(nn.Module):
-    """Token mixing by a depthwise convolution; at train time x + scale * (mixer(x) - norm(x)) (FastViT, section 3.2)."""
+    """Depthwise token mixing; at train time x + scale * (mixer(x) - norm(x)) (FastViT, section 3.2)."""
 
     def __init__(self, config: FastViTHDConfig, channels: int):
         super().__init__()
@@ -257,7 +267,7 @@ class RepMixer(nn.Module):
         """Replace mixer, norm and scale by one depthwise convolution."""
         if self.merged:
             return
-        conv = self.mixer.rbr_conv[0].conv
+        conv = self.mixer.convolution.conv
         kernel, bias = self.mixer.merged_kernel()
         norm_scale, norm_shift = self.norm.rbr_skip.as_scale_and_shift()
         identity = _identity_kernel(conv)
@@ -301,7 +311,7 @@ class LargeKernelConv(nn.Module):
         super().__init__()
         self.act = ACT2FN[config.hidden_act]
         self.merged = config.reparameterized
-        geometry = {"stride": 2, "groups": in_channels}
+        geometry: dict[str, Any] = {"stride": 2, "groups": in_channels}
         if self.merged:
             self.lkb_reparam = _Conv2d(in_channels, out_channels, 7, padding=3, **geometry)
             return
@@ -467,10 +477,10 @@ class AttentionBlock(GradientCheckpointingLayer):
 class FastViTHDStage(nn.Sequential):
     """The blocks of one stage; a class of its own so that its output can be recorded as a hidden state."""
 
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, **kwargs: Any) -> Tensor:
         for block in self:
-            hidden = block(hidden, **kwargs)
-        return hidden
+            input = block(input, **kwargs)
+        return input
 
 
 class _MultiScale(nn.ModuleList):
@@ -584,10 +594,13 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
     @property
     def patch_embed_dtype(self) -> torch.dtype:
         """The type of the weights that meet the pixels first."""
-        stem = self.patch_embed[0]
-        return (stem.reparam_conv if stem.merged else stem.rbr_conv[0].conv).weight.dtype
+        return self._stem.weight.dtype
 
-    def _trunk(self, pixel_values: Tensor, last_stage: int = 5, **kwargs: Any) -> list[Tensor]:
+    @property
+    def _stem(self) -> _Conv2d:
+        return cast(MobileOneBlock, self.patch_embed[0]).first_conv
+
+    def _trunk(self, pixel_values: Tensor | None, last_stage: int = 5, **kwargs: Any) -> list[Tensor]:
         """Run stem and stages and return the output of stages 1 to `last_stage`.
 
         In float16 everything from the last downsampling on is computed in float32: activations there come close to
@@ -671,8 +684,7 @@ class FastViTHDModel(FastViTHDPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the first convolution of the stem."""
-        stem = self.patch_embed[0]
-        return stem.reparam_conv if stem.merged else stem.rbr_conv[0].conv
+        return self._stem
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -726,9 +738,9 @@ class FastViTHDBackbone(BackboneMixin, FastViTHDPreTrainedModel):
     # A checkpoint of the encoder ends in layers that a backbone does not have.
     _keys_to_ignore_on_load_unexpected = [r"^conv_exp\.", r"^head\.", r"^multi_scale\."]
 
-    def __init__(self, config: FastViTHDConfig):
+    def __init__(self, config: FastViTHDConfig | FastVLMConfig):
         if isinstance(config, FastVLMConfig):
-            config = config.vision_config
+            config = cast(FastViTHDConfig, config.vision_config)
         super().__init__(config)
         self.num_features = list(config.hidden_sizes)
         self._build_trunk(config)
@@ -736,8 +748,7 @@ class FastViTHDBackbone(BackboneMixin, FastViTHDPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the first convolution of the stem."""
-        stem = self.patch_embed[0]
-        return stem.reparam_conv if stem.merged else stem.rbr_conv[0].conv
+        return self._stem
 
     @can_return_tuple
     @filter_output_hidden_states

@@ -81,7 +81,7 @@ def _register_models(module: ModuleType) -> None:
     if os.environ.get(NO_VISION2SEQ) or hasattr(module, "AutoModelForVision2Seq"):
         return
 
-    class AutoModelForVision2Seq(module.AutoModelForImageTextToText):  # type: ignore[misc, name-defined]
+    class AutoModelForVision2Seq(module.AutoModelForImageTextToText):  # type: ignore[name-defined]
         """The name that `AutoModelForImageTextToText` had before Transformers 5."""
 
     AutoModelForVision2Seq.__module__ = module.__name__

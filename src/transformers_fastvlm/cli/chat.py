@@ -126,9 +126,12 @@ class _Conversation:
         notice(f"picture {len(self.pictures)} of the next question: {name}")
 
     def _ask(self, text: str) -> None:
+        from .session import remark
+
         messages = [*self.messages, {"role": "user", "content": question(text, self.pictures)}]
         answer = self.session.answer(messages, lambda piece: typer.echo(piece, nl=False))
         typer.echo()
+        remark(answer)
         # Kept only now: a question that failed is not part of the conversation.
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         self.pictures = []

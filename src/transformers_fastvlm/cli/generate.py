@@ -18,7 +18,7 @@ def generate(
     prompt: Annotated[
         str,
         typer.Option(
-            "--prompt", "-p", help="What to ask. <image> in it, once for each picture, says where the pictures go."
+            "--prompt", "-p", help="What to ask. `<image>` in it, once for each picture, says where the pictures go."
         ),
     ],
     images: Annotated[
@@ -49,7 +49,7 @@ def generate(
 
     Example: fastvlm generate street.jpg -p "What number is on the sign?"
     """
-    from .session import Sampling, load
+    from .session import Sampling, load, remark
 
     names = images or []
     sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
@@ -61,8 +61,9 @@ def generate(
     session = load(model, device, dtype, size)
     session.sampling = sampling
     if not as_json:
-        session.answer(conversation, lambda text: typer.echo(text, nl=False))
+        answer = session.answer(conversation, lambda text: typer.echo(text, nl=False))
         typer.echo()
+        remark(answer)
         return
     answer = session.answer(conversation)
     result = {
@@ -93,3 +94,4 @@ def generate(
         },
     }
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    remark(answer)

@@ -55,6 +55,7 @@ def info(
 def _facts(model: str) -> dict[str, Any]:
     raw = read_config(model)
     directory = _directory(model)
+    config: Any
     if raw.get("model_type") == "fast_vlm":
         from ..checkpoints.configs import config_from_native
 
@@ -177,7 +178,7 @@ def _image_processing(config: Any) -> dict[str, Any]:
 
 
 def _tokens(config: Any) -> dict[str, int]:
-    """Return tokens by resolution: "512" is --size 512, and for AnyRes "640x480" is a picture of that width and height."""
+    """Return tokens by resolution: "512" is --size 512; for AnyRes "1024x2048" is a picture of that size."""
     from ..anyres import num_image_tokens
 
     tile = config.vision_config.image_size

@@ -12,7 +12,7 @@ from .errors import UserError, notice
 from .options import DtypeName
 from .sources import check_loadable, licence_notice, read_config
 
-__all__ = ["Answer", "Sampling", "Session", "load"]
+__all__ = ["Answer", "Sampling", "Session", "load", "remark"]
 
 INCOMPLETE = "\ufffd"
 """What a tokenizer writes for a character of which only some bytes are there."""
@@ -48,6 +48,7 @@ class Answer:
         prompt_tokens, image_tokens, answer_tokens: numbers of tokens; those of images are part of the prompt's.
         stopped: "end" if the model ended its answer, "length" if it was cut, "interrupted" by the user.
         seconds: "preprocess", "generate" and "first_token" (from the start of generate; None with beams).
+        remark: what a user should know of how it ended.
     """
 
     text: str
@@ -56,6 +57,13 @@ class Answer:
     answer_tokens: int
     stopped: Literal["end", "length", "interrupted"]
     seconds: dict[str, float | None]
+    remark: str | None = None
+
+
+def remark(answer: Answer) -> None:
+    """Print on standard error what a user should know of how an answer ended."""
+    if answer.remark:
+        notice(f"fastvlm: {answer.remark}")
 
 
 @dataclass
@@ -114,8 +122,6 @@ class Session:
         text = stream.finish(tokens)
         ends = self.model.generation_config.eos_token_id
         ended = bool(tokens) and tokens[-1] in (ends if isinstance(ends, list) else [ends])
-        if not ended and not interrupted and limit:
-            notice(f"fastvlm: {limit}")
         return Answer(
             text=text.strip(),
             prompt_tokens=prompt.shape[1],
@@ -127,6 +133,7 @@ class Session:
                 "first_token": None if stream.first is None else stream.first - preprocessed,
                 "generate": end - preprocessed,
             },
+            remark=None if ended or interrupted else limit,
         )
 
     def _options(self, prompt_tokens: int) -> tuple[dict[str, Any], str]:
@@ -215,8 +222,6 @@ def load(model: str, device: str = "auto", dtype: DtypeName = DtypeName.auto, si
     """
     config = read_config(model)
     check_loadable(model, config)
-    if message := licence_notice(model, config):
-        notice(message)
 
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -238,7 +243,10 @@ def load(model: str, device: str = "auto", dtype: DtypeName = DtypeName.auto, si
             f"{model!r}: config.json has image_token_id {loaded.config.image_token_id}, but {IMAGE_TOKEN} is "
             f"{processor.image_token_id} in the tokenizer. The files belong to different checkpoints."
         )
-    return Session(model, loaded, processor, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    if message := licence_notice(model, config):
+        notice(message)
+    return Session(model, loaded, processor, seconds)
 
 
 def _device(name: str) -> Any:

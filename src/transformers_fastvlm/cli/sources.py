@@ -15,7 +15,7 @@ __all__ = ["RESEARCH_ONLY", "check_loadable", "licence_notice", "licence_of", "l
 
 RESEARCH_ONLY = "for research only, not for commercial use, and so is everything derived from them (apple-amlr)"
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _OURS = ("fastvlm", "llava_qwen2", "llava_llama")
 
 

@@ -3,6 +3,7 @@
 
 import os
 import re
+import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -22,17 +23,16 @@ EXPLAINED = explained_skips()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    import transformers
+    import transformers.processing_utils  # noqa: F401  (importing it replaces sys.modules["transformers"])
     from transformers.utils.logging import disable_progress_bar
 
     import transformers_fastvlm
 
     disable_progress_bar()
-
     # Upstream's pipeline tests look classes up by name in `transformers`.
     for name in transformers_fastvlm.__all__:
-        if name.startswith("FastV") and not hasattr(transformers, name):
-            setattr(transformers, name, getattr(transformers_fastvlm, name))
+        if name.startswith("FastV") and not hasattr(sys.modules["transformers"], name):
+            setattr(sys.modules["transformers"], name, getattr(transformers_fastvlm, name))
     if not hasattr(config, "workerinput"):
         from tests.models.fastvlm.tiny import save_tiny_models
 

@@ -90,6 +90,7 @@ def only_pipelines(*tasks: str) -> Any:
 
 
 # Tests that are skipped for a reason that holds for all classes alike; the class for the whole model reports them.
+# The last is slow, since it prints every tensor, and tests code that the classes have in common.
 REPEATED = (
     "test_eager_matches_batched_and_grouped*",
     "test_encoder_decoder_loss*",
@@ -100,6 +101,7 @@ REPEATED = (
     "test_resize_position*",
     "test_sdpa_can_dispatch_non_composite_models",
     "test_vision_axial_rope",
+    "test_bc_torch_dtype",
 )
 
 

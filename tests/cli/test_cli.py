@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as a whole: as a process of its own, its help, its errors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from transformers_fastvlm import __version__
+from transformers_fastvlm.cli import errors
+
+VERBS = ("generate", "chat", "info", "convert")
+
+
+def process(
+    *words: str | Path, python: tuple[str, ...] = ("-m", "transformers_fastvlm")
+) -> subprocess.CompletedProcess:
+    """Run in a new interpreter that turns warnings into errors, without a network."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "error", *python, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def test_answers_in_a_process_of_its_own(checkpoint, golden) -> None:
+    done = process(
+        "generate",
+        golden / "images" / "tall_rgb.jpg",
+        "-p",
+        "What is it?",
+        "-m",
+        checkpoint("llama"),
+        "--max-new-tokens",
+        4,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n") and done.stdout.strip()
+    # Nothing but this: no warnings, and no progress bars where nobody is looking.
+    assert done.stderr == "fastvlm: the answer was cut after 4 tokens; --max-new-tokens allows longer ones.\n"
+
+
+def test_help_imports_no_torch() -> None:
+    code = """
+import sys
+from transformers_fastvlm.cli import main
+try:
+    main(["--help"])
+except SystemExit as stop:
+    assert stop.code == 0
+    print([m for m in ("torch", "transformers.configuration_utils") if m in sys.modules])
+"""
+    done = process(python=("-c", code))
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_an_example(run, verb: str) -> None:
+    shown = run(verb, "--help").stdout
+    assert f"Example: fastvlm {verb}" in shown
+
+
+def test_version(run) -> None:
+    assert run("--version").stdout == f"fastvlm {__version__}\n"
+
+
+def test_without_a_verb_shows_help(run) -> None:
+    result = run(code=2)
+    assert "generate" in result.stdout + result.stderr
+
+
+def test_errors_of_the_program_are_one_line_unless_debug(capsys: pytest.CaptureFixture[str]) -> None:
+    @errors.reports_errors
+    def broken(debug: bool) -> None:
+        raise KeyError("lost")
+
+    with pytest.raises(typer.Exit) as stop:
+        broken(debug=False)
+    assert stop.value.exit_code == 1
+    assert capsys.readouterr().err == "fastvlm: KeyError: 'lost' (--debug shows where)\n"
+    with pytest.raises(KeyError):
+        broken(debug=True)
+
+
+def test_out_of_memory_says_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    @errors.reports_errors
+    def large() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMuch more text.")
+
+    with pytest.raises(typer.Exit) as stop:
+        large()
+    assert stop.value.exit_code == 1
+    assert "--size" in capsys.readouterr().err
+
+
+def test_interrupting_ends_quietly() -> None:
+    @errors.reports_errors
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as stop:
+        interrupted()
+    assert stop.value.exit_code == 130
+
+
+def test_debug_lets_the_exception_through(run) -> None:
+    with pytest.raises(errors.UserError):
+        raise run("info", "no/such/dir", "--debug", code=1).exception

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm chat`: turns, pictures, commands."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from transformers_fastvlm.cli import chat
+from transformers_fastvlm.cli.errors import UserError
+from transformers_fastvlm.cli.session import Session
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, Any]]]:
+    """Let the model's answers through and collect the conversations that it was asked to continue."""
+    conversations: list[list[dict[str, Any]]] = []
+    original = Session.answer
+
+    def answer(self: Session, conversation: list[dict[str, Any]], *args: Any) -> Any:
+        conversations.append(conversation)
+        return original(self, conversation, *args)
+
+    monkeypatch.setattr(Session, "answer", answer)
+    return conversations
+
+
+def summary(conversation: list[dict[str, Any]]) -> list[str]:
+    """Return each message as its role's first letter and its parts, as in "u image What is it?"."""
+    lines = []
+    for message in conversation:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part.get("text", part["type"]) for part in content]
+        lines.append(" ".join([message["role"][0], *(["…"] if message["role"] == "assistant" else parts)]))
+    return lines
+
+
+def test_keeps_the_history(checkpoint, golden, run, asked) -> None:
+    lines = f"What is it?\n\nAnd now?\n/image {golden / 'images' / 'tall_rgb.jpg'}\nThis?\n/clear\nAgain?\n/exit\nno\n"
+    result = run(
+        "chat",
+        golden / "images" / "wide_rgb.png",
+        *("-m", checkpoint("qwen2_untied"), "--max-new-tokens", 4, "--system", "Be brief."),
+        stdin=lines,
+    )
+    assert [summary(conversation) for conversation in asked] == [
+        ["s Be brief.", "u image What is it?"],
+        ["s Be brief.", "u image What is it?", "a …", "u And now?"],
+        ["s Be brief.", "u image What is it?", "a …", "u And now?", "a …", "u image This?"],
+        ["s Be brief.", "u image Again?"],
+    ]
+    answers = result.stdout.splitlines()
+    assert len(answers) == 4 and answers[0].strip() == asked[1][2]["content"]
+
+
+def test_answers_as_generate_does(checkpoint, golden, run) -> None:
+    words = (golden / "images" / "wide_rgb.png", "-m", checkpoint("llama"), "--max-new-tokens", 5)
+    assert run("chat", *words, stdin="What is it?").stdout == run("generate", *words, "-p", "What is it?").stdout
+
+
+def test_ends_at_the_first_error_of_a_pipe(checkpoint, run) -> None:
+    result = run("chat", "-m", checkpoint("llama"), stdin="/image gone.png\nHello\n", code=2)
+    assert result.stdout == "" and "no such file: 'gone.png'" in result.stderr
+
+
+def test_refuses_a_picture_from_standard_input(checkpoint, fails) -> None:
+    assert "Give a file" in fails("chat", "-", "-m", checkpoint("llama"))
+
+
+def test_goes_on_after_an_error_of_a_user(
+    checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["/image gone.png", "/what", "Say <image>", "/help"])
+    monkeypatch.setattr(chat, "_next_line", lambda interactive: next(lines, None))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    chat.chat(images=None, model=str(checkpoint("llama")))
+    said = capsys.readouterr().err
+    assert "no such file" in said and "unknown command '/what'" in said and "1 <image>, but there are 0" in said
+    assert said.count("/clear") == 2  # at the beginning, and for /help
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch) -> chat._Conversation:
+    session = SimpleNamespace(answer=lambda messages, say: SimpleNamespace(text="yes", remark=None))
+    return chat._Conversation(session, None, [Image.new("RGB", (8, 8))], upright=False)
+
+
+def test_a_question_that_failed_is_not_part_of_the_conversation(talk: chat._Conversation) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("too long")
+
+    answer, talk.session.answer = talk.session.answer, fail
+    with pytest.raises(ValueError, match="too long"):
+        talk.turn("A question")
+    assert talk.messages == [] and len(talk.pictures) == 1
+    talk.session.answer = answer
+    assert talk.turn("Another") and summary(talk.messages) == ["u image Another", "a …"] and talk.pictures == []
+
+
+@pytest.mark.parametrize("line", ["/image", "/image -", "/unknown"])
+def test_refuses_commands(talk: chat._Conversation, line: str) -> None:
+    with pytest.raises(UserError):
+        talk.turn(line)
+
+
+def test_a_path_is_not_a_command(talk: chat._Conversation) -> None:
+    assert talk.turn("/usr/share is what?") and summary(talk.messages)[0] == "u image /usr/share is what?"
+
+
+def test_quotes_around_a_path(talk: chat._Conversation, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a picture.png")
+    assert talk.turn(f"/image '{tmp_path / 'a picture.png'}'") and len(talk.pictures) == 2
+
+
+@pytest.mark.parametrize("line", ["/exit", "/quit", " /exit "])
+def test_leaves(talk: chat._Conversation, line: str) -> None:
+    assert not talk.turn(line)
+
+
+def test_reading_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = iter(["one\n", ""])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(readline=lambda: next(lines)))
+    assert [chat._next_line(True), chat._next_line(False)] == ["one\n", None]
+    # Answers may go to a file while the questions are typed.
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "> ")

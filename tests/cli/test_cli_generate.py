@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm generate`: the golden answers, its input and output, and what it refuses."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from transformers_fastvlm.cli.options import DtypeName
+from transformers_fastvlm.cli.pictures import question
+from transformers_fastvlm.cli.session import Sampling, Session, _Stream, load
+
+QUESTION = "Describe the image."
+
+
+@pytest.fixture
+def model(checkpoint) -> Path:
+    return checkpoint("qwen2_untied")
+
+
+@pytest.fixture
+def wide(golden) -> Path:
+    return golden / "images" / "wide_rgb.png"
+
+
+@pytest.fixture
+def ask(run):
+    """Run `fastvlm generate --json` for a few tokens and return the object."""
+
+    def call(*words: Any, stdin: str | bytes = "") -> dict[str, Any]:
+        result: dict[str, Any] = json.loads(
+            run("generate", *words, "--max-new-tokens", 6, "--json", stdin=stdin).stdout
+        )
+        return result
+
+    return call
+
+
+def golden_answer(golden: Path, model: Path, case: str, tokens: int) -> str:
+    """Return the reference's greedy answer as text, cut after `tokens` tokens or where the model ends it."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with safe_open(golden / model.name / "expected.safetensors", "np") as expected:
+        ids = expected.get_tensor(f"{case}.greedy").tolist()[:tokens]
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen2_untied", "qwen2_anyres"])
+def test_answers_as_the_reference(checkpoint, golden, run, name: str) -> None:
+    case = json.loads((golden / name / "expected.json").read_text())["single0"]
+    picture = golden / "images" / case["image"]
+    result = run("generate", picture, "-p", QUESTION, "--model", checkpoint(name), "--max-new-tokens", 8)
+    assert result.stdout == golden_answer(golden, checkpoint(name), "single0", 8) + "\n"
+
+
+def test_two_pictures_as_the_reference(model, golden, ask) -> None:
+    case = json.loads((golden / model.name / "expected.json").read_text())["two_images"]
+    pictures = [golden / "images" / name for name in case["images"]]
+    text = "How many dogs are there, and what colour is the sign?"
+    first = ask(*pictures, "-p", text, "-m", model)
+    assert first["answer"] == golden_answer(golden, model, "two_images", 6).strip()
+    assert (first["tokens"]["prompt"], first["tokens"]["image"]) == (case["length"], 32)
+    assert ask(*pictures, "-p", f"<image>\n<image>\n{text}", "-m", model)["tokens"] == first["tokens"]
+
+
+def test_json(model, wide, ask) -> None:
+    result = ask(wide, "-p", QUESTION, "-m", model, "--system", "Be brief.")
+    assert result["model"] == str(model) and result["images"] == [str(wide)]
+    assert (result["prompt"], result["system"]) == (QUESTION, "Be brief.")
+    assert result["tokens"]["image"] == 16 and 0 < result["tokens"]["answer"] <= 6
+    assert result["stopped"] in ("end", "length")
+    assert (result["device"].split(":")[0], result["dtype"], result["size"]) == (auto_device(), "float32", 256)
+    assert list(result["seconds"]) == ["load", "preprocess", "first_token", "generate"]
+    assert 0 < result["seconds"]["first_token"] <= result["seconds"]["generate"]
+
+
+def auto_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def test_text_only(checkpoint, ask) -> None:
+    result = ask("-p", "Read the text.", "-m", checkpoint("llama"))
+    assert result["images"] == [] and result["tokens"]["image"] == 0 and result["answer"]
+
+
+def test_reads_standard_input(model, wide, ask) -> None:
+    result = ask("-", "-p", QUESTION, "-m", model, stdin=wide.read_bytes())
+    assert result["images"] == ["-"]
+    assert result["answer"] == ask(wide, "-p", QUESTION, "-m", model)["answer"]
+
+
+@pytest.fixture
+def server(golden) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(golden / "images"))) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_downloads_a_picture(model, wide, ask, fails, server: str) -> None:
+    result = ask(f"{server}/wide_rgb.png", "-p", QUESTION, "-m", model)
+    assert result["answer"] == ask(wide, "-p", QUESTION, "-m", model)["answer"]
+    assert "could not download" in fails("generate", "http://127.0.0.1:1/none.png", "-p", QUESTION, "-m", model)
+
+
+def test_upright_turns_by_exif(model, tmp_path, ask) -> None:
+    picture = Image.new("RGB", (64, 32), "red")
+    picture.paste("blue", (0, 0, 20, 32))
+    picture.save(tmp_path / "turned.png", exif=exif_orientation(6))
+    picture.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "plain.png")
+    session = load(str(model))
+    seen = []
+
+    def pixels(conversation: Any) -> torch.Tensor:
+        return session.processor.apply_chat_template(
+            conversation, tokenize=True, return_dict=True, return_tensors="pt"
+        ).pixel_values
+
+    from transformers_fastvlm.cli.pictures import read_pictures
+
+    for name, upright in (("turned", True), ("turned", False), ("plain", False)):
+        pictures = read_pictures([str(tmp_path / f"{name}.png")], upright)
+        seen.append(pixels([{"role": "user", "content": question("?", pictures)}]))
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[1], seen[2])
+    assert ask(tmp_path / "turned.png", "-p", "?", "-m", model, "--upright")["tokens"]["image"] == 16
+
+
+def exif_orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("qwen2_tied", 64), ("qwen2_anyres", None)])
+def test_size(checkpoint, wide, ask, name: str, tokens: int | None) -> None:
+    small = ask(wide, "-p", QUESTION, "-m", checkpoint(name))
+    large = ask(wide, "-p", QUESTION, "-m", checkpoint(name), "--size", 512)
+    assert large["size"] == 512 and large["tokens"]["image"] > small["tokens"]["image"]
+    assert tokens in (None, large["tokens"]["image"])
+
+
+def test_dtype(model, copy_of, ask) -> None:
+    assert ask("-p", "?", "-m", model, "--dtype", "bfloat16", "--device", "cpu")["dtype"] == "bfloat16"
+    half = copy_of("qwen2_untied")
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16"}))
+    assert ask("-p", "?", "-m", half, "--device", "cpu")["dtype"] == "float32"
+    assert ask("-p", "?", "-m", half, "--device", "cpu", "--dtype", "float16")["dtype"] == "float16"
+
+
+def test_sampling_by_seed(checkpoint, wide, ask) -> None:
+    options = (wide, "-p", QUESTION, "-m", checkpoint("qwen2_untied"), "--temperature", 2, "--top-p", 0.99)
+    answers = [ask(*options, "--seed", seed)["answer"] for seed in (1, 1, 2, 3)]
+    assert answers[0] == answers[1] and len(set(answers)) > 1
+
+
+def test_greedy_although_the_checkpoint_samples(model, wide) -> None:
+    session = load(str(model))
+    session.sampling = Sampling(max_new_tokens=12)
+    assert session.model.generation_config.do_sample
+    conversation = [{"role": "user", "content": question(QUESTION, [Image.open(wide)])}]
+    assert len({session.answer(conversation).text for _ in range(3)}) == 1
+    assert not session.model.generation_config.do_sample
+
+
+def test_beams(model, wide, ask) -> None:
+    result = ask(wide, wide, "-p", QUESTION, "-m", model, "--num-beams", 2)
+    assert result["seconds"]["first_token"] is None and result["tokens"]["answer"] > 0
+
+
+def test_answer_is_cut_at_the_end_of_the_context(model) -> None:
+    session = load(str(model), dtype=DtypeName.float32)
+    conversation = [{"role": "user", "content": "Read the text."}]
+    session.processor.context_length = session.answer(conversation).prompt_tokens + 3
+    assert session.answer(conversation).answer_tokens <= 3
+    session.processor.context_length -= 3
+    with pytest.raises(Exception, match="no room for an answer"):
+        session.answer(conversation)
+
+
+def test_interrupted_answer_is_kept(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    session: Session = load(str(model))
+
+    def generate(streamer: _Stream, **_: Any) -> None:
+        for tokens in ([[1, 2]], *([token] for token in session.processor.tokenizer("hi").input_ids)):
+            streamer.put(torch.tensor(tokens))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.model, "generate", generate)
+    answer = session.answer([{"role": "user", "content": "?"}])
+    assert (answer.stopped, answer.answer_tokens, answer.text) == (
+        "interrupted",
+        len(session.processor.tokenizer("hi").input_ids),
+        "hi",
+    )
+
+
+def test_streams_whole_characters_and_all_of_them(model) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = "naïve 日本語 🙂 and more, " * 12
+    ids = tokenizer(text).input_ids
+    pieces: list[str] = []
+    stream = _Stream(tokenizer, pieces.append)
+    stream.put(torch.tensor([[1, 2, 3]]))
+    for token in ids:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert len(pieces) > 100 and not any("\ufffd" in piece for piece in pieces)
+    assert stream.finish([*ids, tokenizer.eos_token_id]) == text == "".join(pieces)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Which?", ["image", "image", "Which?"]),
+        ("<image> or <image>?", ["image", " or ", "image", "?"]),
+        ("First <image>, then <image>", ["First ", "image", ", then ", "image"]),
+    ],
+)
+def test_places_of_pictures(text: str, expected: list[str]) -> None:
+    pictures = [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))]
+    parts = question(text, pictures)
+    assert [part.get("text", part["type"]) for part in parts] == expected
+    assert [part["image"] for part in parts if "image" in part] == pictures
+
+
+# What it refuses
+
+
+def test_refuses_pictures(model, wide, tmp_path, fails) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes(wide.read_bytes()[:2000])
+    (tmp_path / "empty.png").touch()
+    options = ("-p", QUESTION, "-m", model)
+    assert "no such file: 'gone.png'" in fails("generate", "gone.png", *options)
+    assert "not an image" in fails("generate", tmp_path / "text.png", *options)
+    assert "truncated" in fails("generate", tmp_path / "cut.png", *options)
+    assert "is empty" in fails("generate", tmp_path / "empty.png", *options)
+    assert "folder" in fails("generate", tmp_path, *options)
+    assert "standard input is empty" in fails("generate", "-", *options)
+    assert "not an image" in fails("generate", "-", *options, stdin="no picture")
+    assert "truncated" in fails("generate", "-", *options, stdin=wide.read_bytes()[:2000])
+    assert "more than once" in fails("generate", "-", "-", *options)
+    assert "2 <image>, but there are 1 pictures" in fails("generate", wide, "-p", "<image> <image>", "-m", model)
+    assert "1 <image>, but there are 0 pictures" in fails("generate", "-p", "What is <image>?", "-m", model)
+
+
+def test_refuses_models(tmp_path, copy_of, fails) -> None:
+    def answer(model: Path | str) -> str:
+        return fails("generate", "-p", "?", "-m", model)
+
+    assert "no such directory: './gone'" in answer("./gone")
+    assert "has no config.json" in answer(tmp_path)
+    (tmp_path / "file").touch()
+    assert "is a file" in answer(tmp_path / "file")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    assert "model_type 'bert'" in answer(other)
+    (other / "config.json").write_text('{"model_type": "fast_vlm"}')
+    assert "fastvlm convert" in answer(other)
+    (other / "config.json").write_text('{"model_type": "llava_qwen2", "mm_vision_tower": "openai/clip"}')
+    assert "mm_vision_tower 'openai/clip'" in answer(other)
+    (other / "config.json").write_text("{")
+    assert "config.json" in answer(other)
+    cut = copy_of("qwen2_tied")
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "truncated" in answer(cut)
+    (cut / "model.safetensors").unlink()
+    assert "model.safetensors" in answer(cut)
+
+
+def test_without_a_network(fails, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    monkeypatch.delenv("https_proxy", raising=False)
+    line = fails("generate", "-p", "?", "-m", "someone/no-such-model")
+    assert "no network or unknown repository 'someone/no-such-model': use a local directory" in line
+    assert constants.HF_HUB_OFFLINE  # so that nothing is tried again and again
+
+
+def test_refuses_options(model, run, fails) -> None:
+    options = ("generate", "-p", "?", "-m", model)
+    assert "--top-p has no effect" in fails(*options, "--top-p", 0.5)
+    assert "--seed has no effect" in fails(*options, "--seed", 1)
+    assert "--top-p is 0" in fails(*options, "--top-p", 0, "--temperature", 1)
+    assert "--device is 'abacus'" in fails(*options, "--device", "abacus")
+    assert "not available here" in fails(*options, "--device", "meta" if torch.cuda.is_available() else "cuda:0")
+    assert "not a multiple of 64" in run(*options, "--size", 1000, code=2).stderr
+    for option, value in (("--size", 192), ("--temperature", -1), ("--num-beams", 0), ("--dtype", "int8")):
+        assert option in run(*options, option, value, code=2).stderr
+    assert "--prompt" in run("generate", "-m", model, code=2).stderr
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md"])
+def test_says_that_apples_weights_are_for_research(copy_of, run, name: str) -> None:
+    model = copy_of("qwen2_tied")
+    text = (
+        "Apple Machine Learning Research Model\n..."
+        if name == "LICENSE"
+        else "---\nlicense: apple-amlr\n---\n# FastVLM\n"
+    )
+    (model / name).write_text(text)
+    result = run("generate", "-p", "?", "-m", model, "--max-new-tokens", 2)
+    assert "Apple's weights are for research only" in result.stderr
+    assert result.stderr.count("\n") == 2

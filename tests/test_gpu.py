@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only an accelerator can show; `make test-gpu` runs it on CUDA or MPS, whichever there is."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from helpers import golden_images, random_pixels, relative_error
+from transformers_fastvlm import FastViTHDConfig, FastViTHDModel
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    pytest.fail("make test-gpu needs CUDA or MPS, and torch sees neither")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)], ids=str
+)
+@torch.no_grad()
+def test_full_size_encoder(dtype: torch.dtype, limit: float, device: str) -> None:
+    torch.manual_seed(0)
+    model = FastViTHDModel(FastViTHDConfig(layer_scale_init_value=0.1)).eval()
+    pixels = random_pixels(1, 512, 512)
+    expected = model(pixels).last_hidden_state
+    outputs = model.to(device, dtype)(pixels.to(device))
+    assert outputs.last_hidden_state.dtype == dtype
+    assert relative_error(outputs.last_hidden_state.cpu(), expected) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["qwen2_untied", "llama", "qwen2_anyres"])
+def test_generate(name: str, dtype: torch.dtype, device: str, checkpoint, golden: Path) -> None:
+    directory = checkpoint(name)
+    processor = AutoProcessor.from_pretrained(directory)
+    images = golden_images(golden, ["wide_rgb.png", "tall_rgb.jpg"])
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": "Compare them."}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
+    with torch.no_grad():
+        expected = model.float()(**inputs).logits
+        model = model.to(device, dtype)
+        logits = model(**inputs.to(device)).logits.float().cpu()
+    assert relative_error(logits, expected) < (1e-3 if dtype == torch.float32 else 5e-2)
+    for options in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None, **options)
+        assert out.shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+@torch.no_grad()
+def test_compiled_encoder(device: str) -> None:
+    if device != "cuda":
+        pytest.skip("Inductor's code for MPS is not what this checks")
+    torch.manual_seed(0)
+    config = FastViTHDConfig(depths=[1, 1, 2, 1, 1], hidden_sizes=[32, 64, 128, 256, 512], layer_scale_init_value=0.1)
+    model = FastViTHDModel(config).eval().to(device)
+    pixels = random_pixels(2, 256, 256).to(device)
+    expected = model(pixels).last_hidden_state
+    compiled = torch.compile(model, fullgraph=True)
+    assert relative_error(compiled(pixels).last_hidden_state, expected) < 1e-3
+
+
+@torch.no_grad()
+def test_flash_attention(device: str) -> None:
+    pytest.importorskip("flash_attn", reason="needs the flash-attn package")
+    torch.manual_seed(0)
+    config = FastViTHDConfig(depths=[1, 1, 1, 2, 2], hidden_sizes=[32, 64, 128, 256, 512], layer_scale_init_value=0.1)
+    model = FastViTHDModel(config).eval().to(device, torch.bfloat16)
+    pixels = random_pixels(1, 256, 256).to(device)
+    expected = model(pixels).last_hidden_state
+    model.set_attn_implementation("flash_attention_2")
+    assert relative_error(model(pixels).last_hidden_state, expected) < 5e-2
+
+
+def test_training_step(device: str, checkpoint) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint("qwen2_untied")).to(device).train()
+    ids = torch.tensor([[5] + [483] * 16 + [6, 7]], device=device)
+    model(input_ids=ids, labels=ids, pixel_values=random_pixels(1, 256, 256).to(device)).loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
