@@ -7,8 +7,6 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 WHEEL_BIN := .venvs/wheel/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Of some ten thousand installed modules few are imported; Python compiles those when it first does.
-export PIP_NO_COMPILE := 1
 PIP_INSTALL := -m pip install $(if $(CI),--quiet --progress-bar off)
 
 .DEFAULT_GOAL := help

@@ -202,6 +202,7 @@ def test_unknown_aspect_ratio(ratio: str) -> None:
     [
         ({"depths": [1, 2]}, "depths is"),
         ({"hidden_sizes": [8, 16, 32, 60, 128]}, "multiples of attention_head_dim"),
+        ({"hidden_sizes": [64, 96, 192, 384, 768]}, "multiple of the one before"),
         ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
         ({"image_size": 1000}, "image_size is 1000"),
         ({"multi_scale": "sum"}, "multi_scale"),

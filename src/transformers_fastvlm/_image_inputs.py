@@ -96,6 +96,7 @@ def _download(address: str) -> io.BytesIO:
         with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
             content = response.read(MAX_DOWNLOAD_BYTES + 1)
     except urllib.error.HTTPError as error:
+        error.close()
         raise ConnectionError(f"could not download the image {address}: the server answered {error}.") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ConnectionError(

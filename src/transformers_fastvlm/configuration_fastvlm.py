@@ -12,6 +12,7 @@ config.json files (field names and values).
 import copy
 import os
 import re
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, cast
 
 from huggingface_hub import try_to_load_from_cache
@@ -287,6 +288,11 @@ class FastViTHDConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"hidden_sizes is {list(self.hidden_sizes)}, but the last two must be multiples of "
                     f"attention_head_dim ({self.attention_head_dim}): those stages use attention."
                 )
+        if any(wide % narrow for narrow, wide in pairwise(self.hidden_sizes)):
+            raise ValueError(
+                f"hidden_sizes is {list(self.hidden_sizes)}, but each must be a multiple of the one before: "
+                "downsampling is a depthwise convolution that multiplies the channels."
+            )
         if self.image_size < ENCODER_STRIDE or self.image_size % ENCODER_STRIDE:
             raise ValueError(f"image_size is {self.image_size}, expected a positive multiple of {ENCODER_STRIDE}.")
         if not 0 <= self.drop_path_rate < 1 or not 0 <= self.attention_dropout < 1:

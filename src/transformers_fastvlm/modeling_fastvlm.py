@@ -117,12 +117,15 @@ class FastVLMPreTrainedModel(PreTrainedModel):
             hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
             config.image_token_id = image_token_id_of(source, **hub)
         try:
-            return super().from_pretrained(source, *model_args, config=config, **kwargs)
+            loaded = super().from_pretrained(source, *model_args, config=config, **kwargs)
         except SafetensorError as error:
             raise OSError(
                 f"A weight file of {str(source)!r} cannot be read ({error}). It is truncated or not a safetensors "
                 "file: download or copy it again."
             ) from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model._freeze_clip_head()  # loading made new parameters
+        return loaded
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """Refuse unknown and missing tensors, where Transformers would only print a report."""
@@ -155,14 +158,17 @@ class FastVLMModel(FastVLMPreTrainedModel):
     def __init__(self, config: FastVLMConfig):
         super().__init__(config)
         self.vision_tower = FastViTHDModel._from_config(config.vision_config)
-        if self.vision_tower.head is not None:
-            # The CLIP embedding is not used here, so it would be a parameter that never gets a gradient.
-            self.vision_tower.head.requires_grad_(False)
+        self._freeze_clip_head()
         self.multi_modal_projector = FastVLMMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         has_newline = config.image_aspect_ratio == "anyres" and config.mm_patch_merge_type == "spatial_unpad"
         self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size)) if has_newline else None
         self.post_init()
+
+    def _freeze_clip_head(self) -> None:
+        """Take the CLIP head out of training: nothing here uses its embedding, so it would never get a gradient."""
+        if self.vision_tower.head is not None:
+            self.vision_tower.head.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embeddings."""

@@ -10,8 +10,7 @@ them and runs pytest there. Modules that the source distribution lacks are repla
     python tests/upstream/run.py                          everything, two processes
     python tests/upstream/run.py -k "Encoder and save"    further arguments go to pytest
 
-Needs pytest, pytest-xdist, parameterized, accelerate and torchvision (requirements.txt), and this package, installed
-or in src/.
+Needs the extras `test` and `torchvision`, and this package, installed or in src/.
 """
 
 import argparse
@@ -27,7 +26,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-REQUIRED = {"pytest": "pytest", "xdist": "pytest-xdist", "parameterized": "parameterized", "accelerate": "accelerate"}
+REQUIRED = {
+    "accelerate": "accelerate",
+    "parameterized": "parameterized",
+    "pytest": "pytest",
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "xdist": "pytest-xdist",
+}
 
 # The test files that overlay/ builds on. What these import in turn is looked for and, where absent, stubbed.
 WANTED = (

@@ -140,6 +140,17 @@ class FastVLMModelTests(ModelTests):
             with patch.object(FastViTHDPreTrainedModel, "_can_record_outputs", {}):
                 super().test_can_capture_specific_layers_hidden_states()
 
+    def test_model_rope_scaling_frequencies(self) -> None:
+        """As upstream's; 5.19's sees a rotary embedding only if its constructor has a second argument."""
+
+        def init(self: torch.nn.Module, config: Any, device: Any = None) -> None:
+            original(self, config)
+
+        rotary = type(FastVLMModel(self.model_tester.get_config()).language_model.rotary_emb)
+        original = rotary.__init__
+        with patch.object(rotary, "__init__", init):
+            super().test_model_rope_scaling_frequencies()
+
     def test_sliding_window_mask(self) -> None:
         """As upstream's, with the window where a composite model has it: in the configuration of its language model."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
