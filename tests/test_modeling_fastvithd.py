@@ -330,7 +330,7 @@ def test_encoder_and_backbone_out_of_a_whole_checkpoint(checkpoint, caplog: pyte
     expected = whole(pixels, output_hidden_states=True)
     assert relative_error(encoder(pixels).last_hidden_state, expected.last_hidden_state) < 1e-5
     assert relative_error(encoder(pixels).pooler_output, expected.pooler_output) < 1e-5
-    backbone = FastViTHDBackbone.from_pretrained(directory, out_indices=[1, 4])
+    backbone = FastViTHDBackbone.from_pretrained(directory, out_indices=[2, 5])
     maps = backbone(pixels).feature_maps
     assert relative_error(maps[0], expected.hidden_states[1]) < 1e-5
     assert relative_error(maps[1], expected.hidden_states[4]) < 1e-5

@@ -300,7 +300,7 @@ class FastViTHDConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"drop_path_rate is {self.drop_path_rate} and attention_dropout is {self.attention_dropout}, expected "
                 "both in [0, 1)."
             )
-        self.stage_names = [f"stage{stage}" for stage in range(1, NUM_STAGES + 1)]
+        self.stage_names = ["stem", *(f"stage{stage}" for stage in range(1, NUM_STAGES + 1))]
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )

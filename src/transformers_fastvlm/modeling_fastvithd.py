@@ -601,15 +601,15 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
         return cast(MobileOneBlock, self.patch_embed[0]).first_conv
 
     def _trunk(self, pixel_values: Tensor | None, last_stage: int = 5, **kwargs: Any) -> list[Tensor]:
-        """Run stem and stages and return the output of stages 1 to `last_stage`.
+        """Run stem and stages and return the outputs of the stem and of stages 1 to `last_stage`.
 
         In float16 everything from the last downsampling on is computed in float32: activations there come close to
         the largest float16 number in published checkpoints and would overflow to infinity and then NaN. The share of
         this part in the encoder's work is small.
         """
         hidden = self.patch_embed(self._check_pixel_values(pixel_values))
-        outputs: list[Tensor] = []
-        for index, module in enumerate(self.network):
+        outputs: list[Tensor] = [hidden]
+        for index, module in enumerate(self.network if last_stage else ()):
             context: contextlib.AbstractContextManager = contextlib.nullcontext()
             if index >= _FIRST_FLOAT32_MODULE:
                 context = _float32_from_float16(hidden, self.patch_embed_dtype)
@@ -618,7 +618,7 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
                 hidden = module(hidden, **kwargs) if isinstance(module, FastViTHDStage) else module(hidden)
             if index in _STAGE_MODULES:
                 outputs.append(hidden)
-                if len(outputs) == last_stage:
+                if len(outputs) == last_stage + 1:
                     break
         return outputs
 
@@ -714,7 +714,7 @@ class FastViTHDModel(FastViTHDPreTrainedModel):
         with _float32_from_float16(stages[-1], dtype):
             last = self.conv_exp(stages[-1])
             pooled = last.mean((2, 3)).to(dtype)
-            features = self.multi_scale(stages[:4], last) if self.multi_scale is not None else last
+            features = self.multi_scale(stages[1:5], last) if self.multi_scale is not None else last
         pooled = self.head(pooled) if self.head is not None else pooled
         return BaseModelOutputWithPooling(last_hidden_state=features.to(dtype), pooler_output=pooled)
 
@@ -722,7 +722,7 @@ class FastViTHDModel(FastViTHDPreTrainedModel):
 class FastViTHDBackbone(BackboneMixin, FastViTHDPreTrainedModel):
     """FastViTHD as a backbone for detection and segmentation: the maps of the stages named in `config.out_features`.
 
-    Stages are called stage1 to stage5 and have strides 4, 8, 16, 32 and 64.
+    Stages are called stem and stage1 to stage5 and have strides 4, 4, 8, 16, 32 and 64.
 
     Example:
         >>> import torch
@@ -742,7 +742,7 @@ class FastViTHDBackbone(BackboneMixin, FastViTHDPreTrainedModel):
         if isinstance(config, FastVLMConfig):
             config = cast(FastViTHDConfig, config.vision_config)
         super().__init__(config)
-        self.num_features = list(config.hidden_sizes)
+        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
         self._build_trunk(config)
         self.post_init()
 
@@ -769,8 +769,8 @@ class FastViTHDBackbone(BackboneMixin, FastViTHDPreTrainedModel):
         """
         wanted = [self.stage_names.index(name) for name in self.out_features]
         everything = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-        stages = self._trunk(pixel_values, last_stage=5 if everything else max(wanted) + 1)
-        return BackboneOutput(feature_maps=tuple(stages[index] for index in wanted), hidden_states=tuple(stages))
+        stages = self._trunk(pixel_values, last_stage=5 if everything else max(wanted))
+        return BackboneOutput(feature_maps=tuple(stages[index] for index in wanted), hidden_states=tuple(stages[1:]))
 
 
 __all__ = ["FastViTHDBackbone", "FastViTHDModel", "FastViTHDPreTrainedModel"]
