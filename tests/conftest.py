@@ -2,6 +2,7 @@
 """Fixtures shared by the suite: golden data and the tiny checkpoints rebuilt from it."""
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,3 +55,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return out
 
     return get
+
+
+@pytest.fixture
+def hub_cache(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A home of the hub's client, HF_HOME, after a checkpoint has been fetched from the hub as fastvlm/tiny."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "hub" / "models--fastvlm--tiny"
+    shutil.copytree(checkpoint("qwen2_tied"), folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    return tmp_path

@@ -196,26 +196,15 @@ def test_parts_handed_in(checkpoint: Callable[[str], Path]) -> None:
     assert AutoProcessor.from_pretrained(folder, image_processor=images).image_processor is images
 
 
-@pytest.fixture
-def hub_cache(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
-    """The cache after a checkpoint has been fetched from the hub as fastvlm/tiny."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    folder = tmp_path / "models--fastvlm--tiny"
-    shutil.copytree(checkpoint("qwen2_tied"), folder / "snapshots" / commit)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(commit)
-    return tmp_path
-
-
 def test_repository_in_the_cache(hub_cache: Path) -> None:
-    processor = FastVLMProcessor.from_pretrained("fastvlm/tiny", cache_dir=hub_cache, local_files_only=True)
+    processor = FastVLMProcessor.from_pretrained("fastvlm/tiny", cache_dir=hub_cache / "hub", local_files_only=True)
     assert (processor.image_token_id, processor.tokenizer.padding_side) == (483, "left")
     assert dict(processor.image_processor.size) == {"height": 256, "width": 256}
 
 
 def test_no_network(hub_cache: Path) -> None:
     with pytest.raises(OSError, match="connect"):
-        FastVLMProcessor.from_pretrained("fastvlm/other", cache_dir=hub_cache, local_files_only=True)
+        FastVLMProcessor.from_pretrained("fastvlm/other", cache_dir=hub_cache / "hub", local_files_only=True)
 
 
 def test_unknown_backend(checkpoint: Callable[[str], Path]) -> None:

@@ -157,6 +157,26 @@ def test_pipeline(name: str, checkpoint, golden: Path, capsys: pytest.CaptureFix
     assert pipe(text=rows[0], return_full_text=False, **options)[0]["generated_text"] == alone[0]
 
 
+def test_repository_in_a_cache_of_ones_own(hub_cache: Path) -> None:
+    options = {"cache_dir": hub_cache / "hub", "local_files_only": True}
+    for auto_class in (AutoModelForImageTextToText, AutoModel, FastVLMForConditionalGeneration, FastVLMConfig):
+        loaded = auto_class.from_pretrained("fastvlm/tiny", **options)
+        config = loaded if isinstance(loaded, FastVLMConfig) else loaded.config
+        assert config.image_token_id == 483, auto_class
+
+
+def test_repository_in_the_default_cache(hub_cache: Path) -> None:
+    code = """
+        import transformers_fastvlm
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
+        name = "fastvlm/tiny"
+        print(AutoConfig.from_pretrained(name).image_token_id, AutoProcessor.from_pretrained(name).image_token_id)
+        print(AutoModelForImageTextToText.from_pretrained(name).config.image_token_id)
+        print(pipeline("image-text-to-text", model=name).model.config.image_token_id)
+    """
+    assert run(code, HF_HOME=str(hub_cache)).split() == ["483"] * 4
+
+
 def test_public_names() -> None:
     assert transformers_fastvlm.__all__ == [
         "FastViTHDBackbone",
