@@ -69,7 +69,7 @@ test-gpu: ## run the tests that need an accelerator, in GPU_PYTHON (.venv's Pyth
 
 .PHONY: clean
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venvs build dist site .cache .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf .venv .venvs build dist site demo_output.png .cache .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- environments ---
