@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm data`: what concerns the data of a training run."""
+
+import enum
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options
+from .errors import FAILURE, UserError, notice, reports_errors
+
+if TYPE_CHECKING:
+    from ..data.check import Report
+
+__all__ = ["app", "check"]
+
+app = typer.Typer(help="Data of training runs.", no_args_is_help=True, rich_markup_mode="markdown")
+
+
+@app.callback()
+def _data() -> None:
+    """Data of training runs."""
+
+
+class ConversationName(enum.StrEnum):
+    """Values of --conversation."""
+
+    sft = "sft"
+    plain = "plain"
+
+
+@app.command("check")
+@reports_errors
+def check(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A .json or .jsonl file, or a data set of Hugging Face (name or folder)."
+        ),
+    ],
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Where the rows' paths begin; the file's own folder by default.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a data set of Hugging Face; train by default.")] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of a data set of Hugging Face.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Count tokens as this checkpoint does: a directory or a hub repository."),
+    ] = None,
+    conversation: Annotated[
+        ConversationName, typer.Option(help="How the rows will be learned; needs --model.")
+    ] = ConversationName.sft,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest row of the run, in tokens; needs --model.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read beside this one.")] = 0,
+    show: Annotated[int, typer.Option(min=0, help="Most rows to list; --json lists all.")] = 100,
+    follow_symlinks: Annotated[
+        bool, typer.Option("--follow-symlinks", help="Allow links that lead out of the image folder.")
+    ] = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
+) -> None:
+    """Read every row and decode every image; list what is wrong, by row.
+
+    Rows count from 0, lines from 1. The exit code is 1 if anything is wrong. The output of --json, saved in a file,
+    is what `exclude` of a recipe or of `transformers_fastvlm.data.load` takes, to train without those rows.
+
+    Example: fastvlm data check train.json --image-folder images --model apple/FastVLM-0.5B --max-length 2048
+    """
+    if model is None and (max_length is not None or conversation is not ConversationName.sft):
+        raise UserError("--max-length and --conversation need --model, whose tokenizer counts the tokens.")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..data.check import check_dataset
+
+    processor = None if model is None else _processor(model)
+    console = Console(stderr=True)
+    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        report = check_dataset(
+            source,
+            image_folder,
+            split=split,
+            name=name,
+            follow_symlinks=follow_symlinks,
+            processor=processor,
+            conversation=conversation.value,
+            max_length=max_length,
+            limit=limit,
+            num_workers=workers,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        for problem in report.problems[:show]:
+            typer.echo(str(problem))
+        if len(report.problems) > show:
+            notice(f"{len(report.problems) - show:,} more rows are wrong; --show lists more, --json all.")
+        for line in _summary(report, max_length):
+            typer.echo(line)
+    if not report.ok:
+        raise typer.Exit(FAILURE)
+
+
+def _processor(model: str) -> Any:
+    """Return the processor of a checkpoint."""
+    from .. import FastVLMProcessor
+    from .sources import check_loadable, read_config
+
+    check_loadable(model, read_config(model))
+    return FastVLMProcessor.from_pretrained(model)
+
+
+def _summary(report: "Report", max_length: int | None) -> list[str]:
+    """Return the lines that end the output."""
+    right = report.checked - len({problem.row for problem in report.problems if problem.row < report.checked})
+    read = (
+        f"{report.checked:,} rows" if report.checked == report.rows else f"{report.checked:,} of {report.rows:,} rows"
+    )
+    lines = [
+        f"{read} read, {right:,} right ({report.text_only:,} of them text alone), {report.images:,} images, "
+        f"{len(report.problems):,} problems"
+    ]
+    if report.tokens is not None:
+        tokens = {key: f"{value:,.0f}" for key, value in report.tokens.items()}
+        order = ("min", "median", "mean", "p95", "p99", "max")
+        lines.append(f"{tokens['total']} tokens; a row: " + ", ".join(f"{key} {tokens[key]}" for key in order))
+    if report.longer is not None:
+        lines.append(f"{report.longer:,} rows are longer than {max_length:,} tokens and lose their ends")
+    return lines

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a whole data set, row by row, before a training run does: what is wrong with it, how long its rows are."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .collator import FastVLMDataCollator
+from .errors import SampleError
+from .samples import SampleDataset, open_part, source_name
+
+__all__ = ["Inspected", "Problem", "Report", "check_dataset", "inspect_rows"]
+
+_ROWS_A_TASK = 32
+_PERCENTILES = {"median": 50, "p95": 95, "p99": 99}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a row.
+
+    Attributes:
+        row: index, counting from 0.
+        line: of the file, counting from 1; None where rows are not lines.
+        id: of the row, if it has one.
+        kind: "file" (it ends too early), "row", "image" or "length".
+        message: what is wrong, what was expected, and what to do.
+    """
+
+    row: int
+    line: int | None
+    id: str | None
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        details = [f"line {self.line}"] if self.line is not None else []
+        details += [f"id {self.id!r}"] if self.id is not None else []
+        return f"row {self.row}" + (f" ({', '.join(details)})" if details else "") + f": {self.message}"
+
+
+@dataclass
+class Report:
+    """What `check_dataset` found.
+
+    Attributes:
+        source: the file or data set.
+        rows: how many it has.
+        checked: how many of them were read.
+        images: of the rows that are right.
+        text_only: rows without images, of those that are right.
+        tokens: of the rows that are right, before any cut: total, min, median, mean, p95, p99, max; None without a
+            processor.
+        longer: rows of which `max_length` cuts the end; None without `max_length`.
+        problems: one a row, in order.
+    """
+
+    source: str
+    rows: int
+    checked: int = 0
+    images: int = 0
+    text_only: int = 0
+    tokens: dict[str, float] | None = None
+    longer: int | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as what JSON can hold; `load(exclude=…)` reads that from a file."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What reading a row showed: an error, or its number of images and, with a collator, of tokens."""
+
+    error: SampleError | None = None
+    num_images: int = 0
+    num_tokens: int | None = None
+
+
+def check_dataset(
+    source: Any,
+    image_folder: str | os.PathLike[str] | None = None,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    follow_symlinks: bool = False,
+    processor: Any = None,
+    conversation: str = "sft",
+    max_length: int | None = None,
+    limit: int | None = None,
+    num_workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Read every row of a data set and decode every image.
+
+    Args:
+        source, image_folder, split, name, follow_symlinks: as in `load`; a single source, not a list of them.
+        processor: a `FastVLMProcessor`, to count tokens.
+        conversation, max_length: of the training run, to find the rows that `FastVLMDataCollator` would refuse or cut.
+        limit: read only the first rows.
+        num_workers: processes that read beside this one; 0 for none.
+        progress: called with the rows read so far and their number.
+
+    Raises:
+        ValueError: `max_length` or `conversation` without a processor, a set without rows, or what `load` raises of
+            its arguments.
+        SampleError: a file that holds no rows at all.
+        OSError: a file or folder that is not there.
+    """
+    if processor is None and (max_length is not None or conversation != "sft"):
+        raise ValueError("max_length and conversation need a processor, which counts the tokens; pass one.")
+    collator = None
+    if processor is not None:
+        collator = FastVLMDataCollator(processor, conversation=conversation, max_length=max_length)
+    part = open_part(source, image_folder, split, name, follow_symlinks)
+    dataset = SampleDataset([part])
+    if not len(dataset) and part.rows.damage is None:
+        raise ValueError(f"{source_name(source)} has no rows; expected at least one.")
+    report = Report(source_name(source), len(dataset), longer=None if max_length is None else 0)
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    lengths: list[int] = []
+    for row, found in enumerate(inspect_rows(dataset, collator, num_workers)):
+        if found.error is not None:
+            report.problems.append(_problem(found.error, row))
+        else:
+            report.images += found.num_images
+            report.text_only += found.num_images == 0
+            if found.num_tokens is not None:
+                lengths.append(found.num_tokens)
+        report.checked = row + 1
+        if progress is not None:
+            progress(report.checked, len(dataset))
+    if part.rows.damage is not None:
+        report.problems.append(_problem(part.rows.damage, len(part.rows), "file"))
+    if collator is not None and lengths:
+        counts = np.array(lengths)
+        report.tokens = {
+            "total": int(counts.sum()),
+            "min": int(counts.min()),
+            "mean": round(float(counts.mean()), 1),
+            "max": int(counts.max()),
+            **{key: float(np.percentile(counts, percent)) for key, percent in _PERCENTILES.items()},
+        }
+        if max_length is not None:
+            report.longer = int((counts > max_length).sum())
+    return report
+
+
+def inspect_rows(
+    dataset: SampleDataset, collator: FastVLMDataCollator | None = None, num_workers: int = 0
+) -> Iterator[Inspected]:
+    """Yield what is found in each row, in order.
+
+    Args:
+        dataset: its images are decoded, but not kept.
+        collator: counts tokens and says which rows it would refuse.
+        num_workers: processes that read; 0 for this one alone.
+    """
+    loader = DataLoader(
+        _Inspector(dataset, collator),
+        batch_size=_ROWS_A_TASK if num_workers else 1,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # a data loader without one draws from the global random numbers
+    )
+    for rows in loader:
+        yield from rows
+
+
+class _Inspector(Dataset):
+    """A data set of what inspecting each row shows."""
+
+    def __init__(self, dataset: SampleDataset, collator: FastVLMDataCollator | None) -> None:
+        self.dataset = dataset
+        self.collator = collator
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Inspected:
+        place = self.dataset.place(index)
+        try:
+            messages, sources, place = self.dataset.unopened(index)
+            images = self.dataset.image_folder(index)
+            sizes = [images.size_of(source) for source in sources]
+            tokens = None if self.collator is None else self.collator.measure(messages, sizes)
+        except SampleError as error:
+            return Inspected(error if error.place is not None else type(error)(error.reason, place))
+        except ValueError as error:
+            return Inspected(SampleError(str(error), place))
+        return Inspected(None, len(sizes), tokens)
+
+
+def _problem(error: SampleError, row: int, kind: str | None = None) -> Problem:
+    place = error.place
+    line, sample_id = (None, None) if place is None else (place.line, place.id)
+    return Problem(row, line, sample_id, kind or error.kind, error.reason)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The error of a row that cannot be used, and how a row is named in it."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ImageError", "LengthError", "Place", "SampleError"]
+
+
+# A data loader raises what its worker raised again, with all of the traceback for a message.
+_FROM_WORKER = re.compile(r"Caught \w+ in .*worker.*\.\n(?:.*\n)*[\w.]*\.data\.errors\.\w+: (?P<message>.+)")
+
+
+class SampleError(ValueError):
+    """A row of a data set that cannot be used; the message says which, what was expected and what to do.
+
+    Attributes:
+        place: the file or data set, row and id; None where the error came from elsewhere, such as another process.
+        reason: the message without its place.
+    """
+
+    kind = "row"
+
+    def __init__(self, reason: str, place: "Place | None" = None) -> None:
+        if found := _FROM_WORKER.match(reason):
+            reason = found["message"]
+        super().__init__(f"{place}: {reason}" if place else reason)
+        self.place = place
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.place)
+
+
+class ImageError(SampleError):
+    """An image that is missing or cannot be decoded: what `on_bad_image="skip"` skips."""
+
+    kind = "image"
+
+
+class LengthError(SampleError):
+    """A row that is too long and cannot be cut."""
+
+    kind = "length"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands.
+
+    Attributes:
+        source: the file or data set.
+        row: index, counting from 0.
+        line: of the file, counting from 1; None where rows are not lines.
+        id: what the row itself says, if anything.
+    """
+
+    source: str
+    row: int
+    line: int | None = None
+    id: str | None = None
+
+    def __str__(self) -> str:
+        details = [f"line {self.line}"] if self.line is not None else []
+        details += [f"id {self.id!r}"] if self.id is not None else []
+        return f"{self.source}, row {self.row}" + (f" ({', '.join(details)})" if details else "")

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images of rows: found below their folder and nowhere else, opened, and checked.
+
+A data set comes from others. Its paths must not lead out of the folder that the user named, its addresses are not
+fetched, and a picture that cannot be decoded is an error.
+"""
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from .._image_inputs import check_dimensions, load_pixels, pil_to_rgb
+from .errors import ImageError, SampleError
+
+__all__ = ["ImageFolder"]
+
+_UNUSUAL_MODES = ("I", "F")
+
+
+class ImageFolder:
+    """Opens the images that rows name.
+
+    A name is a path relative to the folder (or an absolute one that stays in it), a Pillow image, or Hugging Face's
+    `{"bytes": …, "path": …}`, whose bytes are used if it has them.
+
+    Args:
+        folder: where the images are; None where the rows hold the images themselves.
+        follow_symlinks: allow links that lead out of the folder. The folder itself may always be one.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, follow_symlinks: bool = False) -> None:
+        if folder is not None and not os.path.isdir(folder):
+            raise NotADirectoryError(
+                f"the image folder {os.fspath(folder)!r} is not a folder; expected where the images are."
+            )
+        self.folder = None if folder is None else Path(os.path.abspath(folder))
+        self._real = None if folder is None else os.path.realpath(folder)
+        self.follow_symlinks = follow_symlinks
+
+    def open(self, source: Any) -> Image.Image:
+        """Return an image, decoded, in its own mode.
+
+        Raises:
+            ImageError: it is missing or cannot be decoded.
+            SampleError: its name leads out of the folder or is an address.
+        """
+        if isinstance(source, Image.Image):
+            with _errors("the image"):
+                return _checked(load_pixels(source), "the image")
+        file, what = self._file_of(source)
+        with _errors(what), file, Image.open(file) as image:
+            return _checked(load_pixels(image, what), what)
+
+    def size_of(self, source: Any) -> tuple[int, int]:
+        """Return an image's height and width, after decoding all of it, so that any damage shows.
+
+        JPEG is decoded at an eighth of its size, which reads every byte and is several times as fast.
+        """
+        if isinstance(source, Image.Image):
+            return self.open(source).size[::-1]
+        file, what = self._file_of(source)
+        with _errors(what), file, Image.open(file) as image:
+            width, height = image.size
+            check_dimensions(width, height, what)
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
+            _checked(load_pixels(image, what), what)
+            return height, width
+
+    def _file_of(self, source: Any) -> tuple[Any, str]:
+        """Return an opened file, and how to call it."""
+        if isinstance(source, Mapping) and set(source) <= {"bytes", "path"}:
+            content, name = source.get("bytes"), source.get("path")
+            if content is not None:
+                what = "the image" if name is None else f"the image {name!r}"
+                if not content:
+                    raise ImageError(f"{what} is empty (0 bytes).")
+                return io.BytesIO(content), what
+            source = name
+        if not isinstance(source, str | os.PathLike):
+            raise SampleError(
+                f"an image is {str(source)[:60]!r} ({type(source).__name__}); expected a path, a Pillow image, or an "
+                "object with 'bytes' or 'path'."
+            )
+        path, what = self._path_of(os.fspath(source)), f"the image {os.fspath(source)!r}"
+        if not os.path.isfile(path):
+            how = "is a folder" if os.path.isdir(path) else "does not exist"
+            raise ImageError(
+                f"{what} {how}: expected a file at {path!r}. Check the image folder, {str(self.folder)!r}."
+            )
+        with _errors(what):
+            file = open(path, "rb")  # noqa: SIM115
+            if os.fstat(file.fileno()).st_size == 0:
+                file.close()
+                raise ImageError(f"{what} is empty (0 bytes): {path!r}.")
+        return file, what
+
+    def _path_of(self, name: str) -> str:
+        """Return the path of a name, which lies in the folder."""
+        if "://" in name or name.startswith("data:"):
+            raise SampleError(
+                f"the image {name[:80]!r} is an address; nothing is fetched while training. Download the images into a "
+                "folder and name them by their paths in it."
+            )
+        if self.folder is None or self._real is None:
+            raise SampleError(f"the image {name[:80]!r} is a path, but no image folder was given; pass image_folder.")
+        if not name or "\0" in name:
+            raise SampleError(f"the image path {name[:80]!r} is {'empty' if not name else 'not valid'}.")
+        path = os.path.normpath(os.path.join(self.folder, name))
+        inside = _is_within(path, str(self.folder))
+        if inside and not self.follow_symlinks:
+            real = os.path.realpath(path)
+            if not _is_within(real, self._real):
+                raise SampleError(
+                    f"the image {name!r} leaves the image folder {str(self.folder)!r} by a symbolic link, to {real!r}. "
+                    "Name a folder that holds both, or allow it with follow_symlinks=True if you made the link."
+                )
+        elif not inside:
+            raise SampleError(
+                f"the image {name!r} leaves the image folder {str(self.folder)!r}. Paths are relative to it and stay "
+                "in it; put the image there, or name a folder further up."
+            )
+        return path
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _checked(image: Image.Image, what: str) -> Image.Image:
+    """Return a decoded image whose values fit into 8 bits."""
+    if image.mode in _UNUSUAL_MODES:
+        try:
+            pil_to_rgb(image)
+        except ValueError as error:
+            raise ImageError(f"{what}: {error}") from error
+    return image
+
+
+@contextmanager
+def _errors(what: str) -> Iterator[None]:
+    """Turn what Pillow and the system raise into ImageError."""
+    try:
+        yield
+    except SampleError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{what} is not an image of a format that Pillow can read, or it is damaged.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{what} is too large: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it.") from error
+    except (OSError, SyntaxError) as error:
+        raise ImageError(f"{what} cannot be read: {error}.") from error
+    except ValueError as error:
+        raise ImageError(str(error)) from error

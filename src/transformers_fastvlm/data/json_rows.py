@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a JSON or JSONL file, found by their bytes and parsed when they are asked for.
+
+What stays in memory is twelve bytes a row, so that a file of ten million rows can be trained on, and shared by the
+workers of a data loader.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .errors import Place, SampleError
+
+__all__ = ["JsonRows"]
+
+_CHUNK = 2**24
+_BOM = b"\xef\xbb\xbf"
+_SPACE = b" \t\r\n"
+_SHORTEST_ROW = len('{"messages":[]}')
+_CUT = "is cut off"
+_LONGEST_LITERAL = len("-Infinity") + 1
+
+
+class JsonRows:
+    """The rows of a file that holds one list of objects, or one object a line.
+
+    Which of the two it is shows the first character, whatever the file is called. Empty lines are passed over.
+
+    Attributes:
+        damage: why the file's rows end before the file should, as where a download was cut off; None if they do not.
+
+    Raises:
+        SampleError: the file is empty, not UTF-8, or holds something else.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.damage: SampleError | None = None
+        self._line_numbers: np.ndarray | None = None
+        self._open: tuple[int, BinaryIO] | None = None
+        with open(self.path, "rb") as file:
+            head = file.read(4096)
+            if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise SampleError(f"{self.path} is UTF-16; expected JSON in UTF-8. Convert it first.")
+            offset = len(_BOM) if head.startswith(_BOM) else 0
+            first = head[offset:].lstrip(_SPACE)[:1]
+            if first not in (b"[", b"{"):
+                raise SampleError(
+                    f"{self.path} {'is empty' if not head.strip() else f'starts with {head[:20]!r}'}; expected a JSON "
+                    "list of rows, [{…}, …], or JSONL, one row {…} a line."
+                )
+            file.seek(offset)
+            self.is_list = first == b"["
+            if self.is_list:
+                self._starts, self._sizes = self._index_list(file)
+            else:
+                self._starts, self._sizes = self._index_lines(file)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """Return a row as it stands in the file.
+
+        Raises:
+            SampleError: it is not valid JSON, or not an object.
+        """
+        content = self._read(int(self._starts[row]), int(self._sizes[row]))
+        try:
+            value = json.loads(content.decode("utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise SampleError(self._why(error, content), self.place(row)) from error
+        if not isinstance(value, dict):
+            raise SampleError(f"the row is a JSON {type(value).__name__}; expected an object.", self.place(row))
+        return value
+
+    def text_of(self, row: int) -> dict[str, Any]:
+        """Return what has the words of a row: all of it."""
+        return self[row]
+
+    def place(self, row: int, sample_id: str | None = None) -> Place:
+        """Return how a row is named."""
+        line = None
+        if not self.is_list:
+            line = row + 1 if self._line_numbers is None else int(self._line_numbers[row])
+        return Place(str(self.path), row, line, sample_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}
+
+    def _read(self, start: int, size: int) -> bytes:
+        # A handle that was inherited by fork would share its position with the parent's.
+        if self._open is None or self._open[0] != os.getpid():
+            self._open = (os.getpid(), open(self.path, "rb"))  # noqa: SIM115
+        file = self._open[1]
+        file.seek(start)
+        return file.read(size)
+
+    def __del__(self) -> None:
+        handle = getattr(self, "_open", None)
+        if handle is not None and handle[0] == os.getpid():
+            handle[1].close()
+
+    def _why(self, error: Exception, content: bytes) -> str:
+        if isinstance(error, UnicodeDecodeError):
+            byte = f"byte {error.start} of it is {content[error.start]:#04x}"
+            return f"the row is not UTF-8 ({byte}). Convert the file first."
+        if isinstance(error, json.JSONDecodeError):
+            at = f"{error.msg} at character {error.pos} of {len(error.doc)}"
+            cut = error.pos >= len(error.doc) or error.msg.startswith("Unterminated string")
+            how = _CUT if cut else "is not valid JSON"
+            advice = "one whole object a line" if not self.is_list else "an object"
+            return f"the row {how} ({at}); expected {advice}. Fetch or write the file again."
+        return "the row is nested too deeply to be read."
+
+    # Indexing
+
+    def _index_lines(self, file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+        first = file.tell()
+        breaks: list[np.ndarray] = []
+        position = first
+        while chunk := file.read(_CHUNK):
+            breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position)
+            position += len(chunk)
+        ends = np.concatenate(breaks) if breaks else np.empty(0, np.int64)
+        if not len(ends) or ends[-1] != position - 1:
+            ends = np.append(ends, position)
+        starts = np.concatenate([[first], ends[:-1] + 1]).astype(np.int64)
+        sizes = ends - starts
+        keep = np.ones(len(starts), bool)
+        for line in np.flatnonzero(sizes < _SHORTEST_ROW):
+            file.seek(int(starts[line]))
+            keep[line] = bool(file.read(int(sizes[line])).strip(_SPACE))
+        if not keep.all():
+            self._line_numbers = np.flatnonzero(keep) + 1
+        starts, sizes = starts[keep], sizes[keep]
+        self._starts, self._sizes = starts, sizes
+        try:
+            self[len(starts) - 1]  # where a cut shows
+        except SampleError as error:
+            if _CUT in error.reason:
+                self.damage = error
+                starts, sizes = starts[:-1], sizes[:-1]
+        return starts, sizes.astype(np.uint32)
+
+    def _index_list(self, file: BinaryIO) -> tuple[np.ndarray, np.ndarray]:
+        starts: list[int] = []
+        sizes: list[int] = []
+        try:
+            for start, end in _elements(file):
+                starts.append(start)
+                sizes.append(end - start)
+        except json.JSONDecodeError as error:
+            cut = error.doc == ""
+            what = (
+                f"the file ends inside of this row, or before the list's closing ] (at byte {error.pos})"
+                if cut
+                else f"the JSON is not valid from byte {error.pos} on ({error.msg})"
+            )
+            self.damage = SampleError(f"{what}. Fetch or write the file again.", Place(str(self.path), len(starts)))
+        return np.array(starts, np.int64), np.array(sizes, np.uint32)
+
+
+def _elements(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Yield the first byte and the byte after each element of a JSON list.
+
+    Read as Latin-1, characters are bytes, and JSON's structure is the same: nothing but strings has bytes over 127.
+
+    Raises:
+        json.JSONDecodeError: with the byte in the file as `pos`; its `doc` is "" where the file just ends.
+    """
+    decode = json.JSONDecoder().raw_decode
+    base = file.tell()
+    text, at, ended = "", 0, False
+    expected = "["
+
+    def failed(message: str, position: int, cut: bool) -> json.JSONDecodeError:
+        error = json.JSONDecodeError(message, "" if cut else "-", 0)
+        error.pos = base + position
+        return error
+
+    while True:
+        while at < len(text) and text[at] in " \t\r\n":
+            at += 1
+        if len(text) - at < 2 and not ended:
+            base, (text, ended), at = base + at, _more(file, text[at:]), 0
+            continue
+        if at == len(text):
+            if expected == "":
+                return
+            raise failed("the list is not closed", at, True)
+        character = text[at]
+        if expected == "":
+            raise failed("something follows the list", at, False)
+        if character == "]" and expected in (",", "[first"):
+            at, expected = at + 1, ""
+        elif expected in ("[", ","):
+            if character != expected:
+                raise failed(f"expected {expected!r}, found {character!r}", at, False)
+            at, expected = at + 1, "[first" if expected == "[" else "row"
+        else:
+            try:
+                _, end = decode(text, at)
+            except json.JSONDecodeError as error:
+                unfinished = error.msg.startswith("Unterminated string")
+                if ended:
+                    raise failed(error.msg, error.pos, unfinished or error.pos >= len(text.rstrip())) from error
+                if not unfinished and error.pos <= len(text) - _LONGEST_LITERAL:
+                    raise failed(error.msg, error.pos, False) from error
+                base, (text, ended), at = base + at, _more(file, text[at:]), 0
+                continue
+            except RecursionError as error:
+                raise failed("nested too deeply", at, False) from error
+            yield base + at, base + end
+            at, expected = end, ","
+
+
+def _more(file: BinaryIO, text: str) -> tuple[str, bool]:
+    """Return a text with what follows it in the file, and whether that is the end; reads at least as much again."""
+    wanted = max(_CHUNK, len(text))
+    content = file.read(wanted)
+    return text + content.decode("latin-1"), len(content) < wanted

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words of a row: from the forms that data sets use to one, and the checks that hold for all of them.
+
+In that one form a message is `{"role": "system" | "user" | "assistant", "content": str}`, and a user's content has one
+"<image>" for each picture, in order.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..conversations import image_sources, plain_message
+from ..tokens import IMAGE_TOKEN
+
+__all__ = ["check_messages", "messages_and_sources"]
+
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+def messages_and_sources(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[Any]]:
+    """Return the messages of a row in the one form, and the pictures that are named inside of them.
+
+    Args:
+        row: with LLaVA's `conversations` (`from`, `value`) or with `messages` (`role`, `content`); a content is a
+            string, or a list of parts `{"type": "text", "text": …}` and `{"type": "image"}`.
+
+    Raises:
+        ValueError: neither or both are there, a turn of another form, or an unknown role.
+    """
+    given = [key for key in ("conversations", "messages") if row.get(key) is not None]
+    if len(given) != 1:
+        found = "both" if given else f"neither; its keys are {', '.join(map(repr, row)) or 'none'}"
+        raise ValueError(f"expected 'messages' or LLaVA's 'conversations', but the row has {found}.")
+    turns, (role_key, content_key) = row[given[0]], _KEYS[given[0]]
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise ValueError(f"{given[0]!r} is {_shown(turns)}; expected a list of at least one question and its answer.")
+    messages: list[dict[str, str]] = []
+    sources: list[Any] = []
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or not {role_key, content_key} <= turn.keys():
+            raise ValueError(
+                f"turn {index} of {given[0]!r} is {_shown(turn)}; expected an object with {role_key!r} and "
+                f"{content_key!r}."
+            )
+        role, content = turn[role_key], turn[content_key]
+        if role not in _ROLES:
+            raise ValueError(
+                f"turn {index} has the unknown role {_shown(role)}; expected "
+                + ("'human', 'gpt' or 'system'." if role_key == "from" else "'user', 'assistant' or 'system'.")
+            )
+        if isinstance(content, list | tuple):
+            _check_parts(content, index)
+            plain = plain_message({"content": content})
+            sources += image_sources(plain)
+            content = _joined(plain["content"])
+        if not isinstance(content, str):
+            raise ValueError(f"turn {index} has the content {_shown(content)}; expected a string or a list of parts.")
+        messages.append({"role": _ROLES[role], "content": content})
+    return messages, sources
+
+
+_KEYS = {"conversations": ("from", "value"), "messages": ("role", "content")}
+
+
+def _check_parts(parts: Sequence[Any], turn: int) -> None:
+    """Refuse what `plain_message` would read from disk or the network, and images that are numbered out of order."""
+    numbers = []
+    for part in parts:
+        if isinstance(part, Mapping):
+            if part.get("type") == "video" or part.get("video") is not None:
+                raise ValueError(f"turn {turn} has a video; FastVLM takes text and images. Give frames as images.")
+            if part.get("type") == "image" and part.get("index") is not None:
+                numbers.append(part["index"])
+    if numbers != sorted(numbers):
+        raise ValueError(f"turn {turn} numbers its images {numbers}; expected them in the order of the row's images.")
+
+
+def check_messages(messages: Sequence[Mapping[str, str]], num_images: int) -> None:
+    """Check a conversation in the one form against its number of images.
+
+    Raises:
+        ValueError: it does not alternate between user and assistant from a user's turn to an answer, an answer is
+            empty, or the placeholders are not one for each image, all of them in users' turns.
+    """
+    turns = list(messages)
+    if turns and turns[0]["role"] == "system":
+        turns = turns[1:]
+    if not turns:
+        raise ValueError("the conversation has no turns; expected at least one question and its answer.")
+    for turn in messages:
+        if not turn["content"].isascii():
+            _check_characters(turn["content"])
+    places = 0
+    for index, turn in enumerate(turns):
+        role, content = turn["role"], turn["content"]
+        expected = ("user", "assistant")[index % 2]
+        if role != expected:
+            raise ValueError(_out_of_turn(role, expected, index))
+        if role == "user":
+            places += content.count(IMAGE_TOKEN)
+        elif not content.strip():
+            raise ValueError(
+                f"answer {index // 2} (counting from 0) is empty, so there is nothing to learn. Write it, or remove "
+                "the question and its answer."
+            )
+    if len(turns) % 2:
+        raise ValueError("the conversation ends with a question. Add its answer, or remove the question.")
+    stray = next((turn["role"] for turn in messages if turn["role"] != "user" and IMAGE_TOKEN in turn["content"]), None)
+    if stray is not None:
+        raise ValueError(
+            f"a message of role {stray!r} has {IMAGE_TOKEN}, but only users show images. Move it, or if it is meant "
+            "literally write it otherwise, such as < image >."
+        )
+    if places != num_images:
+        raise ValueError(
+            f"the text has {places} {IMAGE_TOKEN}, but the row has {num_images} images. Write one {IMAGE_TOKEN} for "
+            "each image, in their order, into the users' turns."
+        )
+
+
+def _check_characters(content: str) -> None:
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start} of a turn is half of a pair, {content[error.start]!r}, which no tokenizer reads. "
+            "Repair the text, such as by writing the file again with ensure_ascii=False."
+        ) from error
+
+
+def _out_of_turn(role: str, expected: str, index: int) -> str:
+    if index == 0 and role == "assistant":
+        return "the conversation starts with the assistant. Remove that turn, or put the user's question before it."
+    if role == "system":
+        return "a system message stands among the turns; it can only be the first message."
+    if index == 0:
+        return f"the conversation starts with role {role!r}; expected 'user'."
+    return (
+        f"turn {index} has role {role!r} where {expected!r} was expected: users and assistant must alternate. Join the "
+        "turns, or remove one."
+    )
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Return one string that the chat templates render as they render these parts.
+
+    Words after an image begin on a new line, and so does an image after words; the only image of a turn goes to its
+    front.
+    """
+    text = words = ""
+    images, after_image = 0, False
+    for part in parts:
+        if part["type"] == "image":
+            text += ("\n" if text and not text.endswith("\n") else "") + IMAGE_TOKEN
+            images, after_image = images + 1, True
+            continue
+        more = part["text"]
+        if not isinstance(more, str):
+            raise ValueError(f"a part of type text has the text {_shown(more)}; expected a string.")
+        if after_image and more and not more.startswith("\n"):
+            text += "\n"
+            words += "\n" if words and not words.endswith("\n") else ""
+        if more:
+            text, words, after_image = text + more, words + more, False
+    return f"{IMAGE_TOKEN}\n{words.strip()}".strip() if images == 1 else text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that are not in a JSON file: data sets of Hugging Face's `datasets`, and lists in memory.
+
+Like `JsonRows`, each of them has a length, gives the row of an index, the part of it that has the words, and its name.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from .errors import Place, SampleError
+
+__all__ = ["HubRows", "ListRows", "Rows"]
+
+_WORDS = ("id", "conversations", "messages")
+
+
+class Rows(Protocol):
+    """What every kind of rows has.
+
+    Attributes:
+        damage: why they end too early; None if they do not.
+    """
+
+    damage: SampleError | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        """Return a row."""
+
+    def text_of(self, row: int) -> Mapping[str, Any]:
+        """Return a row without what only its images need."""
+
+    def place(self, row: int, sample_id: str | None = None) -> Place:
+        """Return how a row is named."""
+
+
+class HubRows:
+    """Rows of a `datasets.Dataset`, whose images stay undecoded.
+
+    They are read as Arrow has them: casting a column of lists of images to `decode=False` would copy the whole data
+    set on the disk.
+    """
+
+    damage: SampleError | None = None
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.name = name
+        self._all = dataset.with_format("arrow")
+        columns = [column for column in dataset.column_names if column in _WORDS]
+        self._words = self._all.select_columns(columns)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        return self._read(self._all, row)
+
+    def text_of(self, row: int) -> Mapping[str, Any]:
+        """Return the columns with the words."""
+        return self._read(self._words, row)
+
+    def place(self, row: int, sample_id: str | None = None) -> Place:
+        """Return how a row is named."""
+        return Place(self.name, row, None, sample_id)
+
+    def _read(self, table: Any, row: int) -> Mapping[str, Any]:
+        values: Mapping[str, Any] = table[row : row + 1].to_pylist()[0]
+        return values
+
+
+class ListRows:
+    """Rows in memory."""
+
+    damage: SampleError | None = None
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], name: str = "the list of rows") -> None:
+        self.name = name
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        value = self._rows[row]
+        if not isinstance(value, Mapping):
+            raise SampleError(f"the row is a {type(value).__name__}; expected a dictionary.", self.place(row))
+        return value
+
+    def text_of(self, row: int) -> Mapping[str, Any]:
+        """Return the whole row."""
+        return self[row]
+
+    def place(self, row: int, sample_id: str | None = None) -> Place:
+        """Return how a row is named."""
+        return Place(self.name, row, None, sample_id)

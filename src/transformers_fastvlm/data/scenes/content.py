@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a scene shows, what can be asked about it, and the answers."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from .drawing import COLORS, DIGIT_FACES, FACES, SHAPES, Canvas, Color
+
+KINDS = ("attribute", "relation", "count", "number", "word", "chart")
+ASPECTS = ("any", "square", "oblong")
+
+_WORDS = """
+ANT APE ARM BAG BAT BED BEE BIRD BOAT BOOK BOX BREAD BUS CAKE CAR CAT CHAIR CITY CLOCK CLOUD COAT COW CUP DESK DOG
+DOOR DUCK EAR EGG EXIT EYE FARM FIRE FISH FLAG FOOD FOOT FORK FOX FROG GAME GATE GIFT GOAT GOLD HAND HAT HILL HOME
+HORSE HOTEL HOUSE ICE INK IRON JAM JAR KEY KING KITE LAKE LAMP LEAF LION MAP MILK MOON MOUSE NEST NIGHT NOSE OPEN
+OWL PAPER PARK PEN PIANO PIG PLANE PLANT QUEEN QUIZ RADIO RAIN RING RIVER ROAD ROSE SALT SEA SHIP SHOE SHOP SNOW
+SOUP STAR STOP SUGAR SUN TABLE TAXI TEA TIGER TRAIN TREE VAN VOICE WATER WAVE WIND WOLF YARD ZEBRA ZOO
+"""
+WORDS = tuple(_WORDS.split())
+
+_ROWS = ("top", "middle", "bottom")
+_COLUMNS = ("left", "center", "right")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene, its kind (one of KINDS) and its one right answer."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+@dataclass
+class Scene:
+    """A picture, a caption that tells all of it, and questions; at least one is of the scene's own kind."""
+
+    image: Image.Image
+    caption: str
+    kind: str
+    questions: list[Question]
+
+
+@dataclass
+class _Object:
+    color: str
+    shape: str
+    row: int
+    column: int
+    place: str = field(default="")
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+
+@dataclass
+class _Page:
+    """A canvas with the random source and the palette of one scene."""
+
+    rng: random.Random
+    canvas: Canvas
+    ink: Color
+    fullness: float = 1.0
+
+    def most(self, low: int, high: int) -> int:
+        """Return the largest number of things that the scene may hold, from `low` in an empty to `high` in a full one."""
+        return low + round(self.fullness * (high - low))
+
+    def color(self, name: str) -> Color:
+        """Return the named colour, slightly varied."""
+        red, green, blue = (max(0, min(255, value + self.rng.randint(-14, 14))) for value in COLORS[name])
+        return red, green, blue
+
+
+def make_scene(
+    seed: int, index: int, kinds: tuple[str, ...] = KINDS, aspect: str = "any", fullness: float = 1.0
+) -> Scene:
+    """Return scene `index` of the series `seed`.
+
+    Args:
+        seed: names the series; two seeds share no scene.
+        index: number of the scene, from 0.
+        kinds: kinds of questions to ask, some of KINDS; scenes are chosen so that each has such a question.
+        aspect: "any" for two squares in five and the rest between 1:2 and 2:1, "square", or "oblong" (at least 4:3).
+        fullness: 0 to 1, how much there is to see: at 0 two shapes, one to be counted, one digit or a short word, a bar.
+
+    Raises:
+        ValueError: if a kind or the aspect is unknown.
+    """
+    check_options(kinds, aspect)
+    rng = random.Random(f"scenes/{seed}/{index}")
+    kind = rng.choice(kinds)
+    while True:
+        page = _new_page(rng, aspect)
+        page.fullness = fullness
+        caption, questions = _PAINTERS[kind](page)
+        # Now and then nothing can be asked: three shapes in a row have no "above".
+        if any(question.kind == kind for question in questions):
+            break
+    image = page.canvas.finish(rng, noise=rng.choice((0.0, rng.uniform(0, 14))), blur=rng.choice((0.0, 0.0, 0.6)))
+    return Scene(image, caption, kind, [question for question in questions if question.kind in kinds])
+
+
+def check_options(kinds: tuple[str, ...], aspect: str) -> None:
+    """Raise ValueError for a kind of question or of picture that there is not."""
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds is {tuple(kinds)!r}; expected one or more of {KINDS}.")
+    if aspect not in ASPECTS:
+        raise ValueError(f"aspect is {aspect!r}; expected 'any', 'square' or 'oblong'.")
+
+
+def _new_page(rng: random.Random, aspect: str) -> _Page:
+    """Return an empty page on a light or a dark ground."""
+    width, height = _size(rng, aspect)
+    dark = rng.random() < 0.3
+    level = rng.randint(0, 45) if dark else rng.randint(215, 255)
+    red, green, blue = (max(0, min(255, level + rng.randint(-10, 10))) for _ in range(3))
+    return _Page(rng, Canvas(width, height, rng.randint(176, 400), (red, green, blue)), _ink(rng, dark))
+
+
+def _size(rng: random.Random, aspect: str) -> tuple[int, int]:
+    """Return width and height, the larger one 256."""
+    if aspect == "square" or (aspect == "any" and rng.random() < 0.4):
+        return 256, 256
+    short = round(256 / rng.uniform(4 / 3 if aspect == "oblong" else 1.0, 2.0))
+    return (256, short) if rng.random() < 0.5 else (short, 256)
+
+
+def _ink(rng: random.Random, dark: bool) -> Color:
+    """Return a text colour that stands out."""
+    low, high = (190, 255) if dark else (0, 90)
+    return rng.randint(low, high), rng.randint(low, high), rng.randint(low, high)
+
+
+def _place(page: _Page, objects: list[tuple[str, str]]) -> list[_Object]:
+    """Draw (colour, shape) pairs into different cells of a grid and return them in reading order."""
+    canvas, rng = page.canvas, page.rng
+    columns, rows = max(2, canvas.width // 64), max(2, canvas.height // 64)
+    cells = rng.sample([(row, column) for row in range(rows) for column in range(columns)], len(objects))
+    wide, high = canvas.width / columns, canvas.height / rows
+    placed = []
+    for (color, shape), (row, column) in zip(objects, sorted(cells), strict=True):
+        radius = rng.uniform(15, 23)
+        room_x, room_y = max(0.0, min(7.0, wide / 2 - radius * 1.25)), max(0.0, min(7.0, high / 2 - radius * 1.25))
+        x = (column + 0.5) * wide + rng.uniform(-room_x, room_x)
+        y = (row + 0.5) * high + rng.uniform(-room_y, room_y)
+        canvas.shape(shape, x, y, radius, page.color(color), rng.uniform(-0.2, 0.2))
+        place = f"{_ROWS[min(2, int(3 * y / canvas.height))]} {_COLUMNS[min(2, int(3 * x / canvas.width))]}"
+        placed.append(_Object(color, shape, row, column, place))
+    return placed
+
+
+def _paint_objects(page: _Page) -> tuple[str, list[Question]]:
+    """A few different objects: what they are and where they are."""
+    rng = page.rng
+    names = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], min(rng.choice((2, 2, 3, 3, 4)), page.most(2, 4)))
+    objects = _place(page, names)
+    return _listed(objects), _attributes(objects, rng) + _relations(objects, rng)
+
+
+def _listed(objects: list[_Object]) -> str:
+    """Return a caption: each object after its place, in reading order, and how many there are."""
+    return "Shapes: " + ", ".join(f"{one.place} {one.name}" for one in objects) + f". {len(objects)} in all."
+
+
+def _attributes(objects: list[_Object], rng: random.Random) -> list[Question]:
+    questions = []
+    for one in objects:
+        if sum(other.shape == one.shape for other in objects) == 1:
+            text = rng.choice((f"What color is the {one.shape}?", f"Which color does the {one.shape} have?"))
+            questions.append(Question("attribute", text, one.color))
+        if sum(other.color == one.color for other in objects) == 1:
+            text = rng.choice((f"What shape is {one.color}?", f"Which shape is the {one.color} one?"))
+            questions.append(Question("attribute", text, one.shape))
+        if sum(other.place == one.place for other in objects) == 1:
+            text = rng.choice((f"What is at the {one.place}?", f"Which shape is at the {one.place}?"))
+            questions.append(Question("attribute", text, one.name))
+    return questions
+
+
+def _relations(objects: list[_Object], rng: random.Random) -> list[Question]:
+    """Questions about directions, each only where no object is level with the one that it starts from."""
+    questions = []
+    for one in objects:
+        others = [other for other in objects if other is not one]
+        for axis, before, after in (("column", "left of", "right of"), ("row", "above", "below")):
+            here = getattr(one, axis)
+            places = [getattr(other, axis) for other in others]
+            if here in places:
+                continue
+            for relation, found in (
+                (before, [other for other, place in zip(others, places, strict=True) if place < here]),
+                (after, [other for other, place in zip(others, places, strict=True) if place > here]),
+            ):
+                if len(found) == 1:
+                    text = rng.choice(
+                        (f"What is {relation} the {one.name}?", f"Which shape is {relation} the {one.name}?")
+                    )
+                    questions.append(Question("relation", text, found[0].name))
+            other = rng.choice(others)
+            first, second = before.removesuffix(" of"), after.removesuffix(" of")
+            text = f"Is the {other.name} {first} or {second}{' of' if axis == 'column' else ''} the {one.name}?"
+            questions.append(Question("relation", text, first if getattr(other, axis) < here else second))
+    return questions
+
+
+def _paint_count(page: _Page) -> tuple[str, list[Question]]:
+    """Several objects of few sorts, to be counted."""
+    rng, canvas = page.rng, page.canvas
+    room = max(2, canvas.width // 64) * max(2, canvas.height // 64)
+    colors, shapes = rng.sample(list(COLORS), rng.choice((1, 2, 2))), rng.sample(SHAPES, rng.choice((1, 2, 2)))
+    number = rng.randint(1, min(page.most(1, 7), room))
+    objects = _place(page, [(rng.choice(colors), rng.choice(shapes)) for _ in range(number)])
+    questions = [Question("count", rng.choice(("How many shapes are there?", "Count the shapes.")), str(number))]
+    other_shape = rng.choice([shape for shape in SHAPES if shape not in shapes])
+    for shape in [*shapes, *([other_shape] if rng.random() < 0.3 else [])]:
+        count = sum(one.shape == shape for one in objects)
+        text = rng.choice((f"How many {shape}s are there?", f"Count the {shape}s."))
+        questions.append(Question("count", text, str(count)))
+    for color in colors:
+        count = sum(one.color == color for one in objects)
+        text = rng.choice((f"How many {color} shapes are there?", f"Count the {color} shapes."))
+        questions.append(Question("count", text, str(count)))
+    return _listed(objects), questions
+
+
+def _paint_text(page: _Page) -> tuple[str, list[Question]]:
+    """A number, a word, or both, one above the other."""
+    rng, canvas = page.rng, page.canvas
+    digits = rng.randint(min(2, page.most(1, 4)), page.most(1, 4))
+    number = str(rng.randint(10 ** (digits - 1), 10**digits - 1))
+    word = rng.choice([word for word in WORDS if len(word) <= page.most(3, 5)])
+    lines = rng.choice(([("number", number)], [("word", word)], [("number", number), ("word", word)]))
+    lines = lines[: page.most(1, 2)]
+    lines = rng.sample(lines, len(lines))
+    questions, told = [], []
+    band = canvas.height / len(lines)
+    for position, (kind, text) in enumerate(lines):
+        height = min(band * 0.8, rng.uniform(40, 72))
+        width = min(canvas.width * 0.92, len(text) * rng.uniform(32, 48))
+        x = canvas.width / 2 + rng.uniform(-1, 1) * max(0.0, (canvas.width - width) / 2 - 4)
+        y = (position + 0.5) * band + rng.uniform(-1, 1) * max(0.0, (band - height) / 2 - 3)
+        ink = page.ink
+        if rng.random() < 0.25:
+            plate = page.color(rng.choice(list(COLORS)))
+            canvas.rectangle(x - width / 2 - 5, y - height / 2 - 4, x + width / 2 + 5, y + height / 2 + 4, plate)
+            ink = (255, 255, 255) if sum(plate) < 420 else (0, 0, 0)
+        canvas.text(text, x, y, width, height, rng.choice(DIGIT_FACES if kind == "number" else FACES), ink)
+        asked = rng.choice((f"What {kind} is written?", f"Read the {kind}.", f"Which {kind} do you see?"))
+        questions.append(Question(kind, asked, text))
+        told.append(f"the {kind} {text}")
+    return "Text: " + ", ".join(told) + ".", questions
+
+
+def _paint_chart(page: _Page) -> tuple[str, list[Question]]:
+    """A bar chart with a line at every unit."""
+    rng, canvas = page.rng, page.canvas
+    number = rng.randint(min(2, page.most(1, 4)), page.most(1, 4))
+    colors = rng.sample(list(COLORS), number)
+    values = [rng.randint(1, 6) for _ in colors]
+    left, right, bottom, top = 14, canvas.width - 8, canvas.height - 10, 10
+    unit, slot = (bottom - top) / 6, (right - left) / number
+    grid = tuple((value + 128) // 2 for value in page.ink)
+    for line in range(1, 7):
+        canvas.line((left, bottom - line * unit), (right, bottom - line * unit), grid)  # type: ignore[arg-type]
+    share = rng.uniform(0.5, 0.8)
+    for position, (color, value) in enumerate(zip(colors, values, strict=True)):
+        center = left + (position + 0.5) * slot
+        half = min(share * slot / 2, 24)
+        canvas.rectangle(center - half, bottom - value * unit, center + half, bottom, page.color(color))
+    canvas.line((left, bottom), (right, bottom), page.ink, 2.5)
+    canvas.line((left, top - 4), (left, bottom), page.ink, 2.5)
+    questions = []
+    for color, value in zip(colors, values, strict=True):
+        text = rng.choice((f"How high is the {color} bar?", f"What is the value of the {color} bar?"))
+        questions.append(Question("chart", text, str(value)))
+    for word, extreme in (("highest", max(values)), ("lowest", min(values))):
+        if values.count(extreme) == 1:
+            questions.append(Question("chart", f"Which bar is the {word}?", colors[values.index(extreme)]))
+    questions.append(Question("chart", "How many bars are there?", str(number)))
+    told = ", ".join(f"{color} {value}" for color, value in zip(colors, values, strict=True))
+    return f"Chart: {told}.", questions
+
+
+_PAINTERS: dict[str, Callable[[_Page], tuple[str, list[Question]]]] = {
+    "attribute": _paint_objects,
+    "relation": _paint_objects,
+    "count": _paint_count,
+    "number": _paint_text,
+    "word": _paint_text,
+    "chart": _paint_chart,
+}
