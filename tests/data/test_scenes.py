@@ -11,12 +11,15 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from transformers_fastvlm.data.scenes import KINDS, SceneDataset, make_scene
+from transformers_fastvlm.data.scenes import KINDS, Scene, SceneDataset, make_scene
 from transformers_fastvlm.data.scenes.content import WORDS
 from transformers_fastvlm.data.scenes.drawing import COLORS, DIGIT_FACES, FACES, SHAPES, Canvas
 from transformers_fastvlm.data.scenes.tokenizer import write_tokenizer
 
-SCENES = [make_scene(5, index) for index in range(150)]
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [make_scene(5, index) for index in range(150)]
 
 
 def test_a_scene_follows_from_its_numbers() -> None:
@@ -34,13 +37,13 @@ def test_every_scene_of_a_kind_can_be_asked_about(kind: str) -> None:
         assert {question.kind for question in scene.questions} == {kind}
 
 
-def test_all_kinds_sizes_and_answers_occur() -> None:
-    assert {scene.kind for scene in SCENES} == set(KINDS)
-    ratios = [scene.image.width / scene.image.height for scene in SCENES]
+def test_all_kinds_sizes_and_answers_occur(scenes: list[Scene]) -> None:
+    assert {scene.kind for scene in scenes} == set(KINDS)
+    ratios = [scene.image.width / scene.image.height for scene in scenes]
     assert min(ratios) < 0.65 and max(ratios) > 1.5 and sum(ratio == 1 for ratio in ratios) > 30
     assert all(0.49 < ratio < 2.05 for ratio in ratios)
-    assert len({scene.image.size for scene in SCENES}) > 100
-    answers = {kind: {q.answer for scene in SCENES for q in scene.questions if q.kind == kind} for kind in KINDS}
+    assert len({scene.image.size for scene in scenes}) > 100
+    answers = {kind: {q.answer for scene in scenes for q in scene.questions if q.kind == kind} for kind in KINDS}
     names = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
     assert {*COLORS, *SHAPES} < answers["attribute"] <= {*COLORS, *SHAPES, *names}
     assert {"left", "right", "above", "below"} < answers["relation"]
@@ -54,9 +57,9 @@ def listed(caption: str) -> list[tuple[str, str, str, str]]:
     return re.findall(r"(top|middle|bottom) (left|center|right) (\w+) (\w+)[,.]", caption)
 
 
-def test_counts_are_those_of_the_caption() -> None:
+def test_counts_are_those_of_the_caption(scenes: list[Scene]) -> None:
     checked = 0
-    for scene in SCENES:
+    for scene in scenes:
         if scene.kind != "count":
             continue
         objects = listed(scene.caption)
@@ -73,18 +76,19 @@ def test_counts_are_those_of_the_caption() -> None:
     assert checked > 50
 
 
-def test_relations_and_names_are_those_of_the_places_in_the_caption() -> None:
+def test_relations_and_names_are_those_of_the_places_in_the_caption(scenes: list[Scene]) -> None:
     """A caption names a third of the picture's height and width for each object; across thirds the order is certain."""
     order = {"top": 0, "middle": 1, "bottom": 2, "left": 0, "center": 1, "right": 2}
     relations = named = 0
-    for scene in SCENES:
+    for scene in scenes:
         if scene.kind not in ("attribute", "relation"):
             continue
         objects = listed(scene.caption)
         places = {f"{color} {shape}": (order[row], order[column]) for row, column, color, shape in objects}
         for question in scene.questions:
             if match := re.search(r" at the (\w+ \w+)\?", question.text):
-                assert [f"{c} {s}" for row, column, c, s in objects if f"{row} {column}" == match[1]] == [question.answer]
+                there = [f"{color} {shape}" for row, column, color, shape in objects if f"{row} {column}" == match[1]]
+                assert there == [question.answer]
                 named += 1
             match = re.search(r" (left of|right of|above|below) the (\w+ \w+)\?", question.text)
             if question.kind != "relation" or match is None or question.text.startswith("Is"):
@@ -97,10 +101,10 @@ def test_relations_and_names_are_those_of_the_places_in_the_caption() -> None:
     assert relations > 30 and named > 30
 
 
-def test_objects_are_where_and_what_the_caption_says() -> None:
+def test_objects_are_where_and_what_the_caption_says(scenes: list[Scene]) -> None:
     """Looked up in the picture: the middle of the object's third has its colour somewhere near."""
     order = {"top": 0, "middle": 1, "bottom": 2, "left": 0, "center": 1, "right": 2}
-    for scene in SCENES:
+    for scene in scenes:
         array = np.asarray(scene.image, np.int16)
         height, width = array.shape[:2]
         for row, column, color, _ in listed(scene.caption):
@@ -111,20 +115,22 @@ def test_objects_are_where_and_what_the_caption_says() -> None:
 
 
 def test_scenes_fill_along_the_ramp() -> None:
-    scenes = SceneDataset(400, seed=6, task="captions", ramp=300)
-    counts = [len(listed(scenes.scene(index).caption)) for index in range(400)]
-    assert max(counts[:20]) <= 2 < max(counts[100:150]) < max(counts[300:]) == 7
-    for index in range(25):
-        for kind in KINDS:
-            scene = make_scene(3, index, (kind,), fullness=0.0)
-            assert {question.kind for question in scene.questions} == {kind}
-    assert scenes.scene(350).caption == make_scene(6, 350).caption
+    scenes = SceneDataset(150, seed=6, task="captions", kinds=("count",), ramp=100)
+    counts = [len(listed(scenes.scene(index).caption)) for index in range(150)]
+    assert max(counts[:8]) == 1 < max(counts[30:60]) < max(counts[100:]) == 7
+    assert scenes.scene(120).caption == make_scene(6, 120, ("count",)).caption
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_emptiest_scenes_can_be_asked_about(kind: str) -> None:
+    for index in range(10):
+        assert {question.kind for question in make_scene(3, index, (kind,), fullness=0.0).questions} == {kind}
 
 
 def test_bars_are_as_high_as_the_answers_say() -> None:
     """Measured in the picture: the share of the middle of the bar's column that has its colour."""
     checked = 0
-    for index in range(40):
+    for index in range(25):
         scene = make_scene(9, index, ("chart",))
         values = dict(re.findall(r"(\w+) (\d)", scene.caption.partition(": ")[2]))
         array = np.asarray(scene.image, np.int16)
@@ -141,7 +147,7 @@ def test_bars_are_as_high_as_the_answers_say() -> None:
             ratio = heights[tallest] / heights[lowest]
             assert ratio == pytest.approx(int(values[tallest]) / int(values[lowest]), rel=0.2), scene.caption
             checked += 1
-    assert checked > 20
+    assert checked > 12
 
 
 @pytest.mark.parametrize("face", DIGIT_FACES)

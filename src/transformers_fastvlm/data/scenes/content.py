@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a scene shows, what can be asked about it, and the answers."""
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class _Page:
     fullness: float = 1.0
 
     def most(self, low: int, high: int) -> int:
-        """Return the largest number of things that the scene may hold, from `low` in an empty to `high` in a full one."""
+        """Return how many things the scene may hold, from `low` in an empty one to `high` in a full one."""
         return low + round(self.fullness * (high - low))
 
     def color(self, name: str) -> Color:
@@ -86,7 +87,7 @@ def make_scene(
         index: number of the scene, from 0.
         kinds: kinds of questions to ask, some of KINDS; scenes are chosen so that each has such a question.
         aspect: "any" for two squares in five and the rest between 1:2 and 2:1, "square", or "oblong" (at least 4:3).
-        fullness: 0 to 1, how much there is to see: at 0 two shapes, one to be counted, one digit or a short word, a bar.
+        fullness: 0 to 1, how much there is to see: at 0 two shapes, one to be counted, a digit or short word, a bar.
 
     Raises:
         ValueError: if a kind or the aspect is unknown.
@@ -136,16 +137,22 @@ def _ink(rng: random.Random, dark: bool) -> Color:
     return rng.randint(low, high), rng.randint(low, high), rng.randint(low, high)
 
 
+def _cells(side: int) -> int:
+    """Return how many cells, of 64 pixels at least, fit along a side."""
+    return max(2, side // 64)
+
+
 def _place(page: _Page, objects: list[tuple[str, str]]) -> list[_Object]:
     """Draw (colour, shape) pairs into different cells of a grid and return them in reading order."""
     canvas, rng = page.canvas, page.rng
-    columns, rows = max(2, canvas.width // 64), max(2, canvas.height // 64)
+    grids = itertools.product(range(1, _cells(canvas.height) + 1), range(1, _cells(canvas.width) + 1))
+    rows, columns = rng.choice([grid for grid in grids if grid[0] * grid[1] >= len(objects)])
     cells = rng.sample([(row, column) for row in range(rows) for column in range(columns)], len(objects))
     wide, high = canvas.width / columns, canvas.height / rows
     placed = []
     for (color, shape), (row, column) in zip(objects, sorted(cells), strict=True):
-        radius = rng.uniform(15, 23)
-        room_x, room_y = max(0.0, min(7.0, wide / 2 - radius * 1.25)), max(0.0, min(7.0, high / 2 - radius * 1.25))
+        radius = rng.uniform(0.24, 0.36) * min(wide, high)
+        room_x, room_y = max(0.0, wide / 2 - radius * 1.25), max(0.0, high / 2 - radius * 1.25)
         x = (column + 0.5) * wide + rng.uniform(-room_x, room_x)
         y = (row + 0.5) * high + rng.uniform(-room_y, room_y)
         canvas.shape(shape, x, y, radius, page.color(color), rng.uniform(-0.2, 0.2))
@@ -157,7 +164,8 @@ def _place(page: _Page, objects: list[tuple[str, str]]) -> list[_Object]:
 def _paint_objects(page: _Page) -> tuple[str, list[Question]]:
     """A few different objects: what they are and where they are."""
     rng = page.rng
-    names = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], min(rng.choice((2, 2, 3, 3, 4)), page.most(2, 4)))
+    number = min(rng.choice((2, 2, 3, 3, 4)), page.most(2, 4))
+    names = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], number)
     objects = _place(page, names)
     return _listed(objects), _attributes(objects, rng) + _relations(objects, rng)
 
@@ -211,7 +219,7 @@ def _relations(objects: list[_Object], rng: random.Random) -> list[Question]:
 def _paint_count(page: _Page) -> tuple[str, list[Question]]:
     """Several objects of few sorts, to be counted."""
     rng, canvas = page.rng, page.canvas
-    room = max(2, canvas.width // 64) * max(2, canvas.height // 64)
+    room = _cells(canvas.width) * _cells(canvas.height)
     colors, shapes = rng.sample(list(COLORS), rng.choice((1, 2, 2))), rng.sample(SHAPES, rng.choice((1, 2, 2)))
     number = rng.randint(1, min(page.most(1, 7), room))
     objects = _place(page, [(rng.choice(colors), rng.choice(shapes)) for _ in range(number)])
@@ -240,8 +248,9 @@ def _paint_text(page: _Page) -> tuple[str, list[Question]]:
     questions, told = [], []
     band = canvas.height / len(lines)
     for position, (kind, text) in enumerate(lines):
-        height = min(band * 0.8, rng.uniform(40, 72))
-        width = min(canvas.width * 0.92, len(text) * rng.uniform(32, 48))
+        height = rng.uniform(min(40, band * 0.8), band * 0.8)
+        room = canvas.width * 0.92
+        width = rng.uniform(min(room, len(text) * 32), room)
         x = canvas.width / 2 + rng.uniform(-1, 1) * max(0.0, (canvas.width - width) / 2 - 4)
         y = (position + 0.5) * band + rng.uniform(-1, 1) * max(0.0, (band - height) / 2 - 3)
         ink = page.ink

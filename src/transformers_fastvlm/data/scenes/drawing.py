@@ -120,16 +120,11 @@ def _glyphs(text: str, face: str) -> Image.Image:
     """Return a mask (mode L, cropped to the ink) of `text`."""
     if face == "segments":
         return _segment_digits(text)
-    if face == "bitmap":
-        font = ImageFont.load_default_imagefont()
-        stroke = 0
-    else:
-        font = ImageFont.load_default(64)
-        stroke = 3 if face == "bold" else 0
-    left, top, right, bottom = font.getbbox(text, stroke_width=stroke) if stroke else font.getbbox(text)
+    font = ImageFont.load_default_imagefont() if face == "bitmap" else ImageFont.load_default(64)
+    stroke = 3 if face == "bold" else 0
+    left, top, right, bottom = font.getbbox(text, stroke_width=stroke)
     mask = Image.new("L", (math.ceil(right - left) + 4, math.ceil(bottom - top) + 4))
-    options = {"stroke_width": stroke} if stroke else {}
-    ImageDraw.Draw(mask).text((2 - left, 2 - top), text, fill=255, font=font, **options)
+    ImageDraw.Draw(mask).text((2 - left, 2 - top), text, fill=255, font=font, stroke_width=stroke)
     if face == "slanted":
         shift = 0.25 * mask.height
         wide = (mask.width + math.ceil(shift), mask.height)

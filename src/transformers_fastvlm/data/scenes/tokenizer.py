@@ -39,9 +39,9 @@ def write_tokenizer(directory: str | os.PathLike[str], vocab_size: int = 480, se
     """
     printed = re.compile(r"\b(" + "|".join(WORDS) + r")\b")
     texts = [_CHAT] * 50
-    for task in ("captions", "conversations"):
-        scenes = SceneDataset(400, seed=seed, task=task)  # type: ignore[arg-type]
-        texts += [printed.sub("", message["content"]) for row in scenes for message in row["messages"]]
+    for scenes in (SceneDataset(150, seed, "captions"), SceneDataset(150, seed, "conversations")):
+        rows = [scenes[index] for index in range(len(scenes))]
+        texts += [printed.sub("", message["content"]) for row in rows for message in row["messages"]]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
