@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from . import kernels
 from .configuration_fastvlm import ENCODER_STRIDE, FastViTHDConfig, FastVLMConfig
 
 # Positions in `network`: from this downsampling on, float16 weights work on float32 activations (see `_trunk`).
@@ -39,19 +40,7 @@ class _Conv2d(nn.Conv2d):
     """A convolution that computes in the type of its input, also if its weights are stored in a smaller one."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.weight.dtype == input.dtype or torch.is_autocast_enabled(input.device.type):
-            return super().forward(input)
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return self._conv_forward(input, self.weight.to(input.dtype), bias)
-
-
-class _Linear(nn.Linear):
-    """A matrix that computes in the type of its input, also if its weights are stored in a smaller one."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.weight.dtype == input.dtype or torch.is_autocast_enabled(input.device.type):
-            return super().forward(input)
-        return F.linear(input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+        return kernels.conv2d(input, self.weight, self.bias, self.stride[0], int(self.padding[0]), self.groups)
 
 
 class _BatchNorm2d(nn.BatchNorm2d):
@@ -66,8 +55,15 @@ class _BatchNorm2d(nn.BatchNorm2d):
         return super().train(mode and not self.frozen)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training or self.weight.dtype == input.dtype:
+        # FSDP's mixed precision shrinks parameters for the time of a step, and leaves statistics as they are.
+        own = self.running_mean.dtype
+        if self.weight.dtype == own and (self.training or own == input.dtype):
             return super().forward(input)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+            weight, bias = self.weight.to(own), self.bias.to(own)
+            mean, var = self.running_mean, self.running_var
+            return F.batch_norm(input, mean, var, weight, bias, True, cast(float, self.momentum), self.eps)
         mean, var, weight, bias = (
             t.to(input.dtype) for t in (self.running_mean, self.running_var, self.weight, self.bias)
         )
@@ -398,29 +394,26 @@ class FastViTHDAttention(nn.Module):
         self.num_key_value_groups = 1
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        self.qkv = _Linear(channels, 3 * channels, bias=False)
-        self.proj = _Linear(channels, channels)
+        self.qkv = kernels.Linear(channels, 3 * channels, bias=False)
+        self.proj = kernels.Linear(channels, channels)
 
     def forward(self, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Attend; `tokens` has shape (batch, positions, channels). Returns the output and, if computed, the weights."""
         batch, positions, channels = tokens.shape
         qkv = self.qkv(tokens).view(batch, positions, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        out, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            None,
-            is_causal=False,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
-        return self.proj(out.reshape(batch, positions, channels)), weights
+        dropout = self.config.attention_dropout if self.training else 0.0
+        # Attention's backward pass, too, runs in loops for types that a CPU lacks.
+        slow = kernels.is_slow(qkv)
+        with torch.autocast("cpu", enabled=False) if slow else contextlib.nullcontext():
+            query, key, value = (qkv.float() if slow else qkv).unbind(0)
+            out, weights = attend(
+                self, query, key, value, None, is_causal=False, scaling=self.scaling, dropout=dropout, **kwargs
+            )
+        out = out.to(qkv.dtype).reshape(batch, positions, channels)
+        return self.proj(out), None if weights is None else weights.to(qkv.dtype)
 
 
 class _DropPath(nn.Module):
@@ -512,7 +505,7 @@ class ClipHead(nn.Module):
         self.proj = nn.Parameter(torch.empty(in_features, out_features))
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return pooled @ self.proj
+        return pooled.to(self.proj.dtype) @ self.proj
 
 
 class FastViTHDPreTrainedModel(PreTrainedModel):
@@ -607,7 +600,7 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
         the largest float16 number in published checkpoints and would overflow to infinity and then NaN. The share of
         this part in the encoder's work is small.
         """
-        hidden = self.patch_embed(self._check_pixel_values(pixel_values))
+        hidden = self.patch_embed(self._arrange(self._check_pixel_values(pixel_values)))
         outputs: list[Tensor] = [hidden]
         for index, module in enumerate(self.network if last_stage else ()):
             context: contextlib.AbstractContextManager = contextlib.nullcontext()
@@ -621,6 +614,17 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
                 if len(outputs) == last_stage + 1:
                     break
         return outputs
+
+    def _arrange(self, pixel_values: Tensor) -> Tensor:
+        """Put the channels last in memory on a CPU, where convolutions and products are faster that way.
+
+        Not while BatchNorm learns its statistics, which PyTorch sums in double precision only if channels are first.
+        """
+        frozen = self.config.freeze_batch_norm
+        frozen = self.config.reparameterized if frozen is None else frozen
+        if (self.training and not frozen) or not kernels.eager_on_cpu(pixel_values, self._stem.weight):
+            return pixel_values
+        return pixel_values.contiguous(memory_format=torch.channels_last)
 
     def reparameterize(self) -> "FastViTHDPreTrainedModel":
         """Merge all train-time branches in place and return the model; a merged model is left as it is.

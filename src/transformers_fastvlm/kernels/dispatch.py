@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a fast form may stand in for the plain one: told by tensors, mode and machine, never by a processor's name."""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+
+def eager_on_cpu(*tensors: Tensor | None) -> bool:
+    """Return whether all `tensors` are ordinary ones on the CPU and nothing records what is done to them.
+
+    Compilers, exporters and tracers get the plain forms, since they optimise by themselves and a graph must not depend
+    on the machine that it was made on. So do functional transforms and subclasses of Tensor (fake, sharded, quantised).
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if not all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu") for t in tensors):
+        return False
+    return not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+
+
+@functools.cache
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    # Builds of PyTorch without oneDNN lack the operation.
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return supported is not None and bool(supported())
+
+
+def has_fast_products(dtype: torch.dtype) -> bool:
+    """Return whether this CPU has fast matrix products and convolutions of type `dtype`.
+
+    Where it has not, PyTorch falls back to loops that are 5 to 100 times slower than float32 (measured with AVX2).
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    return bool(torch.backends.mkldnn.enabled) and _onednn_takes(dtype)
+
+
+@functools.cache
+def vector_width() -> int:
+    """Return the bits of a vector register that PyTorch uses on an x86 CPU: 512, 256, or 0 elsewhere."""
+    return {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+def result_dtype(input: Tensor) -> torch.dtype:
+    """Return the type of what a matrix product or convolution of `input` gives, autocast considered."""
+    device = input.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+
+
+def is_slow(input: Tensor) -> bool:
+    """Return whether products of `input` should be computed in float32, since this CPU has none of its type."""
+    return eager_on_cpu(input) and not has_fast_products(result_dtype(input))

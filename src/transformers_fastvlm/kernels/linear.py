@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrix products on CPUs without instructions for half types: held in half, computed in float32."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .dispatch import eager_on_cpu, has_fast_products, result_dtype
+
+# From this many rows on, converting the matrix to float32 pays (measured with AVX2: even at 8).
+_MIN_ROWS = 8
+# Elements of a matrix converted at a time: 64 MB, however large the vocabulary.
+_BLOCK = 1 << 24
+
+
+def plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `F.linear` in the type of `input`, whatever type the weights are stored in; under autocast in its type."""
+    if weight.dtype == input.dtype or torch.is_autocast_enabled(input.device.type):
+        return F.linear(input, weight, bias)
+    return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return (..., out) from `input` (..., in), `weight` (out, in) and `bias` (out,), as `plain_linear`."""
+    if not eager_on_cpu(input, weight, bias) or input.numel() < _MIN_ROWS * input.shape[-1]:
+        return plain_linear(input, weight, bias)
+    dtype = result_dtype(input)
+    if has_fast_products(dtype):
+        return plain_linear(input, weight, bias)
+    return _Float32Linear.apply(input, weight, bias, dtype)
+
+
+class _Float32Linear(torch.autograd.Function):
+    """`F.linear` of tensors of half types with float32 inside and results of type `dtype`."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        rows = input.reshape(-1, input.shape[-1]).float()
+        out = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype)
+        with torch.autocast("cpu", enabled=False):
+            for block in _blocks(weight):
+                part = F.linear(rows, weight[block].float(), None if bias is None else bias[block].float())
+                out[:, block] = part
+        return out.view(*input.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1]).float()
+        inputs = input.reshape(-1, input.shape[-1]).float() if needs_weight else rows
+        grad_input = torch.zeros(rows.shape[0], weight.shape[1]) if needs_input else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        with torch.autocast("cpu", enabled=False):
+            for block in _blocks(weight):
+                if grad_input is not None:
+                    grad_input.addmm_(rows[:, block], weight[block].float())
+                if grad_weight is not None:
+                    grad_weight[block] = rows[:, block].t() @ inputs
+        return (
+            None if grad_input is None else grad_input.to(input.dtype).view(input.shape),
+            grad_weight,
+            rows.sum(0).to(ctx.bias_dtype) if needs_bias else None,
+            None,
+        )
+
+
+def _blocks(weight: Tensor) -> list[slice]:
+    """Return slices of the rows of `weight` (out, in), each of at most `_BLOCK` elements if one row fits."""
+    step = max(1, _BLOCK // max(weight.shape[1], 1))
+    return [slice(start, min(start + step, weight.shape[0])) for start in range(0, weight.shape[0], step)]
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`: computes in the type of its input, also if its weights are stored in a smaller one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def speed_up_linear_layers(model: nn.Module) -> None:
+    """Make the `nn.Linear` layers of `model` compute by `linear`, those whose type this CPU has no fast products of.
+
+    Layers of other kinds (quantised, adapted, on another device) and other types stay as they are, so that on most
+    machines nothing changes.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu":
+            if not has_fast_products(module.weight.dtype):
+                module.__class__ = Linear  # the only difference is `forward`, and no hook or tie is lost
