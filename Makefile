@@ -67,6 +67,17 @@ $(TRANSFORMERS:%=test-versions-%): test-versions-%: .venvs/transformers-%/instal
 test-gpu: ## run the tests that need an accelerator, in GPU_PYTHON (.venv's Python unless given)
 	$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
+.PHONY: soak
+soak: .venv/installed-test ## run the long tests: kills at many moments, large data, many steps
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+
+TINY_WORK ?= .cache/train-tiny
+
+.PHONY: train-tiny
+train-tiny: .venv/installed-test ## train a tiny model from nothing, on synthetic scenes, and report its accuracy
+	$(BIN)/python examples/train_tiny.py $(TINY_WORK)
+	$(BIN)/python benchmarks/tiny_accuracy.py $(TINY_WORK)/tiny --out $(TINY_WORK)/tiny_accuracy.json
+
 .PHONY: clean
 clean: ## remove environments, caches and build outputs
 	rm -rf .venv .venvs build dist site demo_output.png .cache .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
@@ -75,8 +86,8 @@ clean: ## remove environments, caches and build outputs
 # --- environments ---
 
 EXTRAS_package :=
-EXTRAS_test := [torchvision,test]
-EXTRAS_check := [torchvision,test,dev]
+EXTRAS_test := [torchvision,training,test]
+EXTRAS_check := [torchvision,training,test,dev]
 EXTRAS_docs := [docs]
 
 .venv/bin/python:

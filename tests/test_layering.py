@@ -42,11 +42,12 @@ PROCESSING = {
 }
 
 CORE_DEPENDENCIES = {"transformers", "torch", "safetensors", "tokenizers", "huggingface_hub", "PIL", "numpy"}
-# packaging, rich and typer are dependencies of Transformers; one part each has a use for them.
+# packaging, rich, typer and PyYAML are dependencies of Transformers; one part each has a use for them.
 DEPENDENCIES_OF_UNIT = {
     "cli": {"rich", "typer"},
     "compat": {"packaging"},
     "image_processing_fastvlm": {"torchvision"},
+    "training": {"yaml"},
 }
 
 RANK = {unit: rank for rank, layer in enumerate(reversed(LAYERS)) for unit in layer}

@@ -7,6 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 _VERSION = Version(transformers.__version__)
@@ -51,3 +52,13 @@ def encode_and_expand_images(
         expanded = [image for group in groups for _ in range(expand_size) for image in group]
         features = torch.stack(expanded) if isinstance(features, Tensor) and expanded else expanded
     return model_kwargs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+
+
+def forget_renamings(model: Any) -> None:
+    """Let a model that was loaded under ZeRO-3 be saved under the names that it is saved under elsewhere.
+
+    Delete when Transformers remembers, under ZeRO-3 as elsewhere, only those renamings that loading has used; 5.23
+    remembers and reverses all that it knows, old ones of other models among them.
+    """
+    if is_deepspeed_zero3_enabled():
+        model._weight_conversions = None  # as of a model that was not loaded, which gets this package's

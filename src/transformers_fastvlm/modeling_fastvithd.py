@@ -43,6 +43,11 @@ class _Conv2d(nn.Conv2d):
         return kernels.conv2d(input, self.weight, self.bias, self.stride[0], int(self.padding[0]), self.groups)
 
 
+def _runs_backward() -> bool:
+    """Whether this is called from within a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class _BatchNorm2d(nn.BatchNorm2d):
     """BatchNorm that can stay on its running statistics while training, and computes in the type of its input."""
 
@@ -57,6 +62,10 @@ class _BatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         # FSDP's mixed precision shrinks parameters for the time of a step, and leaves statistics as they are.
         own = self.running_mean.dtype
+        if self.training and _runs_backward():
+            # Gradient checkpointing computes the block again; its statistics were collected the first time.
+            weight, bias = self.weight.to(own), self.bias.to(own)
+            return F.batch_norm(input, self.running_mean, self.running_var, weight, bias, True, 0.0, self.eps)
         if self.weight.dtype == own and (self.training or own == input.dtype):
             return super().forward(input)
         if self.training:

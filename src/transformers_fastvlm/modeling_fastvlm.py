@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import ModelOutput, torch_compilable_check
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from . import anyres, compat
+from . import anyres, compat, kernels
 from .configuration_fastvlm import HUB_KEYS, FastVLMConfig
 from .modeling_fastvithd import FastViTHDModel
 from .tokens import image_token_id_of
@@ -75,6 +75,9 @@ class FastVLMMultiModalProjector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Project (..., num_features) to (..., hidden_size)."""
+        weight = self.linear_1.weight
+        if weight.is_floating_point() and not torch.is_autocast_enabled(features.device.type):
+            features = features.to(weight.dtype)  # FSDP's mixed precision may differ here from the encoder's end
         return self.linear_2(self.act(self.linear_1(features)))
 
 
@@ -125,6 +128,8 @@ class FastVLMPreTrainedModel(PreTrainedModel):
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model._freeze_clip_head()  # loading made new parameters
+        compat.forget_renamings(model)
+        kernels.speed_up_linear_layers(model)
         return loaded
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
@@ -148,6 +153,13 @@ def _key_error(what: str, keys: set[str]) -> str:
         f"The checkpoint has {what}: {listed}. Its config.json describes another model than its weights, or a shard is "
         "missing. Compare the two, or download the checkpoint again."
     )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether processes fetch this module's parameters from each other when it runs: FSDP, FSDP2 or ZeRO-3."""
+    if any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__):
+        return True
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False))
 
 
 class FastVLMModel(FastVLMPreTrainedModel):
@@ -313,6 +325,46 @@ class FastVLMModel(FastVLMPreTrainedModel):
                 "<image> from the text."
             )
 
+    def _others_may_have_images(self, past_key_values: Cache | None) -> bool:
+        """Whether this process must run the encoder although its batch has no image.
+
+        Processes that train one model exchange the gradients of every parameter, and where parameters are sharded
+        also the parameters, each time a module runs. One that leaves the encoder out makes the others wait for ever.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        if torch.distributed.get_world_size() == 1:
+            return False
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return False
+        vision = (self.vision_tower, self.multi_modal_projector)
+        if self.training and torch.is_grad_enabled():
+            if any(parameter.requires_grad for part in vision for parameter in part.parameters()):
+                return True
+        return any(_is_sharded(module) for part in vision for module in part.modules())
+
+    def _zero_through_vision(self) -> Tensor:
+        """Return a scalar 0 that encoder and projector have computed, so that their gradients are zeros, not missing.
+
+        One black picture of the smallest size passes in evaluation mode, so that it leaves no trace in running
+        statistics and nothing random happens. An encoder that has neither keeps its mode, and so its checkpointing of
+        gradients: under ZeRO-3 all processes must compute the same blocks again.
+        """
+        training = [module for module in self.vision_tower.modules() if module.training]
+        traces = (isinstance(module, nn.BatchNorm2d) or getattr(module, "rate", 0) for module in training)
+        if not self.config.vision_config.attention_dropout and not any(traces):
+            training = []
+        for module in training:
+            module.training = False
+        try:
+            channels, side = self.config.vision_config.num_channels, self.config.vision_config.stride
+            black = torch.zeros((1, channels, side, side), device=self.device)
+            zero = self.get_image_features(black, return_dict=True).pooler_output[:0].sum()
+        finally:
+            for module in training:
+                module.training = True
+        return zero if self.image_newline is None else zero + self.image_newline[:0].sum()
+
     @can_return_tuple
     def forward(
         self,
@@ -349,6 +401,10 @@ class FastVLMModel(FastVLMPreTrainedModel):
             raise ValueError("Pass only one of pixel_values and mm_encoder_outputs: both hold the images.")
         if images is None and pixel_values is not None:
             images = self.get_image_features(pixel_values, image_sizes, num_tiles, return_dict=True)
+        # Before the embedding, as with images: processes must run their modules in one order.
+        zero = None
+        if images is None and self._others_may_have_images(past_key_values):
+            zero = self._zero_through_vision()
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self._embed(input_ids)
@@ -358,6 +414,10 @@ class FastVLMModel(FastVLMPreTrainedModel):
             inputs_embeds = self._scatter(self.get_placeholder_mask(input_ids, inputs_embeds), inputs_embeds, features)
         else:
             self._check_no_placeholders(input_ids, past_key_values)
+        if zero is not None:
+            inputs_embeds = inputs_embeds + zero.to(inputs_embeds.dtype)
+        if kwargs.get("use_cache") is None and getattr(self.config, "use_cache", None) is False:
+            kwargs["use_cache"] = False  # set by Trainer here, and read by the language model in its own configuration
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import chat, convert, generate, info
+from . import chat, convert, data, generate, info, merge, new, train
 
 __all__ = ["app", "main"]
 
@@ -29,6 +29,10 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("info")(info.info)
 app.command("convert")(convert.convert)
+app.command("new")(new.new)
+app.command("train")(train.train)
+app.command("merge")(merge.merge)
+app.add_typer(data.app, name="data")
 
 
 def _print_version(wanted: bool) -> None:

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "check"]
 
-app = typer.Typer(help="Data of training runs.", no_args_is_help=True, rich_markup_mode="markdown")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 
 @app.callback()
 def _data() -> None:
-    """Data of training runs."""
+    """Look at the data of training runs.
+
+    Example: fastvlm data check train.json --image-folder images
+    """
 
 
 class ConversationName(enum.StrEnum):

@@ -77,7 +77,9 @@ class FastVLMDataCollator:
                 raise ValueError(f"{name} is {value}; expected a positive number of tokens, or None.")
         context = processor.context_length
         if max_length is not None and context is not None and max_length > context:
-            raise ValueError(f"max_length is {max_length}, but the model's context holds {context} tokens.")
+            raise ValueError(
+                f"max_length is {max_length}, but the model's context holds {context} tokens. Set {context} or less."
+            )
         if not getattr(processor.tokenizer, "is_fast", False):
             raise ValueError(
                 f"the tokenizer is a {type(processor.tokenizer).__name__}, which cannot say where tokens come from in "

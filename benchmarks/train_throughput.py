@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training throughput and peak memory beside Transformers' own `fast_vlm` (with timm), by the same `Trainer` arguments.
+
+    python benchmarks/train_throughput.py [--preset 0.5b] [--image-size 512] [--batch-size 2] [--tokens 164]
+        [--dtype bfloat16 float32] [--checkpointing off on] [--steps 3] [--warmup 1] [--rounds 1] [--threads N]
+        [--native-steps N] [--device cpu|cuda] [--out benchmarks/results/train_throughput.json]
+
+Both train the same model from the same random weights: all
+parameters, by plain `Trainer` with AdamW, on one batch of random pixels and tokens. Each implementation trains in a
+process of its own, in turns, which reports the time of each step and its peak memory. `processor_seconds` is the time
+that the process computed; on a machine that others use too it is the one to compare. Needs timm and accelerate; peak
+memory on a CPU (VmHWM) is read from Linux.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+IMPLEMENTATIONS = ("ours", "native")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", default="0.5b", help="size of the model: 0.5b, 1.5b, 7b")
+    parser.add_argument("--layers", type=int, help="layers of the language model, if not the preset's")
+    parser.add_argument("--image-size", type=int, default=512, help="height and width of the pixels")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=164, help="tokens of a row, those of its one image included")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], help="types of the weights; no autocast")
+    parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
+    parser.add_argument("--steps", type=int, default=3, help="timed steps in each process")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each implementation, in turns")
+    parser.add_argument("--native-steps", type=int, help="timed steps of the port, if it takes very long")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", nargs=4, metavar=("IMPLEMENTATION", "DIRECTORY", "DTYPE", "CHECKPOINTING"))
+    return parser.parse_args()
+
+
+def write_checkpoints(options: argparse.Namespace, folder: Path) -> None:
+    """Write one set of random weights of the preset's shape for each implementation."""
+    import torch
+    from safetensors.torch import save_file
+
+    from transformers_fastvlm import FastVLMConfig, FastVLMForConditionalGeneration
+    from transformers_fastvlm.checkpoints.configs import native_config
+    from transformers_fastvlm.checkpoints.native import NOT_IN_NATIVE, to_native_name
+
+    config: Any = FastVLMConfig.from_preset(options.preset)
+    if options.layers:
+        config.text_config.num_hidden_layers = options.layers
+        config.text_config.layer_types = config.text_config.layer_types[: options.layers]
+    with torch.device("meta"):
+        model = FastVLMForConditionalGeneration(config)
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    tensors = {}
+    for name, empty in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if empty.ndim > 1 and "layer_scale" not in name:
+            # Of a size that lets activations keep theirs, so that no number is too small or large for its type.
+            scaled = noise * empty[0].numel() ** -0.5
+            value = scaled.repeat(-(-empty.numel() // len(noise)))[: empty.numel()].reshape(empty.shape)
+        else:
+            gain = 0.1 if "layer_scale" in name else 0.0 if name.endswith(("bias", "mean", "tracked")) else 1.0
+            value = torch.full(empty.shape, gain)
+        tensors[name] = value.to(torch.bfloat16 if empty.is_floating_point() else empty.dtype)
+    for implementation in IMPLEMENTATIONS:
+        (folder / implementation).mkdir()
+    config.save_pretrained(folder / "ours")
+    save_file(tensors, folder / "ours" / "model.safetensors", {"format": "pt"})
+    content = native_config(config, config.text_config.vocab_size)
+    (folder / "native" / "config.json").write_text(json.dumps(content))
+    renamed = {str(to_native_name(name)): value for name, value in tensors.items() if name not in NOT_IN_NATIVE}
+    save_file(renamed, folder / "native" / "model.safetensors", {"format": "pt"})
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """Train in this process and return the seconds of each step, the losses and the peak memory in bytes."""
+    import dataclasses
+
+    import torch
+    from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
+
+    import transformers_fastvlm
+
+    implementation, directory, dtype, checkpointing = options.child
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
+    ours = isinstance(model, transformers_fastvlm.FastVLMForConditionalGeneration)
+    assert ours == (implementation == "ours"), type(model)
+    image_tokens = (options.image_size // 64) ** 2
+    ids = torch.randint(0, 150_000, (options.batch_size, options.tokens))
+    ids[:, 8 : 8 + image_tokens] = model.config.image_token_id
+    labels = ids.masked_fill(ids == model.config.image_token_id, -100)
+    pixels = torch.rand(options.batch_size, 3, options.image_size, options.image_size).to(model.dtype)
+    rows = [{"input_ids": ids[i], "labels": labels[i], "pixel_values": pixels[i]} for i in range(options.batch_size)]
+    steps = options.warmup + options.steps
+    # Named so from Transformers 5.23 on, where the old name warns.
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    wall: list[float] = []
+    processor: list[float] = []
+    losses: list[float] = []
+
+    def now() -> tuple[float, float]:
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = now()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            end = now()
+            wall.append(end[0] - self.start[0])
+            processor.append(end[1] - self.start[1])
+
+        def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+            if logs and "loss" in logs:
+                losses.append(logs["loss"])
+
+    with tempfile.TemporaryDirectory() as out:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                out,
+                max_steps=steps,
+                per_device_train_batch_size=options.batch_size,
+                learning_rate=1e-5,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
+                use_cpu=options.device == "cpu",
+                **{name: checkpointing == "on", f"{name}_kwargs": {"use_reentrant": False}},
+            ),
+            train_dataset=rows * steps,  # type: ignore[arg-type]
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    if options.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        status = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+    return {"seconds": wall, "processor_seconds": processor, "losses": losses, "peak_bytes": peak}
+
+
+def run_child(options: argparse.Namespace, folder: Path, implementation: str, dtype: str, on: str) -> dict[str, Any]:
+    """Train in a new process and return what `train` returns there."""
+    steps = options.native_steps if implementation == "native" and options.native_steps else options.steps
+    command = [sys.executable, __file__, "--child", implementation, str(folder / implementation), dtype, on]
+    for key in ("image_size", "batch_size", "tokens", "warmup", "threads", "device"):
+        command += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    done = subprocess.run([*command, "--steps", str(steps)], stdout=subprocess.PIPE, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{implementation}, {dtype}, checkpointing {on}: exit status {done.returncode}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    timed = ", ".join(f"{seconds:.1f}" for seconds in result["processor_seconds"])
+    print(f"{dtype}, checkpointing {on}, {implementation}: {timed} s of processor time", file=sys.stderr, flush=True)
+    return result
+
+
+def summarise(options: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put the runs of one implementation together, warm-up left out."""
+    wall = [seconds for run in runs for seconds in run["seconds"][options.warmup :]]
+    processor = [seconds for run in runs for seconds in run["processor_seconds"][options.warmup :]]
+    return {
+        "samples_per_second": float(f"{options.batch_size / median(wall):.4g}"),
+        "seconds": {"median": round(median(wall), 3), "all": [round(seconds, 3) for seconds in wall]},
+        "processor_seconds": {
+            "median": round(median(processor), 3),
+            "all": [round(seconds, 3) for seconds in processor],
+        },
+        "first_loss": round(runs[0]["losses"][0], 4),
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+    }
+
+
+def compare(options: argparse.Namespace, folder: Path, dtype: str, on: str) -> dict[str, Any]:
+    """Train both implementations in turns and return their figures and ratios."""
+    runs: dict[str, list[dict[str, Any]]] = {implementation: [] for implementation in IMPLEMENTATIONS}
+    for _ in range(options.rounds):
+        for implementation in IMPLEMENTATIONS:
+            runs[implementation].append(run_child(options, folder, implementation, dtype, on))
+    ours, native = (summarise(options, runs[implementation]) for implementation in IMPLEMENTATIONS)
+    return {
+        "dtype": dtype,
+        "gradient_checkpointing": on == "on",
+        "native": native,
+        "ours": ours,
+        "native_over_ours": {
+            "seconds": round(native["seconds"]["median"] / ours["seconds"]["median"], 3),
+            "processor_seconds": round(native["processor_seconds"]["median"] / ours["processor_seconds"]["median"], 3),
+            "peak_bytes": round(native["peak_bytes"] / ours["peak_bytes"], 3),
+        },
+    }
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """Describe what the figures depend on."""
+    import accelerate
+    import timm
+    import torch
+    import transformers
+
+    fields: dict[str, str] = {}
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    vector = [flag for flag in fields.get("flags", "").split() if flag.startswith(("avx", "amx", "fma"))]
+    return {
+        "machine": f"{platform.machine()}, {platform.system()} {platform.release().split('-')[0]}",
+        "cpu": fields.get("model name", platform.processor()),
+        "cpu_flags": vector,
+        "cpu_count": os.cpu_count(),
+        **({"gpu": torch.cuda.get_device_name()} if options.device == "cuda" else {}),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def main() -> None:
+    options = arguments()
+    if options.child:
+        print(json.dumps(train(options)))
+        return
+    if options.tokens < 9 + (options.image_size // 64) ** 2:
+        raise SystemExit(f"--tokens {options.tokens} leaves no room for the image; raise it or lower --image-size.")
+    kept = ("preset", "layers", "image_size", "batch_size", "tokens", "warmup", "rounds", "threads", "device")
+    result: dict[str, Any] = {
+        "settings": {key: getattr(options, key) for key in kept},
+        "cases": [],
+        **machine(options),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoints(options, Path(folder))
+        for dtype in options.dtype:
+            for on in options.checkpointing:
+                result["cases"].append(compare(options, Path(folder), dtype, on))
+                # After each case, since all of them take long on a small machine.
+                text = json.dumps(result, indent=2) + "\n"
+                if options.out:
+                    options.out.write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm new`: a model made of an encoder and a language model, ready for stage 1."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .errors import UserError, notice, reports_errors
+
+__all__ = ["new"]
+
+
+@reports_errors
+def new(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")],
+    vision: Annotated[
+        str,
+        typer.Option(help="Directory or hub repository with a FastViTHD, alone or in a FastVLM, merged or train-time."),
+    ],
+    language_model: Annotated[
+        str,
+        typer.Option(help="Directory or hub repository of a Qwen2, Qwen2.5, Qwen3 or Llama model, or of a FastVLM."),
+    ],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Directory or hub repository of a tokenizer; default the language model's.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=64, help="Height and width of pictures in pixels, a multiple of 64.")
+    ] = None,
+    dtype: Annotated[options.DtypeName, typer.Option(help="Type of the weights; auto is float32.")] = (
+        options.DtypeName.auto
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the projector's weights.")] = 0,
+    debug: options.Debug = False,
+) -> None:
+    """Put a FastViTHD and a language model together, with a projector that has learned nothing yet.
+
+    The result has its processor and is ready for `fastvlm train stage1`.
+
+    Example: fastvlm new OUT --vision apple/FastVLM-0.5B --language-model Qwen/Qwen3-0.6B
+    """
+    from ..training import describe_parts, new_model, save_model
+    from .sources import licence_notice, read_config
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty directory. Choose a new one; nothing is overwritten.")
+    name = "float32" if dtype is options.DtypeName.auto else dtype.value
+    for source in dict.fromkeys((vision, language_model)):
+        if line := licence_notice(source, read_config(source)):
+            notice(line)
+    model, processor = new_model(vision, language_model, tokenizer, image_size=image_size, dtype=name, seed=seed)
+    save_model(model, processor, out)
+    for part, (number, _) in describe_parts(model).items():
+        notice(f"{part:<15}{number:>15,} parameters")
+    config: Any = model.config
+    size, text = config.vision_config.image_size, config.text_config
+    notice(f"{text.model_type}, {size}x{size} pixels, <image> is {processor.image_token_id}")
+    typer.echo(str(out))

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm train`: one training run, from a recipe."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options
+from .errors import FAILURE, UserError, notice, reports_errors
+
+if TYPE_CHECKING:
+    from ..training import Recipe
+
+__all__ = ["train"]
+
+
+@reports_errors
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A recipe of the package (--list shows them), or a YAML file."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Changes of the recipe, such as data.source=train.json or arguments.max_steps=100.",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be trained and what memory it takes, and stop.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the recipe with its changes, and stop.")] = False,
+    list_them: Annotated[bool, typer.Option("--list", help="List the recipes of the package, and stop.")] = False,
+    launch_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Print the file of a configuration for accelerate launch (ddp, fsdp2, zero2, zero3), and stop.",
+        ),
+    ] = None,
+    debug: options.Debug = False,
+) -> None:
+    """Train a model as a recipe says.
+
+    The result, in output_dir, loads like any other model: fastvlm generate -m OUT. On several GPUs: accelerate launch
+    -m transformers_fastvlm train RECIPE …
+
+    Example: fastvlm train finetune model.path=apple/FastVLM-0.5B data.source=train.json output_dir=OUT
+    """
+    from ..training import launch_config as file_of
+    from ..training import list_recipes, load_recipe
+
+    if launch_config is not None:
+        typer.echo(str(file_of(launch_config)))
+        return
+    if list_them:
+        for name, description in list_recipes().items():
+            typer.echo(f"{name:<14}{description}")
+        return
+    if recipe is None:
+        raise UserError("no recipe: name one of `fastvlm train --list`, or a YAML file.")
+    loaded = load_recipe(recipe, changes or ())
+    if show:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    from transformers.utils import logging
+
+    from ..training import run
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    for line in _licences(loaded):
+        if is_main:
+            notice(line)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    with contextlib.redirect_stdout(sys.stderr), _advises(debug):  # what Trainer prints is not the answer
+        out = run(loaded, resume=resume, dry_run=dry_run, report=notice)
+    if is_main and not dry_run:
+        typer.echo(str(out))
+
+
+def _licences(recipe: "Recipe") -> Iterator[str]:
+    """Yield what is to be said of the licences of the weights that a recipe begins with.
+
+    Raises:
+        UserError: a source that is not there, or `model.path` is of another kind of model.
+    """
+    from .sources import check_loadable, licence_notice, read_config
+
+    new = recipe.model.new or {}
+    named = (recipe.model.path, new.get("vision"), new.get("language_model"))
+    said: set[str] = set()
+    for source in (name for name in named if isinstance(name, str)):
+        config = read_config(source)
+        if source == recipe.model.path:
+            check_loadable(source, config)
+        if (line := licence_notice(source, config)) and line not in said:
+            said.add(line)
+            yield line
+
+
+@contextlib.contextmanager
+def _advises(debug: bool) -> Iterator[None]:
+    """Say what helps a run that is out of memory."""
+    try:
+        yield
+    except Exception as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":
+            raise
+        notice(
+            "fastvlm: out of memory. Set a smaller arguments.per_device_train_batch_size (train.global_batch_size may "
+            "stay), train.gradient_checkpointing=true, a smaller model.image_size or data.max_length, or use the "
+            "recipe lora; --dry-run tells what is expected."
+        )
+        raise typer.Exit(FAILURE) from error

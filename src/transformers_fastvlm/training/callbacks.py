@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers to a few rows of the evaluation set, written down at each evaluation."""
+
+import contextlib
+import itertools
+import json
+import logging
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from ..tokens import IMAGE_TOKEN
+
+__all__ = ["SAMPLES_FILE", "LogLines", "SampleAnswers", "iter_rows", "untouched"]
+
+SAMPLES_FILE = "samples.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+class SampleAnswers(TrainerCallback):
+    """Answers the first rows of a data set at each evaluation, greedily, and writes the answers down.
+
+    They go to `samples.jsonl` in the run's directory, one object a row with `step`, `id`, `prompt`, `answer` and
+    `expected`; to the log; and to TensorBoard where the run reports there. Nothing of the training changes: random
+    generators, the mode of each module and the cache setting are as before.
+
+    Args:
+        processor: the model's.
+        dataset: of samples; its first `rows` are asked, or fewer if it has fewer.
+        conversation: "sft", which asks for each row's last answer, or "plain", for its caption.
+        rows: how many.
+        max_new_tokens: longest answer.
+        report: is told each answer, on the main process; by default it is logged.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        dataset: Any,
+        conversation: str = "sft",
+        rows: int = 4,
+        max_new_tokens: int = 64,
+        report: Any = logger.info,
+    ) -> None:
+        self.processor, self.conversation = processor, conversation
+        self.max_new_tokens, self.report = max_new_tokens, report
+        self.dataset, self.rows = dataset, rows
+        self._samples: list[dict[str, Any]] | None = None
+        self._writers: list[TensorBoardCallback] = []
+
+    def attach(self, trainer: Any) -> None:
+        """Find what the trainer reports to, and join it."""
+        self._writers = [one for one in trainer.callback_handler.callbacks if isinstance(one, TensorBoardCallback)]
+        trainer.add_callback(self)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Answer. Every process does, since a model may be spread over them; the main one writes."""
+        with untouched(model):
+            if self._samples is None:
+                self._samples = list(itertools.islice(iter_rows(self.dataset), self.rows))
+            records = [
+                {"step": state.global_step, "id": sample.get("id"), **self._answered(model, sample)}
+                for sample in self._samples
+            ]
+        if not state.is_world_process_zero:
+            return
+        with (Path(args.output_dir) / SAMPLES_FILE).open("a", encoding="utf-8") as stream:
+            for record in records:
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        for number, record in enumerate(records):
+            self.report(
+                f"step {record['step']}: {record['prompt']!r} -> {record['answer']!r} (expected {record['expected']!r})"
+            )
+            for callback in self._writers:
+                if callback.tb_writer is not None:
+                    text = f"{record['prompt']}\n\n**{record['answer']}**\n\nexpected: {record['expected']}"
+                    callback.tb_writer.add_text(f"samples/{number}", text, record["step"])
+
+    def _answered(self, model: Any, sample: dict[str, Any]) -> dict[str, str]:
+        messages, expected = _asked(sample)
+        if self.conversation == "plain":
+            prompt = shown = IMAGE_TOKEN
+        else:
+            prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            shown = messages[-1]["content"].replace(IMAGE_TOKEN, "").strip()
+        images = list(sample.get("images") or ())
+        inputs = self.processor(text=prompt, images=images or None, return_tensors="pt").to(model.device)
+        output = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True)
+        answer = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        if self.conversation == "plain":
+            answer = answer.split("\n")[0]  # a caption ends with its line
+        return {"prompt": shown, "answer": answer.strip(), "expected": expected}
+
+
+class LogLines(TrainerCallback):
+    """Reports what is logged as a line of text, with the time that is left.
+
+    Args:
+        report: is told each line, on the main process.
+    """
+
+    def __init__(self, report: Any) -> None:
+        self.report = report
+        self._start = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when, and at which step, the run began."""
+        self._start = (time.monotonic(), state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Report what `Trainer` logs."""
+        if not state.is_world_process_zero or not logs:
+            return
+        numbers = [f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, int | float)]
+        since, first = self._start
+        done = state.global_step - first
+        if done and state.global_step < state.max_steps:
+            left = (time.monotonic() - since) / done * (state.max_steps - state.global_step)
+            numbers.append(f"{int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02} left")
+        self.report(f"step {state.global_step}/{state.max_steps}: {', '.join(numbers)}")
+
+
+def iter_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a map-style or an iterable data set in order."""
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        return (dataset[index] for index in range(len(dataset)))
+    return iter(dataset)
+
+
+def _asked(sample: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """Return the messages before the last answer, and that answer."""
+    messages = sample["messages"]
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:last], messages[last]["content"]
+
+
+@contextlib.contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluate within, without gradients, and leave random generators and every module's mode as they were."""
+    modes = {module: module.training for module in model.modules()}
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        random.setstate(python)
+        np.random.set_state(numpy)

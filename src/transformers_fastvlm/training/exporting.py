@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The finished model in a run's directory, in the form that the recipe asks for."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .. import FastVLMForConditionalGeneration
+from ..checkpoints.files import sync_directory
+from .directories import sync_tree
+from .launching import whole_models
+from .models import torch_dtype
+from .recipes import Recipe
+from .trainer import STAGING, FastVLMTrainer, last_checkpoint
+
+__all__ = ["FINISHED", "export", "is_finished"]
+
+FINISHED = ("config.json", "adapter_config.json")
+"""Of these the one that a result has is written last: a directory without is no model, or adapter, to anyone."""
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a run's directory has its result."""
+    return any((out / name).is_file() for name in FINISHED)
+
+
+def export(trainer: FastVLMTrainer, recipe: Recipe, out: Path, checkpoint: Path | None = None) -> None:
+    """Write model and processor into the run's directory.
+
+    They are written aside first, so that what does not fit on the disk leaves nothing that looks finished. All
+    processes call this, since a model may be spread over them; the main one writes.
+
+    Args:
+        trainer: after training.
+        recipe: its export section says what is merged, and the type of the weights.
+        out: the directory.
+        checkpoint: where the trained weights are, if this process did not train them itself.
+    """
+    partial = out / STAGING
+    if trainer.args.should_save:
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        if checkpoint is None:
+            _gather(trainer, partial / "trained")
+        if trainer.args.should_save:
+            with whole_models(trainer):
+                _publish(trainer, recipe, partial / "trained" if checkpoint is None else checkpoint, out)
+    except Exception as error:
+        kept = last_checkpoint(out)
+        raise OSError(
+            f"The finished model could not be written to {out} ({type(error).__name__}: {error}). "
+            + (f"{kept.name} is whole: make room and resume." if kept else "There is no checkpoint to resume from.")
+        ) from error
+    finally:
+        if trainer.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(trainer: FastVLMTrainer, recipe: Recipe, trained: Path, out: Path) -> None:
+    final = out / STAGING / "final"
+    _finished(recipe, trained).save_pretrained(final)
+    trainer.processing_class.save_pretrained(final)
+    sync_tree(final)
+    for name in FINISHED:
+        (out / name).unlink(missing_ok=True)
+    for file in sorted(final.iterdir(), key=lambda file: file.name in FINISHED):
+        file.replace(out / file.name)
+    sync_directory(out)
+
+
+def _gather(trainer: FastVLMTrainer, directory: Path) -> None:
+    """Save what was trained, in one piece."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(directory))
+    trainer.accelerator.wait_for_everyone()
+
+
+def _finished(recipe: Recipe, directory: Path) -> Any:
+    """Load what was trained on the CPU and bring it into the final form."""
+    dtype = torch_dtype(recipe.export.dtype or recipe.model.dtype)
+    if recipe.lora is not None:
+        from .lora import load_adapters, merge
+
+        model = load_adapters(recipe, directory)
+        if not recipe.export.merge_lora:
+            return model
+        model = merge(model)
+    else:
+        model = FastVLMForConditionalGeneration.from_pretrained(directory, dtype=torch_dtype(recipe.model.dtype))
+    if recipe.export.merge_encoder:
+        # Before any rounding: several rounded branches make one kernel that is further off than a rounded kernel.
+        model.model.vision_tower.float().eval().reparameterize()
+    vars(model.config).pop("use_cache", None)  # Trainer's, for training
+    return model.to(dtype)

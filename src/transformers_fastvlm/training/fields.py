@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dataclasses from what a YAML file holds, with every name and every type checked."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+__all__ = ["build", "check_keys", "did_you_mean"]
+
+
+def build(section: type, content: Any, where: str = "") -> Any:
+    """Make a dataclass from a mapping, and those inside it.
+
+    Args:
+        section: a dataclass; the types of its fields are those that a value may have.
+        content: values by the names of fields.
+        where: what the section is called in errors; nothing for the outermost.
+
+    Raises:
+        ValueError: an unknown name, or a value of another type.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where or 'The recipe'} is {content!r}; expected a section with keys and values.")
+    hints = typing.get_type_hints(section)
+    check_keys(content, hints, where)
+    values = {}
+    for name, value in content.items():
+        path, hint = f"{where}.{name}" if where else name, hints[name]
+        nested: Any = next((kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+        if nested is not None and (value is not None or type(None) not in get_args(hint)):
+            values[name] = build(nested, {} if value is None else value, path)
+            continue
+        if hint is float or float in get_args(hint):
+            value = float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        if not _fits(value, hint):
+            raise ValueError(f"{path} is {value!r}; expected {_described(hint)}.")
+        values[name] = value
+    return section(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        return True
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_fits(value, kind) for kind in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(entry, get_args(hint)[0]) for entry in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(_described(kind) for kind in get_args(hint))
+    names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return names.get(hint, "a list" if get_origin(hint) is list else "keys and values")
+
+
+def check_keys(content: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise ValueError for the first key that is not known, with the one that was probably meant."""
+    known = list(known)
+    for key in content:
+        if key not in known:
+            raise ValueError(
+                f"{where or 'The recipe'} has no key {key!r}{did_you_mean(str(key), known)} "
+                f"Its keys are {', '.join(known)}."
+            )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence: the known word that is most like another, or a full stop."""
+    near: Sequence[str] = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."

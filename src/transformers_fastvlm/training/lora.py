@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank adapters (LoRA) with peft: which layers get them, a base model in four bits (QLoRA), and merging.
+
+Sources: LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314, section 4 (adapters on all linear layers, NF4 with double
+quantization).
+"""
+
+import dataclasses
+import importlib
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .parts import PARTS
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+    from .recipes import LoraSection, Recipe
+
+__all__ = [
+    "add_adapters",
+    "add_lora",
+    "attach",
+    "load_adapters",
+    "lora_config",
+    "merge",
+    "quantization_config",
+    "require",
+]
+
+# peft asks for this property of a model, which has another name from Transformers 5.23 on.
+_OLD_NAME = "`is_gradient_checkpointing`"
+_MODULES = {
+    "vision_tower": "vision_tower",
+    "projector": "multi_modal_projector",
+    "language_model": "language_model",
+}
+
+
+def lora_config(
+    model: nn.Module,
+    *,
+    r: int = 64,
+    alpha: float | None = None,
+    dropout: float = 0.05,
+    parts: Iterable[str] = ("language_model",),
+    targets: Iterable[str] | str | None = None,
+    whole: Iterable[str] = (),
+    **options: Any,
+) -> "LoraConfig":
+    """Return the configuration of adapters for some parts of a model.
+
+    Args:
+        model: a FastVLM; its layers are looked up in it, and it is not changed.
+        r: rank of the adapters.
+        alpha: an adapter's output is scaled by alpha / r; None for 2 · r.
+        dropout: probability that a value of an adapter's input is dropped while training.
+        parts: the parts, of `PARTS`, whose layers get adapters. "language_model": all linear layers of the decoder
+            (peft's own "all-linear" would also take the encoder's); "vision_tower": `qkv` and `proj` of the attention
+            and the 1x1 convolutions `fc1` and `fc2` of the feed-forward networks; "projector": both layers.
+        targets: names of layers, such as "q_proj", in place of all those of the parts; a string is handed to peft as
+            it is, as a regular expression on whole names.
+        whole: parts that are trained whole beside the adapters and are saved with them, each in a copy:
+            "projector" (without AnyRes's newline, which stays as it is) or "vision_tower".
+        **options: anything else for `peft.LoraConfig`, such as `use_rslora`.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: an unknown part or layer, a part named twice, or BatchNorm that is not frozen: its statistics move
+            while training and are no part of an adapter.
+    """
+    LoraConfig = require("peft").LoraConfig
+    parts, whole = _checked(parts, whole)
+    moving = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d) and _moves(module)]
+    if moving and "vision_tower" not in whole:
+        raise ValueError(
+            f"{len(moving)} BatchNorm layers of the encoder, such as {moving[0]}, would go on collecting statistics, "
+            "and an adapter does not hold those: loaded again it would meet another encoder. Merge the encoder's "
+            "branches (model.model.vision_tower.eval().reparameterize()), or load the model with "
+            "vision_config.freeze_batch_norm true."
+        )
+    if not isinstance(targets, str):
+        targets = _pattern(model, parts, targets)
+    options.setdefault("task_type", "CAUSAL_LM")
+    return LoraConfig(
+        r=r,
+        lora_alpha=2 * r if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        modules_to_save=[_MODULES[part] for part in whole] or None,
+        **options,
+    )
+
+
+def add_lora(model: nn.Module, config: "LoraConfig | None" = None, **options: Any) -> "PeftModel":
+    """Put adapters into a model, in place, and freeze everything else.
+
+    `peft.get_peft_model` does the same; this also keeps the encoder's CLIP head frozen where the encoder is trained
+    whole, since it never gets a gradient and processes that train together would wait for one.
+
+    Args:
+        model: a FastVLM, quantized or not.
+        config: of the adapters; by default `lora_config(model, **options)`.
+
+    Returns:
+        The model in peft's wrapper, as `Trainer` and `SFTTrainer` take it.
+
+    Raises:
+        ImportError, ValueError: as `lora_config`.
+    """
+    if config is not None and options:
+        raise ValueError(f"config is given, so {', '.join(options)} must be part of it; pass one or the other.")
+    peft = require("peft")
+    config = lora_config(model, **options) if config is None else config
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _OLD_NAME, FutureWarning)
+        wrapped: PeftModel = peft.get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if name.endswith(".head.proj") and ".vision_tower." in name:
+            parameter.requires_grad_(False)
+    return wrapped
+
+
+def add_adapters(model: nn.Module, section: "LoraSection", train_parts: Iterable[str] = ()) -> "PeftModel":
+    """Put the adapters that a recipe asks for into a model, in place; `train_parts` are trained whole beside them."""
+    return add_lora(
+        model,
+        r=section.r,
+        alpha=section.alpha,
+        dropout=section.dropout,
+        parts=section.parts,
+        targets=section.targets,
+        whole=train_parts,
+    )
+
+
+def load_adapters(recipe: "Recipe", directory: str | os.PathLike[str]) -> "PeftModel":
+    """Return a recipe's base model, on the CPU, with the adapters that training left in a directory."""
+    from .loading import load_model, prepare_encoder
+
+    # Trained on four bits or not, adapters are put into the full weights.
+    recipe = dataclasses.replace(recipe, lora=None)
+    model, _ = load_model(recipe)
+    prepare_encoder(model, recipe)
+    return attach(model, directory)
+
+
+def attach(model: nn.Module, directory: str | os.PathLike[str]) -> "PeftModel":
+    """Return a model with the adapters of a directory, frozen.
+
+    Raises:
+        ValueError: the adapters do not fit the model; peft itself would only warn of tensors that are missing.
+    """
+    peft = require("peft")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _OLD_NAME, FutureWarning)
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            wrapped: PeftModel = peft.PeftModel.from_pretrained(model, directory)
+        except (RuntimeError, UserWarning) as error:
+            raise ValueError(
+                f"The adapter in {directory} does not fit its base model: {' '.join(str(error).split())[:300]}"
+            ) from error
+    return wrapped
+
+
+def merge(wrapped: "PeftModel") -> Any:
+    """Put the adapters into the weights and return the model without peft's wrapper; it is changed in place.
+
+    Each sum is made in float32 and rounded once, to the type of the weights, one layer after the other.
+
+    Raises:
+        ValueError: the weights are quantized, or a sum is not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in wrapped.named_modules():
+        if not isinstance(module, BaseTunerLayer) or not hasattr(module, "base_layer"):
+            continue
+        base: Any = module.get_base_layer()
+        if not base.weight.is_floating_point():
+            raise ValueError(
+                f"{name} is quantized ({base.weight.dtype}); adapters are merged into full weights. Save the adapter "
+                "and merge it with its base: merge_adapter, or fastvlm merge."
+            )
+        dtype = base.weight.dtype
+        base.float()
+        module.merge(safe_merge=True)
+        base.to(dtype)
+    return wrapped.unload()
+
+
+def quantization_config(
+    kind: str = "4bit", *, compute_dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> "BitsAndBytesConfig":
+    """Return how to load a model whose language model is stored in four or eight bits, for QLoRA.
+
+    Encoder, projector and head keep the type that the model is loaded in. Pass the result to `from_pretrained`
+    together with `dtype`, which should be `compute_dtype`:
+
+        model = FastVLMForConditionalGeneration.from_pretrained(
+            "apple/FastVLM-7B", dtype=torch.bfloat16, quantization_config=quantization_config()
+        )
+
+    Args:
+        kind: "4bit" (NF4, the constants quantized as well) or "8bit".
+        compute_dtype: type that four-bit weights are multiplied in.
+        **options: anything else for `BitsAndBytesConfig`, such as `bnb_4bit_quant_storage` for FSDP.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+        ValueError: another `kind`.
+    """
+    if kind not in ("4bit", "8bit"):
+        raise ValueError(f"quantization is {kind!r}; expected '4bit' or '8bit'.")
+    require("bitsandbytes", "pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if kind == "4bit":
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": compute_dtype,
+        }
+    kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    return BitsAndBytesConfig(llm_int8_skip_modules=kept, **settings, **options)
+
+
+def _checked(parts: Iterable[str], whole: Iterable[str]) -> tuple[list[str], list[str]]:
+    parts, whole = ([names] if isinstance(names, str) else list(names) for names in (parts, whole))
+    for name in (*parts, *whole):
+        if name not in PARTS:
+            raise ValueError(f"There is no part {name!r}; expected some of {', '.join(PARTS)}.")
+    if not parts:
+        raise ValueError(f"parts is empty, so no layer would get an adapter; expected some of {', '.join(PARTS)}.")
+    if twice := set(parts) & set(whole):
+        raise ValueError(f"{min(twice)} is in both parts and whole: give it adapters, or train it whole.")
+    if "language_model" in whole:
+        raise ValueError(
+            "The language model cannot be trained whole beside adapters: its embeddings may be tied to the head, and "
+            "a copy would not be. Give it adapters, or train without LoRA."
+        )
+    return parts, whole
+
+
+def _moves(module: nn.BatchNorm2d) -> bool:
+    return module.track_running_stats and not getattr(module, "frozen", False)
+
+
+def _pattern(model: nn.Module, parts: list[str], targets: Iterable[str] | None) -> str:
+    """Return a regular expression on names of modules, which also holds for another model of the same kind."""
+    wanted = None if targets is None else set(targets)
+    found: set[str] = set()
+    patterns = []
+    for part in parts:
+        names = _linear_layers(model, part)
+        if wanted is not None:
+            names = {name for name in names if name.rpartition(".")[2] in wanted}
+        found |= {name.rpartition(".")[2] for name in names}
+        # A block's name and the layer's: `proj` alone is also what the encoder's downsampling is called.
+        ends = {r"\.".join(map(_component, name.split(".")[-2:])) for name in names}
+        if ends:
+            patterns.append(rf"(?:.*\.)?{_MODULES[part]}\.(?:.*\.)?(?:{'|'.join(sorted(ends))})")
+        elif wanted is None:
+            raise ValueError(f"This model has no linear layers in its {part}, so it cannot get adapters.")
+    if wanted is not None and wanted - found:
+        known = sorted({name.rpartition(".")[2] for part in parts for name in _linear_layers(model, part)})
+        raise ValueError(
+            f"targets names {', '.join(map(repr, sorted(wanted - found)))}, which is no linear layer of "
+            f"{' or '.join(parts)}; there are {', '.join(known)}."
+        )
+    return "|".join(patterns)
+
+
+def _component(name: str) -> str:
+    return r"\d+" if name.isdigit() else re.escape(name)
+
+
+def _linear_layers(model: nn.Module, part: str) -> set[str]:
+    """Return the names, below the part, of its layers that are one matrix: linear, or 1x1 convolutions in the encoder.
+
+    The encoder's small gates (squeeze-excite), its stem and its downsampling are left out.
+    """
+    layers = set()
+    for whole_name, module in model.named_modules():
+        _, found, name = f".{whole_name}".partition(f".{_MODULES[part]}.")
+        if not found:
+            continue
+        if isinstance(module, nn.Linear) or (
+            isinstance(module, nn.Conv2d) and name.rpartition(".")[2] in ("fc1", "fc2") and module.groups == 1
+        ):
+            layers.add(name)
+    return layers
+
+
+def require(name: str, install: str = 'pip install "transformers-fastvlm[training]"') -> ModuleType:
+    """Return an optional package.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"This needs the package {name} ({error}): {install}.") from error

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three parts of a FastVLM for training: which of them learn, how fast, and what they weigh.
+
+Everything goes by the names of parameters, since shapes change when a model is sharded and names only grow prefixes.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["PARTS", "decays", "describe_parts", "parameter_groups", "part_of", "set_trainable"]
+
+PARTS = ("vision_tower", "projector", "language_model")
+"""The encoder, the two-layer projector (with AnyRes's learned newline), the language model (with its head)."""
+
+_PART_OF_COMPONENT = {
+    "vision_tower": "vision_tower",
+    "multi_modal_projector": "projector",
+    "image_newline": "projector",
+    "language_model": "language_model",
+    "lm_head": "language_model",
+}
+_NO_DECAY = re.compile(r"(^|[._])(bias|bn|norm\w*|\w*norm|layer_scale\w*|rbr_skip|image_newline)(\.|$)")
+
+
+def part_of(name: str) -> str:
+    """Return the part, one of `PARTS`, that a parameter belongs to.
+
+    Args:
+        name: as `model.named_parameters()` gives it; wrappers such as PEFT's or DDP's may have put words before it.
+
+    Raises:
+        ValueError: the name is of no part of a FastVLM.
+    """
+    for component in name.split("."):
+        if component in _PART_OF_COMPONENT:
+            return _PART_OF_COMPONENT[component]
+    raise ValueError(f"The parameter {name!r} belongs to none of {', '.join(PARTS)}; is this model a FastVLM?")
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to a parameter: not to biases, norms, layer scales and the learned newline."""
+    return _NO_DECAY.search(name) is None
+
+
+def set_trainable(model: nn.Module, parts: Iterable[str]) -> None:
+    """Let the named parts learn and freeze the others.
+
+    The encoder's CLIP head stays frozen in any case: nothing in a FastVLM uses its embedding, so it would never get a
+    gradient.
+
+    Args:
+        model: a FastVLM.
+        parts: some of `PARTS`; none freezes everything.
+
+    Raises:
+        ValueError: a name that is not of a part.
+    """
+    wanted = _checked(parts)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in wanted and not _is_clip_head(name))
+
+
+def parameter_groups(
+    model: nn.Module, lr_by_part: Mapping[str, float] | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Return the trainable parameters in groups for an optimizer of PyTorch.
+
+    Args:
+        model: a FastVLM, wrapped or not.
+        lr_by_part: learning rate of each trainable part; None leaves it to the optimizer.
+        weight_decay: of those parameters that `decays` names; it is 0 for the others.
+
+    Returns:
+        For each part that learns one group that decays and one that does not, empty ones left out, with `params`,
+        `weight_decay`, `part` and, if rates are given, `lr`.
+
+    Raises:
+        ValueError: a name that is not of a part, or a part that learns and has no rate.
+    """
+    rates = dict(lr_by_part or {})
+    _checked(rates)
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, decay = part_of(name), decays(name)
+        if lr_by_part is not None and part not in rates:
+            raise ValueError(
+                f"{part} learns, but has no learning rate: there is one for {', '.join(rates) or 'no part'}. Add one, "
+                "or freeze the part."
+            )
+        group = groups.setdefault(
+            (part, decay), {"params": [], "weight_decay": weight_decay if decay else 0.0, "part": part}
+        )
+        if lr_by_part is not None:
+            group["lr"] = rates[part]
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: (PARTS.index(key[0]), not key[1]))]
+
+
+def describe_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (parameters, trainable parameters) of each part; a tensor that two modules share counts once."""
+    counts = dict.fromkeys(PARTS, (0, 0))
+    for name, parameter in model.named_parameters():
+        # DeepSpeed's ZeRO-3 leaves an empty tensor and the number beside it.
+        number = getattr(parameter, "ds_numel", parameter.numel())
+        total, trainable = counts[part_of(name)]
+        counts[part_of(name)] = (total + number, trainable + number * parameter.requires_grad)
+    return counts
+
+
+def _checked(parts: Iterable[str]) -> set[str]:
+    wanted = {parts} if isinstance(parts, str) else set(parts)
+    if unknown := wanted - set(PARTS):
+        raise ValueError(f"There is no part {', '.join(map(repr, sorted(unknown)))}; expected {', '.join(PARTS)}.")
+    return wanted
+
+
+def _is_clip_head(name: str) -> bool:
+    return ".vision_tower.head." in f".{name}"

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Trainer` with a learning rate for each part, and checkpoints that are whole or not there.
+
+Transformers' `Trainer` trains FastVLM as it is. What this adds changes no number of a step.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..checkpoints.files import sync_directory
+from ..checkpoints.layouts import to_our_name
+from .directories import sync_tree
+from .parts import decays, parameter_groups
+
+__all__ = ["STAGING", "FastVLMTrainer", "last_checkpoint", "leave_frozen_inputs"]
+
+STAGING = ".incomplete"
+_STATE_FILE = "trainer_state.json"
+
+
+class FastVLMTrainer(Trainer):
+    """`Trainer` for FastVLM.
+
+    - Each part learns at its own rate, and weight decay leaves out biases, norms and layer scales.
+    - With `group=True` batches hold rows of like length and kind.
+    - A checkpoint is written under a hidden name, forced to the disk and then renamed: whatever interrupts it, the
+      earlier ones are untouched and nothing incomplete looks finished.
+    - Checkpoints carry Apple's names of tensors, and are resumed from by them.
+    - With gradient checkpointing a frozen encoder has no backward pass, as without.
+
+    Args:
+        learning_rates: of each part that learns, by name (`parts.PARTS`); None for the one in the arguments.
+        group: whether batches are made of rows of like length and kind.
+        *args, **kwargs: as for `Trainer`.
+    """
+
+    def __init__(
+        self, *args: Any, learning_rates: Mapping[str, float] | None = None, group: bool = False, **kwargs: Any
+    ) -> None:
+        self.learning_rates = None if learning_rates is None else dict(learning_rates)
+        self.group = group
+        super().__init__(*args, **kwargs)
+        self.model.register_load_state_dict_pre_hook(_accept_stored_names)
+        self.add_callback(_LeaveFrozenInputs())
+
+    # Optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the parameters that weight decay applies to; see `parts.decays`."""
+        return [name for name, _ in model.named_parameters() if decays(name)]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer that the arguments name, with a group of parameters for each part and kind."""
+        made_here = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made_here and self.learning_rates is not None:
+            wanted = parameter_groups(self.model if model is None else model, self.learning_rates)
+            optimizer.param_groups[:] = _split(optimizer.param_groups, wanted)
+        return optimizer
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if getattr(self, "_staging", False) else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, then rename it."""
+        folder = Path(self._get_output_dir(trial))
+        staging, name = folder / STAGING, f"checkpoint-{self.state.global_step}"
+        self._remove_staging(staging)
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._record_best(folder, staging / name)
+        except Exception as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            kept = last_checkpoint(folder)
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written to {folder} "
+                f"({type(error).__name__}: {error}). "
+                + (f"{kept.name}, from before, is whole: " if kept else "There is none from before: ")
+                + "make room and resume."
+            ) from error
+        finally:
+            self._staging = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._publish(staging, folder / name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _remove_staging(self, staging: Path) -> None:
+        """Remove what an interrupted run left."""
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _record_best(self, folder: Path, written: Path) -> None:
+        """Correct the path of the best checkpoint, which `Trainer` looked for beside this one."""
+        if not self.state.best_global_step:
+            return
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir() or best.name == written.name:
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(written / _STATE_FILE))
+
+    @staticmethod
+    def _publish(staging: Path, final: Path) -> None:
+        written = staging / final.name
+        sync_tree(written)
+        if final.exists():  # of a run that took another way from an earlier checkpoint
+            final.rename(staging / f"replaced-{final.name}")
+        written.rename(final)
+        sync_directory(final.parent)
+        shutil.rmtree(staging, ignore_errors=True)
+
+    # Data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.group or dataset is None:
+            return super()._get_train_sampler(train_dataset)
+        from ..data import ModalityLengthSampler, row_lengths
+
+        processor: Any = self.processing_class
+        tokens = processor._get_num_multimodal_tokens([(480, 640)]).num_image_tokens[0]
+        lengths, has_image = row_lengths(getattr(dataset, "captions", dataset), tokens)
+        sampler = ModalityLengthSampler(
+            lengths,
+            has_image,
+            batch_size=self.args.train_batch_size,
+            num_processes=self.args.world_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        self.add_callback(_TellEpoch(sampler))
+        return sampler
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells a sampler which epoch begins; accelerate forgets to after a resumed one on several processes."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class _LeaveFrozenInputs(TrainerCallback):
+    """Takes back that the inputs of checkpointed blocks need gradients.
+
+    Transformers sees to it for PyTorch's reentrant checkpointing, which learns nothing otherwise. For the other kind it
+    does no more than to send gradients back through a frozen encoder, all the way to its stem.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        options = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
+        if not options.get("use_reentrant"):
+            leave_frozen_inputs(model)
+
+
+def leave_frozen_inputs(model: nn.Module) -> None:
+    """Undo `enable_input_require_grads` wherever it was called in a model."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.disable_input_require_grads()
+
+
+def last_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
+    """Return the newest checkpoint in a run's directory that is whole, or None if there is none.
+
+    `FastVLMTrainer` leaves no others; a plain `Trainer` that was killed while saving does.
+    """
+    found = []
+    for path in Path(directory).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and _is_whole(path):
+            found.append((int(match.group(1)), path))
+    return max(found)[1] if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the file that `Trainer` writes last is there and complete."""
+    try:
+        return "global_step" in json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _split(groups: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Divide an optimizer's groups by part; all other options stay."""
+    part_and_rate = {id(p): (group["part"], group["lr"]) for group in wanted for p in group["params"]}
+    split: dict[tuple[int, str], dict[str, Any]] = {}
+    for index, group in enumerate(groups):
+        for parameter in group["params"]:
+            part, rate = part_and_rate[id(parameter)]
+            new = split.setdefault((index, part), {**group, "params": [], "lr": rate})
+            new["params"].append(parameter)
+    return list(split.values())
+
+
+def _accept_stored_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Rename tensors of a checkpoint file, which carry Apple's names, to the model's.
+
+    `Trainer` hands the file's tensors to `load_state_dict`, past the renamings of `from_pretrained`.
+    """
+    for name in list(state_dict):
+        ours = to_our_name(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        if ours is not None and prefix + ours != name:
+            state_dict[prefix + ours] = state_dict.pop(name)
+    embeddings = prefix + "model.language_model.embed_tokens.weight"
+    if getattr(getattr(module, "config", None), "tie_word_embeddings", False) and embeddings in state_dict:
+        state_dict.setdefault(prefix + "lm_head.weight", state_dict[embeddings])

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints are whole or not there, and a run that was killed ends as if it had not been."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from transformers_fastvlm import FastVLMForConditionalGeneration, FastVLMProcessor
+from transformers_fastvlm.training import Recipe, run
+from transformers_fastvlm.training.trainer import last_checkpoint
+
+pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+pytest.importorskip("resource", reason="limits on the size of files are POSIX's")
+import resource
+
+from transformers.trainer_utils import get_last_checkpoint
+
+MakeRecipe = Callable[..., Recipe]
+SCRIPT = Path(__file__).with_name("resumable.py")
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def run_and_kill(recipe: Recipe, when: str, directory: Path) -> None:
+    """Run in a process that is killed, and make sure that it was."""
+    file = directory / "run.yaml"
+    file.write_text(recipe.to_yaml())
+    source = Path(__file__).parents[2] / "src"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(file), when], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (0 if when == "never" else -9), done.stderr[-2000:]
+
+
+@pytest.fixture
+def long_recipe(recipe: MakeRecipe, tmp_path: Path) -> MakeRecipe:
+    """An epoch of six updates, two batches each, and one more, with a checkpoint at every third, and dropped paths."""
+
+    def make(out: str) -> Recipe:
+        return recipe(
+            output_dir=str(tmp_path / out),
+            model={"drop_path_rate": 0.3, "image_size": 64},
+            data={"group": True},
+            train={"global_batch_size": 2},
+            arguments={"per_device_train_batch_size": 1, "max_steps": 7, "save_steps": 3, "save_total_limit": 2},
+        )
+
+    return make
+
+
+def test_killed_while_saving_and_resumed_ends_as_if_not(long_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run_and_kill(long_recipe("killed"), "save 2", tmp_path)
+    out = tmp_path / "killed"
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-3"}
+    assert not (out / "config.json").exists()  # nothing that looks finished
+    assert (out / ".incomplete" / "checkpoint-6" / "model.safetensors").exists()
+    assert get_last_checkpoint(str(out)) == str(last_checkpoint(out)) == str(out / "checkpoint-3")
+    run(long_recipe("killed"), resume=True)
+    run(long_recipe("whole"))
+    assert_same_weights(out, tmp_path / "whole")
+    assert not (out / ".incomplete").exists()
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-7"}
+    logged = [
+        json.loads((tmp_path / name / "checkpoint-7" / "trainer_state.json").read_text())
+        for name in ("killed", "whole")
+    ]
+    losses = [{entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry} for state in logged]
+    assert losses[0] == losses[1] and len(losses[0]) == 7
+
+
+@pytest.mark.soak
+def test_killed_anywhere_and_resumed_ends_as_if_not(long_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run(long_recipe("whole"))
+    rng = random.Random(0)
+    moments = [str(rng.randint(1, 6)) for _ in range(5)] + [f"save {number}" for number in (1, 2, 3)]
+    for number, moment in enumerate(moments):
+        recipe = long_recipe(f"killed-{number}")
+        run_and_kill(recipe, moment, tmp_path)
+        run(recipe, resume=True)
+        assert_same_weights(tmp_path / f"killed-{number}", tmp_path / "whole")
+
+
+def test_disk_full_while_saving_leaves_the_checkpoint_before(recipe: MakeRecipe, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the second checkpoint does not fit."""
+    out = tmp_path / "out"
+    made = recipe(model={"image_size": 64})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(line: str) -> None:
+        if line.startswith("step 3/"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+
+    try:
+        with pytest.raises(OSError, match=r"The checkpoint of step 4 could not be written.*checkpoint-2, from before"):
+            run(made, report=fill_the_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "recipe.yaml"]
+    FastVLMForConditionalGeneration.from_pretrained(out / "checkpoint-2")
+    FastVLMProcessor.from_pretrained(out / "checkpoint-2")
+    run(made, resume=True)
+    run(recipe(output_dir=str(tmp_path / "whole"), model={"image_size": 64}))
+    assert_same_weights(out, tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mount a file system in memory; the function that is returned sets its size, in MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    words = ["-t", "tmpfs", "-o", "size=1m", "fastvlm-small-disk", str(disk)]
+    if mount is None or subprocess.run([mount, *words], capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a file system here")
+
+    def resize(size: int) -> Path:
+        subprocess.run([mount, "-o", f"remount,size={size}m", str(disk)], check=True)
+        return disk
+
+    yield resize
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.soak
+def test_a_disk_that_is_really_full(recipe: MakeRecipe, small_disk: Callable[[int], Path], tmp_path: Path) -> None:
+    """One checkpoint of 7 MiB fits, and a part of the next."""
+    out = small_disk(10) / "out"
+    made = recipe(output_dir=str(out), model={"image_size": 64})
+    with pytest.raises(OSError, match=r"The checkpoint of step 4 could not be written.*checkpoint-2, from before"):
+        run(made)
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "recipe.yaml"]
+    small_disk(64)
+    run(made, resume=True)
+    run(recipe(output_dir=str(tmp_path / "whole"), model={"image_size": 64}))
+    assert_same_weights(out, tmp_path / "whole")
+
+
+def test_disk_full_at_the_end_leaves_nothing_that_looks_finished(recipe: MakeRecipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = recipe(model={"image_size": 64}, arguments={"max_steps": 1, "save_strategy": "no"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(line: str) -> None:
+        if line.startswith("step 1/"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+
+    try:
+        with pytest.raises(OSError, match=r"The finished model could not be written.*no checkpoint to resume from"):
+            run(made, report=fill_the_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in out.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_checkpoint_that_a_plain_trainer_left_half_written_is_passed_over(tmp_path: Path) -> None:
+    for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st'), (6, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"")
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert last_checkpoint(tmp_path / "checkpoint-2") is None
+
+
+def test_checkpoints_load_with_the_auto_classes(recipe: MakeRecipe, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    run(recipe(model={"image_size": 64}, arguments={"max_steps": 2}))
+    for directory in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
+        model: Any = AutoModelForImageTextToText.from_pretrained(directory)
+        processor = AutoProcessor.from_pretrained(directory)
+        assert model.config.image_token_id == processor.image_token_id
+    stored = weights(tmp_path / "out" / "checkpoint-2")
+    assert "model.mm_projector.0.weight" in stored  # Apple's names

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What docs/training.md shows works: its programs run, and with `-m soak` each of its commands."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from test_readme import HUB_NAME, MARK, ROOT, blocks, commands
+
+pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+
+PAGE = ROOT / "docs" / "training.md"
+QWEN = "Qwen/Qwen3-0.6B"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),  # of PyTorch, where there is no GPU
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning"),  # of TRL, with Transformers 5.23
+]
+
+
+@pytest.fixture
+def folder(golden: Path, golden_batches: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the files that the page names."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.json", "val.json"):
+        (tmp_path / name).write_text(json.dumps(golden_batches["sft"]["samples"]))
+    (tmp_path / "captions.json").write_text(json.dumps(golden_batches["plain"]["samples"]))
+    shutil.copytree(golden / "images", tmp_path / "images")
+    for file in (golden / "images").iterdir():
+        shutil.copy(file, tmp_path)
+    shutil.copy(golden / "images" / "large_rgb.jpg", tmp_path / "photo.jpg")
+    return tmp_path
+
+
+def run_blocks(mark: str, count: int, model: Path, namespace: dict[str, Any]) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    marked = [block for block in blocks(text.replace(mark, MARK)) if block.marked]
+    assert len(marked) == count
+    for block in marked:
+        code = block.code.replace(HUB_NAME, model.as_posix())
+        exec(compile("\n" * (block.line - 1) + code, PAGE.name, "exec"), namespace)
+
+
+def test_the_programs_run(folder: Path, checkpoint: Callable[[str], Path]) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    run_blocks("<!-- test with accelerate -->", 3, checkpoint("qwen2_tied"), namespace)
+    assert (folder / "my-model" / "config.json").is_file() and (folder / "new" / "config.json").is_file()
+    pytest.importorskip("trl", reason="needs TRL")
+    model = namespace["AutoModelForImageTextToText"].from_pretrained(checkpoint("qwen2_tied"))
+    processor = namespace["AutoProcessor"].from_pretrained(checkpoint("qwen2_tied"))
+    run_blocks("<!-- test with trl -->", 1, folder, {**namespace, "model": model, "processor": processor})
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_the_commands_run(folder: Path, checkpoint: Callable[[str], Path]) -> None:
+    from typer.testing import CliRunner
+
+    from transformers_fastvlm.cli import app
+
+    tiny = str(checkpoint("qwen2_tied"))
+    shorter = [
+        "arguments.use_cpu=true",
+        "arguments.max_steps=2",
+        "arguments.per_device_train_batch_size=1",
+        "train.global_batch_size=2",
+        "data.max_length=2048",  # a tiny model's context holds 4096
+    ]
+    ran = 0
+    for command in commands(PAGE.read_text(encoding="utf-8")):
+        if command[0] != "fastvlm" or len(command) == 2:  # a verb that is only named
+            continue
+        words = [word.replace(HUB_NAME, tiny).replace(QWEN, tiny) for word in command[1:]]
+        into = None
+        if ">" in words:
+            words, into = words[: words.index(">")], words[words.index(">") + 1]
+        if words[0] == "train" and not {"--list", "--show"} & set(words):
+            words += [*shorter, "model.image_size=64"]
+            if "mine.yaml" in words:
+                words += [f"model.path={tiny}", "data.source=train.json", "output_dir=my-model"]
+            if "--resume" not in words:
+                shutil.rmtree(folder / "my-model", ignore_errors=True)
+        result = CliRunner().invoke(app, words, prog_name="fastvlm")
+        assert result.exit_code == 0, (words, result.stdout, result.stderr)
+        if into is not None:
+            (folder / into).write_text(result.stdout)
+        ran += 1
+    assert ran >= 15
+    assert (folder / "stage3" / "config.json").is_file()
