@@ -373,3 +373,17 @@ def test_loaded_language_model(dtype: torch.dtype, checkpoint: Callable, without
         assert pairs
         errors.append(relative_error(*(torch.cat([p[i].flatten().float() for p in pairs]) for i in (0, 1))))
     assert errors[0] <= errors[1]
+
+
+def test_a_batch_of_one_keeps_channels_last() -> None:
+    """Whatever stride its batch has: convolutions judge by it, and a block that is computed again must do the same."""
+    maps = torch.randn(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    odd = maps.as_strided(maps.shape, (16, 1, 128, 16))
+    for weight, groups in (
+        (torch.randn(16, 1, 3, 3), 16),
+        (torch.randn(32, 16, 1, 1), 1),
+        (torch.randn(32, 1, 3, 3), 16),
+    ):
+        outs = [kernels.conv2d(input, weight, None, 1, weight.shape[-1] // 2, groups) for input in (maps, odd)]
+        assert outs[0].stride() == outs[1].stride() == (outs[0].numel(), 1, 8 * outs[0].shape[1], outs[0].shape[1])
+        assert torch.equal(outs[0], outs[1])

@@ -16,6 +16,24 @@ GENERATE_KEEPS_ENCODER_OUTPUTS = _VERSION < Version("5.20.0.dev0")
 """Delete with support for Transformers < 5.20, whose generate() neither encodes images once before it repeats a batch
 nor drops the encoder's outputs after the first step."""
 
+ADAPTERS_LOSE_WHOLE_PARTS = _VERSION < Version("5.19.0.dev0")
+"""Delete with support for Transformers < 5.19, whose from_pretrained() leaves out what an adapter has of parts that
+were trained whole (peft's `modules_to_save`)."""
+
+
+def check_adapters(model: Any) -> None:
+    """Refuse a model that was loaded from the directory of an adapter, where parts of it would be missing.
+
+    Raises:
+        ValueError: the adapter has parts that were trained whole, and this version of Transformers leaves them out.
+    """
+    configs = getattr(model, "peft_config", {}).values() if ADAPTERS_LOSE_WHOLE_PARTS else ()
+    if parts := [part for config in configs for part in config.modules_to_save or ()]:
+        raise ValueError(
+            f"The adapter comes with a trained {parts[0]}, which Transformers {_VERSION} leaves out: expected 5.19 or "
+            "later. Merge the adapter (fastvlm merge), or load it with transformers_fastvlm.training.load_merged."
+        )
+
 
 def encode_and_expand_images(
     model: Any, expand_size: int, input_ids: Tensor | None, model_kwargs: dict[str, Any]

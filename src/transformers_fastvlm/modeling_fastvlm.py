@@ -128,6 +128,7 @@ class FastVLMPreTrainedModel(PreTrainedModel):
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model._freeze_clip_head()  # loading made new parameters
+        compat.check_adapters(model)
         compat.forget_renamings(model)
         kernels.speed_up_linear_layers(model)
         return loaded

@@ -20,6 +20,7 @@ from .dispatch import eager_on_cpu, has_fast_products, result_dtype, vector_widt
 from .linear import linear
 
 _STRIP = 3
+_LAST = torch.channels_last
 
 
 def plain_conv2d(
@@ -40,9 +41,11 @@ def conv2d(
     """
     if not eager_on_cpu(input, weight, bias):
         return plain_conv2d(input, weight, bias, stride, padding, groups)
+    if input.shape[0] == 1 and input.stride(0) != input.numel() and input.is_contiguous(memory_format=_LAST):
+        input = _channels_first(input.permute(0, 2, 3, 1))
     pointwise = groups == 1 and stride == 1 and weight.shape[2:] == (1, 1)
-    if pointwise and input.is_contiguous(memory_format=torch.channels_last):
-        return linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    if pointwise and input.is_contiguous(memory_format=_LAST):
+        return _channels_first(linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias))
     dtype = result_dtype(input)
     if has_fast_products(dtype) and not (_has_multiplier(weight, groups) or _in_strips(weight, stride, groups, dtype)):
         return plain_conv2d(input, weight, bias, stride, padding, groups)
@@ -112,7 +115,15 @@ def _interleave(parts: list[Tensor]) -> Tensor:
     """Put maps (batch, channels, height, width) together: output m of channel c is channel c * len(parts) + m."""
     if len(parts) == 1:
         return parts[0]
-    return torch.stack([part.permute(0, 2, 3, 1) for part in parts], -1).flatten(-2).permute(0, 3, 1, 2)
+    return _channels_first(torch.stack([part.permute(0, 2, 3, 1) for part in parts], -1).flatten(-2))
+
+
+def _channels_first(maps: Tensor) -> Tensor:
+    """Return (batch, height, width, channels) as (batch, channels, height, width), with channels last in memory.
+
+    `view` gives a batch of one a proper stride: convolutions judge by it whether channels are last.
+    """
+    return maps.reshape(-1, maps.shape[-1]).view(maps.shape).permute(0, 3, 1, 2)
 
 
 def _grad_input(grad: Tensor, input: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
@@ -120,7 +131,7 @@ def _grad_input(grad: Tensor, input: Tensor, weight: Tensor, stride: int, paddin
     total = None
     for m in range(step):
         part, _, _ = torch.ops.aten.convolution_backward(
-            grad[:, m::step].contiguous(memory_format=torch.channels_last) if step > 1 else grad,
+            grad[:, m::step].contiguous(memory_format=_LAST) if step > 1 else grad,
             input,
             weight[m::step],
             *_arguments((padding, padding), stride, groups),
@@ -143,7 +154,7 @@ def _grad_weight(grad: Tensor, input: Tensor, weight: Tensor, stride: int, paddi
     for start in range(0, weight.shape[-1], _STRIP):
         columns = weight[..., start : start + _STRIP]
         seen = padded[..., start : start + grad.shape[-1] + columns.shape[-1] - 1]
-        strips.append(of(seen.contiguous(memory_format=torch.channels_last), columns, (padding, 0)))
+        strips.append(of(seen.contiguous(memory_format=_LAST), columns, (padding, 0)))
     return torch.cat(strips, -1)
 
 
