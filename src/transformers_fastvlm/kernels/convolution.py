@@ -3,10 +3,10 @@
 
 - 1x1: a matrix product, whose backward pass runs at the rate of matrix products.
 - Depthwise with several outputs a channel (between stages): one convolution for each, with one output a channel, in
-  float32 so that the sum of their gradients is rounded once. (Backward 4 to 5 times faster with AVX2.)
+  float32 so that the sum of their gradients is rounded once.
 - Gradients of depthwise kernels wider than 3, on CPUs with 256-bit vectors: strips of 3 columns, since the fast kernel
-  holds a row of the gradient in registers and there are too few of them for more. (Up to 3 times faster.)
-- Half types on CPUs without instructions for them: float32 inside. (20 to 60 times faster with AVX2.)
+  holds a row of the gradient in registers and there are too few of them for more.
+- Half types on CPUs without instructions for them: float32 inside.
 """
 
 from typing import Any

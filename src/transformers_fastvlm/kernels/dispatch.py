@@ -31,7 +31,7 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
 def has_fast_products(dtype: torch.dtype) -> bool:
     """Return whether this CPU has fast matrix products and convolutions of type `dtype`.
 
-    Where it has not, PyTorch falls back to loops that are 5 to 100 times slower than float32 (measured with AVX2).
+    Where it has not, PyTorch falls back to loops that are much slower than float32.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return True

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .dispatch import eager_on_cpu, has_fast_products, result_dtype
 
-# From this many rows on, converting the matrix to float32 pays (measured with AVX2: even at 8).
+# From about this many rows on, converting the matrix to float32 pays.
 _MIN_ROWS = 8
 # Elements of a matrix converted at a time: 64 MB, however large the vocabulary.
 _BLOCK = 1 << 24
