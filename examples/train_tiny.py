@@ -12,21 +12,20 @@ nothing learn where things are and then nothing more for a long time.
 """
 
 import argparse
-import collections
-import itertools
 import shutil
+import string
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from transformers_fastvlm import FastViTHDConfig, FastViTHDModel, FastVLMImageProcessorPil
 from transformers_fastvlm.checkpoints import convert
-from transformers_fastvlm.data.scenes import SceneDataset
+from transformers_fastvlm.data.scenes import COLORS, SHAPES, make_collage, make_scene
 from transformers_fastvlm.data.scenes.tokenizer import write_tokenizer
 from transformers_fastvlm.training import load_recipe, new_model, run, save_model
 
@@ -58,100 +57,122 @@ LANGUAGE_MODEL = {
 }
 
 
-ENCODER_SCENES = 64_000
+# Pre-training of the encoder: half collages, half scenes.
+ENCODER_PICTURES = 48_000
 ENCODER_BATCH = 16
+GROUPS = {
+    "letters": string.ascii_uppercase,
+    "digits": string.digits,
+    "colors": COLORS,
+    "shapes": SHAPES,
+    "bars": [f"bar {value}" for value in range(1, 7)],
+    "places": ["top", "middle", "bottom", "left", "center", "right"],
+}
+LABELS = {label: number for number, label in enumerate(label for group in GROUPS.values() for label in group)}
 
 
-class Tagger(nn.Module):
-    """An encoder that is asked which words, and which pairs of neighbouring words, the caption of a picture has.
+class MarkFinder(nn.Module):
+    """An encoder that is asked what lies in each quarter of the square that one of its features stands for.
 
-    Pre-training by classification is that of CatLIP, arXiv 2404.15653, section 3.
+    The stages before the last are asked too, so that they need not wait until those behind them have learned to listen
+    (Deeply-Supervised Nets, arXiv 1409.5185).
 
     Args:
         encoder: what is trained.
-        shares: share of the captions that has each of the terms, in (0, 1); the answers begin with these.
     """
 
-    def __init__(self, encoder: FastViTHDModel, shares: Tensor) -> None:
+    def __init__(self, encoder: FastViTHDModel) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(2 * encoder.config.hidden_sizes[-1], len(shares))
-        nn.init.zeros_(self.head.weight)
-        self.head.bias.data = torch.logit(shares)
+        *_, third, fourth, _ = encoder.config.hidden_sizes
+        self.heads = nn.ModuleList(
+            nn.Conv2d(width, answers * len(LABELS), 1)
+            for width, answers in ((encoder.config.num_features, 4), (fourth, 1), (third, 1))
+        )
+        for head in self.heads:
+            nn.init.zeros_(head.weight)
+            nn.init.constant_(head.bias, -6.0)  # nearly always the answer is no
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.head(self.encoder(pixel_values).last_hidden_state.mean((2, 3)))
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1).mean()
-        return {"loss": loss, "logits": logits}
+        outputs = self.encoder(pixel_values, output_hidden_states=True)
+        last, fourth, third = self.heads
+        logits = nn.functional.pixel_shuffle(last(outputs.last_hidden_state), 2)
+        answers = [logits]
+        for head, maps in ((fourth, outputs.hidden_states[-2]), (third, outputs.hidden_states[-3])):
+            maps = nn.functional.adaptive_avg_pool2d(maps, labels.shape[2:])
+            answers.append(head(nn.functional.layer_norm(maps.movedim(1, 3), maps.shape[1:2]).movedim(3, 1)))
+        losses = [nn.functional.binary_cross_entropy_with_logits(one, labels, reduction="none") for one in answers]
+        loss = sum(one.sum((1, 2, 3)).mean() for one in losses)
+        return {"loss": loss, "logits": logits > 0}
 
 
-class Tags:
-    """The terms of captions: a collator of rows of scenes for `Tagger`.
+class Pictures(Dataset):
+    """Collages and scenes in turn, as pixel values and the labels of `MarkFinder`: `(labels, rows, columns)`, 0 or 1.
 
     Args:
-        tokenizer: cuts a caption into words, letters and digits.
-        image_processor: makes pixel values.
-        captions: examples, to take the terms from: those that five in a thousand have.
+        length: number of pictures.
+        seed: series of the pictures.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, image_processor: FastVLMImageProcessorPil, captions: list[str]
-    ) -> None:
-        self.tokenizer, self.image_processor = tokenizer, image_processor
-        counts = collections.Counter(term for caption in captions for term in self.terms(caption))
-        shares = {term: count / len(captions) for term, count in counts.items() if count >= len(captions) / 200}
-        self.index = {term: number for number, term in enumerate(shares)}
-        self.shares = torch.tensor(list(shares.values())).clamp(0.002, 0.998)
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+        self.image_processor = FastVLMImageProcessorPil(size=VISION["image_size"])
 
-    def terms(self, caption: str) -> dict[tuple[int, ...], None]:
-        """Return the tokens of a caption and the pairs of neighbours, each once, in order."""
-        ids = self.tokenizer(caption)["input_ids"]
-        return dict.fromkeys([(token,) for token in ids] + list(itertools.pairwise(ids)))
+    def __len__(self) -> int:
+        return self.length
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        labels = torch.zeros(len(rows), len(self.index))
-        for row, hot in zip(rows, labels, strict=True):
-            terms = self.terms(row["messages"][-1]["content"])
-            hot[[self.index[term] for term in terms if term in self.index]] = 1
-        pixel_values = self.image_processor([row["images"][0] for row in rows], return_tensors="pt").pixel_values
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        scene = (make_collage if index % 2 else make_scene)(self.seed, index)
+        width, height = scene.image.size
+        side, slots = max(width, height), VISION["image_size"] // 32
+        labels = torch.zeros(len(LABELS), slots, slots)
+        for mark in scene.marks:
+            x, y = (0.5 + (share - 0.5) * length / side for share, length in ((mark.x, width), (mark.y, height)))
+            labels[[LABELS[label] for label in mark.labels], int(y * slots), int(x * slots)] = 1
+        pixel_values = self.image_processor(scene.image, return_tensors="pt").pixel_values[0]
         return {"pixel_values": pixel_values, "labels": labels}
 
 
+def found(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the share of right ones among what was there or was said to be there, by group of labels."""
+    said, there = torch.as_tensor(prediction.predictions).bool(), torch.as_tensor(prediction.label_ids).bool()
+    both, either = ((said & there).sum((0, 2, 3)), (said | there).sum((0, 2, 3)))
+    numbers = {name: [LABELS[label] for label in group] for name, group in GROUPS.items()}
+    return {name: round(float(both[group].sum() / either[group].sum()), 3) for name, group in numbers.items()}
+
+
 def pretrain_encoder(work: Path) -> Path:
-    """Train an encoder to tell the terms of captions and return its directory."""
+    """Train an encoder to say what is where and return its directory."""
     out = work / "encoder"
     if (out / "config.json").exists():
         return out
-    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    image_processor = FastVLMImageProcessorPil(size=VISION["image_size"])
-    examples = SceneDataset(2000, seed=0, task="captions", ramp=2000)
-    tags = Tags(tokenizer, image_processor, [examples[i]["messages"][-1]["content"] for i in range(len(examples))])
     torch.manual_seed(0)
-    model = Tagger(FastViTHDModel(FastViTHDConfig(**VISION)), tags.shares)
-    steps = ENCODER_SCENES // ENCODER_BATCH
+    model = MarkFinder(FastViTHDModel(FastViTHDConfig(**VISION)))
+    steps = ENCODER_PICTURES // ENCODER_BATCH
     arguments = TrainingArguments(
         output_dir=str(work / "encoder-checkpoints"),
         per_device_train_batch_size=ENCODER_BATCH,
+        per_device_eval_batch_size=64,
         max_steps=steps,
-        learning_rate=4e-3,
+        learning_rate=8e-3,
         adam_beta2=0.98,
         weight_decay=0.05,
         max_grad_norm=5.0,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": int(0.3 * steps), "min_lr_ratio": 0.05},
+        lr_scheduler_kwargs={"num_decay_steps": int(0.4 * steps), "min_lr_ratio": 0.02},
         warmup_steps=50,
-        train_sampling_strategy="sequential",  # scenes fill along the ramp
-        logging_steps=100,
+        logging_steps=50,
+        eval_strategy="steps",
+        eval_steps=250,
         save_steps=500,
         save_total_limit=1,
         dataloader_num_workers=1,
-        remove_unused_columns=False,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
     )
-    scenes = SceneDataset(ENCODER_SCENES, seed=4, task="captions", ramp=8000)
-    trainer = Trainer(model, arguments, train_dataset=scenes, data_collator=tags)
+    pictures = Pictures(ENCODER_PICTURES, seed=4), Pictures(256, seed=10)
+    trainer = Trainer(model, arguments, train_dataset=pictures[0], eval_dataset=pictures[1], compute_metrics=found)
     begun = Path(arguments.output_dir).is_dir() and get_last_checkpoint(arguments.output_dir) is not None
     trainer.train(resume_from_checkpoint=begun)
     model.encoder.save_pretrained(out)

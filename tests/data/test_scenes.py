@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from transformers_fastvlm.data.scenes import KINDS, Scene, SceneDataset, make_scene
+from transformers_fastvlm.data.scenes import COLORS, KINDS, SHAPES, Scene, SceneDataset, make_collage, make_scene
 from transformers_fastvlm.data.scenes.content import WORDS
-from transformers_fastvlm.data.scenes.drawing import COLORS, DIGIT_FACES, FACES, SHAPES, Canvas
+from transformers_fastvlm.data.scenes.drawing import DIGIT_FACES, FACES, Canvas
 from transformers_fastvlm.data.scenes.tokenizer import write_tokenizer
 
 
@@ -148,6 +148,61 @@ def test_bars_are_as_high_as_the_answers_say() -> None:
             assert ratio == pytest.approx(int(values[tallest]) / int(values[lowest]), rel=0.2), scene.caption
             checked += 1
     assert checked > 12
+
+
+def test_marks_lie_on_what_they_name(scenes: list[Scene]) -> None:
+    """Looked up in the picture: a mark of an object or, just below it, of a bar lies on its colour."""
+    checked = set()
+    for scene in [*scenes, *(make_collage(5, index) for index in range(20))]:
+        array = np.asarray(scene.image, np.int16)
+        height, width = array.shape[:2]
+        for mark in scene.marks:
+            assert 0 < mark.x < 1 and 0 < mark.y < 1
+            if mark.labels[0] not in COLORS:
+                continue
+            x, y = int(mark.x * width), int(mark.y * height)
+            y += 4 if mark.labels[1].startswith("bar") else 0
+            seen = np.median(array[y - 2 : y + 3, x - 2 : x + 3], axis=(0, 1))
+            assert np.abs(seen - np.array(COLORS[mark.labels[0]])).max() < 45, (scene.caption, mark)
+            checked.add(mark.labels[1])
+    assert checked == {*SHAPES, *(f"bar {value}" for value in range(1, 7))}
+
+
+def test_marks_tell_what_the_caption_tells(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        if scene.kind in ("number", "word"):
+            lines: dict[float, str] = {}
+            for mark in sorted(scene.marks, key=lambda mark: (mark.y, mark.x)):
+                lines[mark.y] = lines.get(mark.y, "") + mark.labels[0]
+            assert list(lines.values()) == re.findall(r"(?:number|word) (\w+)", scene.caption)
+        elif scene.kind == "chart":
+            told = re.findall(r"(\w+) (\d)", scene.caption.partition(": ")[2])
+            assert [mark.labels for mark in scene.marks] == [(color, f"bar {value}") for color, value in told]
+        else:
+            told = [(color, shape, row, column) for row, column, color, shape in listed(scene.caption)]
+            assert [mark.labels for mark in scene.marks] == told
+
+
+def test_letters_are_marked_at_their_ink() -> None:
+    """To within the white beside a letter, which its share of the line has and its ink has not."""
+    canvas = Canvas(256, 128, 512, (255, 255, 255))
+    middles = canvas.text("IWI", 128, 64, 160, 60, "sans", (0, 0, 0))
+    ink = (np.asarray(canvas.image.convert("L")) < 128).any(axis=0)
+    edges = np.flatnonzero(np.diff(ink.astype(int)))
+    assert len(edges) == 6
+    assert middles == pytest.approx([(edges[i] + edges[i + 1]) / 4 for i in (0, 2, 4)], abs=8)
+
+
+def test_collages_are_crowded_and_follow_from_their_numbers() -> None:
+    first, again = make_collage(1, 7), make_collage(1, 7)
+    assert first.image.tobytes() == again.image.tobytes() and first.marks == again.marks
+    assert make_collage(2, 7).marks != first.marks
+    collages = [make_collage(1, index) for index in range(40)]
+    assert sum(len(collage.marks) for collage in collages) > 40 * 8
+    letters = {mark.labels[0] for collage in collages for mark in collage.marks if len(mark.labels) == 1}
+    assert letters == {*"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"}
+    with pytest.raises(ValueError, match="aspect is 'wide'"):
+        make_collage(1, 0, "wide")
 
 
 @pytest.mark.parametrize("face", DIGIT_FACES)

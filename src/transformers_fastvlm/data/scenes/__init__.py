@@ -6,7 +6,8 @@ can be repeated. The scenes hold what FastVLM is used for in miniature: objects 
 numbers and words, and a bar chart.
 """
 
-from .content import KINDS, Question, Scene, make_scene
+from .content import KINDS, Mark, Question, Scene, make_collage, make_scene
 from .dataset import SceneDataset
+from .drawing import COLORS, SHAPES
 
-__all__ = ["KINDS", "Question", "Scene", "SceneDataset", "make_scene"]
+__all__ = ["COLORS", "KINDS", "SHAPES", "Mark", "Question", "Scene", "SceneDataset", "make_collage", "make_scene"]

@@ -3,7 +3,8 @@
 
 import itertools
 import random
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -35,11 +36,25 @@ class Question:
     answer: str
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Something that a scene shows, and where its middle is, as shares of the picture's width and height.
+
+    An object has the labels "red", "star" and those of its place, "top", "left"; a letter or digit is itself; a bar,
+    marked where it ends, is "blue" and "bar 4".
+    """
+
+    labels: tuple[str, ...]
+    x: float
+    y: float
+
+
 @dataclass
 class Scene:
-    """A picture, a caption that tells all of it, and questions; at least one is of the scene's own kind."""
+    """A picture, what is where on it, a caption that tells all of it, and questions; one at least of its own kind."""
 
     image: Image.Image
+    marks: list[Mark]
     caption: str
     kind: str
     questions: list[Question]
@@ -66,6 +81,11 @@ class _Page:
     canvas: Canvas
     ink: Color
     fullness: float = 1.0
+    marks: list[Mark] = field(default_factory=list)
+
+    def mark(self, labels: Sequence[str], x: float, y: float) -> None:
+        """Note what is at (x, y)."""
+        self.marks.append(Mark(tuple(labels), x / self.canvas.width, y / self.canvas.height))
 
     def most(self, low: int, high: int) -> int:
         """Return how many things the scene may hold, from `low` in an empty one to `high` in a full one."""
@@ -102,8 +122,49 @@ def make_scene(
         # Now and then nothing can be asked: three shapes in a row have no "above".
         if any(question.kind == kind for question in questions):
             break
-    image = page.canvas.finish(rng, noise=rng.choice((0.0, rng.uniform(0, 14))), blur=rng.choice((0.0, 0.0, 0.6)))
-    return Scene(image, caption, kind, [question for question in questions if question.kind in kinds])
+    return Scene(
+        _finish(page), page.marks, caption, kind, [question for question in questions if question.kind in kinds]
+    )
+
+
+def make_collage(seed: int, index: int, aspect: str = "any") -> Scene:
+    """Return collage `index` of the series `seed`: objects, letters and digits wherever there is room, no questions.
+
+    For training an encoder: it shows as much as several scenes, and no words that a reader could guess.
+
+    Raises:
+        ValueError: if the aspect is unknown.
+    """
+    check_options(KINDS, aspect)
+    rng = random.Random(f"collages/{seed}/{index}")
+    page = _new_page(rng, aspect)
+    canvas = page.canvas
+    y = rng.uniform(2, 20)
+    while (height := min(rng.uniform(36, 100), canvas.height - y)) >= 30:
+        x = rng.uniform(2, 30)
+        while (room := canvas.width - x) >= 30:
+            length = rng.choice((0, 0, 1, 1, 2, 3, 4))
+            width = min(room, length * rng.uniform(27, 62) if length else height)
+            if length and width / length >= 25:
+                digits = rng.random() < 0.4
+                text = "".join(rng.choice("0123456789" if digits else string.ascii_uppercase) for _ in range(length))
+                _write(page, text, x + width / 2, y + height / 2, width, height * 0.9)
+            elif not length:
+                name = rng.choice(list(COLORS)), rng.choice(SHAPES)
+                middle = x + width / 2, y + height / 2
+                canvas.shape(
+                    name[1], *middle, width * rng.uniform(0.32, 0.4), page.color(name[0]), rng.uniform(-0.2, 0.2)
+                )
+                page.mark(name, *middle)
+            x += width + rng.uniform(0, 30)
+        y += height
+    return Scene(_finish(page), page.marks, "", "collage", [])
+
+
+def _finish(page: _Page) -> Image.Image:
+    """Return the picture with its noise and blur."""
+    rng = page.rng
+    return page.canvas.finish(rng, noise=rng.choice((0.0, rng.uniform(0, 14))), blur=rng.choice((0.0, 0.0, 0.6)))
 
 
 def check_options(kinds: tuple[str, ...], aspect: str) -> None:
@@ -156,8 +217,9 @@ def _place(page: _Page, objects: list[tuple[str, str]]) -> list[_Object]:
         x = (column + 0.5) * wide + rng.uniform(-room_x, room_x)
         y = (row + 0.5) * high + rng.uniform(-room_y, room_y)
         canvas.shape(shape, x, y, radius, page.color(color), rng.uniform(-0.2, 0.2))
-        place = f"{_ROWS[min(2, int(3 * y / canvas.height))]} {_COLUMNS[min(2, int(3 * x / canvas.width))]}"
-        placed.append(_Object(color, shape, row, column, place))
+        place = _ROWS[min(2, int(3 * y / canvas.height))], _COLUMNS[min(2, int(3 * x / canvas.width))]
+        placed.append(_Object(color, shape, row, column, " ".join(place)))
+        page.mark((color, shape, *place), x, y)
     return placed
 
 
@@ -241,28 +303,37 @@ def _paint_text(page: _Page) -> tuple[str, list[Question]]:
     rng, canvas = page.rng, page.canvas
     digits = rng.randint(min(2, page.most(1, 4)), page.most(1, 4))
     number = str(rng.randint(10 ** (digits - 1), 10**digits - 1))
-    word = rng.choice([word for word in WORDS if len(word) <= page.most(3, 5)])
+    room = canvas.width * 0.92
+    longest = min(page.most(3, 5), int(room / 28))
+    word = rng.choice([word for word in WORDS if len(word) <= longest])
     lines = rng.choice(([("number", number)], [("word", word)], [("number", number), ("word", word)]))
     lines = lines[: page.most(1, 2)]
     lines = rng.sample(lines, len(lines))
     questions, told = [], []
     band = canvas.height / len(lines)
     for position, (kind, text) in enumerate(lines):
-        height = rng.uniform(min(40, band * 0.8), band * 0.8)
-        room = canvas.width * 0.92
-        width = rng.uniform(min(room, len(text) * 32), room)
+        height = rng.uniform(min(40, band * 0.8), min(100, band * 0.8))
+        width = rng.uniform(min(room, len(text) * 32), min(room, len(text) * 64))
         x = canvas.width / 2 + rng.uniform(-1, 1) * max(0.0, (canvas.width - width) / 2 - 4)
         y = (position + 0.5) * band + rng.uniform(-1, 1) * max(0.0, (band - height) / 2 - 3)
-        ink = page.ink
-        if rng.random() < 0.25:
-            plate = page.color(rng.choice(list(COLORS)))
-            canvas.rectangle(x - width / 2 - 5, y - height / 2 - 4, x + width / 2 + 5, y + height / 2 + 4, plate)
-            ink = (255, 255, 255) if sum(plate) < 420 else (0, 0, 0)
-        canvas.text(text, x, y, width, height, rng.choice(DIGIT_FACES if kind == "number" else FACES), ink)
+        _write(page, text, x, y, width, height)
         asked = rng.choice((f"What {kind} is written?", f"Read the {kind}.", f"Which {kind} do you see?"))
         questions.append(Question(kind, asked, text))
         told.append(f"the {kind} {text}")
     return "Text: " + ", ".join(told) + ".", questions
+
+
+def _write(page: _Page, text: str, x: float, y: float, width: float, height: float) -> None:
+    """Write a text in some face within a box around (x, y), now and then on a coloured plate."""
+    rng, ink = page.rng, page.ink
+    if rng.random() < 0.25:
+        plate = page.color(rng.choice(list(COLORS)))
+        edges = (x - width / 2 - 5, y - height / 2 - 4, x + width / 2 + 5, y + height / 2 + 4)
+        page.canvas.rectangle(*edges, plate)
+        ink = (255, 255, 255) if sum(plate) < 420 else (0, 0, 0)
+    face = rng.choice(DIGIT_FACES if text.isdigit() else FACES)
+    for letter, middle in zip(text, page.canvas.text(text, x, y, width, height, face, ink), strict=True):
+        page.mark(letter, middle, y)
 
 
 def _paint_chart(page: _Page) -> tuple[str, list[Question]]:
@@ -281,6 +352,7 @@ def _paint_chart(page: _Page) -> tuple[str, list[Question]]:
         center = left + (position + 0.5) * slot
         half = min(share * slot / 2, 24)
         canvas.rectangle(center - half, bottom - value * unit, center + half, bottom, page.color(color))
+        page.mark((color, f"bar {value}"), center, bottom - value * unit)
     canvas.line((left, bottom), (right, bottom), page.ink, 2.5)
     canvas.line((left, top - 4), (left, bottom), page.ink, 2.5)
     questions = []

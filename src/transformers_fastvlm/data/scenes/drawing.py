@@ -6,6 +6,7 @@ font, upright, bold, slanted, narrow or wide; its bitmap font, enlarged; and sev
 """
 
 import functools
+import itertools
 import math
 import random
 
@@ -92,8 +93,8 @@ class Canvas:
             color,
         )
 
-    def text(self, text: str, x: float, y: float, width: float, height: float, face: str, color: Color) -> None:
-        """Write `text` centred on (x, y), as large as fits into `width` x `height`."""
+    def text(self, text: str, x: float, y: float, width: float, height: float, face: str, color: Color) -> list[float]:
+        """Write `text` centred on (x, y), as large as fits into `width` x `height`; return each letter's middle."""
         mask = _glyphs(text, face)
         stretch = {"narrow": 0.75, "wide": 1.3}.get(face, 1.0)
         factor = min(width / (mask.width * stretch), height / mask.height) * self.scale
@@ -102,6 +103,7 @@ class Canvas:
         mask = mask.resize(size, resample, reducing_gap=2.0 if face != "bitmap" else None)
         corner = (round(x * self.scale - size[0] / 2), round(y * self.scale - size[1] / 2))
         self.image.paste(color, (*corner, corner[0] + size[0], corner[1] + size[1]), mask)
+        return [x + (share - 0.5) * size[0] / self.scale for share in _middles(text, face)]
 
     def finish(self, rng: random.Random, noise: float, blur: float) -> Image.Image:
         """Return the picture with a slight blur (radius in units) and Gaussian noise (standard deviation in levels)."""
@@ -120,7 +122,7 @@ def _glyphs(text: str, face: str) -> Image.Image:
     """Return a mask (mode L, cropped to the ink) of `text`."""
     if face == "segments":
         return _segment_digits(text)
-    font = ImageFont.load_default_imagefont() if face == "bitmap" else ImageFont.load_default(64)
+    font = _font(face)
     stroke = 3 if face == "bold" else 0
     left, top, right, bottom = font.getbbox(text, stroke_width=stroke)
     mask = Image.new("L", (math.ceil(right - left) + 4, math.ceil(bottom - top) + 4))
@@ -130,6 +132,19 @@ def _glyphs(text: str, face: str) -> Image.Image:
         wide = (mask.width + math.ceil(shift), mask.height)
         mask = mask.transform(wide, Image.Transform.AFFINE, (1, 0.25, -shift, 0, 1, 0), Image.Resampling.BILINEAR)
     return mask.crop(mask.getbbox())
+
+
+def _middles(text: str, face: str) -> list[float]:
+    """Return where the middle of each letter's part of the line is, as a share of the text's width."""
+    if face == "segments":
+        return [(index + 0.5) / len(text) for index in range(len(text))]
+    ends = [_font(face).getlength(text[:index]) for index in range(len(text) + 1)]
+    return [(start + end) / 2 / ends[-1] for start, end in itertools.pairwise(ends)]
+
+
+@functools.lru_cache
+def _font(face: str) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default_imagefont() if face == "bitmap" else ImageFont.load_default(64)
 
 
 def _segment_digits(text: str) -> Image.Image:
