@@ -67,6 +67,17 @@ $(TRANSFORMERS:%=test-versions-%): test-versions-%: .venvs/transformers-%/instal
 test-gpu: ## run the tests that need an accelerator, in GPU_PYTHON (.venv's Python unless given)
 	$(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
+BENCH_GPU = PYTHONPATH=src $(GPU_PYTHON) -m transformers_fastvlm bench --device cuda --warmup 3 --repetitions 20
+
+.PHONY: bench-gpu
+bench-gpu: ## compare speed with other models on a CUDA machine, in GPU_PYTHON; writes benchmarks/results/gpu*.json
+	$(BENCH_GPU) 0.5B 1.5B 7B --size 256,512,768,1024,1536,2048 --dtype bfloat16,float16 --fuse \
+		--image-backend torchvision --against native,llava-onevision-0.5b \
+		--out benchmarks/results/gpu.json --plots benchmarks/results/gpu
+	$(BENCH_GPU) 0.5B --size 1024 --batch 1,32 --dtype bfloat16 --fuse --compile --against native \
+		--image-backend torchvision --out benchmarks/results/gpu_compiled.json
+	$(BENCH_GPU) --encoders --dtype bfloat16 --batch 1,32 --fuse --out benchmarks/results/gpu_encoders.json
+
 .PHONY: soak
 soak: .venv/installed-test ## run the long tests: kills at many moments, large data, many steps
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)

@@ -58,7 +58,7 @@ LANGUAGE_MODEL = {
 
 
 # Pre-training of the encoder: half collages, half scenes.
-ENCODER_PICTURES = 48_000
+ENCODER_PICTURES = 56_000
 ENCODER_BATCH = 16
 GROUPS = {
     "letters": string.ascii_uppercase,

@@ -14,11 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from helpers import random_pixels, relative_error
-from transformers_fastvlm import FastViTHDConfig, FastViTHDModel, FastVLMForConditionalGeneration, kernels
+from transformers_fastvlm import (
+    FastViTHDBackbone,
+    FastViTHDConfig,
+    FastViTHDModel,
+    FastVLMForConditionalGeneration,
+    kernels,
+)
 
 # `kernels.linear` is a function as well as a module.
 convolution = sys.modules["transformers_fastvlm.kernels.convolution"]
 dispatch = sys.modules["transformers_fastvlm.kernels.dispatch"]
+feed_forward = sys.modules["transformers_fastvlm.kernels.feed_forward"]
 linear = sys.modules["transformers_fastvlm.kernels.linear"]
 
 HALF = (torch.bfloat16, torch.float16)
@@ -57,6 +64,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Let dispatch believe in one kind of CPU after the other."""
     width, half = MACHINES[request.param]
     monkeypatch.setattr(convolution, "vector_width", lambda: width)
+    monkeypatch.setattr(dispatch, "vector_width", lambda: width)
     monkeypatch.setattr(dispatch, "_onednn_takes", lambda dtype: half)
     return request.param
 
@@ -98,6 +106,62 @@ def convolution_inputs(case: str, dtype: torch.dtype, layout: str = "channels_la
         torch.randn(outer, generator=generator).to(dtype),
     ]
     return [x.requires_grad_() for x in tensors], [stride, padding, groups]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+@torch.no_grad()
+def test_convolution_with_gelu(case: str, layout: str, machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_forward, "_ROWS", 16)
+    tensors, geometry = convolution_inputs(case, torch.float32, layout)
+    fast, plain = (f(*tensors, *geometry) for f in (kernels.conv2d_gelu, kernels.plain_conv2d_gelu))
+    agree([fast], [plain])
+    exact = nn.functional.gelu(kernels.plain_conv2d(*(x.double() for x in tensors), *geometry))
+    assert torch.allclose(fast.double(), exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 2, 3), (2, 6, 5, 7), (0, 6, 5, 7)], ids=str)
+@pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "folded"])
+@pytest.mark.parametrize("weights", [torch.float32, *HALF], ids=str)
+@torch.no_grad()
+def test_feed_forward(
+    shape: tuple[int, ...], scaled: bool, weights: torch.dtype, machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_forward, "_ROWS", 16)  # several parts, the last one smaller
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(shape, generator=generator) for _ in range(2)]
+    maps = [LAYOUTS["channels_last"](x) for x in maps]
+    scale, *parameters = (
+        torch.randn(size, generator=generator).to(weights)
+        for size in ((6, 1, 1), (24, 6, 1, 1), (24,), (6, 24, 1, 1), (6,))
+    )
+    arguments = [*maps, scale if scaled else None, *parameters]
+    before = [None if x is None else x.clone() for x in arguments]
+    fast = kernels.feed_forward(*arguments)
+    agree([fast], [kernels.plain_feed_forward(*arguments)])
+    assert fast.numel() == 0 or fast.is_contiguous(memory_format=torch.channels_last)
+    assert all(x is None or torch.equal(x, y) for x, y in zip(arguments, before, strict=True))
+
+
+@torch.no_grad()
+def test_feed_forward_takes_memory_for_some_rows_only() -> None:
+    """Whatever the size of the map: the wide result between the two products never exists as a whole."""
+    maps = LAYOUTS["channels_last"](torch.randn(1, 8, 128, 128))
+    weights = torch.randn(512, 8, 1, 1), torch.randn(512), torch.randn(8, 512, 1, 1), torch.randn(8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kernels.feed_forward(maps, maps, None, *weights)
+    largest = max(event.self_device_memory_usage or event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= feed_forward._ROWS * 512 * 4 < 128 * 128 * 512
+
+
+def test_forms_for_inference_run_only_there() -> None:
+    maps = torch.zeros(1, 4, 2, 2)
+    assert not kernels.infers_on_cpu(maps)
+    with torch.no_grad():
+        assert kernels.infers_on_cpu(maps, None)
+        assert not kernels.infers_on_cpu(maps, torch.zeros(1, device="meta"))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not kernels.infers_on_cpu(maps)
 
 
 def as_float32(tensors: list[Tensor]) -> list[Tensor]:
@@ -297,7 +361,7 @@ def step(model: FastViTHDModel, pixels: Tensor) -> list[Tensor]:
 def plain() -> Iterator[None]:
     """Turn every fast form off."""
     with contextlib.ExitStack() as stack:
-        for module in (kernels, convolution, dispatch, linear):
+        for module in (kernels, convolution, dispatch, feed_forward, linear):
             stack.enter_context(mock.patch.object(module, "eager_on_cpu", return_value=False))
         yield
 
@@ -326,6 +390,65 @@ def test_encoder_of_half_types(dtype: torch.dtype, without_half_types: None) -> 
             [relative_error(fast[i], exact[i]) / relative_error(reference[i], exact[i]) for i in range(len(exact))]
         )
     assert (torch.tensor(ratios).mean(0) < 1.05).all(), ratios
+
+
+@pytest.mark.parametrize("reparameterized", [True, False], ids=["merged", "train_time_form"])
+@torch.no_grad()
+def test_encoder_for_inference(reparameterized: bool, machine: str) -> None:
+    model = encoder(reparameterized=reparameterized)
+    pixels = random_pixels(2, 128, 192)
+    fast = model(pixels, output_hidden_states=True)
+    with plain():
+        expected = model(pixels, output_hidden_states=True)
+    assert relative_error(fast.pooler_output, expected.pooler_output) < 1e-5
+    for ours, reference in zip(fast.hidden_states, expected.hidden_states, strict=True):
+        assert relative_error(ours, reference) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@torch.no_grad()
+def test_encoder_of_half_types_for_inference(dtype: torch.dtype, without_half_types: None) -> None:
+    """Weights of half types, everything else in float32: only the answer is rounded."""
+    model, pixels = encoder(dtype), random_pixels(2, 128, 64).to(dtype)
+    fast = model(pixels)
+    assert fast.last_hidden_state.dtype == fast.pooler_output.dtype == dtype
+    with plain():
+        reference = model(pixels).last_hidden_state
+        exact = model.float()(pixels.float()).last_hidden_state
+    assert relative_error(fast.last_hidden_state, exact) <= torch.finfo(dtype).eps
+    assert relative_error(fast.last_hidden_state, exact) < relative_error(reference, exact)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@torch.no_grad()
+def test_backbone_of_half_types_keeps_their_type(dtype: torch.dtype, without_half_types: None) -> None:
+    torch.manual_seed(0)
+    stages = ["stem", "stage1", "stage4", "stage5"]
+    backbone = FastViTHDBackbone(FastViTHDConfig(**TINY, out_features=stages)).to(dtype).eval()
+    last = torch.float32 if dtype == torch.float16 else dtype
+    maps = backbone(random_pixels(1, 64, 64)).feature_maps
+    assert [x.dtype for x in maps] == [dtype, dtype, dtype, last]
+
+
+@torch.no_grad()
+def test_hooks_and_replaced_layers_are_called() -> None:
+    """A layer that someone watches or has replaced runs by itself, as in the plain form."""
+    model, pixels = encoder(), random_pixels(1, 64, 64)
+    expected = model(pixels).last_hidden_state
+    block = model.network[0][0].convffn
+    called: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+        for name, module in (("fc1", block.fc1), ("bn", block.conv.bn), ("stem", model.patch_embed[0].reparam_conv))
+    ]
+    assert relative_error(model(pixels).last_hidden_state, expected) < 1e-5
+    assert called == ["stem", "bn", "fc1"]
+    for handle in handles:
+        handle.remove()
+    block.fc2 = nn.Sequential(block.fc2, nn.Identity())
+    assert relative_error(model(pixels).last_hidden_state, expected) < 1e-5
+    block.fc2[1] = nn.Threshold(1e9, 0.0)
+    assert relative_error(model(pixels).last_hidden_state, expected) > 1e-5
 
 
 def test_encoder_with_gradient_checkpointing(machine: str) -> None:

@@ -154,7 +154,7 @@ def test_batch_norm_is_frozen_in_the_merged_form_only(train_form) -> None:
     before = {name: b.clone() for name, b in merged.named_buffers()}
     with torch.no_grad():
         trained = merged(pixels).last_hidden_state
-        assert torch.equal(trained, merged.eval()(pixels).last_hidden_state)
+        assert relative_error(trained, merged.eval()(pixels).last_hidden_state) < 1e-6
     assert all(torch.equal(before[name], b) for name, b in merged.named_buffers())
     frozen = make(freeze_batch_norm=True).train()
     assert not frozen.patch_embed[0].rbr_conv[0].bn.training

@@ -53,7 +53,10 @@ def pad_to_square(image: Image.Image, side: int, resample: int) -> Image.Image:
         return resize(image, side, side, resample)
     left, top = (long - width) // 2, (long - height) // 2
     if long * long <= MAX_CANVAS_PIXELS:
-        canvas = Image.new(image.mode, (long, long))
+        if width > height:
+            # Rows are resampled first and on their own, so the black ones need not be there yet.
+            image, left = image.resize((side, height), resample), 0
+        canvas = Image.new(image.mode, (image.width if width > height else long, long))
         canvas.paste(image, (left, top))
         return resize(canvas, side, side, resample)
     result = Image.new(image.mode, (side, side))

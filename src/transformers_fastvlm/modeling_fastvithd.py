@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
@@ -32,8 +32,10 @@ from . import kernels
 from .configuration_fastvlm import ENCODER_STRIDE, FastViTHDConfig, FastVLMConfig
 
 # Positions in `network`: from this downsampling on, float16 weights work on float32 activations (see `_trunk`).
-_FIRST_FLOAT32_MODULE = 8
+FIRST_FLOAT32_MODULE = 8
 _STAGE_MODULES = (0, 2, 4, 7, 10)
+RELOAD = "Load the model again with from_pretrained() to have its own parameters, and call fuse() last or not at all."
+"""What to do when a fused encoder is asked for what only its own parameters can do."""
 
 
 class _Conv2d(nn.Conv2d):
@@ -41,6 +43,23 @@ class _Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return kernels.conv2d(input, self.weight, self.bias, self.stride[0], int(self.padding[0]), self.groups)
+
+
+def _may_bypass(*modules: nn.Module) -> bool:
+    """Whether the work of these modules may be done without calling them: they are what this file made, unhooked."""
+    return all(
+        type(m) in (_Conv2d, _BatchNorm2d, ConvFFN, GELUActivation)
+        and not (m.training or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
+        for m in modules
+    )
+
+
+def _conv_gelu(conv: nn.Module, act: nn.Module, hidden: Tensor) -> Tensor:
+    """Return act(conv(hidden)), in one operation where there is one."""
+    if kernels.infers_on_cpu(hidden) and _may_bypass(conv, act):
+        conv = cast(_Conv2d, conv)
+        return kernels.conv2d_gelu(hidden, conv.weight, conv.bias, conv.stride[0], int(conv.padding[0]), conv.groups)
+    return act(conv(hidden))
 
 
 def _runs_backward() -> bool:
@@ -103,6 +122,11 @@ class _ConvNorm(nn.Module):
         self.bn = _BatchNorm2d(out_channels, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if kernels.infers_on_cpu(hidden) and _may_bypass(self.conv, self.bn):
+            # A kernel has fewer values than the map that BatchNorm would pass over.
+            kernel, bias = (t.to(hidden.dtype) for t in self.merged())
+            conv = self.conv
+            return kernels.conv2d(hidden, kernel, bias, conv.stride[0], int(conv.padding[0]), conv.groups)
         return self.bn(self.conv(hidden))
 
     def merged(self) -> tuple[Tensor, Tensor]:
@@ -126,7 +150,7 @@ def _pad_kernel(kernel: Tensor, size: int) -> Tensor:
     return F.pad(kernel, [margin] * 4)
 
 
-def _merged_conv(like: nn.Conv2d, kernel: Tensor, bias: Tensor) -> _Conv2d:
+def merged_conv(like: nn.Conv2d, kernel: Tensor, bias: Tensor) -> _Conv2d:
     """Return a convolution with `like`'s geometry, type and device that holds `kernel` and `bias`."""
     conv = _Conv2d(
         like.in_channels,
@@ -198,6 +222,8 @@ class MobileOneBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.merged:
+            if isinstance(self.se, nn.Identity):
+                return _conv_gelu(self.reparam_conv, self.act, hidden)
             return self.act(self.se(self.reparam_conv(hidden)))
         out = self.convolution(hidden)
         if self.rbr_scale is not None:
@@ -234,7 +260,7 @@ class MobileOneBlock(nn.Module):
         """Replace the branches by one convolution."""
         if self.merged:
             return
-        self.reparam_conv = _merged_conv(self.convolution.conv, *self.merged_kernel())
+        self.reparam_conv = merged_conv(self.convolution.conv, *self.merged_kernel())
         del self.rbr_conv, self.rbr_scale, self.rbr_skip
         self.merged = True
 
@@ -279,7 +305,7 @@ class RepMixer(nn.Module):
         scale = self.layer_scale.double().flatten()
         kernel = identity + scale[:, None, None, None] * (kernel - identity * norm_scale[:, None, None, None])
         bias = scale * (bias - norm_shift)
-        self.reparam_conv = _merged_conv(conv, kernel, bias)
+        self.reparam_conv = merged_conv(conv, kernel, bias)
         del self.mixer, self.norm, self.layer_scale
         self.merged = True
 
@@ -304,7 +330,7 @@ class RepCPE(nn.Module):
         if self.merged:
             return
         kernel = self.pe.weight.double() + _identity_kernel(self.pe)
-        self.reparam_conv = _merged_conv(self.pe, kernel, self.pe.bias.double())
+        self.reparam_conv = merged_conv(self.pe, kernel, self.pe.bias.double())
         del self.pe
         self.merged = True
 
@@ -325,7 +351,7 @@ class LargeKernelConv(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.merged:
-            return self.act(self.lkb_reparam(hidden))
+            return _conv_gelu(self.lkb_reparam, self.act, hidden)
         return self.act(self.lkb_origin(hidden) + self.small_conv(hidden))
 
     def reparameterize(self) -> None:
@@ -335,7 +361,7 @@ class LargeKernelConv(nn.Module):
         kernel, bias = self.lkb_origin.merged()
         small_kernel, small_bias = self.small_conv.merged()
         kernel = kernel + _pad_kernel(small_kernel, kernel.shape[-1])
-        self.lkb_reparam = _merged_conv(self.lkb_origin.conv, kernel, bias + small_bias)
+        self.lkb_reparam = merged_conv(self.lkb_origin.conv, kernel, bias + small_bias)
         del self.lkb_origin, self.small_conv
         self.merged = True
 
@@ -367,6 +393,18 @@ class ConvFFN(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(self.conv(hidden))))
+
+    def add_to(self, hidden: Tensor, scale: Tensor | None, drop_path: nn.Module) -> Tensor:
+        """Return hidden + drop_path(scale * self(hidden)); `scale` is None for 1."""
+        if kernels.infers_on_cpu(hidden) and _may_bypass(self, self.fc1, self.act, self.fc2):
+            layers = (cast(Tensor, t) for fc in (self.fc1, self.fc2) for t in (fc.weight, fc.bias))
+            return kernels.feed_forward(self.conv(hidden), hidden, scale, *layers)
+        return hidden + drop_path(_scaled(self(hidden), scale))
+
+
+def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
+    """Multiply by a layer scale, unless it was put into the layer before (`inference.fuse`)."""
+    return branch if scale is None else scale * branch
 
 
 def eager_attention_forward(
@@ -452,7 +490,7 @@ class RepMixerBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         hidden = self.token_mixer(hidden)
-        return hidden + self.drop_path(self.layer_scale * self.convffn(hidden))
+        return self.convffn.add_to(hidden, self.layer_scale, self.drop_path)
 
 
 class AttentionBlock(GradientCheckpointingLayer):
@@ -468,12 +506,15 @@ class AttentionBlock(GradientCheckpointingLayer):
         self.layer_scale_2 = nn.Parameter(torch.full((channels, 1, 1), config.layer_scale_init_value))
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        # Half types suffice for normalised tokens, and flash attention takes nothing else.
         tokens = self.norm(hidden)
-        mixed, _ = self.token_mixer(tokens.to(self.layer_scale_1.dtype), **kwargs)
+        dtype = self.norm.weight.dtype
+        if kernels.has_fast_products(dtype) or not kernels.infers_on_cpu(tokens):
+            # Half types suffice for normalised tokens, and flash attention takes nothing else.
+            tokens = tokens.to(dtype)
+        mixed, _ = self.token_mixer(tokens, **kwargs)
         mixed = mixed.to(hidden.dtype).transpose(1, 2).reshape(hidden.shape)
-        hidden = hidden + self.drop_path(self.layer_scale_1 * mixed)
-        return hidden + self.drop_path(self.layer_scale_2 * self.convffn(hidden))
+        hidden = hidden + self.drop_path(_scaled(mixed, self.layer_scale_1))
+        return self.convffn.add_to(hidden, self.layer_scale_2, self.drop_path)
 
 
 class FastViTHDStage(nn.Sequential):
@@ -535,6 +576,8 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
         "hidden_states": OutputRecorder(FastViTHDStage, capture_initial_hidden_state=False),
         "attentions": OutputRecorder(FastViTHDAttention, index=1),
     }
+    # Whether `inference.fuse` has changed the parameters, for good.
+    fused = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -607,13 +650,18 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
 
         In float16 everything from the last downsampling on is computed in float32: activations there come close to
         the largest float16 number in published checkpoints and would overflow to infinity and then NaN. The share of
-        this part in the encoder's work is small.
+        this part in the encoder's work is small. On a CPU that is slow in the weights' type everything is, except
+        for training.
         """
-        hidden = self.patch_embed(self._arrange(self._check_pixel_values(pixel_values)))
+        self._check_use()
+        pixels = self._check_pixel_values(pixel_values)
+        if not self.training and kernels.infers_on_cpu(pixels, self._stem.weight) and kernels.is_slow(pixels):
+            pixels = pixels.float()
+        hidden = self.patch_embed(self._arrange(pixels))
         outputs: list[Tensor] = [hidden]
         for index, module in enumerate(self.network if last_stage else ()):
             context: contextlib.AbstractContextManager = contextlib.nullcontext()
-            if index >= _FIRST_FLOAT32_MODULE:
+            if index >= FIRST_FLOAT32_MODULE:
                 context = _float32_from_float16(hidden, self.patch_embed_dtype)
                 hidden = hidden.float() if hidden.dtype == torch.float16 else hidden
             with context:
@@ -623,6 +671,14 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
                 if len(outputs) == last_stage + 1:
                     break
         return outputs
+
+    def _check_use(self) -> None:
+        if not self.fused:
+            return
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(f"This encoder is fused and cannot be trained. {RELOAD}")
+        if not torch.compiler.is_compiling() and any(hasattr(module, "base_layer") for module in self.modules()):
+            raise RuntimeError(f"This encoder is fused and cannot carry an adapter such as LoRA. {RELOAD}")
 
     def _arrange(self, pixel_values: Tensor) -> Tensor:
         """Put the channels last in memory on a CPU, where convolutions and products are faster that way.
@@ -783,6 +839,11 @@ class FastViTHDBackbone(BackboneMixin, FastViTHDPreTrainedModel):
         wanted = [self.stage_names.index(name) for name in self.out_features]
         everything = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
         stages = self._trunk(pixel_values, last_stage=5 if everything else max(wanted))
+        dtype = self.patch_embed_dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            # They may have been computed in float32; the end of a float16 encoder may be too large for another type.
+            last = [stages.pop()] if dtype == torch.float16 and len(stages) == 6 else []
+            stages = [stage.to(dtype) for stage in stages] + last
         return BackboneOutput(feature_maps=tuple(stages[index] for index in wanted), hidden_states=tuple(stages[1:]))
 
 

@@ -5,6 +5,7 @@ Sources: FastVLM, arXiv 2412.13303, section 3; LLaVA-1.5, arXiv 2310.03744, sect
 LLaVA-NeXT's AnyRes, arXiv 2407.07895, section 3 (tiles). Written from the papers and the published tensors.
 """
 
+import copy
 import os
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -17,11 +18,13 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import ModelOutput, torch_compilable_check
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from . import anyres, compat, kernels
 from .configuration_fastvlm import HUB_KEYS, FastVLMConfig
+from .kernels.quantized import speed_up_quantized_layers
 from .modeling_fastvithd import FastViTHDModel
 from .tokens import image_token_id_of
 
@@ -108,7 +111,8 @@ class FastVLMPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a model from a directory or hub repository in Apple's layout or in this package's.
 
-        Takes what `PreTrainedModel.from_pretrained` takes.
+        Takes what `PreTrainedModel.from_pretrained` takes. A `quantization_config` that names no modules to leave out
+        quantizes the layers of the language model alone: encoder, projector and head keep the type they are loaded in.
 
         Raises:
             OSError: if a file is missing, truncated or not safetensors.
@@ -119,6 +123,8 @@ class FastVLMPreTrainedModel(PreTrainedModel):
             # The Auto classes read the configuration without saying which revision it is of; here it is known.
             hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
             config.image_token_id = image_token_id_of(source, **hub)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _for_language_model_alone(kwargs["quantization_config"])
         try:
             loaded = super().from_pretrained(source, *model_args, config=config, **kwargs)
         except SafetensorError as error:
@@ -131,6 +137,7 @@ class FastVLMPreTrainedModel(PreTrainedModel):
         compat.check_adapters(model)
         compat.forget_renamings(model)
         kernels.speed_up_linear_layers(model)
+        speed_up_quantized_layers(model)
         return loaded
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
@@ -145,6 +152,20 @@ class FastVLMPreTrainedModel(PreTrainedModel):
         # An empty checkpoint is how Transformers asks for a newly initialised model.
         if missing and len(missing) < len(self.state_dict()):
             raise ValueError(_key_error("no values for tensors that this model needs", missing))
+
+
+def _for_language_model_alone(quantization_config: Any) -> Any:
+    """Return a quantization configuration that leaves out encoder, projector and head unless it names others."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    fields = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules")  # by method
+    field = next((name for name in fields if hasattr(quantization_config, name)), None)
+    if field is None or getattr(quantization_config, field) is not None:
+        return quantization_config
+    kept = [prefix + part for part in ("vision_tower", "multi_modal_projector") for prefix in ("model.", "")]
+    quantization_config = copy.copy(quantization_config)
+    setattr(quantization_config, field, [*kept, "lm_head"])
+    return quantization_config
 
 
 def _key_error(what: str, keys: set[str]) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastvlm chat`: turns, pictures, commands."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from transformers_fastvlm import FastViTHDModel, FastVLMModel
 from transformers_fastvlm.cli import chat
 from transformers_fastvlm.cli.errors import UserError
 from transformers_fastvlm.cli.session import Session
@@ -58,6 +60,31 @@ def test_keeps_the_history(checkpoint, golden, run, asked) -> None:
 def test_answers_as_generate_does(checkpoint, golden, run) -> None:
     words = (golden / "images" / "wide_rgb.png", "-m", checkpoint("llama"), "--max-new-tokens", 5)
     assert run("chat", *words, stdin="What is it?").stdout == run("generate", *words, "-p", "What is it?").stdout
+
+
+def test_a_picture_is_encoded_and_prefilled_once(checkpoint, golden, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three questions and a fresh start about one picture, and an answer like that of a chat that begins there."""
+    encoded: list[int] = []
+    fed: list[int] = []
+    encode, feed = FastViTHDModel.forward, FastVLMModel.forward
+
+    @functools.wraps(encode)
+    def counted_encode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        encoded.append(1)
+        return encode(self, *args, **kwargs)
+
+    @functools.wraps(feed)
+    def counted_feed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fed.append(kwargs["input_ids"].shape[1])
+        return feed(self, *args, **kwargs)
+
+    monkeypatch.setattr(FastViTHDModel, "forward", counted_encode)
+    monkeypatch.setattr(FastVLMModel, "forward", counted_feed)
+    words = (golden / "images" / "wide_rgb.png", "-m", checkpoint("llama"), "--max-new-tokens", 1)
+    lines = run("chat", *words, stdin="What is it?\nAnd now?\nWhy?\n/clear\nWho?").stdout.splitlines()
+    assert len(encoded) == 1 and len(fed) == 4
+    assert fed[0] > 80 and max(fed[1:]) < 40
+    assert run("chat", *words, stdin="Who?").stdout.splitlines() == lines[-1:]
 
 
 def test_ends_at_the_first_error_of_a_pipe(checkpoint, run) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import chat, convert, data, generate, info, merge, new, train
+from . import bench, chat, convert, data, generate, info, merge, new, train
 
 __all__ = ["app", "main"]
 
@@ -30,6 +30,7 @@ app.command("chat")(chat.chat)
 app.command("info")(info.info)
 app.command("convert")(convert.convert)
 app.command("new")(new.new)
+app.command("bench")(bench.bench)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
 app.add_typer(data.app, name="data")

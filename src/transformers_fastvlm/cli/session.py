@@ -76,6 +76,11 @@ class Session:
     load_seconds: float
     sampling: Sampling = field(default_factory=Sampling)
 
+    def __post_init__(self) -> None:
+        from ..inference import PromptCache
+
+        self._cache = PromptCache(self.model, self.processor)
+
     @property
     def device(self) -> str:
         return str(self.model.device)
@@ -90,7 +95,7 @@ class Session:
         return int(self.processor.image_processor.size["height"])
 
     def answer(self, conversation: list[dict[str, Any]], say: Callable[[str], None] = lambda text: None) -> Answer:
-        """Continue a conversation.
+        """Continue a conversation; what it begins with like the last one is not computed again.
 
         Args:
             conversation: messages as `FastVLMProcessor.apply_chat_template` takes them.
@@ -102,9 +107,7 @@ class Session:
         import torch
 
         start = time.perf_counter()
-        inputs = self.processor.apply_chat_template(
-            conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device)
+        inputs = self._cache.prepare(conversation)
         prompt = inputs["input_ids"]
         options, limit = self._options(prompt.shape[1])
         preprocessed = time.perf_counter()
@@ -114,7 +117,7 @@ class Session:
         interrupted = False
         try:
             streamer = stream if self.sampling.num_beams == 1 else None
-            output = self.model.generate(**inputs, **options, streamer=streamer)
+            output = self._cache.generate(**inputs, **options, streamer=streamer)
             tokens = output[0, prompt.shape[1] :].tolist()
         except KeyboardInterrupt:
             interrupted, tokens = True, stream.tokens

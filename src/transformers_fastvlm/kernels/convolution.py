@@ -42,10 +42,10 @@ def conv2d(
     if not eager_on_cpu(input, weight, bias):
         return plain_conv2d(input, weight, bias, stride, padding, groups)
     if input.shape[0] == 1 and input.stride(0) != input.numel() and input.is_contiguous(memory_format=_LAST):
-        input = _channels_first(input.permute(0, 2, 3, 1))
+        input = channels_first(input.permute(0, 2, 3, 1))
     pointwise = groups == 1 and stride == 1 and weight.shape[2:] == (1, 1)
     if pointwise and input.is_contiguous(memory_format=_LAST):
-        return _channels_first(linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias))
+        return channels_first(linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias))
     dtype = result_dtype(input)
     if has_fast_products(dtype) and not (_has_multiplier(weight, groups) or _in_strips(weight, stride, groups, dtype)):
         return plain_conv2d(input, weight, bias, stride, padding, groups)
@@ -115,10 +115,10 @@ def _interleave(parts: list[Tensor]) -> Tensor:
     """Put maps (batch, channels, height, width) together: output m of channel c is channel c * len(parts) + m."""
     if len(parts) == 1:
         return parts[0]
-    return _channels_first(torch.stack([part.permute(0, 2, 3, 1) for part in parts], -1).flatten(-2))
+    return channels_first(torch.stack([part.permute(0, 2, 3, 1) for part in parts], -1).flatten(-2))
 
 
-def _channels_first(maps: Tensor) -> Tensor:
+def channels_first(maps: Tensor) -> Tensor:
     """Return (batch, height, width, channels) as (batch, channels, height, width), with channels last in memory.
 
     `view` gives a batch of one a proper stride: convolutions judge by it whether channels are last.

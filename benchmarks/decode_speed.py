@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens a second of decoding: this package beside Transformers' own `fast_vlm`, and weights of 8 and 4 bits.
+
+    python benchmarks/decode_speed.py [--preset 0.5b] [--steps 8] [--rounds 5] [--threads N] [--device cpu|cuda]
+        [--groups bfloat16 float32 quantized] [--out benchmarks/results/decode_speed.json]
+
+All have the same random weights of the preset's shape and continue one prompt of random tokens, a token at a time,
+the likeliest each. The models of a group are in memory together and decode in turns. A figure is one over the median
+time of a step; `processor` counts the time that the process computed, the one to compare on a machine that others use
+too. Needs timm for the port and torchao for the quantized models.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from train_throughput import write_checkpoints
+
+import transformers_fastvlm
+from transformers_fastvlm.benchmarking.machine import machine, versions
+
+GROUPS = {
+    "bfloat16": {"ours": "bfloat16", "native": "bfloat16"},
+    "float32": {"ours": "float32", "native": "float32"},
+    "quantized": {"ours": "bfloat16", "int8": "bfloat16", "int4": "bfloat16"},
+}
+PROMPT_TOKENS = 16
+
+
+def load(name: str, folder: Path, dtype: str, device: str) -> Any:
+    """Load one of the models, those with less bits as a user does."""
+    from transformers import AutoModelForImageTextToText
+
+    settings: dict[str, Any] = {}
+    if name in ("int8", "int4"):
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+        from transformers import TorchAoConfig
+
+        four: Any = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+        if device == "cuda":
+            four = Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d")
+        settings["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig() if name == "int8" else four)
+    directory = folder / ("native" if name == "native" else "ours")
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, device_map=device, **settings)
+    assert isinstance(model, transformers_fastvlm.FastVLMForConditionalGeneration) == (name != "native"), type(model)
+    return model.eval()
+
+
+class Decoder:
+    """A model in the middle of an answer."""
+
+    def __init__(self, model: Any, device: str):
+        self.model, self.device = model, device
+        prompt = torch.randint(0, 150_000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+        out = model(input_ids=prompt.to(device), use_cache=True, logits_to_keep=1)
+        self.cache, self.token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    def step(self) -> tuple[float, float]:
+        """Decode one token and return the seconds by the clock and of the processor."""
+        start, computed = time.perf_counter(), time.process_time()
+        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.token = out.logits[:, -1:].argmax(-1)
+        int(self.token)  # waits for an accelerator
+        return time.perf_counter() - start, time.process_time() - computed
+
+
+@torch.inference_mode()
+def measure(group: dict[str, str], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return tokens a second of each model of a group, and ratios to its last or first."""
+    decoders = {
+        name: Decoder(load(name, folder, dtype, options.device), options.device) for name, dtype in group.items()
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
+    for _ in range(options.rounds):
+        for name, decoder in decoders.items():
+            decoder.step()
+            times[name] += [decoder.step() for _ in range(options.steps)]
+    speed = {
+        name: {
+            "tokens_per_second": round(1 / median(step[0] for step in steps), 3),
+            "tokens_per_processor_second": round(1 / median(step[1] for step in steps), 3),
+        }
+        for name, steps in times.items()
+    }
+    base = "native" if "native" in speed else "ours"
+    ratios = {
+        f"{name} / {'native' if base == 'native' else 'bfloat16'}": {
+            key: round(found[key] / speed[base][key], 3) for key in found
+        }
+        for name, found in speed.items()
+        if name != base
+    }
+    return {"speed": speed, "ratios": ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", default="0.5b")
+    parser.add_argument("--layers", type=int, help="layers of the language model, if not the preset's")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of a model in a turn")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each model")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--note", default="", help="what else ran on the machine")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoints(options, Path(folder))
+        results = {name: measure(GROUPS[name], Path(folder), options) for name in options.groups}
+    result = {
+        "preset": options.preset,
+        "prompt_tokens": PROMPT_TOKENS,
+        "steps": options.steps,
+        "rounds": options.rounds,
+        "threads": options.threads,
+        "results": results,
+        "machine": machine(torch.device(options.device)),
+        "versions": versions() | _torchao(),
+        "note": options.note,
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    print(text, end="")
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+
+
+def _torchao() -> dict[str, str]:
+    import importlib.metadata
+    import importlib.util
+
+    return {"torchao": importlib.metadata.version("torchao")} if importlib.util.find_spec("torchao") else {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: the options of a run, their checks, and the list of cases that follows from them."""
+
+import os
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any
+
+from ..configuration_fastvlm import ENCODER_STRIDE
+
+__all__ = ["LLAVA_ONEVISION", "NATIVE", "SIZES", "Case", "Options", "cases"]
+
+SIZES = ("0.5B", "1.5B", "7B")
+"""Models that are made by their shape, with random weights."""
+
+NATIVE = "native"
+LLAVA_ONEVISION = "llava-onevision-0.5b"
+LLAVA_ONEVISION_SIDE = 1152
+MIN_SIDE, MAX_SIDE = 256, 2048
+DTYPES = ("float32", "bfloat16", "float16")
+IMAGE_BACKENDS = ("pil", "torchvision")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one resolution, dtype and batch size, measured in a process of its own.
+
+    Attributes:
+        label: what it is called in tables; unique together with resolution, dtype and batch.
+        kind: "fastvlm", "native", "llava-onevision" or "other".
+        source: one of `SIZES`, or the directory or hub repository of a checkpoint.
+        resolution: height and width in pixels; None for what the processor of an "other" model does.
+        reference: label and resolution of the case that this one is compared with; None for the reference itself.
+        group: cases of one group run in turns.
+    """
+
+    label: str
+    kind: str
+    source: str
+    resolution: int | None
+    dtype: str
+    batch: int
+    group: int
+    reference: tuple[str, int] | None = None
+    fuse: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a run; see `fastvlm bench --help`.
+
+    Raises:
+        ValueError: a value that cannot be used; the message says what was expected.
+    """
+
+    models: tuple[str, ...] = ("0.5B",)
+    against: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = (1024,)
+    dtypes: tuple[str, ...] = ("float32",)
+    batches: tuple[int, ...] = (1,)
+    device: str = "cpu"
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    warmup: int = 1
+    repetitions: int = 5
+    new_tokens: int = 16
+    prompt_tokens: int = 20
+    image: str | None = None
+    image_backend: str = "pil"
+    attn_implementation: str | None = None
+    compile: bool = False
+    fuse: bool = False
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("models", "sizes", "dtypes", "batches"):
+            values = getattr(self, name)
+            if not values:
+                raise ValueError(f"{name} is empty; name at least one.")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} is {', '.join(map(str, values))}: a value occurs twice. Name each once.")
+        for side in self.sizes:
+            if side % ENCODER_STRIDE or not MIN_SIDE <= side <= MAX_SIDE:
+                raise ValueError(
+                    f"size is {side}; expected a multiple of {ENCODER_STRIDE} from {MIN_SIDE} to {MAX_SIDE}, such as "
+                    "512 or 1024."
+                )
+        _one_of("dtype", self.dtypes, DTYPES)
+        _one_of("image backend", (self.image_backend,), IMAGE_BACKENDS)
+        # The second token is timed apart, and a rate needs two more.
+        least = {"batch": 1, "threads": 1, "warmup": 0, "repetitions": 1, "new_tokens": 4, "prompt_tokens": 2}
+        for name, low in least.items():
+            values = self.batches if name == "batch" else (getattr(self, name),)
+            for value in values:
+                if value < low:
+                    raise ValueError(f"{name} is {value}; expected at least {low}.")
+        if self.image is not None and not os.path.isfile(self.image):
+            raise ValueError(f"there is no picture at {self.image!r}; name a file, or leave it out for a drawn one.")
+        for name in self.models:
+            if name in (NATIVE, LLAVA_ONEVISION):
+                raise ValueError(f"{name!r} is not a FastVLM, but what one is compared with: --against {name}.")
+        _check_sources((*self.models, *(name for name in self.against if name not in (NATIVE, LLAVA_ONEVISION))))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options as JSON has them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def cases(options: Options) -> list[Case]:
+    """Return what these options ask for, in the order in which it runs.
+
+    Each model has its reference, its fused form and the native one in one group. LLaVA-OneVision has one resolution
+    and other models have their own, so they run once for each dtype and batch size, in the first group of the largest
+    resolution.
+    """
+    found: list[Case] = []
+    combinations = list(product(options.dtypes, options.batches, options.models, options.sizes))
+    for group, (dtype, batch, model, side) in enumerate(combinations):
+        label = model if model in SIZES else os.path.basename(model.rstrip("/"))
+        reference = (label, side)
+        common: dict[str, Any] = {"dtype": dtype, "batch": batch, "group": group}
+        found.append(Case(label, "fastvlm", model, side, **common))
+        if options.fuse:
+            found.append(Case(f"{label} fused", "fastvlm", model, side, **common, reference=reference, fuse=True))
+        for name in options.against:
+            common["reference"] = reference
+            if name == NATIVE:
+                found.append(Case(f"{label} native", NATIVE, model, side, **common))
+            elif model == options.models[0] and side == max(options.sizes):
+                if name == LLAVA_ONEVISION:
+                    found.append(Case("LLaVA-OneVision-0.5B", "llava-onevision", name, LLAVA_ONEVISION_SIDE, **common))
+                else:
+                    found.append(Case(os.path.basename(name.rstrip("/")), "other", name, None, **common))
+    return found
+
+
+def _one_of(what: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    for value in values:
+        if value not in allowed:
+            raise ValueError(f"{what} is {value!r}; expected {', '.join(allowed)}.")
+
+
+def _check_sources(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name in SIZES or os.path.isfile(os.path.join(name, "config.json")):
+            continue
+        if name.count("/") != 1 or name.startswith((".", "/")) or os.path.exists(name):
+            raise ValueError(
+                f"{name!r} is neither a size ({', '.join(SIZES)}), nor a directory with a config.json, nor the name of "
+                f"a hub repository. To compare with, there are also {NATIVE} and {LLAVA_ONEVISION}."
+            )

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A benchmark's course: a process for each case, those of a group in turns, and the record of it all."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cases import Case, Options, cases
+from .machine import machine, versions
+from .measuring import spread
+from .photo import photo_jpeg
+
+__all__ = ["FORMAT", "run"]
+
+FORMAT = 1
+"""Version of the record's form."""
+
+PHOTO_SIDE = 3456
+"""The drawn picture is a square of 12 megapixels: then every model sees all of it, and LLaVA-OneVision's tiles are
+full, as in the paper."""
+
+PARTS = ("preprocess", "encode", "project", "prefill")
+"""Parts of the time to the first token, in their order."""
+
+_RATIOS = ("preprocess", "encode", "prefill", "first_token", "first_token_from_pixels", "first_decode", "decode")
+
+
+def run(options: Options, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Measure everything that `options` ask for and return the record, which `json` can write.
+
+    Every case runs in a process of its own, so that its peak memory is its own; those that are compared with each
+    other live at the same time and run in turns, so that whatever else the machine does meets all of them.
+
+    Args:
+        progress: called with a line before each case and each round.
+
+    Raises:
+        ValueError: a device that is not there, or a model that cannot be built.
+        ImportError: an optional package is missing.
+        RuntimeError: a process died, for instance for want of memory.
+    """
+    device = check_device(options.device)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        picture = options.image
+        if picture is None:
+            picture = str(Path(folder) / "photo.jpg")
+            Path(picture).write_bytes(photo_jpeg(PHOTO_SIDE, PHOTO_SIDE))
+        for _, group in groupby(cases(options), key=lambda case: case.group):
+            results += _run_group(list(group), options, picture, progress)
+        size = _size_of(picture)
+    return {
+        "format": FORMAT,
+        "kind": "models",
+        "machine": machine(device),
+        "versions": versions(),
+        "options": options.as_dict(),
+        "picture": {"drawn": options.image is None, "width": size[0], "height": size[1]},
+        "results": results,
+        "ratios": _ratios(results),
+    }
+
+
+def check_device(name: str) -> torch.device:
+    """Return the device of this name.
+
+    Raises:
+        ValueError: torch does not know it, or it is not there.
+    """
+    expected = "expected cpu, cuda (or cuda:1 and so on) or mps."
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"device is {name!r}, which is not available (torch {torch.__version__}); {expected}"
+        ) from error
+    return device
+
+
+def _size_of(picture: str) -> tuple[int, int]:
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        return image.size
+
+
+def _run_group(
+    group: list[Case], options: Options, picture: str, progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for case in group:
+            progress(f"building {_name(case)}")
+            workers.append(stack.enter_context(_worker(case, options, picture)))
+        runs: list[list[dict[str, Any]]] = [[] for _ in workers]
+        for turn in range(options.warmup + options.repetitions):
+            kind = "warm-up" if turn < options.warmup else "run"
+            progress(f"{kind} {turn + 1} of {options.warmup + options.repetitions}: {', '.join(map(_name, group))}")
+            for worker, own in zip(workers, runs, strict=True):
+                own.append(worker.ask({"run": True}))
+        return [
+            _result(case, options, worker.facts, own) for case, worker, own in zip(group, workers, runs, strict=True)
+        ]
+
+
+class _Worker:
+    """A process of `worker.py` and the line of JSON to and from it."""
+
+    def __init__(self, case: Case, options: Options, picture: str) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
+        # The package may have been imported from a source tree that is not on a new process' path.
+        root = str(Path(__file__).parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+        self.case = case
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.facts = self.ask({"case": asdict(case), "options": options.as_dict(), "picture": picture})
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and return the answer; an error there is raised here."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            hint = "; killed, most likely because the machine's memory was full" if code in (-9, 137) else ""
+            raise RuntimeError(
+                f"the process of {_name(self.case)} ended with status {code}{hint}. Try a smaller model, batch or "
+                "size, or fewer models at once."
+            )
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            kinds = {"ImportError": ImportError, "ModuleNotFoundError": ImportError, "ValueError": ValueError}
+            kind = kinds.get(found["error"], OSError if found["error"] == "OSError" else RuntimeError)
+            named = "" if kind is not RuntimeError else f"{found['error']}: "
+            raise kind(f"{_name(self.case)}: {named}{found['message']}")
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def _worker(case: Case, options: Options, picture: str) -> Iterator[_Worker]:
+    worker = _Worker.__new__(_Worker)
+    try:
+        worker.__init__(case, options, picture)  # type: ignore[misc]
+        yield worker
+    finally:
+        if hasattr(worker, "process"):
+            worker.close()
+
+
+def _name(case: Case) -> str:
+    side = "" if case.resolution is None else f" {case.resolution} px"
+    return f"{case.label}{side} {case.dtype} batch {case.batch}"
+
+
+def _result(case: Case, options: Options, facts: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    timed = runs[options.warmup :]
+    seconds = {name: spread([run["seconds"][name] for run in timed]) for name in _ordered(timed[0]["seconds"])}
+    # The whole without a split may have been measured in the warm-up only.
+    unsplit = [run["seconds"].get("unsplit_from_pixels") for run in timed]
+    values = [value for value in unsplit if value is not None] or [
+        value for run in runs if (value := run["seconds"].get("unsplit_from_pixels")) is not None
+    ]
+    seconds["unsplit_from_pixels"] = spread(values)
+    described = {
+        "model": case.label,
+        "kind": case.kind,
+        "source": case.source,
+        "resolution": case.resolution,
+        "dtype": case.dtype,
+        "batch": case.batch,
+        "fused": case.fuse,
+        "reference": None if case.reference is None else {"model": case.reference[0], "resolution": case.reference[1]},
+    }
+    facts = dict(facts)
+    load = {"import": facts.pop("import_seconds"), "model": facts.pop("load_seconds")}
+    result = described | facts
+    result["load_seconds"] = {name: round(value, 3) for name, value in load.items()}
+    result["seconds"] = seconds
+    result["tokens_per_second"] = spread([case.batch / run["seconds"]["decode"] for run in timed])
+    if torch.device(options.device).type == "cpu":
+        names = [name for name in seconds if name != "unsplit_from_pixels"]
+        result["processor_seconds"] = {
+            name: spread([run["processor_seconds"][name] for run in timed]) for name in names
+        }
+    result["peak_bytes"], result["imports_bytes"] = runs[-1]["peak_bytes"], runs[-1]["imports_bytes"]
+    return result
+
+
+def _ordered(seconds: dict[str, float]) -> list[str]:
+    rest = [name for name in seconds if name not in PARTS and name != "unsplit_from_pixels"]
+    return [*(name for name in PARTS if name in seconds), *rest]
+
+
+def _ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how many times as long as its reference each result took, by medians."""
+    found = []
+    for result in results:
+        if result["reference"] is None:
+            continue
+        same = {name: result[name] for name in ("dtype", "batch")} | result["reference"]
+        other = next(other for other in results if all(other[name] == value for name, value in same.items()))
+        measure = "processor_seconds" if "processor_seconds" in result else "seconds"
+        for kind in dict.fromkeys(("seconds", measure)):
+            times, own = ({name: value["median"] for name, value in which[kind].items()} for which in (result, other))
+            ratios = {name: times[name] / own[name] for name in _RATIOS if name in times and own.get(name)}
+            found.append(
+                {
+                    "model": result["model"],
+                    "resolution": result["resolution"],
+                    "over": other["model"],
+                    "over_resolution": other["resolution"],
+                    "dtype": result["dtype"],
+                    "batch": result["batch"],
+                    "of": kind,
+                    "ratios": {name: float(f"{ratio:.4g}") for name, ratio in ratios.items()},
+                }
+            )
+    return found

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models by their shape: built in memory with random weights, in their dtype and on their device."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+__all__ = ["random_model"]
+
+_PATTERN = 1 << 20
+_LAYER_SCALE = 0.1
+
+
+def random_model(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Return a model of this configuration in evaluation mode, with weights that depend on nothing but shapes.
+
+    Matrices and kernels have the scale that keeps activations at theirs, so that no number is so small or large that
+    it costs time. Two implementations of one model whose parameters have the same shapes get the same values.
+
+    Args:
+        config: of a class that `AutoModelForImageTextToText` knows.
+        attn_implementation: of the whole model, such as "sdpa"; None for Transformers' choice.
+    """
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with no_init_weights(), device:
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype, **options)
+    model.tie_weights()
+    _fill(model)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module) -> None:
+    noise = torch.randn(_PATTERN, generator=torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if "layer_scale" in name:
+            parameter.fill_(_LAYER_SCALE)
+        elif parameter.ndim < 2:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            pattern = (noise * parameter[0].numel() ** -0.5).to(parameter)
+            # Written in the order of a contiguous tensor, whatever the memory format.
+            flat = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device).view(-1)
+            for start in range(0, flat.numel(), _PATTERN):
+                part = flat[start : start + _PATTERN]
+                part.copy_(pattern[: len(part)])
+            parameter.copy_(flat.view(parameter.shape))
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "num_batches_tracked")):
+            buffer.zero_()
+        elif name.endswith("running_var"):
+            buffer.fill_(1.0)

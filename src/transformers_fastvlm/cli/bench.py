@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm bench`: time to the first token and its parts, tokens a second and memory, beside other models."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .errors import UserError, notice, reports_errors
+
+__all__ = ["bench"]
+
+_PLAIN_WIDTH = 160
+"""Columns of a table that does not go to a terminal."""
+
+
+@reports_errors
+def bench(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="0.5B, 1.5B or 7B by its shape with random weights, on which speed does not depend; or a checkpoint's "
+            "directory or name. Default: 0.5B.",
+            show_default=False,
+        ),
+    ] = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            help="What to compare with, separated by commas: native (Transformers' fast_vlm), llava-onevision-0.5b (at "
+            "1152 px), or any image-text-to-text model's directory or name."
+        ),
+    ] = "",
+    size: Annotated[
+        str | None, typer.Option(help="Heights and widths in pixels, separated by commas. Default: 1024.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16, or several with commas; auto: bfloat16 on CUDA.")
+    ] = "auto",
+    batch: Annotated[str, typer.Option(help="Numbers of pictures at once, separated by commas.")] = "1",
+    device: options.Device = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads of the CPU; default: as many as it has.")] = None,
+    repetitions: Annotated[int, typer.Option(help="Measured runs of each case, in turns.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Runs before them that do not count.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of text in the prompt, besides those of the image.")] = 20,
+    image: Annotated[str | None, typer.Option(help="Picture; default a drawn JPEG of 12 megapixels.")] = None,
+    image_backend: Annotated[str, typer.Option(help="pil, or torchvision on the model's device.")] = "pil",
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="sdpa, eager, flash_attention_2 or another that Transformers knows.")
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile encoder, projector and the steps of decoding.")
+    ] = False,
+    fuse: Annotated[bool, typer.Option("--fuse", help="Also measure FastVLM after fuse().")] = False,
+    encoders: Annotated[
+        bool, typer.Option("--encoders", help="Measure encoders alone: FastViTHD, ViT-L/14, ViTamin-L, ConvNeXt-L.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="File for the record, in JSON.")] = None,
+    note: Annotated[str | None, typer.Option(help="What else one should know, for the record.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Directory for plots.")] = None,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure where the time to the first token goes, on this machine.
+
+    Example: fastvlm bench 0.5B --size 512,1024 --against native --out bench.json --plots plots
+    """
+    names = _words(against, "--against")
+    if encoders:
+        given = {"MODEL": models, "--against": names, "--size": size, "--image": image}
+        given["--attn-implementation"] = attn_implementation
+        for option, value in given.items():
+            if value:
+                raise UserError(f"--encoders measures encoders alone, at sizes of their own; leave out {option}.")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out is {out}, but there is no directory {out.parent}. Make it first.")
+    sizes, batches = _numbers(size or "1024", "--size"), _numbers(batch, "--batch")
+    if plots is not None:
+        _check_matplotlib()
+
+    from ..benchmarking import Options, run, run_encoders, write_plots
+
+    place = _device(device)
+    chosen = Options(
+        models=tuple(models or ("0.5B",)),
+        against=names,
+        sizes=sizes,
+        dtypes=_dtypes(dtype, place),
+        batches=batches,
+        device=place,
+        threads=_cpus() if threads is None else threads,
+        warmup=warmup,
+        repetitions=repetitions,
+        new_tokens=new_tokens,
+        prompt_tokens=prompt_tokens,
+        image=image,
+        image_backend=image_backend,
+        attn_implementation=attn_implementation,
+        compile=compile,
+        fuse=fuse,
+        note=note,
+    )
+
+    def progress(line: str) -> None:
+        if sys.stderr.isatty():
+            notice(line)
+
+    record = run_encoders(chosen, progress=progress) if encoders else run(chosen, progress)
+    text = json.dumps(record, indent=2)
+    if out is not None:
+        out.write_text(text + "\n", encoding="utf-8")
+        notice(f"wrote {out}")
+    for file in write_plots(record, plots) if plots is not None else ():
+        notice(f"wrote {file}")
+    if as_json:
+        typer.echo(text)
+    elif encoders:
+        _print_encoders(record)
+    else:
+        _print_models(record)
+
+
+def _words(text: str, option: str) -> tuple[str, ...]:
+    if not text:
+        return ()
+    words = tuple(word.strip() for word in text.split(","))
+    if not all(words):
+        raise UserError(f"{option} is {text!r}; expected names separated by single commas.")
+    return words
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise UserError(
+            f"{option} is {text!r}; expected whole numbers separated by commas, such as 512,1024."
+        ) from error
+
+
+def _dtypes(text: str, device: str) -> tuple[str, ...]:
+    if text == "auto":
+        return ("bfloat16" if device.startswith("cuda") else "float32",)
+    return _words(text, "--dtype")
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_matplotlib() -> None:
+    """Say that matplotlib is missing before minutes of measuring, not after."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise UserError('--plots needs matplotlib: pip install "transformers-fastvlm[bench]".')
+
+
+def _print_models(record: dict[str, Any]) -> None:
+    columns = ("model", "px", "dtype", "batch", "tokens", "preprocess", "encode", "project", "prefill", "first token")
+    rows: list[tuple[str, ...]] = []
+    for result in record["results"]:
+        seconds = result["seconds"]
+        first = seconds["first_token"]
+        rows.append(
+            (
+                result["model"],
+                _shown(result["resolution"]),
+                result["dtype"],
+                str(result["batch"]),
+                str(result["prompt_tokens"]),
+                *(_ms(seconds.get(part)) for part in ("preprocess", "encode", "project", "prefill")),
+                f"{_ms(first)} ({1000 * first['q1']:.0f}-{1000 * first['q3']:.0f})",
+                _ms(seconds["first_decode"]),
+                f"{result['tokens_per_second']['median']:.1f}",
+                "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.2f}",
+            )
+        )
+    _print_table("milliseconds: medians (quartiles)", (*columns, "next token", "tokens/s", "GiB"), rows)
+    for found in record["ratios"]:
+        if found["of"] != "seconds":
+            continue
+        ratios = found["ratios"]
+        parts = [
+            f"{ratios[name]:.2f} x {words}"
+            for name, words in (
+                ("encode", "the encoder's time"),
+                ("first_token_from_pixels", "the first token's from pixel values"),
+                ("first_token", "the first token's from the file"),
+            )
+            if name in ratios
+        ]
+        other, own = (
+            f"{found[name]}" + ("" if found[side] is None else f" at {found[side]} px")
+            for name, side in (("model", "resolution"), ("over", "over_resolution"))
+        )
+        typer.echo(f"{other} takes {', '.join(parts)} of {own} ({found['dtype']}, batch {found['batch']})")
+    _print_machine(record)
+
+
+def _print_encoders(record: dict[str, Any]) -> None:
+    rows: list[tuple[str, ...]] = [
+        (
+            result["model"],
+            str(result["resolution"]),
+            result["dtype"],
+            str(result["batch"]),
+            f"{result['parameters'] / 1e6:.1f}",
+            str(result["tokens"]),
+            f"{_ms(result['seconds'])} ({1000 * result['seconds']['q1']:.0f}-{1000 * result['seconds']['q3']:.0f})",
+            str(result["gigaflop"]),
+            f"{result['share_of_gemm_rate']:.0%}",
+        )
+        for result in record["results"]
+    ]
+    columns = ("encoder", "px", "dtype", "batch", "M parameters", "tokens", "milliseconds", "GFLOP", "of GEMM rate")
+    _print_table("milliseconds: medians (quartiles)", columns, rows)
+    _print_machine(record)
+
+
+def _print_machine(record: dict[str, Any]) -> None:
+    machine, versions, chosen = record["machine"], record["versions"], record["options"]
+    place = machine.get("gpu") or f"{machine['cpu']}, {_count(chosen['threads'], 'thread')}"
+    typer.echo(
+        f"{place}; torch {versions['torch']}, transformers {versions['transformers']}; "
+        f"{_count(chosen['repetitions'], 'run')} in turns after {chosen['warmup']} to warm up"
+    )
+
+
+def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # typer.echo and not Console.print, so that the output can be redirected and tested as that of other verbs.
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    typer.echo("\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines()))
+
+
+def _ms(seconds: dict[str, Any] | None) -> str:
+    if seconds is None:
+        return "-"
+    milliseconds = 1000 * seconds["median"]
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else str(value)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pointwise convolutions with exact GELU on CPUs, for inference only.
+
+A map that is larger than the cache makes the round to memory after each step, and PyTorch asks the system anew for the
+memory of every large result. So the rows of a map pass through all steps some at a time, in buffers that stay in the
+cache. On CPUs with 512-bit vectors, oneDNN's convolution applies activation and addition by itself.
+
+Activation: GELU, arXiv 1606.08415, section 2, the exact form with the error function.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .convolution import channels_first, conv2d, plain_conv2d
+from .dispatch import eager_on_cpu, has_fast_products, has_fused_convolutions
+
+_LAST = torch.channels_last
+# Positions that pass through all steps together; with 1536 inner channels, 6 MB of float32.
+_ROWS = 1024
+
+
+def infers_on_cpu(*tensors: Tensor | None) -> bool:
+    """Return whether the forms for inference may run on these: eagerly, on a CPU, without gradients and autocast."""
+    return eager_on_cpu(*tensors) and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def plain_conv2d_gelu(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1
+) -> Tensor:
+    """Return the exact GELU of `plain_conv2d`."""
+    return F.gelu(plain_conv2d(input, weight, bias, stride, padding, groups))
+
+
+def conv2d_gelu(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1
+) -> Tensor:
+    """Return what `plain_conv2d_gelu` returns, of shape (batch, out, height', width'); shapes as in `conv2d`."""
+    if not infers_on_cpu(input, weight, bias) or not has_fast_products(input.dtype):
+        return F.gelu(conv2d(input, weight, bias, stride, padding, groups))
+    dtype = input.dtype
+    if groups in (1, weight.shape[0]) and has_fused_convolutions(dtype):
+        return _fused(input, weight, bias, stride, padding, groups)
+    if groups == stride == 1 and weight.shape[2:] == (1, 1) and input.is_contiguous(memory_format=_LAST):
+        rows = _rows_of(input)
+        matrix = weight.flatten(1).to(dtype).t()
+        bias = None if bias is None else bias.to(dtype)
+        out = rows.new_empty(rows.shape[0], weight.shape[0])
+        for start in range(0, rows.shape[0], _ROWS):
+            part = out[start : start + _ROWS]
+            torch.ops.aten.gelu_(_product(rows[start : start + _ROWS], matrix, bias, part))
+        return channels_first(out.view(input.shape[0], *input.shape[2:], weight.shape[0]))
+    return torch.ops.aten.gelu_(conv2d(input, weight, bias, stride, padding, groups))
+
+
+def plain_feed_forward(
+    input: Tensor,
+    residual: Tensor,
+    scale: Tensor | None,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+) -> Tensor:
+    """Return residual + scale * conv_2(gelu(conv_1(input))), all maps of shape (batch, channels, height, width).
+
+    `weight_1` has shape (inner, channels, 1, 1), `weight_2` (channels, inner, 1, 1), `scale` (channels, 1, 1) or None
+    for 1.
+    """
+    branch = plain_conv2d(F.gelu(plain_conv2d(input, weight_1, bias_1)), weight_2, bias_2)
+    return residual + (branch if scale is None else scale * branch)
+
+
+def feed_forward(
+    input: Tensor,
+    residual: Tensor,
+    scale: Tensor | None,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+) -> Tensor:
+    """Return what `plain_feed_forward` returns; fast where `infers_on_cpu`, in the type of `input`.
+
+    The memory beyond the result is that of 1024 positions, whatever the size of the map.
+    """
+    dtype = input.dtype
+    fast = infers_on_cpu(input, residual, scale, weight_1, weight_2) and has_fast_products(dtype)
+    if not fast or not all(x.dtype == dtype and x.is_contiguous(memory_format=_LAST) for x in (input, residual)):
+        branch = conv2d(F.gelu(conv2d(input, weight_1, bias_1)), weight_2, bias_2)
+        return residual + (branch if scale is None else scale * branch)
+    weight_2, bias_1, bias_2 = weight_2.to(dtype), bias_1.to(dtype), bias_2.to(dtype)
+    factors = None if scale is None else scale.to(dtype).flatten()
+    if factors is not None and input[:, 0].numel() > weight_2.shape[1]:
+        # Less work than scaling the map.
+        weight_2, bias_2, factors = weight_2 * factors.view(-1, 1, 1, 1), bias_2 * factors, None
+    if has_fused_convolutions(dtype):
+        inner = _fused(input, weight_1, bias_1)
+        if factors is None:
+            return _fused_sum(inner, residual, weight_2, bias_2)
+        return torch.addcmul(residual, factors.view(-1, 1, 1), conv2d(inner, weight_2, bias_2))
+    matrix_1, matrix_2 = weight_1.flatten(1).to(dtype).t(), weight_2.flatten(1).t()
+    rows, kept = _rows_of(input), _rows_of(residual)
+    out = torch.empty_like(kept)
+    buffer = rows.new_empty(min(_ROWS, rows.shape[0]), matrix_1.shape[1])
+    for start in range(0, rows.shape[0], _ROWS):
+        here = slice(start, start + _ROWS)
+        inner = torch.ops.aten.gelu_(_product(rows[here], matrix_1, bias_1, buffer[: rows[here].shape[0]]))
+        if factors is None:
+            torch.add(kept[here], bias_2, out=out[here]).addmm_(inner, matrix_2)
+        else:
+            _product(inner, matrix_2, bias_2, out[here]).mul_(factors).add_(kept[here])
+    return channels_first(out.view(residual.permute(0, 2, 3, 1).shape))
+
+
+def _rows_of(maps: Tensor) -> Tensor:
+    """Return a map with channels last in memory as (positions, channels), without a copy."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
+def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Write rows @ matrix + bias to `out` and return it."""
+    return torch.mm(rows, matrix, out=out) if bias is None else torch.addmm(bias, rows, matrix, out=out)
+
+
+def _geometry(stride: int, padding: int, groups: int) -> tuple[Any, ...]:
+    """Return what oneDNN's convolutions want between their tensors and their additions."""
+    return [padding, padding], [stride, stride], [1, 1], groups
+
+
+def _fused(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, groups: int = 1
+) -> Tensor:
+    """Convolution and GELU in one kernel of oneDNN."""
+    bias = None if bias is None else bias.to(input.dtype)
+    weight = weight.to(input.dtype)
+    geometry = _geometry(stride, padding, groups)
+    return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *geometry, "gelu", [], "none")
+
+
+def _fused_sum(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Pointwise convolution and addition of `residual` in one kernel of oneDNN."""
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        input, residual, weight, bias, *_geometry(1, 0, 1), "add", 1.0, None, [], None
+    )

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with weights that torchao holds in 8 or 4 bits, in bfloat16 on CPUs.
+
+torchao 0.18 turns the whole matrix into bfloat16 for every token there, which is slower than not to quantize. PyTorch
+has products that read the small integers, fast for the few rows of decoding; for the many rows of a prompt the matrix
+is turned into float32 where the CPU has no fast products of bfloat16. The plain form is `nn.Linear` by torchao.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .dispatch import eager_on_cpu, has_fast_products
+
+# Up to about this many rows PyTorch's products with integers are faster than turning the matrix into float32.
+_MAX_ROWS = 32
+_GROUPS = (32, 64, 128, 256)  # inputs that share a scale, as the 4-bit kernel takes them
+_OUTPUTS = 32  # it takes multiples of this many outputs
+
+
+class QuantizedLinear(nn.Linear):
+    """`nn.Linear` with a weight that torchao has quantized; made by `speed_up_quantized_layers`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (..., out) from (..., in)."""
+        weight: Any = self.weight
+        if not _applies(input, weight, self.bias):
+            return super().forward(input)
+        rows = input.reshape(-1, input.shape[-1])
+        if rows.shape[0] <= _MAX_ROWS:
+            out = self._product(rows, weight)
+            out = out if self.bias is None else out + self.bias
+        elif has_fast_products(input.dtype):
+            return super().forward(input)
+        else:
+            bias = None if self.bias is None else self.bias.float()
+            out = F.linear(rows.float(), weight.dequantize().float(), bias).to(input.dtype)
+        return out.view(*input.shape[:-1], weight.shape[0])
+
+    def _product(self, rows: Tensor, weight: Any) -> Tensor:
+        if _bits(weight) == 8:
+            ones = torch.ones(weight.shape[0], dtype=rows.dtype)
+            # The scales are float32, and the kernel would want them in bfloat16.
+            return (torch._weight_int8pack_mm(rows, weight.qdata, ones) * weight.scale.view(-1)).to(rows.dtype)
+        packed = self.__dict__.get("_packed")
+        if packed is None or packed[0] is not weight.qdata:
+            packed = self.__dict__["_packed"] = (weight.qdata, *_pack(weight))
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed[1], weight.block_size[1], packed[2])
+
+
+def _pack(weight: Any) -> tuple[Tensor, Tensor]:
+    """Return 4-bit integers, two a byte, and (groups, out, 2) scales and offsets."""
+    integers = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.qdata.int() + 8, 1)
+    offsets = -weight.zero_point.float() * weight.scale.float()
+    scales = torch.stack((weight.scale.float(), offsets), -1).transpose(0, 1).contiguous()
+    return integers, scales.to(torch.bfloat16)
+
+
+def _bits(weight: Any) -> int:
+    """Return 8 or 4 for weights quantized alone, row by row or in groups of a row, and 0 for any others."""
+    kind = type(weight).__name__
+    if kind == "Int8Tensor":
+        plain = weight.act_quant_kwargs is None and weight.act_pre_scale is None
+        by_row = tuple(weight.block_size) == (1, weight.shape[-1])
+        symmetric = weight.zero_point is None or not weight.zero_point.any()
+        return 8 if plain and by_row and symmetric else 0
+    if kind == "IntxUnpackedToInt8Tensor" and str(weight.target_dtype) == "torch.int4":
+        fits = weight.block_size[0] == 1 and weight.block_size[1] in _GROUPS and weight.shape[0] % _OUTPUTS == 0
+        return 4 if fits and weight.activation_quantization is None else 0
+    return 0
+
+
+def _applies(input: Tensor, weight: Any, bias: Tensor | None) -> bool:
+    learns = torch.is_grad_enabled() and input.requires_grad
+    if input.dtype != torch.bfloat16 or learns or torch.is_autocast_enabled("cpu"):
+        return False
+    return hasattr(weight, "qdata") and eager_on_cpu(input, weight.qdata, bias)
+
+
+def speed_up_quantized_layers(model: nn.Module) -> None:
+    """Make those `nn.Linear` layers of `model` that torchao has quantized compute as above, where they can."""
+    for module in model.modules():
+        if type(module) is nn.Linear and _bits(module.weight):
+            module.__class__ = QuantizedLinear  # the only difference is `forward`, and nothing else is lost

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm bench`: its table, its record, and options that cannot be used."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from transformers_fastvlm.benchmarking.photo import make_photo
+
+Run = Callable[..., Any]
+
+
+def test_a_table_and_a_record(run: Run, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    directory, picture, out = checkpoint("qwen2_tied"), tmp_path / "photo.jpg", tmp_path / "bench.json"
+    make_photo(300, 200).save(picture)
+    words = ["bench", directory, "--against", directory, "--size", "256", "--image", picture, "--threads", "1"]
+    words += ["--repetitions", "2", "--new-tokens", "4", "--device", "cpu", "--note", "tiny", "--out", out]
+    result = run(*words)
+    lines = result.stdout.splitlines()
+    header = next(line for line in lines if "preprocess" in line).split()
+    rows = [line.split() for line in lines if line.split()[:1] == ["qwen2_tied"] and "takes" not in line]
+    assert header[:5] == ["model", "px", "dtype", "batch", "tokens"] and header[-1] == "GiB"
+    assert [row[1:4] for row in rows] == [["256", "float32", "1"], ["-", "float32", "1"]]
+    assert rows[0][4] == "36" and all(float(number) > 0 for row in rows for number in row[5:9])
+    assert "qwen2_tied takes" in lines[-2] and lines[-2].endswith("of qwen2_tied at 256 px (float32, batch 1)")
+    assert lines[-1].endswith("2 runs in turns after 1 to warm up")
+    assert result.stderr.splitlines()[-1] == f"wrote {out}"
+    record = json.loads(out.read_text())
+    encode = record["results"][0]["seconds"]["encode"]["median"]
+    assert header[6] == "encode" and float(rows[0][6]) == pytest.approx(1000 * encode, rel=0.01)
+    _check(record)
+
+
+def _check(record: dict[str, Any]) -> None:
+    parts = ("kind", "machine", "versions", "options", "picture", "results", "ratios")
+    assert list(record) == ["format", *parts]
+    assert record["kind"] == "models" and record["picture"] == {"drawn": False, "width": 300, "height": 200}
+    assert torch.__version__.startswith(record["versions"]["torch"].split("+")[0])
+    options = record["options"]
+    assert record["machine"]["cpu"] and (options["repetitions"], options["note"]) == (2, "tiny")
+    ours, other = record["results"]
+    assert ours["reference"] is None and other["reference"] == {"model": "qwen2_tied", "resolution": 256}
+    assert (ours["resolution"], other["resolution"], ours["weights"]) == (256, None, "checkpoint")
+    for result in (ours, other):
+        seconds = result["seconds"]
+        assert list(seconds)[:4] == ["preprocess", "encode", "project", "prefill"]
+        assert all(set(value) == {"median", "q1", "q3", "min", "max", "runs"} for value in seconds.values())
+        assert {value["runs"] for name, value in seconds.items() if name != "unsplit_from_pixels"} == {2}
+        assert all(0 < value["min"] <= value["median"] <= value["max"] for value in seconds.values())
+        assert set(result["processor_seconds"]) == set(seconds) - {"unsplit_from_pixels"}
+        assert result["tokens_per_second"]["median"] > 0 and result["load_seconds"]["model"] > 0
+    wall, processor = record["ratios"]
+    assert (wall["of"], processor["of"]) == ("seconds", "processor_seconds")
+    assert (wall["over"], wall["over_resolution"], wall["resolution"]) == ("qwen2_tied", 256, None)
+    expected = other["seconds"]["first_token"]["median"] / ours["seconds"]["first_token"]["median"]
+    assert wall["ratios"]["first_token"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("3B",), "'3B' is neither a size (0.5B, 1.5B, 7B)"),
+        (("--size", "500"), "size is 500; expected a multiple of 64 from 256 to 2048"),
+        (("--size", "big"), "--size is 'big'; expected whole numbers separated by commas"),
+        (("--batch", "0"), "batch is 0; expected at least 1"),
+        (("--dtype", "int8"), "dtype is 'int8'; expected float32, bfloat16, float16"),
+        (("--against", "native,,x"), "--against is 'native,,x'; expected names separated by single commas"),
+        (("--against", "nonsense"), "'nonsense' is neither a size"),
+        (("--device", "abacus"), "device is 'abacus', which is not available"),
+        (("--image", "gone.jpg"), "no picture at 'gone.jpg'"),
+        (("--out", "gone/bench.json"), "there is no directory gone"),
+        (("--encoders", "7B"), "leave out MODEL"),
+        (("--encoders", "--size", "512"), "leave out --size"),
+    ],
+)
+def test_options_that_cannot_be_used(fails: Callable[..., str], words: tuple[str, ...], message: str) -> None:
+    assert message in fails("bench", *words)
