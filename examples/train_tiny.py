@@ -46,8 +46,8 @@ LANGUAGE_MODEL = {
     "model_type": "qwen2",
     "vocab_size": 512,
     "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
+    "intermediate_size": 384,
+    "num_hidden_layers": 6,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
@@ -60,6 +60,7 @@ LANGUAGE_MODEL = {
 # Pre-training of the encoder: half collages, half scenes.
 ENCODER_PICTURES = 56_000
 ENCODER_BATCH = 16
+SCENES = ("attribute", "relation", "count", "number", "word", "chart")
 GROUPS = {
     "letters": string.ascii_uppercase,
     "digits": string.digits,
@@ -122,7 +123,7 @@ class Pictures(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        scene = (make_collage if index % 2 else make_scene)(self.seed, index)
+        scene = make_collage(self.seed, index) if index % 2 else make_scene(self.seed, index, SCENES)
         width, height = scene.image.size
         side, slots = max(width, height), VISION["image_size"] // 32
         labels = torch.zeros(len(LABELS), slots, slots)

@@ -27,7 +27,7 @@ GOLDEN = REPOSITORY / "tests" / "golden"
 NAME = "transformers_fastvlm"
 
 REQUIREMENTS = {"transformers", "torch", "safetensors", "tokenizers", "huggingface_hub", "pillow"}
-EXTRAS = {"torchvision", "training", "test", "dev", "docs"}
+EXTRAS = {"torchvision", "training", "quantization", "bench", "test", "dev", "docs"}
 ENTRY_POINTS = "[console_scripts]\nfastvlm = transformers_fastvlm.cli:main"
 IN_SDIST = ("Makefile", "CHANGELOG.md", "tests/conftest.py", "tests/golden/build.py", "examples/demo.py", "mkdocs.yml")
 

@@ -114,6 +114,28 @@ def test_objects_are_where_and_what_the_caption_says(scenes: list[Scene]) -> Non
             assert close.sum() > 0.0015 * height * width, (scene.caption, color)
 
 
+def test_single_characters_are_those_of_the_text() -> None:
+    asked = set()
+    for index in range(40):
+        scene = make_scene(8, index, ("number", "word", "character"))
+        texts = {"digit": "", "letter": ""} | {
+            "digit" if question.kind == "number" else "letter": question.answer
+            for question in scene.questions
+            if question.kind in ("number", "word")
+        }
+        for question in scene.questions:
+            if question.kind != "character":
+                continue
+            words = question.text.rstrip("?").split()
+            text = texts[next(word.rstrip("s") for word in words if word.rstrip("s") in texts)]
+            place = next((word for word in words if word in ("first", "second", "third", "last")), None)
+            index_of = {"first": 0, "second": 1, "third": 2, "last": -1}
+            expected = str(len(text)) if place is None else text[index_of[place]]
+            assert question.answer == expected, (texts, question)
+            asked.add(place)
+    assert asked == {"first", "second", "third", "last", None}
+
+
 def test_scenes_fill_along_the_ramp() -> None:
     scenes = SceneDataset(150, seed=6, task="captions", kinds=("count",), ramp=100)
     counts = [len(listed(scenes.scene(index).caption)) for index in range(150)]
@@ -170,7 +192,7 @@ def test_marks_lie_on_what_they_name(scenes: list[Scene]) -> None:
 
 def test_marks_tell_what_the_caption_tells(scenes: list[Scene]) -> None:
     for scene in scenes:
-        if scene.kind in ("number", "word"):
+        if scene.kind in ("number", "word", "character"):
             lines: dict[float, str] = {}
             for mark in sorted(scene.marks, key=lambda mark: (mark.y, mark.x)):
                 lines[mark.y] = lines.get(mark.y, "") + mark.labels[0]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from .drawing import COLORS, DIGIT_FACES, FACES, SHAPES, Canvas, Color
 
-KINDS = ("attribute", "relation", "count", "number", "word", "chart")
+KINDS = ("attribute", "relation", "count", "number", "word", "character", "chart")
 ASPECTS = ("any", "square", "oblong")
 
 _WORDS = """
@@ -318,9 +318,17 @@ def _paint_text(page: _Page) -> tuple[str, list[Question]]:
         y = (position + 0.5) * band + rng.uniform(-1, 1) * max(0.0, (band - height) / 2 - 3)
         _write(page, text, x, y, width, height)
         asked = rng.choice((f"What {kind} is written?", f"Read the {kind}.", f"Which {kind} do you see?"))
-        questions.append(Question(kind, asked, text))
+        questions += [Question(kind, asked, text), *_characters(kind, text)]
         told.append(f"the {kind} {text}")
     return "Text: " + ", ".join(told) + ".", questions
+
+
+def _characters(kind: str, text: str) -> list[Question]:
+    """Questions about single digits or letters of a text, and how many it has."""
+    name = "digit" if kind == "number" else "letter"
+    places = [("first", 0), ("second", 1), ("third", 2)][: max(1, len(text) - 1)] + [("last", -1)]
+    questions = [Question("character", f"What is the {place} {name}?", text[index]) for place, index in places]
+    return [*questions, Question("character", f"How many {name}s does the {kind} have?", str(len(text)))]
 
 
 def _write(page: _Page, text: str, x: float, y: float, width: float, height: float) -> None:
@@ -373,5 +381,6 @@ _PAINTERS: dict[str, Callable[[_Page], tuple[str, list[Question]]]] = {
     "count": _paint_count,
     "number": _paint_text,
     "word": _paint_text,
+    "character": _paint_text,
     "chart": _paint_chart,
 }
