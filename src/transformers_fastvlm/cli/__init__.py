@@ -5,6 +5,7 @@ Answers go to standard output, everything else to standard error. Exit codes: 0,
 input that cannot be used. Nothing here imports torch before a verb needs it.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -64,4 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # An answer may hold any character; a console that lacks it shows a question mark.
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
+    # Transformers imports torchao where it is installed, and recent PyTorch comments on how that registers its types.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     app(args=None if arguments is None else list(arguments), prog_name="fastvlm")

@@ -326,8 +326,9 @@ def _paint_text(page: _Page) -> tuple[str, list[Question]]:
 def _characters(kind: str, text: str) -> list[Question]:
     """Questions about single digits or letters of a text, and how many it has."""
     name = "digit" if kind == "number" else "letter"
-    places = [("first", 0), ("second", 1), ("third", 2)][: max(1, len(text) - 1)] + [("last", -1)]
-    questions = [Question("character", f"What is the {place} {name}?", text[index]) for place, index in places]
+    ordinals = ("first", "second", "third")[: max(1, len(text) - 1)]
+    places = [*zip(ordinals, text, strict=False), ("last", text[-1])]
+    questions = [Question("character", f"What is the {place} {name}?", character) for place, character in places]
     return [*questions, Question("character", f"How many {name}s does the {kind} have?", str(len(text)))]
 
 
