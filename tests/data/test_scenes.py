@@ -136,19 +136,6 @@ def test_single_characters_are_those_of_the_text() -> None:
     assert asked == {"first", "second", "third", "last", None}
 
 
-def test_scenes_fill_along_the_ramp() -> None:
-    scenes = SceneDataset(150, seed=6, task="captions", kinds=("count",), ramp=100)
-    counts = [len(listed(scenes.scene(index).caption)) for index in range(150)]
-    assert max(counts[:8]) == 1 < max(counts[30:60]) < max(counts[100:]) == 7
-    assert scenes.scene(120).caption == make_scene(6, 120, ("count",)).caption
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_emptiest_scenes_can_be_asked_about(kind: str) -> None:
-    for index in range(10):
-        assert {question.kind for question in make_scene(3, index, (kind,), fullness=0.0).questions} == {kind}
-
-
 def test_bars_are_as_high_as_the_answers_say() -> None:
     """Measured in the picture: the share of the middle of the bar's column that has its colour."""
     checked = 0
@@ -271,7 +258,7 @@ def test_rows(task: str) -> None:
     ("arguments", "message"),
     [
         ({"length": 0}, "length is 0"),
-        ({"length": 3, "ramp": -1}, "ramp -1"),
+        ({"length": 3, "start": -1}, "start -1"),
         ({"length": 3, "task": "answers"}, "task is 'answers'; expected 'captions'"),
         ({"length": 3, "kinds": ("colour",)}, r"kinds is \('colour',\); expected one or more of"),
         ({"length": 3, "kinds": ()}, "expected one or more of"),

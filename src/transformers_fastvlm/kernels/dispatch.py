@@ -45,9 +45,9 @@ def vector_width() -> int:
 
 
 def has_fused_convolutions(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN's convolutions with activation and addition of type `dtype` are known to pay on this CPU.
+    """Return whether oneDNN's convolutions with activation and addition of type `dtype` are used on this CPU.
 
-    They do with 512-bit vectors. With 256-bit ones a matrix product and an activation in the cache are as fast.
+    They are with 512-bit vectors. With 256-bit ones a matrix product and an activation in the cache take their place.
     """
     mkldnn = torch.backends.mkldnn
     if vector_width() != 512 or not (mkldnn.is_available() and mkldnn.enabled):

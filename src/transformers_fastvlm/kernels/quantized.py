@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with weights that torchao holds in 8 or 4 bits, in bfloat16 on CPUs.
 
-torchao 0.18 turns the whole matrix into bfloat16 for every token there, which is slower than not to quantize. PyTorch
+torchao 0.18 turns the whole matrix into bfloat16 for every token there. PyTorch
 has products that read the small integers, fast for the few rows of decoding; for the many rows of a prompt the matrix
 is turned into float32 where the CPU has no fast products of bfloat16. The plain form is `nn.Linear` by torchao.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .dispatch import eager_on_cpu, has_fast_products
 
-# Up to about this many rows PyTorch's products with integers are faster than turning the matrix into float32.
+# With more rows than this, turning the matrix into float32 once is shared by enough of them.
 _MAX_ROWS = 32
 _GROUPS = (32, 64, 128, 256)  # inputs that share a scale, as the 4-bit kernel takes them
 _OUTPUTS = 32  # it takes multiples of this many outputs

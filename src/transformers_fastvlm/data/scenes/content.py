@@ -80,16 +80,11 @@ class _Page:
     rng: random.Random
     canvas: Canvas
     ink: Color
-    fullness: float = 1.0
     marks: list[Mark] = field(default_factory=list)
 
     def mark(self, labels: Sequence[str], x: float, y: float) -> None:
         """Note what is at (x, y)."""
         self.marks.append(Mark(tuple(labels), x / self.canvas.width, y / self.canvas.height))
-
-    def most(self, low: int, high: int) -> int:
-        """Return how many things the scene may hold, from `low` in an empty one to `high` in a full one."""
-        return low + round(self.fullness * (high - low))
 
     def color(self, name: str) -> Color:
         """Return the named colour, slightly varied."""
@@ -97,9 +92,7 @@ class _Page:
         return red, green, blue
 
 
-def make_scene(
-    seed: int, index: int, kinds: tuple[str, ...] = KINDS, aspect: str = "any", fullness: float = 1.0
-) -> Scene:
+def make_scene(seed: int, index: int, kinds: tuple[str, ...] = KINDS, aspect: str = "any") -> Scene:
     """Return scene `index` of the series `seed`.
 
     Args:
@@ -107,7 +100,6 @@ def make_scene(
         index: number of the scene, from 0.
         kinds: kinds of questions to ask, some of KINDS; scenes are chosen so that each has such a question.
         aspect: "any" for two squares in five and the rest between 1:2 and 2:1, "square", or "oblong" (at least 4:3).
-        fullness: 0 to 1, how much there is to see: at 0 two shapes, one to be counted, a digit or short word, a bar.
 
     Raises:
         ValueError: if a kind or the aspect is unknown.
@@ -117,7 +109,6 @@ def make_scene(
     kind = rng.choice(kinds)
     while True:
         page = _new_page(rng, aspect)
-        page.fullness = fullness
         caption, questions = _PAINTERS[kind](page)
         # Now and then nothing can be asked: three shapes in a row have no "above".
         if any(question.kind == kind for question in questions):
@@ -226,7 +217,7 @@ def _place(page: _Page, objects: list[tuple[str, str]]) -> list[_Object]:
 def _paint_objects(page: _Page) -> tuple[str, list[Question]]:
     """A few different objects: what they are and where they are."""
     rng = page.rng
-    number = min(rng.choice((2, 2, 3, 3, 4)), page.most(2, 4))
+    number = rng.choice((2, 2, 3, 3, 4))
     names = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], number)
     objects = _place(page, names)
     return _listed(objects), _attributes(objects, rng) + _relations(objects, rng)
@@ -283,7 +274,7 @@ def _paint_count(page: _Page) -> tuple[str, list[Question]]:
     rng, canvas = page.rng, page.canvas
     room = _cells(canvas.width) * _cells(canvas.height)
     colors, shapes = rng.sample(list(COLORS), rng.choice((1, 2, 2))), rng.sample(SHAPES, rng.choice((1, 2, 2)))
-    number = rng.randint(1, min(page.most(1, 7), room))
+    number = rng.randint(1, min(7, room))
     objects = _place(page, [(rng.choice(colors), rng.choice(shapes)) for _ in range(number)])
     questions = [Question("count", rng.choice(("How many shapes are there?", "Count the shapes.")), str(number))]
     other_shape = rng.choice([shape for shape in SHAPES if shape not in shapes])
@@ -301,13 +292,12 @@ def _paint_count(page: _Page) -> tuple[str, list[Question]]:
 def _paint_text(page: _Page) -> tuple[str, list[Question]]:
     """A number, a word, or both, one above the other."""
     rng, canvas = page.rng, page.canvas
-    digits = rng.randint(min(2, page.most(1, 4)), page.most(1, 4))
+    digits = rng.randint(2, 4)
     number = str(rng.randint(10 ** (digits - 1), 10**digits - 1))
     room = canvas.width * 0.92
-    longest = min(page.most(3, 5), int(room / 28))
+    longest = min(5, int(room / 28))
     word = rng.choice([word for word in WORDS if len(word) <= longest])
     lines = rng.choice(([("number", number)], [("word", word)], [("number", number), ("word", word)]))
-    lines = lines[: page.most(1, 2)]
     lines = rng.sample(lines, len(lines))
     questions, told = [], []
     band = canvas.height / len(lines)
@@ -348,7 +338,7 @@ def _write(page: _Page, text: str, x: float, y: float, width: float, height: flo
 def _paint_chart(page: _Page) -> tuple[str, list[Question]]:
     """A bar chart with a line at every unit."""
     rng, canvas = page.rng, page.canvas
-    number = rng.randint(min(2, page.most(1, 4)), page.most(1, 4))
+    number = rng.randint(2, 4)
     colors = rng.sample(list(COLORS), number)
     values = [rng.randint(1, 6) for _ in colors]
     left, right, bottom, top = 14, canvas.width - 8, canvas.height - 10, 10

@@ -27,8 +27,6 @@ class SceneDataset:
         aspect: "any", "square" or "oblong" pictures.
         max_turns: most questions of a conversation.
         start: index of the first row's scene.
-        ramp: number of rows over which the scenes fill: the first show as little as can be, those from `ramp` on all
-            there is. 0 for full scenes throughout.
 
     Raises:
         ValueError: if an argument is not one of those, or a number is not positive.
@@ -49,19 +47,16 @@ class SceneDataset:
         aspect: str = "any",
         max_turns: int = 6,
         start: int = 0,
-        ramp: int = 0,
     ) -> None:
-        if length < 1 or max_turns < 1 or start < 0 or ramp < 0:
+        if length < 1 or max_turns < 1 or start < 0:
             raise ValueError(
-                f"length is {length}, max_turns {max_turns}, start {start} and ramp {ramp}; "
-                "expected at least 1, 1, 0 and 0."
+                f"length is {length}, max_turns {max_turns} and start {start}; expected at least 1, 1 and 0."
             )
         if task not in ("captions", "conversations", "questions"):
             raise ValueError(f"task is {task!r}; expected 'captions', 'conversations' or 'questions'.")
         check_options(tuple(kinds), aspect)
         self.length, self.seed, self.task, self.start = length, seed, task, start
         self.kinds, self.aspect, self.max_turns = tuple(kinds), aspect, max_turns
-        self.ramp = ramp
 
     def __len__(self) -> int:
         return self.length
@@ -70,8 +65,7 @@ class SceneDataset:
         """Return scene `index`, from 0, with all its questions."""
         if not 0 <= index < self.length:
             raise IndexError(f"Row {index} was asked for; the data set has rows 0 to {self.length - 1}.")
-        fullness = min(1.0, index / self.ramp) if self.ramp else 1.0
-        return make_scene(self.seed, self.start + index, self.kinds, self.aspect, fullness)
+        return make_scene(self.seed, self.start + index, self.kinds, self.aspect)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.scene(index)
