@@ -8,9 +8,12 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import shutil
+import tarfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,14 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from transformers_fastvlm import FastViTHDConfig, FastVLMConfig, FastVLMImageProcessorPil, _image_resizing
+from transformers_fastvlm import (
+    FastViTHDConfig,
+    FastVLMConfig,
+    FastVLMImageProcessorPil,
+    _image_processing_common,
+    _image_resizing,
+    image_processing_pil_fastvlm,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 REFERENCE = json.loads((GOLDEN / "preprocess.json").read_text())
@@ -364,6 +374,112 @@ def test_addresses(processor: FastVLMImageProcessorPil, tmp_path: Path, monkeypa
         processor(f"{address}/image.png")
 
 
+# Batches
+
+
+@pytest.fixture
+def four_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_image_processing_common, "_cpus", lambda: 4)
+
+
+def paths_of(pictures: list[Image.Image], folder: Path) -> list[Path]:
+    paths = [folder / f"{index}.png" for index in range(len(pictures))]
+    for image, path in zip(pictures, paths, strict=True):
+        image.save(path)
+    return paths
+
+
+@pytest.mark.parametrize("mode", ["pad", "square", "anyres"])
+def test_batches_in_parallel(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = FastVLMImageProcessorPil(size=64, image_aspect_ratio=mode, image_grid_pinpoints=[[128, 64], [64, 128]])
+    pictures = [picture(40 + 13 * index, 90 - 7 * index, index) for index in range(7)]
+    batches: list[Any] = [pictures, paths_of(pictures, tmp_path), [np.asarray(image) for image in pictures]]
+    batches.append([image.convert("RGBA") for image in pictures])
+    batches.append([[*pictures[:3]], [[str(path) for path in batches[1][3:]]]])
+    batches.append([pictures[0]] * 7)
+    in_turn = [processor(batch, return_tensors="np") for batch in batches]
+    monkeypatch.setattr(_image_processing_common, "_cpus", lambda: 4)
+    for batch, expected in zip(batches, in_turn, strict=True):
+        found = processor(batch, return_tensors="np")
+        assert set(found) == set(expected)
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_two_pictures_are_resized_at_once(
+    processor: FastVLMImageProcessorPil, monkeypatch: pytest.MonkeyPatch, four_threads: None
+) -> None:
+    resize, both = image_processing_pil_fastvlm.pad_to_square, threading.Barrier(2, timeout=60)
+
+    def meet(*args: Any) -> Image.Image:
+        both.wait()  # raises if the other one never comes
+        return resize(*args)
+
+    monkeypatch.setattr(image_processing_pil_fastvlm, "pad_to_square", meet)
+    pictures = [picture(), picture(seed=1)]
+    assert pixels_of(processor, pictures).shape == (2, 3, 64, 64)
+
+
+def test_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, threads: int):
+            started.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(_image_processing_common, "ThreadPoolExecutor", Pool)
+    in_parallel = _image_processing_common.in_parallel
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert in_parallel(str, [1, 2]) == ["1", "2"] and not started
+        torch.set_num_threads(10_000)
+        cpus = _image_processing_common._cpus()
+        assert cpus <= (os.cpu_count() or 1)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(_image_processing_common, "_cpus", lambda: 3)
+    assert in_parallel(str, range(5)) == list("01234") and started == [3]
+    assert in_parallel(str, range(2)) == ["0", "1"] and started == [3, 2]
+    assert in_parallel(str, range(5), 1) == list("01234") and in_parallel(str, [1]) == ["1"] and len(started) == 2
+
+
+def test_the_first_bad_picture_of_a_batch_is_named(
+    processor: FastVLMImageProcessorPil, tmp_path: Path, four_threads: None
+) -> None:
+    paths = paths_of([picture(300, 300, seed) for seed in range(5)], tmp_path)
+    for index in (3, 1):
+        paths[index].write_bytes(paths[index].read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"1\.png' is truncated"):
+        processor(paths)
+    with contextlib.ExitStack() as stack:
+        lazy = [stack.enter_context(Image.open(path)) for path in paths]
+        with pytest.raises(ValueError, match=r"image 1 \(counting from 0\) of 5: the image is truncated"):
+            processor(lazy)
+    sizes = [picture(64, 64), picture(64, 65), picture(64, 66)]
+    with pytest.raises(ValueError, match="an image is 64x65"):
+        processor(sizes, do_resize=False)
+
+
+def test_pictures_that_read_one_file_are_decoded_in_turn(
+    processor: FastVLMImageProcessorPil, tmp_path: Path, four_threads: None
+) -> None:
+    pictures = [picture(300, 300, seed) for seed in range(6)]
+    paths = paths_of(pictures, tmp_path)
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, path.name)
+    with tarfile.open(tmp_path / "all.tar") as tar:
+        members = [Image.open(tar.extractfile(path.name)) for path in paths]  # type: ignore[arg-type]
+        assert not _image_processing_common._independent(members)
+        assert np.array_equal(pixels_of(processor, members), pixels_of(processor, pictures))
+    with Image.open(paths[0]) as lazy:
+        assert not _image_processing_common._independent([lazy, lazy])
+        assert np.array_equal(pixels_of(processor, [lazy] * 4), pixels_of(processor, [pictures[0]] * 4))
+    with Image.open(paths[0]) as first, Image.open(paths[1]) as second:
+        assert _image_processing_common._independent([first, second, np.zeros(3), torch.zeros(3)])
+
+
 # What is refused
 
 
@@ -514,6 +630,17 @@ def test_panoramas_need_no_large_canvas(
         lit = values[0] > 0
         assert 8 <= min(lit.any(0).sum(), lit.any(1).sum()) <= 16
         assert max(lit.any(0).sum(), lit.any(1).sum()) == 1024
+
+
+@pytest.mark.parametrize("shape", [(300, 700), (1, 600), (511, 512), (700, 1400)])
+def test_bands_of_a_tall_picture_are_the_whole(shape: tuple[int, int]) -> None:
+    image, (width, height) = picture(*shape), shape
+    canvas = Image.new("RGB", (height, height))
+    canvas.paste(image, ((height - width) // 2, 0))
+    for resample in (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS):
+        for side in (64, 832):
+            found = _image_resizing.pad_to_square(image, side, resample)
+            assert found.tobytes() == _image_resizing.resize(canvas, side, side, resample).tobytes()
 
 
 def test_limits_of_extreme_shapes(processor: FastVLMImageProcessorPil) -> None:

@@ -437,6 +437,25 @@ def test_meta_device() -> None:
     assert all(p.device.type == "meta" for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("train", [False, True])
+def test_running_on_the_meta_device(dtype: torch.dtype, train: bool, checkpoint) -> None:
+    """Shapes and types without values: nothing asks the device what it does not have, such as autocast or numbers."""
+    config = FastVLMConfig.from_pretrained(checkpoint("qwen2_tied"))
+    with torch.device("meta"):
+        model = FastVLMForConditionalGeneration._from_config(config, dtype=dtype).train(train)
+        ids, pixels = torch.zeros(2, 20, dtype=torch.long), torch.empty(2, 3, 256, 256, dtype=dtype)
+    with torch.set_grad_enabled(train):
+        found = model(input_ids=ids, pixel_values=pixels, labels=ids if train else None)
+        text = model(input_ids=ids).logits
+    for logits in (found.logits, text):
+        assert (logits.shape, logits.dtype, logits.device.type) == ((2, 20, 512), dtype, "meta")
+    assert found.image_hidden_states.shape == (2, 16, config.text_config.hidden_size)
+    if train:
+        found.loss.backward()
+        assert all(p.grad is not None and p.grad.is_meta for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("text", ["qwen2", "qwen3", "llama", "mistral"])
 def test_any_language_model(text: str, tmp_path: Path) -> None:
     config = FastVLMConfig(

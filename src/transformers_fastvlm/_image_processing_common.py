@@ -5,8 +5,10 @@ The two differ only in how pixels are resized. Saved files name the torchvision 
 the two the Auto classes then build is decided when they are registered.
 """
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict, is_valid_image
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import is_torch_available
 
 from . import _image_inputs
 from .anyres import STRIDE, check_pinpoints, num_image_tokens, num_tiles
@@ -60,6 +63,9 @@ class FastVLMImageProcessorMixin:
     do_exif_transpose = False
     image_aspect_ratio = "pad"
     image_grid_pinpoints = None
+
+    _prepares_in_parallel = False
+    """Whether `process_image` may run in threads, which have none of the caller's streams and modes of torch."""
 
     @property
     def model_input_names(self) -> list[str]:
@@ -133,10 +139,13 @@ class FastVLMImageProcessorMixin:
         """Read what is a path, an address or base64, in lists of any nesting; pass pictures through.
 
         A file keeps its mode and its EXIF orientation, which `do_exif_transpose` applies. An array of two axes gets a
-        third, for the channel.
+        third, for the channel. Several are read in parallel.
         """
         if isinstance(image_url_or_urls, list | tuple):
-            return [self.fetch_images(item) for item in image_url_or_urls]
+            leaves = list(_leaves(image_url_or_urls))
+            to_read = sum(isinstance(leaf, str | os.PathLike) for leaf in leaves)
+            fetched = iter(in_parallel(self.fetch_images, leaves, to_read))
+            return _refilled(image_url_or_urls, fetched)
         if isinstance(image_url_or_urls, str | os.PathLike):
             return _image_inputs.read_image(image_url_or_urls)
         if is_valid_image(image_url_or_urls):
@@ -158,15 +167,17 @@ class FastVLMImageProcessorMixin:
     def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[Any]:
         """Prepare each picture by `process_image`; an error says which one it was about."""
         pictures = self._prepare_images_structure(images, expected_ndims)
-        prepared = []
-        for index, picture in enumerate(pictures):
+
+        def prepare(index: int) -> Any:
             try:
-                prepared.append(self.process_image(picture, *args, **kwargs))  # type: ignore[attr-defined]
+                return self.process_image(pictures[index], *args, **kwargs)  # type: ignore[attr-defined]
             except ValueError as error:
                 if len(pictures) == 1:
                     raise
                 raise ValueError(f"image {index} (counting from 0) of {len(pictures)}: {error}") from error
-        return prepared
+
+        threads = len(pictures) if self._prepares_in_parallel and _independent(pictures) else 1
+        return in_parallel(prepare, range(len(pictures)), threads)
 
     @classmethod
     def get_image_processor_dict(
@@ -270,6 +281,56 @@ def per_channel(values: Any, channels: int, name: str) -> list[float]:
     if name == "image_std" and 0 in numbers:
         raise ValueError(f"image_std is {numbers}; expected numbers other than 0.")
     return numbers
+
+
+def in_parallel(function: Callable[[Any], Any], items: Sequence[Any], most: int | None = None) -> list[Any]:
+    """Return `function` of each item, in order; an error is that of the first item that has one.
+
+    Pillow decodes and resizes without Python's lock, so threads help: at most `most`, and no more than torch computes
+    an operation with (`torch.set_num_threads`, OMP_NUM_THREADS, 1 in the workers of a DataLoader) or there are CPUs.
+    """
+    threads = min(len(items), len(items) if most is None else most)
+    if threads > 1:
+        threads = min(threads, _cpus())
+    if threads <= 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, items))
+
+
+def _cpus() -> int:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if is_torch_available():
+        import torch
+
+        cpus = min(cpus, torch.get_num_threads())
+    return cpus
+
+
+def _independent(pictures: Sequence[Any]) -> bool:
+    """Whether threads may read these pictures side by side.
+
+    They may if none occurs twice, and none that is still to be decoded shares an open file with another, as the
+    members of a tar archive do.
+    """
+    files = [getattr(picture, "fp", None) for picture in pictures]
+    own = all(file is None or type(file) in (io.BytesIO, io.BufferedReader) for file in files)
+    held = {id(picture if file is None else file) for picture, file in zip(pictures, files, strict=True)}
+    return own and len(held) == len(pictures)
+
+
+def _leaves(nested: Any) -> Iterator[Any]:
+    """Yield what lists of any nesting hold, in order."""
+    if isinstance(nested, list | tuple):
+        for item in nested:
+            yield from _leaves(item)
+    else:
+        yield nested
+
+
+def _refilled(nested: Any, leaves: Iterator[Any]) -> Any:
+    """Return lists nested as `nested` is, with other leaves."""
+    return [_refilled(item, leaves) for item in nested] if isinstance(nested, list | tuple) else next(leaves)
 
 
 def _flatten(images: Any, ndims: int) -> list[Any]:

@@ -24,6 +24,7 @@ MAX_CANVAS_PIXELS = 2**26
 """Intermediate canvases of more pixels than this are never made."""
 
 _FRACTION_BITS = 22
+_BAND = 256
 _BLOCK = 2**20
 _MIN_BLOCK_WIDTH = 2**10
 _Resampling = Image.Resampling
@@ -53,12 +54,12 @@ def pad_to_square(image: Image.Image, side: int, resample: int) -> Image.Image:
         return resize(image, side, side, resample)
     left, top = (long - width) // 2, (long - height) // 2
     if long * long <= MAX_CANVAS_PIXELS:
-        if width > height:
-            # Rows are resampled first and on their own, so the black ones need not be there yet.
-            image, left = image.resize((side, height), resample), 0
-        canvas = Image.new(image.mode, (image.width if width > height else long, long))
-        canvas.paste(image, (left, top))
-        return resize(canvas, side, side, resample)
+        # Rows are resampled first and each on its own, so there need never be a canvas of (long, long).
+        if width < height:
+            return _padded_rows(image, long, left, side, resample).resize((side, side), resample)
+        canvas = Image.new(image.mode, (side, long))
+        canvas.paste(image.resize((side, height), resample), (0, top))
+        return canvas.resize((side, side), resample)
     result = Image.new(image.mode, (side, side))
     if width > height:
         flat = image.resize((side, height), resample)
@@ -69,6 +70,17 @@ def pad_to_square(image: Image.Image, side: int, resample: int) -> Image.Image:
         first, last = _touched(long, side, left, width, resample)
         columns = _resample_lines(_columns(image), long, left, side, range(first, last), resample)
         result.paste(_from_columns(columns, image).resize((last - first, side), resample), (first, 0))
+    return result
+
+
+def _padded_rows(image: Image.Image, long: int, left: int, side: int, resample: int) -> Image.Image:
+    """Return the rows of `image`, put at `left` on black ones of `long` pixels, resampled to `side` pixels."""
+    result = Image.new(image.mode, (side, image.height))
+    for top in range(0, image.height, _BAND):
+        bottom = min(top + _BAND, image.height)
+        canvas = Image.new(image.mode, (long, bottom - top))
+        canvas.paste(image.crop((0, top, image.width, bottom)), (left, 0))
+        result.paste(canvas.resize((side, bottom - top), resample), (0, top))
     return result
 
 

@@ -20,6 +20,7 @@ from ._image_processing_common import (
     FastVLMImageProcessorMixin,
     check_one_shape,
     check_unresized,
+    in_parallel,
     per_channel,
 )
 from ._image_resizing import crop_to_square, cut_into_tiles, pad_to_square
@@ -54,6 +55,8 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
 
     Each can be given in the call too.
 
+    Several pictures are decoded and resized in parallel, by as many threads as torch uses (`torch.get_num_threads()`).
+
     Raises:
         ValueError: an option or a picture that cannot be used; the message says why.
         ConnectionError: an address that cannot be downloaded.
@@ -65,6 +68,8 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
         >>> processor(Image.new("RGB", (640, 480)), return_tensors="np").pixel_values.shape
         (1, 3, 256, 256)
     """
+
+    _prepares_in_parallel = True
 
     def __init__(self, **kwargs: Unpack[FastVLMImageProcessorKwargs]) -> None:
         super().__init__(**kwargs)
@@ -109,22 +114,19 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
         device: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        tiles: list[Image.Image] = []
-        counts: list[int] = []
-        for image in images:
+        def cut(image: Image.Image) -> list[Image.Image]:
             if not do_resize:
                 check_unresized(image.height, image.width)
-                views = [image]
-            elif image_aspect_ratio == "pad":
-                views = [pad_to_square(image, size.height, resample)]
-            elif image_aspect_ratio == "square":
-                views = [crop_to_square(image, size.height, resample)]
-            else:
-                target = best_resolution((image.height, image.width), image_grid_pinpoints)
-                views = cut_into_tiles(image, target, size.height, resample)
-            tiles.extend(views)
-            counts.append(len(views))
+                return [image]
+            if image_aspect_ratio == "pad":
+                return [pad_to_square(image, size.height, resample)]
+            if image_aspect_ratio == "square":
+                return [crop_to_square(image, size.height, resample)]
+            target = best_resolution((image.height, image.width), image_grid_pinpoints)
+            return cut_into_tiles(image, target, size.height, resample)
 
+        views = in_parallel(cut, images)
+        tiles = [tile for cut_image in views for tile in cut_image]
         check_one_shape([(len(tile.getbands()), tile.height, tile.width) for tile in tiles])
         channels, height, width = len(tiles[0].getbands()), tiles[0].height, tiles[0].width
         # A pixel has 256 possible values, so scaling and normalizing are a table.
@@ -135,15 +137,17 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
             std = np.array(per_channel(image_std, channels, "image_std"), np.float32)
             table = (table - mean[:, None]) / std[:, None]
         pixel_values = np.empty((len(tiles), channels, height, width), np.float32)
-        for tile, values in zip(tiles, pixel_values, strict=True):
-            pixels = np.asarray(tile).reshape(height, width, channels)
-            for channel in range(channels):
-                np.take(table[channel], pixels[..., channel], out=values[channel], mode="clip")
 
+        def fill(index: int) -> None:
+            pixels = np.asarray(tiles[index]).reshape(height, width, channels)
+            for channel in range(channels):
+                np.take(table[channel], pixels[..., channel], out=pixel_values[index, channel], mode="clip")
+
+        in_parallel(fill, range(len(tiles)), len(images))
         data: dict[str, Any] = {"pixel_values": pixel_values if return_tensors else list(pixel_values)}
         if image_aspect_ratio == "anyres":
             data["image_sizes"] = np.array([(image.height, image.width) for image in images], np.int64)
-            data["num_tiles"] = np.array(counts, np.int64)
+            data["num_tiles"] = np.array([len(cut_image) for cut_image in views], np.int64)
         features = BatchFeature(data=data, tensor_type=return_tensors)
         if device is not None and return_tensors in ("pt", TensorType.PYTORCH):
             features = features.to(device)

@@ -172,8 +172,8 @@ def merged_conv(like: nn.Conv2d, kernel: Tensor, bias: Tensor) -> _Conv2d:
 def _float32_from_float16(hidden: Tensor, weight_dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """Return a context in which autocast to float16 is off, if float16 is in use, and an empty one otherwise."""
     device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    if autocast or weight_dtype == torch.float16:
+    autocast = kernels.autocasts(hidden) and torch.get_autocast_dtype(device) == torch.float16
+    if (autocast or weight_dtype == torch.float16) and device != "meta":
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

@@ -79,7 +79,7 @@ class FastVLMMultiModalProjector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Project (..., num_features) to (..., hidden_size)."""
         weight = self.linear_1.weight
-        if weight.is_floating_point() and not torch.is_autocast_enabled(features.device.type):
+        if weight.is_floating_point() and not kernels.autocasts(features):
             features = features.to(weight.dtype)  # FSDP's mixed precision may differ here from the encoder's end
         return self.linear_2(self.act(self.linear_1(features)))
 
@@ -325,18 +325,21 @@ class FastVLMModel(FastVLMPreTrainedModel):
             )
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
         count = features.numel() // features.shape[-1]
-        torch_compilable_check(
-            mask.sum() == count,
-            lambda: (
-                f"input_ids has {int(mask.sum())} <image> placeholders, but the images have {count} features. Let the "
-                "processor make both, with one <image> in the text for each image."
-            ),
-        )
+        if not mask.is_meta:  # without values there is nothing to count
+            torch_compilable_check(
+                mask.sum() == count,
+                lambda: (
+                    f"input_ids has {int(mask.sum())} <image> placeholders, but the images have {count} features. Let "
+                    "the processor make both, with one <image> in the text for each image."
+                ),
+            )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), features)
 
     def _check_no_placeholders(self, input_ids: Tensor | None, past_key_values: Cache | None) -> None:
         """Raise if a prompt has placeholders although there are no images to put there."""
         if input_ids is None or self.config.image_token_id is None or torch.compiler.is_compiling():
+            return
+        if input_ids.is_meta:
             return
         if input_ids.shape[1] == 1 or (past_key_values is not None and past_key_values.get_seq_length() > 0):
             return

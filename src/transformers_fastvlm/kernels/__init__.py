@@ -6,12 +6,13 @@ What is faster is decided at every call by device, type, shape and processor (`d
 """
 
 from .convolution import conv2d, plain_conv2d
-from .dispatch import eager_on_cpu, has_fast_products, is_slow
+from .dispatch import autocasts, eager_on_cpu, has_fast_products, is_slow
 from .feed_forward import conv2d_gelu, feed_forward, infers_on_cpu, plain_conv2d_gelu, plain_feed_forward
 from .linear import Linear, linear, plain_linear, speed_up_linear_layers
 
 __all__ = [
     "Linear",
+    "autocasts",
     "conv2d",
     "conv2d_gelu",
     "eager_on_cpu",

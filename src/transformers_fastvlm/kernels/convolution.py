@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .dispatch import eager_on_cpu, has_fast_products, result_dtype, vector_width
+from .dispatch import autocasts, eager_on_cpu, has_fast_products, result_dtype, vector_width
 from .linear import linear
 
 _STRIP = 3
@@ -27,7 +27,7 @@ def plain_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> Tensor:
     """Return `F.conv2d` in the type of `input`, whatever type the weights are stored in; under autocast in its type."""
-    if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+    if weight.dtype != input.dtype and not autocasts(input):
         weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
     return F.conv2d(input, weight, bias, stride, padding, 1, groups)
 

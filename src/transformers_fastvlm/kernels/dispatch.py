@@ -55,10 +55,14 @@ def has_fused_convolutions(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16, torch.float16) and has_fast_products(dtype)
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Return whether autocast is on for the device of `tensor`; the meta device, which computes nothing, has none."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
 def result_dtype(input: Tensor) -> torch.dtype:
     """Return the type of what a matrix product or convolution of `input` gives, autocast considered."""
-    device = input.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    return torch.get_autocast_dtype(input.device.type) if autocasts(input) else input.dtype
 
 
 def is_slow(input: Tensor) -> bool:

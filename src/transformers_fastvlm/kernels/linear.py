@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .dispatch import eager_on_cpu, has_fast_products, result_dtype
+from .dispatch import autocasts, eager_on_cpu, has_fast_products, result_dtype
 
 # From about this many rows on, converting the matrix to float32 pays.
 _MIN_ROWS = 8
@@ -18,7 +18,7 @@ _BLOCK = 1 << 24
 
 def plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `F.linear` in the type of `input`, whatever type the weights are stored in; under autocast in its type."""
-    if weight.dtype == input.dtype or torch.is_autocast_enabled(input.device.type):
+    if weight.dtype == input.dtype or autocasts(input):
         return F.linear(input, weight, bias)
     return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
 

@@ -37,25 +37,31 @@ class QuantizedLinear(nn.Linear):
         else:
             bias = None if self.bias is None else self.bias.float()
             out = F.linear(rows.float(), weight.dequantize().float(), bias).to(input.dtype)
-        return out.view(*input.shape[:-1], weight.shape[0])
+        return out.view(*input.shape[:-1], out.shape[-1])
 
     def _product(self, rows: Tensor, weight: Any) -> Tensor:
-        if _bits(weight) == 8:
-            ones = torch.ones(weight.shape[0], dtype=rows.dtype)
-            # The scales are float32, and the kernel would want them in bfloat16.
-            return (torch._weight_int8pack_mm(rows, weight.qdata, ones) * weight.scale.view(-1)).to(rows.dtype)
+        # Asking a tensor of torchao's for as little as its shape takes longer than a small product.
         packed = self.__dict__.get("_packed")
         if packed is None or packed[0] is not weight.qdata:
             packed = self.__dict__["_packed"] = (weight.qdata, *_pack(weight))
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed[1], weight.block_size[1], packed[2])
+        _, integers, scales, ones, group = packed
+        if ones is None:
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, integers, group, scales)
+        # The scales are float32, and the kernel would want them in bfloat16.
+        return torch._weight_int8pack_mm(rows, integers, ones).mul_(scales)
 
 
-def _pack(weight: Any) -> tuple[Tensor, Tensor]:
-    """Return 4-bit integers, two a byte, and (groups, out, 2) scales and offsets."""
+def _pack(weight: Any) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """Return integers and scales as the kernels take them, ones in place of scales for 8 bits, and the group size.
+
+    In 8 bits they are those of the weight itself; in 4 two integers a byte, and (groups, out, 2) scales and offsets.
+    """
+    if _bits(weight) == 8:
+        return weight.qdata, weight.scale.view(-1), torch.ones(weight.shape[0], dtype=torch.bfloat16, device="cpu"), 0
     integers = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.qdata.int() + 8, 1)
     offsets = -weight.zero_point.float() * weight.scale.float()
     scales = torch.stack((weight.scale.float(), offsets), -1).transpose(0, 1).contiguous()
-    return integers, scales.to(torch.bfloat16)
+    return integers, scales.to(torch.bfloat16), None, weight.block_size[1]
 
 
 def _bits(weight: Any) -> int:
