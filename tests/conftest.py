@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by the suite: golden data and the tiny checkpoints rebuilt from it."""
 
+import functools
 import importlib.util
 import shutil
 import sys
@@ -10,6 +11,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
+
+from helpers import golden_images
+from transformers_fastvlm import FastVLMProcessor
 
 # Tiny models are slower on many threads than on one, above all when test processes run side by side.
 torch.set_num_threads(1)
@@ -55,6 +60,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return out
 
     return get
+
+
+@pytest.fixture(scope="session")
+def processors(checkpoint: Callable[[str], Path]) -> Callable[[str], FastVLMProcessor]:
+    """Load the processor of a tiny checkpoint by name, once a session; treat it as read-only."""
+    return functools.cache(lambda name: FastVLMProcessor.from_pretrained(checkpoint(name)))
+
+
+@pytest.fixture
+def processor(processors: Callable[[str], FastVLMProcessor]) -> FastVLMProcessor:
+    """The processor of qwen2_tied, read-only."""
+    return processors("qwen2_tied")
+
+
+@pytest.fixture
+def picture(golden: Path) -> Image.Image:
+    """A wide golden image."""
+    return golden_images(golden, ["wide_rgb.png"])[0]
 
 
 @pytest.fixture

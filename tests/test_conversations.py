@@ -16,7 +16,6 @@ import torch
 import transformers
 from packaging.version import Version
 from PIL import Image
-from transformers import AutoProcessor
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from helpers import expand, golden_images
@@ -38,29 +37,6 @@ def text(value: str) -> dict[str, str]:
 
 def user(*parts: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(parts)}]
-
-
-@pytest.fixture(scope="module")
-def processors(checkpoint: Callable[[str], Path]) -> Callable[[str], FastVLMProcessor]:
-    """Processors of the golden checkpoints, loaded once; tests do not change them."""
-    loaded: dict[str, FastVLMProcessor] = {}
-
-    def get(name: str) -> FastVLMProcessor:
-        if name not in loaded:
-            loaded[name] = AutoProcessor.from_pretrained(checkpoint(name))
-        return loaded[name]
-
-    return get
-
-
-@pytest.fixture
-def processor(processors: Callable[[str], FastVLMProcessor]) -> FastVLMProcessor:
-    return processors("qwen2_tied")
-
-
-@pytest.fixture
-def picture(golden: Path) -> Image.Image:
-    return golden_images(golden, ["wide_rgb.png"])[0]
 
 
 @pytest.mark.parametrize("name", ["qwen2_tied", "llama"])

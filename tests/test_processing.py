@@ -23,33 +23,10 @@ from transformers_fastvlm.processing_fastvlm import chat_template_for
 ASK = "<image>\nDescribe the image."
 
 
-@pytest.fixture(scope="module")
-def processors(checkpoint: Callable[[str], Path]) -> Callable[[str], FastVLMProcessor]:
-    """Processors of the golden checkpoints, loaded once; tests do not change them."""
-    loaded: dict[str, FastVLMProcessor] = {}
-
-    def get(name: str) -> FastVLMProcessor:
-        if name not in loaded:
-            loaded[name] = AutoProcessor.from_pretrained(checkpoint(name))
-        return loaded[name]
-
-    return get
-
-
-@pytest.fixture
-def processor(processors: Callable[[str], FastVLMProcessor]) -> FastVLMProcessor:
-    return processors("qwen2_tied")
-
-
 @pytest.fixture
 def own(checkpoint: Callable[[str], Path]) -> FastVLMProcessor:
     """A processor that a test may change."""
     return FastVLMProcessor.from_pretrained(checkpoint("qwen2_tied"))
-
-
-@pytest.fixture
-def picture(golden: Path) -> Image.Image:
-    return golden_images(golden, ["wide_rgb.png"])[0]
 
 
 def golden_cases(golden: Path, name: str) -> dict[str, dict[str, Any]]:

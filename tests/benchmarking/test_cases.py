@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cases that options ask for, and options that cannot be used."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,24 @@ def test_each_combination_is_a_group_with_its_peers() -> None:
     ]
     assert len({case.group for case in found}) == 8
     assert len({(case.label, case.resolution, case.dtype, case.batch) for case in found}) == len(found)
+
+
+def test_each_model_has_its_own_size_by_default(checkpoint: Callable[[str], Path]) -> None:
+    tiny = str(checkpoint("qwen2_tied"))
+    found = cases(Options(models=(tiny, "0.5B"), against=("native", "llava-onevision-0.5b")))
+    assert [(case.kind, case.resolution) for case in found] == [
+        ("fastvlm", 256),
+        ("native", 256),
+        ("llava-onevision", 1152),
+        ("fastvlm", 1024),
+        ("native", 1024),
+    ]
+
+
+def test_another_model_has_no_size(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="has model_type 'qwen2'; expected a FastVLM"):
+        cases(Options(models=(str(tmp_path),)))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,16 @@ def test_a_table_and_a_record(run: Run, checkpoint: Callable[[str], Path], tmp_p
     _check(record)
 
 
+def test_the_packages_own_model(run: Run, tmp_path: Path) -> None:
+    picture = tmp_path / "photo.jpg"
+    make_photo(300, 200).save(picture)
+    words = ["--image", picture, "--threads", "1", "--repetitions", "1", "--warmup", "0", "--new-tokens", "4"]
+    record = json.loads(run("bench", "tiny", *words, "--device", "cpu", "--json").stdout)
+    (result,) = record["results"]
+    assert (result["model"], result["resolution"], result["image_tokens"]) == ("tiny", 256, 16)
+    assert result["weights"] == "checkpoint" and result["seconds"]["first_token"]["median"] > 0
+
+
 def _check(record: dict[str, Any]) -> None:
     parts = ("kind", "machine", "versions", "options", "picture", "results", "ratios")
     assert list(record) == ["format", *parts]

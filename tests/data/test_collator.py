@@ -21,24 +21,6 @@ PICTURE = Image.new("RGB", (8, 8))
 TOKENS = 16  # of an image of the golden checkpoints, 256 pixels
 
 
-@pytest.fixture(scope="module")
-def processors(checkpoint: Callable[[str], Path]) -> Callable[[str], FastVLMProcessor]:
-    """Processors of the golden checkpoints, loaded once; tests do not change them."""
-    loaded: dict[str, FastVLMProcessor] = {}
-
-    def get(name: str) -> FastVLMProcessor:
-        if name not in loaded:
-            loaded[name] = FastVLMProcessor.from_pretrained(checkpoint(name))
-        return loaded[name]
-
-    return get
-
-
-@pytest.fixture
-def processor(processors: Callable[[str], FastVLMProcessor]) -> FastVLMProcessor:
-    return processors("qwen2_tied")
-
-
 @pytest.fixture
 def picture(golden: Path) -> Image.Image:
     return golden_images(golden, ["tiny_rgb.png"])[0]

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
 
-from ..configuration_fastvlm import ENCODER_STRIDE
+from transformers import AutoConfig
+
+from ..configuration_fastvlm import ENCODER_STRIDE, FastVLMConfig
 
 __all__ = ["LLAVA_ONEVISION", "NATIVE", "SIZES", "Case", "Options", "cases"]
 
@@ -47,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a run; see `fastvlm bench --help`.
+    """Options of a run; see `fastvlm bench --help`. No `sizes` stands for the one that each model was made for.
 
     Raises:
         ValueError: a value that cannot be used; the message says what was expected.
@@ -55,7 +57,7 @@ class Options:
 
     models: tuple[str, ...] = ("0.5B",)
     against: tuple[str, ...] = ()
-    sizes: tuple[int, ...] = (1024,)
+    sizes: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ("float32",)
     batches: tuple[int, ...] = (1,)
     device: str = "cpu"
@@ -74,7 +76,7 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("models", "sizes", "dtypes", "batches"):
             values = getattr(self, name)
-            if not values:
+            if not values and name != "sizes":
                 raise ValueError(f"{name} is empty; name at least one.")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} is {', '.join(map(str, values))}: a value occurs twice. Name each once.")
@@ -113,7 +115,9 @@ def cases(options: Options) -> list[Case]:
     resolution.
     """
     found: list[Case] = []
-    combinations = list(product(options.dtypes, options.batches, options.models, options.sizes))
+    sizes = {model: options.sizes or (_own_size(model),) for model in options.models}
+    pairs = [(model, side) for model in options.models for side in sizes[model]]
+    combinations = [(dtype, batch, *pair) for dtype, batch, pair in product(options.dtypes, options.batches, pairs)]
     for group, (dtype, batch, model, side) in enumerate(combinations):
         label = model if model in SIZES else os.path.basename(model.rstrip("/"))
         reference = (label, side)
@@ -125,12 +129,24 @@ def cases(options: Options) -> list[Case]:
             common["reference"] = reference
             if name == NATIVE:
                 found.append(Case(f"{label} native", NATIVE, model, side, **common))
-            elif model == options.models[0] and side == max(options.sizes):
+            elif model == options.models[0] and side == max(sizes[model]):
                 if name == LLAVA_ONEVISION:
                     found.append(Case("LLaVA-OneVision-0.5B", "llava-onevision", name, LLAVA_ONEVISION_SIDE, **common))
                 else:
                     found.append(Case(os.path.basename(name.rstrip("/")), "other", name, None, **common))
     return found
+
+
+def _own_size(model: str) -> int:
+    """Return height and width of the pictures that a model was made for."""
+    config: Any = FastVLMConfig.from_preset(model) if model in SIZES else AutoConfig.from_pretrained(model)
+    if not isinstance(config, FastVLMConfig):
+        raise ValueError(
+            f"{model!r} has model_type {config.model_type!r}; expected a FastVLM. Compare with other models by "
+            f"--against {model}."
+        )
+    vision: Any = config.vision_config
+    return int(vision.image_size)
 
 
 def _one_of(what: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:

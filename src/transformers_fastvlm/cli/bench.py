@@ -25,7 +25,7 @@ def bench(
         typer.Argument(
             metavar="[MODEL]...",
             help="0.5B, 1.5B or 7B by its shape with random weights, on which speed does not depend; or a checkpoint's "
-            "directory or name. Default: 0.5B.",
+            "directory or name, or tiny, the small model of the package itself. Default: 0.5B.",
             show_default=False,
         ),
     ] = None,
@@ -37,7 +37,8 @@ def bench(
         ),
     ] = "",
     size: Annotated[
-        str | None, typer.Option(help="Heights and widths in pixels, separated by commas. Default: 1024.")
+        str | None,
+        typer.Option(help="Heights and widths in pixels, separated by commas. Default: what each model was made for."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16, or several with commas; auto: bfloat16 on CUDA.")
@@ -80,7 +81,7 @@ def bench(
                 raise UserError(f"--encoders measures encoders alone, at sizes of their own; leave out {option}.")
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out is {out}, but there is no directory {out.parent}. Make it first.")
-    sizes, batches = _numbers(size or "1024", "--size"), _numbers(batch, "--batch")
+    sizes, batches = _numbers(size, "--size") if size else (), _numbers(batch, "--batch")
     if plots is not None:
         _check_matplotlib()
 
@@ -88,8 +89,8 @@ def bench(
 
     place = _device(device)
     chosen = Options(
-        models=tuple(models or ("0.5B",)),
-        against=names,
+        models=tuple(map(options.checkpoint_name, models or ("0.5B",))),
+        against=tuple(map(options.checkpoint_name, names)),
         sizes=sizes,
         dtypes=_dtypes(dtype, place),
         batches=batches,
