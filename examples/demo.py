@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer a question about a picture, offline, with a tiny model built on the spot.
+"""Answer questions about pictures, offline, with the small model that comes with the package.
 
-    python examples/demo.py [--image FILE] [--question TEXT] [--model CHECKPOINT] [--out demo_output.png]
+    python examples/demo.py [--image FILE --question TEXT] [--model CHECKPOINT] [--out demo_output.png]
 
-Builds an untrained FastVLM and its tokenizer from a seed, writes them as a checkpoint laid out as Apple's, asks it
-through `fastvlm generate`, and draws the picture with question and answer under it. The way from picture to words is
-that of the published models; the words themselves are noise, since nothing was learned. With --model the question goes
-to a real checkpoint.
+Asks `fastvlm generate` about four bundled pictures, or about one of yours, prints questions and answers, and writes a
+page that shows the pictures with both. The embedded model has 3.8 million parameters and knows drawn scenes only; with
+--model the questions go to a real checkpoint, the same way.
 """
 
 import argparse
@@ -15,104 +14,30 @@ import io
 import json
 import os
 import shlex
-import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from tokenizers import models
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers.utils import logging
 
-from transformers_fastvlm import FastVLMConfig, FastVLMForConditionalGeneration
-from transformers_fastvlm.checkpoints import convert
 from transformers_fastvlm.cli import main as fastvlm
 
-PICTURE = Path(__file__).parent / "images" / "street.jpg"
-QUESTION = "What number is on the sign?"
-NOISE = "This model is untrained: its words are noise."
-SEED = 42
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# What the noise is made of; an untrained head over bytes would hardly ever hit a printable character.
-WORDS = """
-a and at blue by car cloud day door far field grass green hill house in is long near not of old on over red road
-roof seen sign sky slow some stone sun that the there tree two under wall warm white wide wind window with yes
-"""
-
-
-def build_tokenizer(directory: Path) -> dict[str, int]:
-    """Write a byte-level tokenizer in Qwen2's files and return its vocabulary: 256 bytes, words, special tokens."""
-    vocabulary = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
-    merges = []
-    for word in WORDS.split():
-        piece = "\u0120"  # a space, as byte-level tokenizers write it
-        for letter in word:
-            if piece + letter not in vocabulary:
-                vocabulary[piece + letter] = len(vocabulary)
-                merges.append((piece, letter))
-            piece += letter
-    models.BPE(vocabulary, merges).save(str(directory))
-    special = {token: len(vocabulary) + index for index, token in enumerate(SPECIAL_TOKENS)}
-    config = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "added_tokens_decoder": {str(index): {"content": token, "special": True} for token, index in special.items()},
-        "bos_token": None,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": None,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    return vocabulary | special
-
-
-def build_checkpoint(directory: Path) -> Path:
-    """Write an untrained FastVLM of under a million parameters, laid out as Apple's checkpoints, and return where."""
-    parts = directory / "parts"
-    parts.mkdir()
-    vocabulary = build_tokenizer(parts)
-    rows = len(vocabulary) + 1
-    config = FastVLMConfig(
-        vision_config={
-            "image_size": 512,
-            "depths": [1, 1, 2, 1, 1],
-            "hidden_sizes": [8, 16, 32, 64, 128],
-            "projection_dim": 0,
-            "layer_scale_init_value": 1.0,
-            "initializer_range": 0.2,
-        },
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": rows,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "initializer_range": 0.3,
-            "eos_token_id": vocabulary["<|im_end|>"],
-            "pad_token_id": vocabulary["<|endoftext|>"],
-        },
-        image_token_id=rows - 1,
-    )
-    torch.manual_seed(SEED)
-    model = FastVLMForConditionalGeneration(config)
-    words = torch.tensor([vocabulary[f"\u0120{word}"] for word in WORDS.split()])
-    with torch.no_grad():
-        # Other tokens get the logit 0, which the largest of the words' exceeds.
-        head = torch.zeros_like(model.lm_head.weight)
-        head[words] = model.lm_head.weight[words]
-        model.lm_head.weight.copy_(head)
-    model.save_pretrained(parts)
-    return convert(parts, directory / "fastvlm-noise", "apple").directory
+IMAGES = Path(__file__).parent / "images"
+QUESTIONS = (
+    (IMAGES / "sign.png", "What number is written?"),
+    (IMAGES / "sign.png", "Read the word."),
+    (IMAGES / "objects.png", "Is the yellow star left or right of the blue square?"),
+    (IMAGES / "count.png", "How many stars are there?"),
+    (IMAGES / "chart.png", "How high is the yellow bar?"),
+    (IMAGES / "chart.png", "Which bar is the highest?"),
+)
+COLUMNS, CELL, MARGIN = 3, 360, 24
 
 
 def ask(model: str, picture: Path, question: str) -> dict[str, Any]:
     """Run `fastvlm generate --json` and return what it printed."""
-    command = ["generate", os.path.relpath(picture), "-p", question, "--model", model]
-    command += ["--max-new-tokens", "12", "--json"]
+    command = ["generate", os.path.relpath(picture), "-p", question, "--model", model, "--json"]
     print("$", shlex.join(["fastvlm", *command]))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -125,47 +50,50 @@ def ask(model: str, picture: Path, question: str) -> dict[str, Any]:
     return result
 
 
-def draw(picture: Path, question: str, answer: str, note: str) -> Image.Image:
-    """Return the picture with the question, the answer and a note under it."""
-    width, margin = 960, 36
-    lines = [(line, 34, "#1d1f23") for line in textwrap.wrap(question, 52)]
-    lines += [(line, 34, "#0b5fa5") for line in textwrap.wrap(answer, 52) or ["(nothing)"]]
-    lines += [(line, 22, "#7a7f87") for line in textwrap.wrap(note, 84)]
+def cell(picture: Path, question: str, answer: str) -> Image.Image:
+    """Return a picture, CELL pixels wide or high, with question and answer under it."""
+    lines = [(line, "#1d1f23") for line in textwrap.wrap(question, 36)]
+    lines += [(line, "#0b5fa5") for line in textwrap.wrap(answer, 36) or ["(nothing)"]]
     with Image.open(picture) as image:
         shown = image.convert("RGB")
-    shown = shown.resize((width, max(1, round(shown.height * width / shown.width))), Image.Resampling.LANCZOS)
-    page = Image.new(
-        "RGB", (width, shown.height + 2 * margin + sum(round(size * 1.45) for _, size, _ in lines)), "white"
-    )
-    page.paste(shown)
-    pen, down = ImageDraw.Draw(page), shown.height + margin
-    for text, size, colour in lines:
-        pen.text((margin, down), text, fill=colour, font=ImageFont.load_default(size=size))
-        down += round(size * 1.45)
+    scale = CELL / max(shown.size)
+    shown = shown.resize((max(1, round(shown.width * scale)), max(1, round(shown.height * scale))))
+    page = Image.new("RGB", (CELL, shown.height + 16 + 30 * len(lines)), "white")
+    page.paste(shown, ((CELL - shown.width) // 2, 0))
+    pen = ImageDraw.Draw(page)
+    for number, (text, colour) in enumerate(lines):
+        pen.text((4, shown.height + 10 + 30 * number), text, fill=colour, font=ImageFont.load_default(size=21))
+    return page
+
+
+def draw(cells: list[Image.Image]) -> Image.Image:
+    """Return a page with the cells side by side, COLUMNS in a row."""
+    rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
+    heights = [max(one.height for one in row) + MARGIN for row in rows]
+    page = Image.new("RGB", (len(rows[0]) * (CELL + MARGIN) + MARGIN, sum(heights) + MARGIN), "white")
+    for number, row in enumerate(rows):
+        for column, one in enumerate(row):
+            page.paste(one, (MARGIN + column * (CELL + MARGIN), MARGIN + sum(heights[:number])))
     return page
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the arguments, ask, print and draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--image", type=Path, default=PICTURE, help="picture to ask about")
-    parser.add_argument("--question", default=QUESTION)
-    parser.add_argument("--model", help="a checkpoint to ask instead of the untrained model")
+    parser.add_argument("--image", type=Path, help="picture to ask about instead of the bundled ones")
+    parser.add_argument("--question", default="Describe the picture.", help="what to ask about --image")
+    parser.add_argument("--model", default="tiny", help="a checkpoint to ask instead of the embedded model")
     parser.add_argument("--out", type=Path, default=Path("demo_output.png"), help="picture to write")
     options = parser.parse_args(arguments)
-    note = "" if options.model else NOISE
-    with tempfile.TemporaryDirectory() as folder:
-        logging.disable_progress_bar()
-        model = options.model or str(build_checkpoint(Path(folder)))
-        result = ask(model, options.image, options.question)
-    tokens = result["tokens"]
-    print(f"question  {options.question}")
-    print(f"answer    {result['answer']}")
-    print(f"          {tokens['image']} image tokens, {tokens['prompt']} in the prompt, {tokens['answer']} answered")
-    if note:
-        print(f"\n{note}\nA trained checkpoint goes the same way: add --model, or use `fastvlm generate` itself.")
-    draw(options.image, options.question, result["answer"], note).save(options.out)
-    print(f"\npicture with question and answer: {options.out}")
+    logging.disable_progress_bar()
+    cells = []
+    for picture, question in [(options.image, options.question)] if options.image else QUESTIONS:
+        result = ask(options.model, picture, question)
+        print(f"question  {question}")
+        print(f"answer    {result['answer']}\n")
+        cells.append(cell(picture, question, result["answer"]))
+    draw(cells).save(options.out)
+    print(f"pictures with questions and answers: {options.out}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion import Conversion, convert
+    from .embedded import tiny_checkpoint
     from .projector import load_projector
     from .source import Layout, detect_layout
 
@@ -15,9 +16,10 @@ _MODULE_OF = {
     "convert": "conversion",
     "detect_layout": "source",
     "load_projector": "projector",
+    "tiny_checkpoint": "embedded",
 }
 
-__all__ = ["Conversion", "Layout", "convert", "detect_layout", "load_projector"]
+__all__ = ["Conversion", "Layout", "convert", "detect_layout", "load_projector", "tiny_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

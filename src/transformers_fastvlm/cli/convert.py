@@ -23,7 +23,7 @@ class LayoutName(enum.StrEnum):
 
 @reports_errors
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Directory of a checkpoint, or a hub repository.")],
+    source: options.Source,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")],
     to: Annotated[
         LayoutName,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -35,9 +35,7 @@ _PARTS = (
 
 @reports_errors
 def info(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Directory of a checkpoint, or its name on the Hugging Face hub.")
-    ] = options.DEFAULT_MODEL,
+    model: options.ModelArgument = options.DEFAULT_MODEL,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:

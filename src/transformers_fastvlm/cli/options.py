@@ -2,6 +2,7 @@
 """Arguments and options that several verbs have in common."""
 
 import enum
+import os
 from typing import Annotated
 
 import typer
@@ -14,9 +15,11 @@ __all__ = [
     "DtypeName",
     "MaxNewTokens",
     "Model",
+    "ModelArgument",
     "NumBeams",
     "Seed",
     "Size",
+    "Source",
     "System",
     "Temperature",
     "TopP",
@@ -25,6 +28,7 @@ __all__ = [
 ]
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
+TINY = "tiny"
 SIZE_STEP = 64
 
 
@@ -44,9 +48,19 @@ def _multiple_of_64(size: int | None) -> int | None:
     return size
 
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="Directory of a checkpoint, or its name on the Hugging Face hub.")
-]
+def checkpoint_name(name: str) -> str:
+    """Return what a checkpoint's name stands for: "tiny" is the model that comes with the package."""
+    if name != TINY or os.path.isdir(name):
+        return name
+    from ..checkpoints import tiny_checkpoint
+
+    return str(tiny_checkpoint())
+
+
+_NAMES = "Directory of a checkpoint, its name on the Hugging Face hub, or tiny, the small model of the package itself."
+Model = Annotated[str, typer.Option("--model", "-m", callback=checkpoint_name, help=_NAMES)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", callback=checkpoint_name, help=_NAMES)]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", callback=checkpoint_name, help=_NAMES)]
 Device = Annotated[str, typer.Option(help="auto (CUDA, else Apple's GPU, else the CPU), cpu, cuda, cuda:1, mps, …")]
 Dtype = Annotated[
     DtypeName, typer.Option(help="auto is the checkpoint's own, but float32 for a float16 checkpoint on a CPU.")

@@ -106,7 +106,7 @@ class ImageFolder:
         """Return the path of a name, which lies in the folder."""
         if "://" in name or name.startswith("data:"):
             raise SampleError(
-                f"the image {name[:80]!r} is an address; nothing is fetched while training. Download the images into a "
+                f"the image {name[:80]!r} is an address; nothing is fetched. Download the images into a "
                 "folder and name them by their paths in it."
             )
         if self.folder is None or self._real is None:

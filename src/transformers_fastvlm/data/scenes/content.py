@@ -274,7 +274,7 @@ def _paint_count(page: _Page) -> tuple[str, list[Question]]:
     rng, canvas = page.rng, page.canvas
     room = _cells(canvas.width) * _cells(canvas.height)
     colors, shapes = rng.sample(list(COLORS), rng.choice((1, 2, 2))), rng.sample(SHAPES, rng.choice((1, 2, 2)))
-    number = rng.randint(1, min(7, room))
+    number = rng.randint(1, min(5, room))
     objects = _place(page, [(rng.choice(colors), rng.choice(shapes)) for _ in range(number)])
     questions = [Question("count", rng.choice(("How many shapes are there?", "Count the shapes.")), str(number))]
     other_shape = rng.choice([shape for shape in SHAPES if shape not in shapes])
@@ -292,7 +292,7 @@ def _paint_count(page: _Page) -> tuple[str, list[Question]]:
 def _paint_text(page: _Page) -> tuple[str, list[Question]]:
     """A number, a word, or both, one above the other."""
     rng, canvas = page.rng, page.canvas
-    digits = rng.randint(2, 4)
+    digits = rng.randint(2, 3)
     number = str(rng.randint(10 ** (digits - 1), 10**digits - 1))
     room = canvas.width * 0.92
     longest = min(5, int(room / 28))
@@ -303,7 +303,7 @@ def _paint_text(page: _Page) -> tuple[str, list[Question]]:
     band = canvas.height / len(lines)
     for position, (kind, text) in enumerate(lines):
         height = rng.uniform(min(40, band * 0.8), min(100, band * 0.8))
-        width = rng.uniform(min(room, len(text) * 32), min(room, len(text) * 64))
+        width = rng.uniform(min(room, len(text) * 40), min(room, len(text) * 64))
         x = canvas.width / 2 + rng.uniform(-1, 1) * max(0.0, (canvas.width - width) / 2 - 4)
         y = (position + 0.5) * band + rng.uniform(-1, 1) * max(0.0, (band - height) / 2 - 3)
         _write(page, text, x, y, width, height)
