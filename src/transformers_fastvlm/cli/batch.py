@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm batch`: the same question about many pictures, answered into one file."""
+
+import enum
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options
+from .errors import FAILURE, notice, one_line, reports_errors
+
+if TYPE_CHECKING:
+    from ..engines.base import Engine
+    from ..serving.batch import Report
+
+__all__ = ["batch"]
+
+INTERRUPTED = 130
+
+
+class EngineName(enum.StrEnum):
+    """Values of --engine."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+@reports_errors
+def batch(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Pictures, videos, folders (with all that is in them), quoted patterns such as 'photos/**/*.jpg', "
+            "and tables: .csv, .tsv, .json, .jsonl, .parquet.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File to write: .jsonl, .parquet, or .srt for the captions of one video."),
+    ],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt", "-p", help="What to ask of each picture. {column} in it stands for a value of a table's row."
+        ),
+    ],
+    model: options.Model = options.DEFAULT_MODEL,
+    engine: Annotated[
+        EngineName, typer.Option(help="What runs the model; vLLM must be installed for vllm.")
+    ] = EngineName.transformers,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Pictures that are answered together; a kill costs one such batch at most.")
+    ] = 16,
+    image_column: Annotated[str, typer.Option(help="A table's column with the paths of pictures, or their bytes.")] = (
+        "image"
+    ),
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Where a table's paths begin and must stay in; the table's own folder by default."),
+    ] = None,
+    every: Annotated[float, typer.Option(help="Seconds between the frames that are taken of a video.")] = 5.0,
+    srt: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Also write the captions of each video as FOLDER/NAME.srt."),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin again, whatever is done or written; replaces the output.")
+    ] = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = options.DtypeName.auto,
+    size: options.Size = None,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = None,
+    seed: options.Seed = None,
+    upright: options.Upright = False,
+    debug: options.Debug = False,
+) -> None:
+    """Ask the same question about many pictures; write a row for each.
+
+    What is done is on the disk after each batch. Killed or stopped, the same command goes on where it was. Pictures
+    that cannot be read get a row with the error; the exit code is then 1. Apple's weights are for research only.
+
+    Example: fastvlm batch photos -o captions.jsonl -p "Describe the picture."
+    """
+    from ..engines.base import Sampling
+    from ..serving.batch import BatchOptions, Interrupted, run_batch
+    from .session import Sampling as Chosen
+    from .sources import check_loadable, licence_notice, read_config
+
+    Chosen(max_new_tokens, temperature, top_p, 1, seed).check()
+    settings: dict[str, Any] = {"dtype": dtype.value, "device": device, "size": size}
+    config = read_config(model)
+    check_loadable(model, config)
+
+    def load() -> "Engine":
+        from transformers.utils import logging
+
+        from ..engines import load_engine
+
+        logging.disable_progress_bar()
+        loaded = load_engine(engine.value, model, batch_size=batch_size, **settings)
+        if message := licence_notice(model, config):
+            notice(message)
+        return loaded
+
+    chosen = BatchOptions(
+        prompt=prompt,
+        image_column=image_column,
+        image_folder=None if image_folder is None else str(image_folder),
+        every=every,
+        upright=upright,
+        system=system,
+        sampling=Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=1.0 if top_p is None else top_p,
+            seed=seed,
+        ),
+        batch_size=batch_size,
+    )
+    about = {"model": model, "engine": engine.value, **settings}
+    try:
+        with _Progress() as bar:
+            report = run_batch(
+                inputs, output, load, chosen, about=about, subtitles=srt, restart=restart, progress=bar.show
+            )
+    except Interrupted as error:
+        kept = f" They are kept in {output}.journal; the same command goes on from there." if error.rows else ""
+        notice(f"fastvlm: {one_line(error)}{kept}")
+        raise typer.Exit(INTERRUPTED) from None
+    _tell(report)
+    if report.errors:
+        raise typer.Exit(FAILURE)
+
+
+class _Progress:
+    """A bar on standard error, where that is a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._task = self._bar.add_task("answering", total=None)
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, done: int, total: int | None) -> None:
+        """Show how many rows are done; the total of videos is an estimate."""
+        self._bar.update(self._task, completed=done, total=None if total is None else max(done, total))
+
+
+def _tell(report: "Report", say: Callable[[str], None] = notice) -> None:
+    """Print what was written and what could not be answered."""
+    details = []
+    if report.resumed_rows:
+        details.append(f"{report.resumed_rows:,} of them done before")
+    if report.cut:
+        details.append(f"{report.cut:,} cut at --max-new-tokens")
+    say(f"{report.rows:,} rows in {report.output}" + (f" ({', '.join(details)})" if details else ""))
+    for path in report.subtitles:
+        say(f"captions in {path}")
+    if report.left_out:
+        say(f"{report.left_out:,} files in the folders are neither pictures nor videos and were left out")
+    if report.errors:
+        say(f"fastvlm: {report.errors:,} rows have no answer, but an error:")
+        for place, error in report.examples:
+            say(f"  {place}: {one_line(ValueError(error))}")
+        if report.errors > len(report.examples):
+            say(f"  and {report.errors - len(report.examples):,} more; see `error` in {report.output}")

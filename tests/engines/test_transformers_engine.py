@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine over Transformers: answers of rows together beside those of each alone, options, and refusals."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+from transformers_fastvlm.cli.session import Session
+from transformers_fastvlm.engines import ENGINES, Engine, Sampling, TransformersEngine, load_engine
+
+QUESTION = "Describe the image."
+SHORT = Sampling(max_new_tokens=8)
+
+
+def ask(text: str, *pictures: Image.Image, system: str | None = None) -> list[dict[str, Any]]:
+    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> Path:
+    return checkpoint("qwen2_untied")
+
+
+@pytest.fixture(scope="module")
+def engine(model) -> TransformersEngine:
+    engine = load_engine("transformers", str(model), dtype="float32", device="cpu", batch_size=3)
+    assert isinstance(engine, TransformersEngine)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def pictures(golden) -> list[Image.Image]:
+    return [picture(golden / "images" / name) for name in ("wide_rgb.png", "tall_rgb.jpg")]
+
+
+def picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.copy()
+
+
+@pytest.fixture
+def mixed(pictures) -> list[list[dict[str, Any]]]:
+    wide, tall = pictures
+    return [
+        ask(QUESTION, wide),
+        ask("Hi"),
+        ask("What is the difference? Answer in a few words, and say which one is older, and why.", wide, tall),
+        ask(QUESTION, tall, system="Be brief."),
+        ask("Read the text."),
+        ask("What colour is it, and what is to the left of it?", tall),
+        ask(QUESTION, wide.convert("L")),
+    ]
+
+
+@pytest.mark.parametrize("name", ["qwen2_untied", "qwen2_anyres", "llama"])
+def test_each_row_as_when_it_is_asked_alone(checkpoint, mixed, name: str) -> None:
+    engine = TransformersEngine(str(checkpoint(name)), dtype="float32", device="cpu", batch_size=3)
+    session = Session(name, engine.model, engine.processor, 0.0)
+    session.sampling = type(session.sampling)(max_new_tokens=8)
+    expected = [session.answer(conversation) for conversation in mixed]
+    answers = engine.generate(mixed, SHORT)
+    assert [answer.text for answer in answers] == [answer.text for answer in expected]
+    assert [(a.prompt_tokens, a.completion_tokens) for a in answers] == [
+        (a.prompt_tokens, a.answer_tokens) for a in expected
+    ]
+    ends = {"end": "stop", "length": "length"}
+    assert [answer.finish_reason for answer in answers] == [ends[answer.stopped] for answer in expected]
+
+
+def test_longest_first_in_batches_of_the_size(engine, mixed, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    plain = engine.model.generate
+
+    def generate(**inputs: Any) -> Any:
+        mask = inputs["attention_mask"]
+        assert bool(mask[:, -1].all()) and bool((mask.diff(dim=1) >= 0).all())  # padded on the left
+        shapes.append((len(mask), int(mask.sum(-1).min()), mask.shape[1]))
+        return plain(**inputs)
+
+    monkeypatch.setattr(engine.model, "generate", generate)
+    engine.generate(mixed, SHORT)
+    assert [rows for rows, _, _ in shapes] == [3, 3, 1]
+    assert all(shortest >= longest for (_, shortest, _), (_, _, longest) in itertools.pairwise(shapes))
+
+
+def test_ends_where_a_text_says(engine, pictures) -> None:
+    conversations = [ask(QUESTION, pictures[0]), ask("Hi"), ask(QUESTION, pictures[1])]
+    whole = engine.generate(conversations, Sampling(max_new_tokens=24))
+    stop = whole[0].text[4:6]
+    ended = engine.generate(conversations, Sampling(max_new_tokens=24, stop=(stop, "\0never")))
+    for before, after in zip(whole, ended, strict=True):
+        at = before.text.find(stop)
+        assert after.text == (before.text if at < 0 else before.text[:at]).strip()
+        if at >= 0:
+            assert after.finish_reason == "stop" and after.completion_tokens <= before.completion_tokens
+    assert ended[0].completion_tokens < whole[0].completion_tokens
+
+
+def test_sampling_by_seed(engine, pictures) -> None:
+    conversations = [ask(QUESTION, pictures[0]), ask(QUESTION, pictures[0])]
+    options = {"max_new_tokens": 8, "temperature": 2.0, "top_p": 0.99}
+    one, again, other = (
+        [a.text for a in engine.generate(conversations, Sampling(seed=s, **options))] for s in (1, 1, 2)
+    )
+    assert one == again != other
+    assert engine.generate(conversations, SHORT) == engine.generate(conversations, SHORT)
+
+
+def test_an_answer_ends_with_the_context_of_its_own_row(engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    long, short = ask("Read the text. " * 9), ask("Hi")
+    alone = engine.generate([short], SHORT)
+    tokens = engine.generate([long], Sampling(max_new_tokens=1))[0].prompt_tokens
+    monkeypatch.setattr(engine.processor, "context_length", tokens + 2)
+    cut, whole = engine.generate([long, short], SHORT)
+    assert cut.completion_tokens <= 2 and [whole] == alone
+    monkeypatch.setattr(engine.processor, "context_length", tokens)
+    with pytest.raises(ValueError, match=f"has {tokens} tokens and fills the model's context of {tokens}"):
+        engine.generate([long], SHORT)
+
+
+def test_refuses_before_the_model_runs(engine, pictures, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(**_: Any) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(engine.model, "generate", never)
+    pictures[0].save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
+    good = ask(QUESTION, pictures[0])
+    with Image.open(tmp_path / "cut.png") as cut:
+        bad = {
+            "1 places": ask("What is <image>?"),
+            "2 places": ask("What is <image>?", pictures[0]),
+            "truncated": ask(QUESTION, cut),
+            "values from": ask(QUESTION, Image.new("F", (8, 8), 7.0)),
+            "expected type text": [{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}],
+        }
+        for message, conversation in bad.items():
+            with pytest.raises(ValueError, match=f"^Conversation 1: .*{message}"):
+                engine.generate([good, conversation], SHORT)
+    for name, value in (("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("stop", ("",))):
+        with pytest.raises(ValueError, match=name):
+            engine.generate([good], Sampling(**{name: value}))
+    assert engine.generate([], SHORT) == []
+
+
+def test_loads_as_it_is_told(model, tmp_path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(model, half)
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16"}))
+    engine = TransformersEngine(str(half), device="cpu", size=512)
+    assert engine.model.dtype == torch.float32
+    answer = engine.generate([ask(QUESTION, Image.new("RGB", (64, 48)))], SHORT)[0]
+    tokens = len(AutoTokenizer.from_pretrained(model)(QUESTION).input_ids)
+    assert answer.prompt_tokens > 64 + tokens
+    engine.close()
+    assert engine.model is None
+    assert TransformersEngine(str(half), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'; expected one of auto, float32"),
+        ({"device": "abacus"}, "device is 'abacus', which torch does not know"),
+        ({"device": "cpu", "batch_size": 0}, "batch_size is 0; expected 1 or more"),
+    ],
+)
+def test_refuses_options(model, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_engine("transformers", str(model), **options)
+
+
+def test_names() -> None:
+    with pytest.raises(ValueError, match=r"engine is 'onnx'; expected one of transformers, vllm\."):
+        load_engine("onnx", "tiny")
+    assert ENGINES == ("transformers", "vllm")
+    assert {"generate", "close"} <= vars(Engine).keys() & vars(TransformersEngine).keys()
