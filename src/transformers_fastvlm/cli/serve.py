@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm serve`: OpenAI's chat completions, answered by a model on this machine."""
+
+import ipaddress
+import os
+from typing import Annotated
+
+import typer
+
+from . import options
+from .errors import notice, reports_errors
+
+__all__ = ["serve"]
+
+_KEY = "FASTVLM_API_KEY"
+
+
+@reports_errors
+def serve(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Directory of a checkpoint, its name on the Hugging Face hub, or tiny, the small model of the package "
+            "itself.",
+        ),
+    ] = options.DEFAULT_MODEL,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine, with a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What clients call the model. Default: as it was given; of a directory, the last part."),
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = options.DtypeName.auto,
+    size: options.Size = None,
+    upright: options.Upright = False,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_KEY,
+            show_default=False,
+            help="Key that clients must send; the variable keeps it out of the list of processes. Default: none.",
+        ),
+    ] = None,
+    allow_image_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="Host from which pictures may be fetched, as name or name:port; may be given several times. Addresses "
+            "that are not public are refused all the same. Default: none, pictures come in the request.",
+        ),
+    ] = None,
+    max_body_bytes: Annotated[
+        int, typer.Option(min=1, help="Largest request; also of the pictures that one request has fetched.")
+    ] = 2**25,
+    max_images: Annotated[int, typer.Option(min=1, help="Most pictures in a request.")] = 8,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of all pictures of a request together.")] = (
+        50_000_000
+    ),
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest prompt, tokens of pictures included. Default: the model's context."),
+    ] = None,
+    max_answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer in tokens; also for requests that name none.")
+    ] = 1024,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Most requests answered together, and most answers to one (n).")
+    ] = 8,
+    queue: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait beside those answered; more get status 429.")
+    ] = 32,
+    client_timeout: Annotated[
+        float,
+        typer.Option(min=0.1, help="Seconds that a client has to send its request, and to take a piece of the answer."),
+    ] = 60.0,
+    fetch_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for fetching a picture.")] = 10.0,
+    debug: options.Debug = False,
+) -> None:
+    """Answer OpenAI's chat completions over HTTP, with pictures.
+
+    The first Ctrl-C or SIGTERM finishes what was asked, the second ends at once. For many GPUs use vLLM. Apple's
+    weights are for research only.
+
+    Example: fastvlm serve -m tiny
+    """
+    from ..serving.http import Settings, listen
+    from ..serving.http import serve as run
+    from .session import load
+
+    settings = Settings(
+        name=name or (os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model),
+        api_key=api_key or None,
+        image_hosts=tuple(allow_image_host or ()),
+        max_body_bytes=max_body_bytes,
+        max_images=max_images,
+        max_pixels=max_pixels,
+        max_prompt_tokens=max_prompt_tokens,
+        max_answer_tokens=max_answer_tokens,
+        batch_size=batch_size,
+        queue=queue,
+        client_timeout=client_timeout,
+        fetch_timeout=fetch_timeout,
+        upright=upright,
+    )
+    with listen(host, port) as bound:
+        session = load(options.checkpoint_name(model), device, dtype, size)
+        if settings.api_key is None and not ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
+            notice(f"fastvlm: no key is set, so anyone who reaches this machine can use the model; set {_KEY}.")
+
+        def ready(url: str) -> None:
+            notice(f"fastvlm: {settings.name} ({session.device}, {session.dtype}) answers at {url}/v1; Ctrl-C ends it.")
+
+        run(session.model, session.processor, settings, bound, ready)

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server of `fastvlm serve`: OpenAI's chat completions over HTTP, by one model on one machine.
+
+A request goes through `application` (limits, key, body), `protocol` (JSON to `ChatRequest`), `images` and `fetching`
+(pictures), `preparation` (the model's inputs), `generation` (the model's thread) and `responses` (JSON or a stream).
+`server` listens, and ends on a signal.
+"""
+
+from .server import listen, serve
+from .settings import Settings
+
+__all__ = ["Settings", "listen", "serve"]

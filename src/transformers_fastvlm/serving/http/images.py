@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a request: from data: URLs or fetched bytes to pixels, within limits.
+
+Only what a browser shows is taken, and never a path: `file:` and bare names are refused.
+"""
+
+import base64
+import binascii
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from ..._image_inputs import load_pixels, pil_to_rgb, upright
+from .errors import ApiError
+from .protocol import Picture
+
+__all__ = ["data_of", "decode", "is_remote"]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+
+_DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+
+
+def refused(picture: Picture, message: str, code: str = "invalid_image") -> ApiError:
+    """Return the error for a picture that cannot be used."""
+    return ApiError(400, f"{picture.param}: {message}", param=picture.param, code=code)
+
+
+def is_remote(picture: Picture) -> bool:
+    """Return whether a picture has an http(s) address."""
+    return picture.url[:8].lower().startswith(("http://", "https://"))
+
+
+def data_of(picture: Picture) -> bytes:
+    """Return the bytes of a picture in a data: URL.
+
+    Raises:
+        ApiError: another kind of URL, or not base64.
+    """
+    prefix = _DATA_URL.match(picture.url)
+    if prefix is None:
+        shown = picture.url[:40] + "..." * (len(picture.url) > 40)
+        raise refused(
+            picture, f"{shown!r} is not a URL of a picture; expected data:image/...;base64,... Files are never read."
+        )
+    try:
+        data = base64.b64decode("".join(picture.url[prefix.end() :].split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise refused(picture, f"the base64 of the picture is broken: {error}.") from error
+    if not data:
+        raise refused(picture, "the picture is empty (0 bytes).")
+    return data
+
+
+def decode(pictures: Sequence[Picture], contents: Sequence[bytes], max_pixels: int, turn: bool) -> list[Any]:
+    """Return the decoded pictures of a request.
+
+    Args:
+        pictures, contents: where each comes from, and its bytes.
+        max_pixels: of all together; checked before the first is decoded.
+        turn: whether to turn them as their EXIF orientation says.
+
+    Raises:
+        ApiError: not a picture, damaged, moving, or too many pixels.
+    """
+    opened = [_open(picture, content) for picture, content in zip(pictures, contents, strict=True)]
+    pixels = sum(image.width * image.height for image in opened)
+    if pixels > max_pixels:
+        sizes = ", ".join(f"{image.width}x{image.height}" for image in opened)
+        raise ApiError(
+            400,
+            f"The pictures ({sizes}) have {pixels} pixels; this server takes {max_pixels} in a request. Shrink them.",
+            param="messages",
+            code="image_too_large",
+        )
+    return [_load(picture, image, turn) for picture, image in zip(pictures, opened, strict=True)]
+
+
+def _open(picture: Picture, content: bytes) -> Image.Image:
+    """Read a picture's head."""
+    expected = f"expected one of {', '.join(FORMATS)}."
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        # A JPEG may hold further pictures (MPO, from phones); its first is the photo.
+        moving = image.format in FORMATS and image.format != "JPEG" and getattr(image, "is_animated", False)
+    except UnidentifiedImageError as error:
+        raise refused(picture, f"the data is not a picture that can be read; {expected}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise refused(picture, "the picture has too many pixels. Shrink it.", "image_too_large") from error
+    except Exception as error:  # damaged heads raise OSError, SyntaxError, ValueError, struct.error and more
+        raise refused(picture, f"the picture is damaged; {expected}") from error
+    if moving:
+        raise refused(picture, "the picture moves; send one frame of it.")
+    return image
+
+
+def _load(picture: Picture, image: Image.Image, turn: bool) -> Image.Image:
+    try:
+        with image:
+            # A copy of the pixels alone: an opened picture would keep its file in memory beside them.
+            loaded = load_pixels(image, "the picture")
+            return pil_to_rgb(upright(loaded) if turn else loaded)
+    except (ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise refused(picture, str(error)) from error

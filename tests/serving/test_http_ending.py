@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process of `fastvlm serve`: how it starts, and how it ends."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+pytest.importorskip("fastapi", reason="fastapi is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+pytest.importorskip("openai", reason="openai is not installed")
+
+from http_running import PATIENCE, Running, asks, request_bytes, until
+
+from transformers_fastvlm.checkpoints import tiny_checkpoint
+
+TOKENS = 150
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+class Process:
+    """`fastvlm serve`, and what it wrote so far."""
+
+    def __init__(self, *arguments: str) -> None:
+        environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+        environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-m", "transformers_fastvlm", "serve", "--port", "0", *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        self.lines: list[str] = []
+        assert self.process.stderr is not None and self.process.stdout is not None
+        self.reader = threading.Thread(target=self._read, args=(self.process.stderr,))
+        self.reader.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            self.lines.append(line.decode().rstrip())
+
+    def wait_until_ready(self) -> Running:
+        until(lambda: bool(self.urls()) or self.process.poll() is not None)
+        assert self.urls(), self.lines
+        return Running(None, self.urls()[0])  # type: ignore[arg-type]
+
+    def urls(self) -> list[str]:
+        return [found[1] for line in list(self.lines) if (found := re.search(r"answers at (http://\S+)/v1;", line))]
+
+    def end(self) -> int:
+        code = self.process.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        return code
+
+    def close(self) -> None:
+        self.process.kill()
+        self.end()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """The tiny model, without a token that ends an answer."""
+    folder = tmp_path / "endless"
+    shutil.copytree(tiny_checkpoint(), folder)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"eos_token_id": None}))
+    return folder
+
+
+@pytest.fixture
+def process(endless: Path) -> Iterator[Process]:
+    one = Process("-m", str(endless), "--batch-size", "2", "--max-answer-tokens", str(TOKENS))
+    yield one
+    one.close()
+
+
+def test_sigterm_finishes_what_was_taken_on(process: Process) -> None:
+    server = process.wait_until_ready()
+
+    def whole(_: int) -> int:
+        status, answer, _ = server.post(asks(model="endless"))
+        assert status == 200 and answer["choices"][0]["finish_reason"] == "length", answer
+        return int(answer["usage"]["completion_tokens"])
+
+    def streamed(_: int) -> int:
+        with server.client() as client:
+            options = {"include_usage": True}
+            chunks = list(client.chat.completions.create(**asks(model="endless", stream=True, stream_options=options)))
+        return int(chunks[-1].usage.completion_tokens)
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(whole if index % 2 else streamed, index) for index in range(6)]
+        until(lambda: server.get("/health")[1]["requests"] == 6)
+        process.process.send_signal(signal.SIGTERM)
+        until(lambda: server.get("/health")[0] == 503)
+        status, answer, _ = server.post(asks(model="endless"))
+        assert status == 503 and answer["error"]["code"] == "shutting_down"
+        assert [one.result(PATIENCE) for one in answers] == [TOKENS] * 6
+    assert process.end() == 0
+    log = [line for line in process.lines if "POST" in line]
+    assert len(log) == 7 and sum(" 200 " in line for line in log) == 6
+    assert not any("picture" in line or "WARN" in line or "Traceback" in line for line in process.lines)
+
+
+def test_a_second_signal_ends_at_once(process: Process) -> None:
+    server = process.wait_until_ready()
+    with server.connect() as connection:
+        connection.sendall(request_bytes(server.port, asks(model="endless", stream=True)))
+        until(lambda: server.get("/health")[1]["requests"] == 1)
+        process.process.send_signal(signal.SIGTERM)
+        until(lambda: server.get("/health")[0] == 503)
+        process.process.send_signal(signal.SIGTERM)
+    assert process.end() == 128 + signal.SIGTERM
+
+
+def test_tiny_starts_without_a_warning_and_names_itself() -> None:
+    process = Process("-m", "tiny", "--api-key", "secret")
+    try:
+        server = process.wait_until_ready()
+        assert process.lines == [f"fastvlm: tiny (cpu, bfloat16) answers at {server.url}/v1; Ctrl-C ends it."]
+        with server.client(api_key="secret") as client:
+            assert client.models.retrieve("tiny").id == "tiny"
+        busy = Process("-m", "tiny", "--port", str(server.port))
+        assert busy.end() == 2 and "Choose another --port or --host" in busy.lines[-1]
+        busy.close()
+        process.process.send_signal(signal.SIGINT)
+        assert process.end() == 0
+    finally:
+        process.close()

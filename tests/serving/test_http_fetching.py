@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures with an address: from allowed hosts of the public internet, and from nowhere else."""
+
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from transformers_fastvlm.serving.http.errors import ApiError
+from transformers_fastvlm.serving.http.fetching import Budget, Fetcher, is_public
+from transformers_fastvlm.serving.http.protocol import Picture
+
+CONTENT = b"picture" * 1000
+LIMIT = 2 * len(CONTENT)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers as its path says."""
+
+    seen: list[tuple[str, str | None]] = []
+
+    def do_GET(self) -> None:
+        self.seen.append((self.path, self.headers["Host"]))
+        kind = self.path.partition("?")[0]
+        if kind == "/redirect":
+            self.send_response(302)
+            self.send_header("Location", "/good")
+            self.end_headers()
+            return
+        if kind == "/missing":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.end_headers()
+        if kind == "/good":
+            self.wfile.write(CONTENT)
+        while kind in ("/endless", "/slow"):
+            try:
+                self.wfile.write(bytes(65536 if kind == "/endless" else 1))
+            except OSError:
+                return
+            time.sleep(0 if kind == "/endless" else 0.05)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def fetcher(port: int, timeout: float = 60.0) -> Fetcher:
+    """Return one that may also connect to this machine."""
+    return Fetcher((f"localhost:{port}",), timeout, is_allowed=lambda address: True)
+
+
+def picture(port: int, path: str) -> Picture:
+    return Picture(f"http://localhost:{port}{path}", "messages[0].content[0].image_url.url")
+
+
+def test_a_picture_of_an_allowed_host(port: int) -> None:
+    assert fetcher(port).fetch(picture(port, "/good?size=1#part"), Budget(LIMIT)) == CONTENT
+    assert Handler.seen[-1] == ("/good?size=1", f"localhost:{port}")
+
+
+def test_the_pictures_of_a_request_share_their_bytes(port: int) -> None:
+    budget, some = Budget(LIMIT), fetcher(port)
+    for _ in range(2):
+        assert some.fetch(picture(port, "/good"), budget) == CONTENT
+    with pytest.raises(ApiError, match="more than 14000 bytes together"):
+        some.fetch(picture(port, "/good"), budget)
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("/redirect", "answered 302. Redirects are not followed"),
+        ("/missing", "answered 404"),
+        ("/endless", "more than 14000 bytes together"),
+        ("/empty", "empty"),
+    ],
+)
+def test_an_answer_that_is_no_picture(port: int, path: str, part: str) -> None:
+    with pytest.raises(ApiError, match=part) as error:
+        fetcher(port).fetch(picture(port, path), Budget(LIMIT))
+    assert error.value.status == 400 and error.value.param == "messages[0].content[0].image_url.url"
+    assert Handler.seen[-1][0] == path
+
+
+def test_a_slow_host_is_given_up(port: int) -> None:
+    with pytest.raises(ApiError, match=r"no answer within 0\.5 seconds"):
+        fetcher(port, timeout=0.5).fetch(picture(port, "/slow"), Budget(LIMIT))
+
+
+def test_an_allowed_host_that_is_not_public_is_not_connected_to(port: int) -> None:
+    before = len(Handler.seen)
+    careful = Fetcher((f"localhost:{port}",), 60.0)
+    with pytest.raises(ApiError, match="localhost has an address that is not public"):
+        careful.fetch(picture(port, "/good"), Budget(LIMIT))
+    assert len(Handler.seen) == before
+
+
+def test_the_address_that_is_connected_to_is_checked(port: int) -> None:
+    """Once before and once after connecting, each time as an address and not as a name."""
+    looks: list[str] = []
+
+    def once(address: str) -> bool:
+        looks.append(address)
+        return len(looks) == 1
+
+    careful = Fetcher((f"127.0.0.1:{port}",), 60.0, is_allowed=once)
+    with pytest.raises(ApiError, match="not public"):
+        careful.fetch(Picture(f"http://127.0.0.1:{port}/good", "url"), Budget(LIMIT))
+    assert looks == ["127.0.0.1", "127.0.0.1"]
+
+
+def test_hosts_are_allowed_by_name_and_port() -> None:
+    some = Fetcher(("Example.com", "cdn.example.com:8080"), 1.0)
+    for url in ("http://example.com/a", "https://EXAMPLE.com./a", "http://cdn.example.com:8080/"):
+        some.check(Picture(url, "url"))
+    for url in (
+        "http://example.com:8080/a",
+        "http://www.example.com/",
+        "http://cdn.example.com/",
+        "http://example.com@evil.com/",
+        "http://evil.com#example.com",
+        "http://evil.com\\example.com/",
+        "http:///a",
+        "http://" + "a" * 3000,
+    ):
+        with pytest.raises(ApiError):
+            some.check(Picture(url, "url"))
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2001:4860:4860::8888", True),
+        ("127.0.0.1", False),
+        ("0.0.0.0", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("224.0.0.1", False),
+        ("240.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("fec0::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::7f00:1", False),
+        ("64:ff9b::a9fe:a9fe", False),
+        ("2002:7f00:1::", False),
+        ("2002:a00:1::", False),
+    ],
+)
+def test_public_addresses(address: str, public: bool) -> None:
+    assert is_public(address) is public
