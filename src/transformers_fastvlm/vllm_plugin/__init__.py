@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes vLLM know FastVLM: `vllm serve DIR` and `LLM(model=DIR)` work where this package is installed.
+
+vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`. Nothing here is imported
+without vLLM.
+"""
+
+import logging
+from typing import Any
+
+__all__ = ["register"]
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURE = "FastVLMForConditionalGeneration"
+MODE = "fastvlm"
+
+
+def register() -> None:
+    """Register FastVLM with vLLM; later calls change nothing.
+
+    The weights run in this package's encoder and, through vLLM's Transformers backend, in Transformers' language model.
+    Importing this module has imported the package, which made Transformers know FastVLM.
+
+    Raises nothing, since that would end vLLM for every other model too: what went wrong is logged.
+    """
+    try:
+        from vllm import ModelRegistry
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+        from vllm.renderers.registry import RENDERER_REGISTRY
+        from vllm.tokenizers.registry import TokenizerRegistry
+
+        if ARCHITECTURE not in ModelRegistry.models:
+            ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
+        if MODE not in RENDERER_REGISTRY.renderers:
+            RENDERER_REGISTRY.register(MODE, f"{__name__}.renderer", "FastVLMRenderer")
+        if MODE not in TokenizerRegistry.tokenizers:
+            TokenizerRegistry.register(MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
+        MODELS_CONFIG_MAP.setdefault(ARCHITECTURE, _Defaults)
+    except Exception:
+        logger.exception(
+            "FastVLM could not be registered with this version of vLLM, which will not know the model. The versions "
+            "that are known to work are in docs/vllm.md of transformers-fastvlm."
+        )
+
+
+class _Defaults:
+    """What vLLM asks an architecture to change in its configuration."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Change nothing."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Choose our renderer, which is vLLM's own with a check of its own, unless the user chose another."""
+        if model_config.tokenizer_mode in ("auto", "hf"):
+            model_config.tokenizer_mode = MODE

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastVLM for vLLM: its Transformers backend, told about AnyRes and about placeholders without an embedding."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.model_executor.models.transformers import (
+    MultiModalDummyInputsBuilder,
+    MultiModalProcessingInfo,
+    MultiModalProcessor,
+    TransformersMultiModalForCausalLM,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
+
+__all__ = ["FastVLMForConditionalGeneration"]
+
+
+class FastVLMMultiModalProcessor(MultiModalProcessor):
+    """Divides what our processor returns among the pictures of a prompt."""
+
+    def _get_field_config(self, modality: str, key: str, hf_inputs: Mapping[str, Any], sizes: Any) -> Any:
+        """Return how a field is divided: those of AnyRes have one row a picture, `pixel_values` one a tile."""
+        if key in ("image_sizes", "num_tiles"):
+            return MultiModalFieldConfig.batched(modality)
+        return super()._get_field_config(modality, key, hf_inputs, sizes)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    FastVLMMultiModalProcessor, info=MultiModalProcessingInfo, dummy_inputs=MultiModalDummyInputsBuilder
+)
+class FastVLMForConditionalGeneration(TransformersMultiModalForCausalLM):
+    """vLLM's wrapper of `FastVLMModel` and a head; vLLM resolves FastVLM's architecture to it."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        # Vicuna's "<image>" lies beyond the embedding rows.
+        self.configure_mm_token_handling(self.text_config.vocab_size, [self.config.image_token_id])

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of vLLM have in common: conversations, Transformers' answers to them, and settings for a small CPU."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from transformers_fastvlm.data.scenes import SceneDataset
+
+# 2026 is the series that no training of the embedded model uses.
+SERIES = 2026
+MAX_NEW_TOKENS = 16
+# vLLM binds itself to cores by default, and two engines to the same ones.
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+
+Messages = list[dict[str, Any]]
+
+
+def asked(*parts: str | Image.Image) -> Messages:
+    """Return one message of a user, of texts and pictures."""
+    kinds = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]
+    return [{"role": "user", "content": kinds}]
+
+
+def pictures_of(messages: Messages) -> list[Image.Image]:
+    """Return the pictures of a conversation, in order."""
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    return [part["image"] for part in parts if part["type"] == "image"]
+
+
+def scene_questions(count: int, aspect: str = "any") -> tuple[list[Messages], list[str]]:
+    """Return a question about each of `count` held-out scenes, and the right answers."""
+    scenes = SceneDataset(count, seed=SERIES, aspect=aspect)
+    conversations, answers = [], []
+    for row in (scenes[index] for index in range(count)):
+        question, answer = (message["content"] for message in row["messages"])
+        conversations.append(asked(row["images"][0], question.removeprefix("<image>\n")))
+        answers.append(answer)
+    return conversations, answers
+
+
+def mixed_batch(count: int) -> list[Messages]:
+    """Return `count` conversations: with one picture, two, none, and of several turns, in turn."""
+    scenes, answers = scene_questions(count)
+    mixed: list[Messages] = []
+    for index, scene in enumerate(scenes):
+        picture, question = pictures_of(scene)[0], scene[0]["content"][1]["text"]
+        other = pictures_of(scenes[index - 1])[0]
+        later = {"role": "user", "content": "How many circles are there?"}
+        mixed.append(
+            (
+                scene,
+                asked("First:", picture, "Second:", other, question),
+                asked(f"What is {index} and {index}?"),
+                [*scene, {"role": "assistant", "content": answers[index]}, later],
+            )[index % 4]
+        )
+    return mixed
+
+
+class Peer:
+    """Transformers' `generate` on the same directory: the tokens that vLLM must give, too."""
+
+    def __init__(self, directory: Any) -> None:
+        self.processor: Any = AutoProcessor.from_pretrained(directory)
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+
+    def prompt(self, messages: Messages) -> dict[str, Any]:
+        """Return a conversation as `LLM.generate` takes it."""
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        pictures = pictures_of(messages)
+        return {"prompt": text, **({"multi_modal_data": {"image": pictures}} if pictures else {})}
+
+    @torch.inference_mode()
+    def tokens(self, messages: Messages) -> list[int]:
+        """Return the greedy tokens of the answer, its end included."""
+        inputs = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def text(self, messages: Messages) -> str:
+        """Return the greedy answer."""
+        return self.processor.decode(self.tokens(messages), skip_special_tokens=True).strip()
+
+
+def exact(answers: Sequence[str], expected: Sequence[str]) -> float:
+    """Return the percentage of answers that are right letter for letter."""
+    return 100 * sum(given == right for given, right in zip(answers, expected, strict=True)) / len(expected)
