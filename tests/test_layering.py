@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("benchmarking", "evaluation", "export", "serving", "training"),
-    ("data", "engines"),
+    ("data", "engines", "vllm_plugin"),
     ("",),
     ("registration",),
     ("checkpoints", "inference"),
@@ -48,6 +48,7 @@ DEPENDENCIES_OF_UNIT = {
     "compat": {"packaging"},
     "image_processing_fastvlm": {"torchvision"},
     "training": {"yaml"},
+    "vllm_plugin": {"vllm"},  # which is what imports it
 }
 
 RANK = {unit: rank for rank, layer in enumerate(reversed(LAYERS)) for unit in layer}

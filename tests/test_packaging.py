@@ -75,7 +75,10 @@ def test_installed_metadata_is_of_this_checkout(setup_cfg: configparser.ConfigPa
     declared = {*requirement_names(setup_cfg["options"]["install_requires"])}
     core = [line for line in installed.requires or [] if "extra ==" not in line]
     assert {name.replace("-", "_") for name in requirement_names("\n".join(core))} == declared
-    assert {entry.name: entry.value for entry in installed.entry_points} == {"fastvlm": "transformers_fastvlm.cli:main"}
+    assert {(entry.group, entry.name): entry.value for entry in installed.entry_points} == {
+        ("console_scripts", "fastvlm"): "transformers_fastvlm.cli:main",
+        ("vllm.general_plugins", "fastvlm"): "transformers_fastvlm.vllm_plugin:register",
+    }
 
 
 def test_import_is_light() -> None:

@@ -27,8 +27,12 @@ GOLDEN = REPOSITORY / "tests" / "golden"
 NAME = "transformers_fastvlm"
 
 REQUIREMENTS = {"transformers", "torch", "safetensors", "tokenizers", "huggingface_hub", "pillow"}
-EXTRAS = {"torchvision", "training", "quantization", "bench", "test", "dev", "docs"}
-ENTRY_POINTS = "[console_scripts]\nfastvlm = transformers_fastvlm.cli:main"
+EXTRAS = {"torchvision", "training", "quantization", "serving", "demo", "batch", "bench", "test", "dev", "docs"}
+ENTRY_POINTS = """[console_scripts]
+fastvlm = transformers_fastvlm.cli:main
+
+[vllm.general_plugins]
+fastvlm = transformers_fastvlm.vllm_plugin:register"""
 IN_SDIST = ("Makefile", "CHANGELOG.md", "tests/conftest.py", "tests/golden/build.py", "examples/demo.py", "mkdocs.yml")
 
 USE = """
@@ -68,7 +72,7 @@ def expect(what: str, found: object, expected: object) -> None:
 def check_wheel(wheel: Path) -> None:
     """Compare the wheel's metadata and files with what the package promises."""
     sources = REPOSITORY / "src" / NAME
-    kept = {".py", ".jinja", ".typed", ".json", ".yaml", ".txt", ".safetensors"}
+    kept = {".py", ".jinja", ".typed", ".json", ".yaml", ".txt", ".md", ".safetensors"}
     expected = {
         f"{NAME}/{file.relative_to(sources).as_posix()}" for file in sources.rglob("*") if file.suffix in kept
     } | {f"{NAME}/py.typed"}

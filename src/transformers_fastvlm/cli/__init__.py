@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, chat, convert, data, generate, info, merge, new, train
+from . import batch, bench, chat, convert, data, demo, generate, info, merge, new, serve, train
 
 __all__ = ["app", "main"]
 
@@ -28,9 +28,12 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("demo")(demo.demo)
 app.command("info")(info.info)
 app.command("convert")(convert.convert)
 app.command("new")(new.new)
+app.command("serve")(serve.serve)
+app.command("batch")(batch.batch)
 app.command("bench")(bench.bench)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
