@@ -21,7 +21,8 @@ help: ## list the targets
 demo: .venv/installed-package ## answer questions about a picture, offline
 	$(BIN)/python examples/demo.py
 
-# The tests of servers and of the web page need packages of their own: test-serving.
+# The tests of servers and of the web page need packages of their own: test-serving. Gradio leaves event loops to the
+# garbage collector, which pytest takes for an error of whatever test comes then: the page has a process of its own.
 SUITE := --ignore=tests/serving -n auto
 
 .PHONY: test
@@ -69,7 +70,9 @@ $(TRANSFORMERS:%=test-versions-%): test-versions-%: .venvs/transformers-%/instal
 
 .PHONY: test-serving
 test-serving: .venvs/serving/installed .venvs/vllm/installed $(CHROMIUM) ## test the servers, the web page and vLLM
-	.venvs/serving/bin/python -m pytest tests/serving --ignore-glob='*/test_vllm_*.py' $(PYTEST_ARGS)
+	.venvs/serving/bin/python -m pytest tests/serving --ignore-glob='*/test_vllm_*.py' \
+		--ignore=tests/serving/test_page_browser.py $(PYTEST_ARGS)
+	.venvs/serving/bin/python -m pytest tests/serving/test_page_browser.py $(PYTEST_ARGS)
 	.venvs/vllm/bin/python -m pytest tests/serving/test_vllm_*.py $(PYTEST_ARGS)
 
 .PHONY: test-gpu
