@@ -23,7 +23,7 @@ demo: .venv/installed-package ## answer questions about a picture, offline
 
 # The tests of servers and of the web page need packages of their own: test-serving. Gradio leaves event loops to the
 # garbage collector, which pytest takes for an error of whatever test comes then: the page has a process of its own.
-SUITE := --ignore=tests/serving -n auto
+SUITE := --ignore=tests/serving --ignore=tests/export -n auto
 
 .PHONY: test
 test: .venv/installed-test ## run the suite with every optional package
@@ -74,6 +74,10 @@ test-serving: .venvs/serving/installed .venvs/vllm/installed $(CHROMIUM) ## test
 		--ignore=tests/serving/test_page_browser.py $(PYTEST_ARGS)
 	.venvs/serving/bin/python -m pytest tests/serving/test_page_browser.py $(PYTEST_ARGS)
 	.venvs/vllm/bin/python -m pytest tests/serving/test_vllm_*.py $(PYTEST_ARGS)
+
+.PHONY: test-export
+test-export: .venvs/export/installed $(CHROMIUM) ## export and run the results in their own runtimes
+	.venvs/export/bin/python -m pytest tests/export $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: ## run the tests that need an accelerator, in GPU_PYTHON (.venv's Python unless given)
@@ -138,6 +142,12 @@ endef
 .venvs/serving/installed: .venv/installed-test
 	$(on_top_of_venv)
 	$(@D)/bin/python $(PIP_INSTALL) --editable ".[serving,demo,batch]" openai playwright
+	@touch $@
+
+.venvs/export/installed: .venv/installed-test tests/export/javascript/package-lock.json
+	$(on_top_of_venv)
+	$(@D)/bin/python $(PIP_INSTALL) --editable ".[onnx,coreml,mlx,executorch]" playwright
+	cd tests/export/javascript && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@
 
 # vLLM decides which PyTorch it has, so this one stands by itself.

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import batch, bench, chat, convert, data, demo, generate, info, merge, new, serve, train
+from . import batch, bench, chat, convert, data, demo, export, generate, info, merge, new, serve, train
 
 __all__ = ["app", "main"]
 
@@ -31,6 +31,7 @@ app.command("chat")(chat.chat)
 app.command("demo")(demo.demo)
 app.command("info")(info.info)
 app.command("convert")(convert.convert)
+app.command("export")(export.export)
 app.command("new")(new.new)
 app.command("serve")(serve.serve)
 app.command("batch")(batch.batch)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm export`: a model in the form that another runtime takes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..export.targets import TARGETS
+from . import options
+from .errors import notice, reports_errors
+
+__all__ = ["export"]
+
+_TARGETS = "; ".join(f"{name}: {target.summary}" for name, target in TARGETS.items())
+_PRECISIONS = "; ".join(
+    f"{name}: {', '.join(target.precisions)}" for name, target in TARGETS.items() if target.precisions
+)
+
+
+def _comma_separated(text: str | None) -> list[str]:
+    return [word.strip() for word in text.split(",")] if text else []
+
+
+@reports_errors
+def export(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help=f"{_TARGETS}.")],
+    model: options.ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")],
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{_PRECISIONS}. The first is the default. onnx takes several, with commas between, and keeps them "
+            "side by side."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Height and width of pictures in pixels, a multiple of 64, for targets that fix it; several, with "
+            "commas between, where a target takes several. Default: what the checkpoint was trained for."
+        ),
+    ] = None,
+    external_data: Annotated[
+        bool | None,
+        typer.Option(
+            "--external-data/--no-external-data",
+            help="onnx: weights in files of their own beside the graphs. Default: only where a graph would pass 2 GB.",
+        ),
+    ] = None,
+    debug: options.Debug = False,
+) -> None:
+    """Write a model in the form that another runtime takes, and check it there.
+
+    The checkpoint is never changed, and OUT appears under its name only when it is complete. Its README.md says how
+    exact the files are, how to run them, and what their licence restricts.
+
+    Example: fastvlm export onnx apple/FastVLM-0.5B fastvlm-onnx --precision q4f16
+    """
+    from ..export import export as export_model
+    from ..export.source import RESEARCH_ONLY, Source
+    from .errors import UserError
+    from .sources import check_loadable, local_files, read_config
+
+    sizes = []
+    for word in _comma_separated(size):
+        if not word.isdecimal():
+            raise UserError(f"--size is {size!r}; expected a multiple of 64, or several with commas between.")
+        sizes.append(int(word))
+    if target in TARGETS:
+        check_loadable(model, read_config(model))
+        directory = local_files(model)
+    else:
+        directory = Path(model)
+    name = None if directory == Path(model) else model
+    done = export_model(
+        target,
+        directory,
+        out,
+        precision=_comma_separated(precision) or None,
+        sizes=sizes,
+        external_data=external_data,
+        name=name,
+        say=notice,
+    )
+    for title, error in done.report.errors.items():
+        notice(f"{title}: relative error {error:.2e} against PyTorch in float32")
+    if done.report.checked_in is None:
+        notice("the files were not run: their runtime does not run here")
+    for note in done.report.notes:
+        notice(f"note: {note}")
+    if Source(directory, name).may_be_apples:
+        notice(RESEARCH_ONLY)
+    for file, size_in_bytes in done.files.items():
+        notice(f"{size_in_bytes / 1e6:12,.1f} MB  {file}")
+    typer.echo(
+        f"{done.directory}: {done.num_bytes / 1e6:,.1f} MB for {target}, {', '.join(done.precisions) or 'as is'}"
+    )

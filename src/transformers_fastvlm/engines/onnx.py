@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers from the ONNX files that `fastvlm export onnx` writes, by onnxruntime on the CPU."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from .. import FastVLMImageProcessorPil, FastVLMProcessor
+from ..processing_fastvlm import chat_template_for
+from .base import Answer, Conversation, Sampling
+
+__all__ = ["FILE_SUFFIX", "OnnxEngine", "OnnxModel"]
+
+FILE_SUFFIX = {"float32": "", "float16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
+"""What a precision adds to the names of its files, as in transformers.js."""
+
+_EXTRA = 'It needs onnxruntime: pip install "transformers-fastvlm[onnx]"'
+
+
+class OnnxModel:
+    """The three graphs of an exported directory, of one precision.
+
+    Args:
+        directory: written by `fastvlm export onnx`.
+        precision: one that it has; by default float32, or else the only one.
+        threads: of onnxruntime; by default as many as PyTorch has.
+        prepack: whether weights are copied into the order that is fastest; False needs half the memory.
+
+    Attributes:
+        precision: the one that was loaded.
+        config: the directory's config.json.
+
+    Raises:
+        FileNotFoundError: no such directory or precision.
+        ImportError: onnxruntime is not installed.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        precision: str | None = None,
+        *,
+        threads: int | None = None,
+        prepack: bool = True,
+    ) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(f"onnxruntime is not installed. {_EXTRA}") from error
+        self.directory = Path(directory)
+        found = [name for name, suffix in FILE_SUFFIX.items() if self._file("decoder_model_merged", suffix).is_file()]
+        if precision is None:
+            precision = "float32" if "float32" in found or len(found) != 1 else found[0]
+        if precision not in found:
+            raise FileNotFoundError(
+                f"{directory} has no ONNX files of precision {precision!r}; it has {', '.join(found) or 'none'}."
+            )
+        self.precision = precision
+        self.config: dict[str, Any] = {}
+        if (self.directory / "config.json").is_file():
+            self.config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 3
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        self._options, self._runtime = options, onnxruntime
+        self._sessions: dict[str, Any] = {}
+
+    def _file(self, part: str, suffix: str) -> Path:
+        return self.directory / "onnx" / f"{part}{suffix}.onnx"
+
+    def session(self, part: str) -> Any:
+        """Return the session of `vision_encoder`, `embed_tokens` or `decoder_model_merged`, loaded on first use."""
+        if part not in self._sessions:
+            path = self._file(part, FILE_SUFFIX[self.precision])
+            self._sessions[part] = self._runtime.InferenceSession(
+                str(path), self._options, providers=["CPUExecutionProvider"]
+            )
+        return self._sessions[part]
+
+    def close(self) -> None:
+        """Give back the sessions' memory; the next use loads them again."""
+        self._sessions.clear()
+
+    def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Return (images, tokens, hidden) of pixel values (images, 3, height, width)."""
+        (features,) = self.session("vision_encoder").run(None, {"pixel_values": pixel_values.astype(np.float32)})
+        return features
+
+    def embeddings(self, input_ids: np.ndarray) -> np.ndarray:
+        """Return (batch, length, hidden) of token ids (batch, length)."""
+        (embeds,) = self.session("embed_tokens").run(None, {"input_ids": input_ids.astype(np.int64)})
+        return embeds
+
+    def decode(
+        self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, past: dict[str, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Run new tokens.
+
+        Args:
+            inputs_embeds: (batch, length, hidden).
+            attention_mask: (batch, past + length), 1 for tokens and 0 for padding.
+            past: what the last call returned; None at the start.
+
+        Returns:
+            logits (batch, length, vocabulary), and keys and values of all tokens by the names of the graph's inputs.
+        """
+        session = self.session("decoder_model_merged")
+        batch, length = inputs_embeds.shape[:2]
+        positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -length:]
+        feeds = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask.astype(np.int64),
+            "position_ids": positions.astype(np.int64),
+        }
+        caches = [entry for entry in session.get_inputs() if entry.name.startswith("past_key_values.")]
+        if past is None:
+            past = {e.name: np.zeros((batch, e.shape[1], 0, e.shape[3]), dtype=np.float32) for e in caches}
+        logits, *present = session.run(None, feeds | past)
+        return logits, {entry.name: values for entry, values in zip(caches, present, strict=True)}
+
+    def merge(self, input_ids: np.ndarray, features: np.ndarray | None) -> np.ndarray:
+        """Return the embeddings of `input_ids` with image features, in order, at the placeholders.
+
+        Raises:
+            ValueError: their numbers differ.
+        """
+        embeds = self.embeddings(input_ids)
+        places = input_ids == self.config.get("image_token_index")
+        flat = np.zeros((0, embeds.shape[-1]), embeds.dtype) if features is None else np.concatenate([*features])
+        if places.sum() != len(flat):
+            raise ValueError(f"The prompt has {places.sum()} image tokens, but the images have {len(flat)} features.")
+        embeds[places] = flat
+        return embeds
+
+
+class OnnxEngine:
+    """An `Engine` on onnxruntime, with this package's own processor.
+
+    Args:
+        directory: written by `fastvlm export onnx`.
+        precision, threads: see `OnnxModel`.
+
+    Attributes:
+        model, processor: what it works with.
+
+    Raises:
+        FileNotFoundError: no such directory or precision.
+        ImportError: onnxruntime is not installed.
+        ValueError: the directory's config.json is not of such an export.
+
+    Example:
+        >>> engine = OnnxEngine("fastvlm-onnx", "q4f16")  # doctest: +SKIP
+        >>> question = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]  # doctest: +SKIP
+        >>> engine.generate([[{"role": "user", "content": question}]], Sampling())[0].text  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], precision: str | None = None, *, threads: int | None = None
+    ) -> None:
+        self.model = OnnxModel(directory, precision, threads=threads)
+        self.processor = _processor(self.model)
+        ends = _json(self.model.directory / "generation_config.json").get("eos_token_id")
+        ends = self.model.config.get("eos_token_id") if ends is None else ends
+        self._ends = set(ends if isinstance(ends, list) else [ends])
+
+    def close(self) -> None:
+        """Give back the memory."""
+        self.model.close()
+
+    def generate(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
+        """Answer each conversation, one after the other, in their order.
+
+        Raises:
+            ValueError: a conversation has an image without a place, a place without an image, or is too long for the
+                model; none is answered then.
+        """
+        prompts = [
+            self.processor.apply_chat_template(
+                list(conversation), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
+            )
+            for conversation in conversations
+        ]
+        return [self._answer(prompt, sampling, index) for index, prompt in enumerate(prompts)]
+
+    def _answer(self, prompt: Any, sampling: Sampling, index: int) -> Answer:
+        rng = np.random.default_rng(None if sampling.seed is None else (sampling.seed, index))
+        ids, mask = np.asarray(prompt["input_ids"]), np.asarray(prompt["attention_mask"])
+        pixels = prompt.get("pixel_values")
+        features = None if pixels is None else self.model.image_features(np.asarray(pixels))
+        embeds = self.model.merge(ids, features)
+        length, context = ids.shape[1], self.processor.context_length
+        room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - length)
+        past: dict[str, np.ndarray] | None = None
+        tokens: list[int] = []
+        text, ended = "", False
+        while len(tokens) < room and not ended:
+            logits, past = self.model.decode(embeds, mask, past)
+            token = _choose(logits[0, -1], sampling, rng)
+            tokens.append(token)
+            if token in self._ends:
+                ended = True
+                break
+            if sampling.stop:
+                text = self._text(tokens)
+                ended = any(stop in text for stop in sampling.stop)
+            embeds = self.model.embeddings(np.array([[token]]))
+            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+        text = self._text(tokens)
+        cut = min((text.find(stop) for stop in sampling.stop if stop in text), default=len(text))
+        return Answer(
+            text=text[:cut].strip(),
+            finish_reason="stop" if ended else "length",
+            prompt_tokens=length,
+            completion_tokens=len(tokens),
+        )
+
+    def _text(self, tokens: list[int]) -> str:
+        text: str = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _processor(model: OnnxModel) -> FastVLMProcessor:
+    """Build this package's processor for a directory whose processor files are for transformers.js."""
+    directory, config = model.directory, model.config
+    crop = _json(directory / "preprocessor_config.json").get("crop_size") or {}
+    if "image_token_index" not in config or not crop:
+        raise ValueError(
+            f"{directory} has no config.json and preprocessor_config.json of `fastvlm export onnx`; export it again."
+        )
+    text = config.get("text_config", config)
+    images = FastVLMImageProcessorPil(size=crop, image_aspect_ratio=config["image_aspect_ratio"])
+    # With a bare configuration the tokenizer's own files name its class.
+    tokenizer = AutoTokenizer.from_pretrained(directory, config=PreTrainedConfig(), padding_side="left")
+    kind = "llama" if text["model_type"] in ("llama", "llava_llama") else "qwen2"
+    return FastVLMProcessor(
+        images,
+        tokenizer,
+        chat_template=chat_template_for(kind),
+        context_length=text.get("max_position_embeddings"),
+    )
+
+
+def _choose(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
+    """Return the next token: the likeliest, or one drawn at the temperature among the likeliest that reach top_p."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / sampling.temperature
+    probabilities = np.exp(scaled - scaled.max())
+    probabilities /= probabilities.sum()
+    if sampling.top_p < 1:
+        order = np.argsort(-probabilities, kind="stable")
+        before = probabilities[order].cumsum() - probabilities[order]
+        probabilities[order[before >= sampling.top_p]] = 0
+        probabilities /= probabilities.sum()
+    return int(rng.choice(len(probabilities), p=probabilities))

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export of a model to the files that another runtime takes, with a model card that says how exact they are."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .running import Export, export
+    from .source import Source
+    from .targets import TARGETS, ExportOptions, Report, Target
+
+_MODULE_OF = {
+    "Export": "running",
+    "ExportOptions": "targets",
+    "Report": "targets",
+    "Source": "source",
+    "TARGETS": "targets",
+    "Target": "targets",
+    "export": "running",
+}
+
+__all__ = ["Export", "ExportOptions", "Report", "Source", "TARGETS", "Target", "export"]
+
+
+def __getattr__(name: str) -> Any:
+    # The table of targets is read where nobody wants to wait for torch, as in the command's help.
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target `coreml`: the encoder as `fastvithd.mlpackage`, an ML program for iOS 16 and macOS 13 or newer.
+
+The conventions are those of Apple's app: the input `images` (1, 3, height, width) in float32, from 0 to 1, and the
+output `image_features` (1, tokens, channels) in float32, before the projector. Core ML runs on Apple's systems alone,
+so the written program is read back and evaluated operation by operation in PyTorch (`coreml_check`), and a script goes
+with it that runs it on a Mac.
+"""
+
+import contextlib
+import io
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import FastViTHDModel
+from ..inference import fuse
+from .coreml_check import check_interface, evaluate
+from .reference import picture, picture_size, relative_error
+from .source import RESEARCH_ONLY, Source
+from .targets import ExportOptions, Report
+
+__all__ = ["PACKAGE", "convert_encoder", "quiet", "write"]
+
+PACKAGE = "fastvithd.mlpackage"
+SCRIPT, SAMPLES = "check_coreml.py", "check_coreml.npz"
+_MAC_SCRIPT = Path(__file__).with_name("coreml_on_mac.py")
+
+# In float16 the encoder is computed in float32 from here on: activations of published models come close to the
+# largest float16 number behind it, and pass it.
+_FIRST_FLOAT32_WEIGHTS = "p_encoder_network_8_"
+_TOLERANCE = {"float32": 1e-4, "float16": 5e-2}
+
+
+class _Encoder(nn.Module):
+    """The encoder as Core ML is to have it; attribute and argument names become names in the program."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        # The encoder's own forward pass refuses sides that are no multiples of 64, which Core ML cannot say of a size.
+        hidden = self.encoder.patch_embed(images)
+        for module in self.encoder.network:
+            hidden = module(hidden)
+        return self.encoder.conv_exp(hidden).flatten(2).transpose(1, 2)
+
+
+def write(source: Source, out: Path, options: ExportOptions) -> Report:
+    """Write the package, and the script that checks it on a Mac. See `targets`."""
+    sizes = options.sizes or (picture_size(source),)
+    errors, samples = convert_encoder(source, out / PACKAGE, options.precision, sizes, options)
+    shutil.copyfile(_MAC_SCRIPT, out / SCRIPT)
+    _save_samples(out / SAMPLES, samples)
+    shown = ", ".join(f"{size} x {size}" for size in sizes)
+    vision: Any = source.config.vision_config
+    return Report(
+        checked_in=None,
+        errors=errors,
+        how_to_run=_RUN.format(sizes=shown, first=sizes[0], channels=vision.num_features),
+        limits=(
+            "The package holds the encoder alone. `image_features` go through the projector next, which is part of "
+            "the language model's files: see the target `apple-app`.",
+            "The error above is of the program read back from the package and evaluated operation by operation in "
+            "PyTorch, each result rounded to the type that the program gives it. Core ML itself may differ a little; "
+            f"`python {SCRIPT}` measures it on a Mac.",
+            *_float16_limits(options.precision),
+        ),
+        notes=(f"Core ML does not run here: run `python {SCRIPT}` in the new directory on a Mac to check it there.",),
+        library_name="coreml",
+    )
+
+
+def _float16_limits(precision: str) -> tuple[str, ...]:
+    if precision != "float16":
+        return ()
+    return (
+        "From the last downsampling on the program computes in float32, and the weights there are float32: in float16 "
+        "published models overflow.",
+    )
+
+
+@torch.no_grad()
+def convert_encoder(
+    source: Source, package: Path, precision: str, sizes: tuple[int, ...], options: ExportOptions
+) -> tuple[dict[str, float], dict[int, tuple[Tensor, Tensor]]]:
+    """Write the encoder as an .mlpackage and check it.
+
+    Args:
+        package: the path to write.
+        precision: "float32" or "float16".
+        sizes: sides of the square pictures; the first is the default, and the only one has the program fixed.
+
+    Returns:
+        The relative error by name, and for each size the picture and the encoder's output in PyTorch.
+
+    Raises:
+        ValueError: the program computes another function than the encoder.
+    """
+    encoder: Any = FastViTHDModel.from_pretrained(source.directory, dtype=torch.float32).eval()
+    if encoder.config.multi_scale is not None:
+        raise ValueError(
+            f"The encoder has multi_scale {encoder.config.multi_scale!r}, which this target does not know. Export to "
+            "'onnx' instead."
+        )
+    samples = {}
+    for size in sizes:
+        pixels = picture(size)
+        samples[size] = pixels, encoder(pixels).last_hidden_state.flatten(2).transpose(1, 2)
+    # A layer scale within the kernel may be too small for float16; beside it, it is not.
+    encoder = fuse(encoder) if precision == "float32" else encoder.reparameterize()
+    options.say("converting the encoder")
+    with quiet():
+        model = _converted(_Encoder(encoder).eval(), precision, sizes)
+        model.short_description = "FastViTHD, the vision encoder of FastVLM: pictures to features."
+        model.input_description["images"] = "RGB, from 0 to 1, (1, 3, height, width)"
+        model.output_description["image_features"] = "(1, tokens, channels), rows of the picture first"
+        if source.may_be_apples:
+            model.license = RESEARCH_ONLY
+        model.save(str(package))
+    channels = encoder.config.num_features
+    with quiet():
+        check_interface(package, sizes, channels)
+    errors = {}
+    for size, (pixels, expected) in samples.items():
+        options.say(f"evaluating the program at {size} x {size}")
+        with quiet():
+            found = evaluate(package, pixels)
+        errors[f"{precision}: image_features, {size} x {size}"] = error = relative_error(found, expected)
+        if not error <= _TOLERANCE[precision]:
+            raise ValueError(
+                f"The converted encoder differs from the model by {error:.1e} at {size} x {size} in {precision}. "
+                "Please report it, with the versions of torch and coremltools."
+            )
+    return errors, samples
+
+
+def _converted(module: nn.Module, precision: str, sizes: tuple[int, ...]) -> Any:
+    """Return the coremltools model."""
+    import coremltools as ct
+    import numpy as np
+
+    if len(sizes) == 1:
+        example, dynamic = torch.zeros((1, 3, sizes[0], sizes[0])), None
+        shape: Any = tuple(example.shape)
+    else:
+        # Equal sides would become one size to torch.export, which it then narrows.
+        example = torch.zeros((1, 3, min(sizes), max(sizes)))
+        limits = {"min": min(sizes), "max": max(sizes)}
+        sides = {axis: torch.export.Dim(name, **limits) for axis, name in ((2, "height"), (3, "width"))}
+        dynamic = {"images": sides}
+        shape = ct.EnumeratedShapes(shapes=[(1, 3, size, size) for size in sizes], default=(1, 3, sizes[0], sizes[0]))
+    program = torch.export.export(module, (example,), dynamic_shapes=dynamic).run_decompositions({})
+    pipeline = ct.PassPipeline.DEFAULT
+    compute_precision = ct.precision.FLOAT32
+    if precision == "float16":
+        pipeline.remove_passes({"common::fuse_conv_scale"})
+        compute_precision = ct.transform.FP16ComputePrecision(op_selector=_BeforeLastStage())
+    return ct.convert(
+        program,
+        inputs=[ct.TensorType(name="images", shape=shape, dtype=np.float32)],
+        outputs=[ct.TensorType(name="image_features", dtype=np.float32)],
+        minimum_deployment_target=ct.target.iOS16,
+        compute_precision=compute_precision,
+        compute_units=ct.ComputeUnit.CPU_AND_GPU,
+        pass_pipeline=pipeline,
+        skip_model_load=True,
+    )
+
+
+class _BeforeLastStage:
+    """Says of each operation whether it belongs to the part of the encoder that is computed in float16."""
+
+    def __init__(self) -> None:
+        self._late: set[str] | None = None
+
+    def __call__(self, operation: Any) -> bool:
+        if self._late is None:
+            self._late = self._names_from_boundary(operation.enclosing_block.operations)
+        if operation.op_type != "const":
+            return operation.name not in self._late
+        users = operation.outputs[0].child_ops
+        return all(user.name not in self._late for user in users)
+
+    @staticmethod
+    def _names_from_boundary(operations: Any) -> set[str]:
+        late: set[str] = set()
+        for operation in operations:
+            weight = operation.inputs.get("weight") if operation.op_type == "conv" else None
+            if late or (weight is not None and weight.name.startswith(_FIRST_FLOAT32_WEIGHTS)):
+                late.add(operation.name)
+        if not late:
+            raise RuntimeError("The last stage was not found in the converted program. Please report it.")
+        return late
+
+
+def _save_samples(path: Path, samples: dict[int, tuple[Tensor, Tensor]]) -> None:
+    """Write pictures, as bytes, and expected features for the script that runs on a Mac."""
+    import numpy as np
+
+    arrays: dict[str, Any] = {}
+    for size, (pixels, expected) in samples.items():
+        arrays[f"images_{size}"] = (pixels * 255).round().to(torch.uint8).numpy()
+        arrays[f"image_features_{size}"] = expected.numpy()
+    np.savez_compressed(path, **arrays)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep coremltools' progress bars and remarks on other packages' versions off the screen; errors still come."""
+    logger = logging.getLogger("coremltools")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+_RUN = """Pictures of {sizes}, iOS 16 or macOS 13 and newer. In Xcode, add the package to the target; in Python, on a
+Mac, with `pip install coremltools pillow`:
+
+```python
+import coremltools
+import numpy
+from PIL import Image, ImageOps
+
+model = coremltools.models.MLModel("DIRECTORY/fastvithd.mlpackage")
+picture = ImageOps.pad(Image.open("picture.jpg").convert("RGB"), ({first}, {first}), Image.Resampling.BICUBIC)
+images = numpy.asarray(picture, numpy.float32).transpose(2, 0, 1)[None] / 255
+features = model.predict({{"images": images}})["image_features"]  # (1, tokens, {channels})
+```
+
+Is it right on this Mac? `pip install coremltools`, then `python check_coreml.py` in this directory."""

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing of tensors as MLX reads them: safetensors in a float type, with matrices quantized in groups of a row."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.files import INDEX_FILE, SINGLE_FILE, write_json
+
+__all__ = ["quantization_of", "read_weights", "write_weights"]
+
+_BITS = {"q8": 8, "q4": 4}
+_GROUP = 64
+_SHARD_BYTES = 5 * 10**9
+
+
+def quantization_of(precision: str) -> dict[str, Any] | None:
+    """Return what config.json says of a precision's quantization, or None if it is a float type."""
+    bits = _BITS.get(precision)
+    return None if bits is None else {"group_size": _GROUP, "bits": bits, "mode": "affine"}
+
+
+def write_weights(
+    out: Path, tensors: dict[str, Tensor], dtype: str, quantization: dict[str, Any] | None, quantizable: str
+) -> None:
+    """Write tensors in MLX's safetensors, in shards of at most 5 GB.
+
+    Args:
+        tensors: by the names to write them under.
+        dtype: "float32", "float16" or "bfloat16", of all that is not quantized.
+        quantization: None, or as `quantization_of` returns it.
+        quantizable: prefix of the names of the matrices that are quantized, embeddings included. Those whose rows are
+            not a multiple of the group size stay as they are, which MLX finds out by itself.
+    """
+    import mlx.core as mx
+
+    shards: list[dict[str, Any]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        arrays = _arrays(name, tensor, dtype, quantization if name.startswith(quantizable) else None)
+        mx.eval(list(arrays.values()))
+        added = sum(array.nbytes for array in arrays.values())
+        if shards[-1] and size + added > _SHARD_BYTES:
+            _save(out / f"shard-{len(shards)}.safetensors", shards[-1])
+            shards.append({})
+            size = 0
+        size += added
+        shards[-1] |= arrays
+    if len(shards) == 1:
+        _save(out / SINGLE_FILE, shards[0])
+        return
+    _save(out / f"shard-{len(shards)}.safetensors", shards[-1])
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"shard-{number}.safetensors").rename(out / name)
+        weight_map.update(dict.fromkeys(shard, name))
+    total = sum((out / name).stat().st_size for name in set(weight_map.values()))
+    write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _save(file: Path, arrays: dict[str, Any]) -> None:
+    import mlx.core as mx
+
+    mx.save_safetensors(str(file), arrays, metadata={"format": "mlx"})
+    # Names are all that is needed from here on; the values are on the disk.
+    arrays.update(dict.fromkeys(arrays))
+
+
+def _arrays(name: str, tensor: Tensor, dtype: str, quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a tensor as MLX arrays: itself, or packed values with a scale and a bias for each group."""
+    import mlx.core as mx
+
+    # MLX reads no bfloat16 from NumPy, and float32 holds every value of the types that checkpoints have.
+    array = mx.array(tensor.detach().to(torch.float32).contiguous().numpy()).astype(getattr(mx, dtype))
+    is_matrix = name.endswith(".weight") and tensor.ndim == 2 and tensor.shape[1] % _GROUP == 0
+    if quantization is None or not is_matrix:
+        return {name: array}
+    packed, scales, biases = mx.quantize(array, group_size=quantization["group_size"], bits=quantization["bits"])
+    path = name.removesuffix(".weight")
+    return {f"{path}.weight": packed, f"{path}.scales": scales, f"{path}.biases": biases}
+
+
+def read_weights(directory: Path, quantization: dict[str, Any] | None) -> dict[str, Callable[[], Tensor]]:
+    """Return, for each tensor that `write_weights` was given, a function that reads it back as float32."""
+    import mlx.core as mx
+    import numpy as np
+
+    arrays: dict[str, Any] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        arrays |= mx.load(str(file))
+
+    def read(name: str) -> Tensor:
+        array = arrays[name]
+        path = name.removesuffix(".weight")
+        if quantization is not None and f"{path}.scales" in arrays:
+            scales, biases = arrays[f"{path}.scales"], arrays[f"{path}.biases"]
+            array = mx.dequantize(array, scales, biases, quantization["group_size"], quantization["bits"])
+        return torch.from_numpy(np.array(array.astype(mx.float32)))
+
+    names = [name for name in arrays if not name.endswith((".scales", ".biases"))]
+    return {name: functools.partial(read, name) for name in names}

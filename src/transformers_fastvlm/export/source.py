@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint that is exported: loaded when it is needed, only read, and whose licence it is under."""
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import FastVLMConfig, FastVLMForConditionalGeneration, FastVLMProcessor
+from ..checkpoints import Layout, detect_layout, tiny_checkpoint
+
+__all__ = ["LICENCE_FILES", "RESEARCH_ONLY", "Source"]
+
+RESEARCH_ONLY = (
+    "Apple's weights are for research only, not for commercial use, and so is everything derived from them, such as "
+    "these files (apple-amlr)."
+)
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "ACKNOWLEDGEMENTS*")
+
+
+class Source:
+    """A checkpoint directory.
+
+    Args:
+        directory: in Apple's layout or this package's.
+        name: what the model is called in the card; by default the directory's name.
+
+    Attributes:
+        layout: "apple" or "transformers".
+
+    Raises:
+        FileNotFoundError: no such directory, or no config.json in it.
+        ValueError: of another model, or of Transformers' own `fast_vlm`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], name: str | None = None) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise FileNotFoundError(f"{directory} is not a directory; expected one with a FastVLM checkpoint.")
+        self.is_tiny = self.directory.resolve() == tiny_checkpoint().resolve()
+        self.name = name or ("tiny" if self.is_tiny else self.directory.resolve().name)
+        self.layout: Layout = detect_layout(self.directory)
+        if self.layout == "native":
+            raise ValueError(
+                f"{directory} has the layout of Transformers' own fast_vlm. Convert it once: fastvlm convert "
+                f"{directory} OUT --to apple."
+            )
+
+    @functools.cached_property
+    def config(self) -> FastVLMConfig:
+        """The model's configuration."""
+        return FastVLMConfig.from_pretrained(self.directory)
+
+    @functools.cached_property
+    def processor(self) -> FastVLMProcessor:
+        """The model's processor, with the Pillow image processor."""
+        return FastVLMProcessor.from_pretrained(self.directory)
+
+    def model(self, dtype: torch.dtype | str = torch.float32) -> FastVLMForConditionalGeneration:
+        """Load the model anew, on the CPU, in evaluation mode; the caller may do with it what it wants.
+
+        Args:
+            dtype: of the weights; "auto" is the checkpoint's own, and takes the least memory.
+        """
+        model: Any = FastVLMForConditionalGeneration.from_pretrained(self.directory, dtype=dtype)
+        return model.eval()  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def licence(self) -> str | None:
+        """The weights' licence by its name on the hub, "apple-amlr" for Apple's; None if none is stated."""
+        if self.is_tiny:
+            return "apache-2.0"
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in self.licence_files()]
+        if self.name.startswith("apple/") or any("Apple Machine Learning Research Model" in text for text in texts):
+            return "apple-amlr"
+        card = self.directory / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        pattern = r"^(license(?:_name)?):[ \t]*(\S.*?)[ \t]*$"
+        entries = dict(re.findall(pattern, header.group(1) if header else "", re.MULTILINE))
+        name = entries.get("license_name") or entries.get("license")
+        return name.strip("'\"") if name else None
+
+    @property
+    def may_be_apples(self) -> bool:
+        """Whether the weights are Apple's, or could be: the published encoder's shape and no licence stated."""
+        if self.licence is not None:
+            return self.licence == "apple-amlr"
+        vision: Any = self.config.vision_config
+        return list(vision.hidden_sizes) == [96, 192, 384, 768, 1536]
+
+    def licence_files(self) -> list[Path]:
+        """Return the checkpoint's licence and notice files."""
+        return sorted(path for pattern in LICENCE_FILES for path in self.directory.glob(pattern) if path.is_file())

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`OnnxEngine`: several images, sampling, stops, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("onnx", reason="the export to ONNX is an extra")
+pytest.importorskip("onnxruntime", reason="the export to ONNX is an extra")
+pytest.importorskip("onnxscript", reason="the export to ONNX is an extra")
+
+from onnx_cases import conversation, scenes, tiny_export, tiny_model
+
+from transformers_fastvlm.engines.base import Sampling
+from transformers_fastvlm.engines.onnx import OnnxEngine
+
+
+@pytest.fixture(scope="module")
+def engine() -> OnnxEngine:
+    return OnnxEngine(tiny_export().directory, "float32")
+
+
+@torch.no_grad()
+def test_two_images_and_none(engine: OnnxEngine) -> None:
+    model, processor = tiny_model()
+    (first, question, _), (second, _, _) = scenes(2)
+    both = conversation(first, question)
+    both[0]["content"].insert(1, {"type": "image", "image": second})
+    alone = [{"role": "user", "content": "What is the colour?"}]
+    answers = engine.generate([both, alone], Sampling(max_new_tokens=8))
+    for messages, answer in zip((both, alone), answers, strict=True):
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        assert answer.text == processor.tokenizer.decode(output, skip_special_tokens=True).strip()
+
+
+def test_sampling_is_repeatable_and_differs_between_seeds(engine: OnnxEngine) -> None:
+    picture, question, _ = scenes(1)[0]
+
+    def ask(seed: int) -> str:
+        sampling = Sampling(max_new_tokens=12, temperature=5.0, top_p=0.95, seed=seed)
+        return engine.generate([conversation(picture, question)], sampling)[0].text
+
+    assert ask(1) == ask(1)
+    assert len({ask(seed) for seed in range(4)}) > 1
+
+
+def test_a_small_top_p_is_greedy(engine: OnnxEngine) -> None:
+    picture, question, _ = scenes(1)[0]
+    greedy = engine.generate([conversation(picture, question)], Sampling(max_new_tokens=8))
+    sampled = engine.generate([conversation(picture, question)], Sampling(max_new_tokens=8, temperature=1, top_p=1e-6))
+    assert sampled == greedy
+
+
+def test_length_and_stop(engine: OnnxEngine) -> None:
+    picture, question, _ = scenes(1)[0]
+    whole = engine.generate([conversation(picture, question)], Sampling())[0]
+    assert whole.finish_reason == "stop" and len(whole.text) > 1
+    cut = engine.generate([conversation(picture, question)], Sampling(max_new_tokens=1))[0]
+    assert (cut.finish_reason, cut.completion_tokens) == ("length", 1)
+    stopped = engine.generate([conversation(picture, question)], Sampling(stop=(whole.text[1:],)))[0]
+    assert (stopped.finish_reason, stopped.text) == ("stop", whole.text[:1].strip())
+
+
+def test_what_is_refused(engine: OnnxEngine, tmp_path: Path) -> None:
+    picture, question, _ = scenes(1)[0]
+    with pytest.raises(ValueError, match="<image>"):
+        engine.generate([[{"role": "user", "content": "<image>\nWhat?"}]], Sampling())
+    with pytest.raises(ValueError, match="context holds"):
+        engine.generate([conversation(picture, question * 400)], Sampling())
+    with pytest.raises(FileNotFoundError, match="'int3'; it has float32, float16, q8, q4, q4f16"):
+        OnnxEngine(tiny_export().directory, "int3")
+    with pytest.raises(FileNotFoundError, match="it has none"):
+        OnnxEngine(tmp_path)
