@@ -91,8 +91,11 @@ bench-gpu: ## compare speed with other models on a CUDA machine, in GPU_PYTHON; 
 	$(BENCH_GPU) --encoders --dtype bfloat16 --batch 1,32 --fuse --out benchmarks/results/gpu_encoders.json
 
 .PHONY: soak
-soak: .venv/installed-test ## run the long tests: kills at many moments, large data, many steps
-	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+soak: .venvs/serving/installed .venvs/vllm/installed ## run the long tests: kills at many moments, large data, load
+	$(BIN)/python -m pytest -m soak --ignore=tests/serving $(PYTEST_ARGS)
+	.venvs/serving/bin/python -m pytest -m soak tests/serving --ignore-glob='*/test_vllm_*.py' \
+		--ignore=tests/serving/test_page_browser.py $(PYTEST_ARGS)
+	.venvs/vllm/bin/python -m pytest -m soak tests/serving/test_vllm_*.py $(PYTEST_ARGS)
 
 TINY_WORK ?= .cache/train-tiny
 
