@@ -153,7 +153,9 @@ endef
 
 # The browser of the tests. Debian's, since Playwright's own is a download of another kind.
 $(CHROMIUM):
-	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq chromium fonts-dejavu-core \
+		fonts-noto-color-emoji
 
 WHEEL_SOURCES := setup.cfg pyproject.toml MANIFEST.in LICENSE NOTICE README.md \
 	$(shell find src -type f -not -name '*.py[co]' -not -path '*.egg-info/*')
