@@ -95,8 +95,11 @@ bench-gpu: ## compare speed with other models on a CUDA machine, in GPU_PYTHON; 
 	$(BENCH_GPU) --encoders --dtype bfloat16 --batch 1,32 --fuse --out benchmarks/results/gpu_encoders.json
 
 .PHONY: soak
-soak: .venv/installed-test ## run the long tests: kills at many moments, large data, many steps
-	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+soak: .venvs/serving/installed .venvs/vllm/installed ## run the long tests: kills at many moments, large data, load
+	$(BIN)/python -m pytest -m soak --ignore=tests/serving $(PYTEST_ARGS)
+	.venvs/serving/bin/python -m pytest -m soak tests/serving --ignore-glob='*/test_vllm_*.py' \
+		--ignore=tests/serving/test_page_browser.py $(PYTEST_ARGS)
+	.venvs/vllm/bin/python -m pytest -m soak tests/serving/test_vllm_*.py $(PYTEST_ARGS)
 
 TINY_WORK ?= .cache/train-tiny
 
@@ -160,7 +163,9 @@ endef
 
 # The browser of the tests. Debian's, since Playwright's own is a download of another kind.
 $(CHROMIUM):
-	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq chromium fonts-dejavu-core \
+		fonts-noto-color-emoji
 
 WHEEL_SOURCES := setup.cfg pyproject.toml MANIFEST.in LICENSE NOTICE README.md \
 	$(shell find src -type f -not -name '*.py[co]' -not -path '*.egg-info/*')

@@ -81,9 +81,9 @@ class Reply:
             self.first_token_seconds = time.perf_counter() - self._started
 
     def _put(self, piece: str | BaseException | None) -> None:
-        """Hand a piece over from the model's thread; None ends the answer."""
-        if piece is None:
-            self._done.set()
+        """Hand a piece over from the model's thread; None and an error end the answer."""
+        if not isinstance(piece, str):
+            self._done.set()  # first: who sees the end may ask again at once
         with contextlib.suppress(RuntimeError):  # the page was closed, and its event loop with it
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
