@@ -95,11 +95,12 @@ bench-gpu: ## compare speed with other models on a CUDA machine, in GPU_PYTHON; 
 	$(BENCH_GPU) --encoders --dtype bfloat16 --batch 1,32 --fuse --out benchmarks/results/gpu_encoders.json
 
 .PHONY: soak
-soak: .venvs/serving/installed .venvs/vllm/installed ## run the long tests: kills at many moments, large data, load
-	$(BIN)/python -m pytest -m soak --ignore=tests/serving $(PYTEST_ARGS)
+soak: .venvs/serving/installed .venvs/vllm/installed .venvs/export/installed ## run the long tests: kills at many moments, large data, load
+	$(BIN)/python -m pytest -m soak --ignore=tests/serving --ignore=tests/export $(PYTEST_ARGS)
 	.venvs/serving/bin/python -m pytest -m soak tests/serving --ignore-glob='*/test_vllm_*.py' \
 		--ignore=tests/serving/test_page_browser.py $(PYTEST_ARGS)
 	.venvs/vllm/bin/python -m pytest -m soak tests/serving/test_vllm_*.py $(PYTEST_ARGS)
+	.venvs/export/bin/python -m pytest -m soak tests/export $(PYTEST_ARGS)
 
 TINY_WORK ?= .cache/train-tiny
 
@@ -110,7 +111,7 @@ train-tiny: .venv/installed-test ## train a tiny model from nothing, on syntheti
 
 .PHONY: clean
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venvs build dist site demo_output.png .cache .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf .venv .venvs tests/export/javascript/node_modules build dist site demo_output.png .cache .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- environments ---

@@ -27,7 +27,23 @@ GOLDEN = REPOSITORY / "tests" / "golden"
 NAME = "transformers_fastvlm"
 
 REQUIREMENTS = {"transformers", "torch", "safetensors", "tokenizers", "huggingface_hub", "pillow"}
-EXTRAS = {"torchvision", "training", "quantization", "serving", "demo", "batch", "onnx", "coreml", "mlx", "apple-app", "executorch", "bench", "test", "dev", "docs"}
+EXTRAS = {
+    "torchvision",
+    "training",
+    "quantization",
+    "serving",
+    "demo",
+    "batch",
+    "onnx",
+    "coreml",
+    "mlx",
+    "apple-app",
+    "executorch",
+    "bench",
+    "test",
+    "dev",
+    "docs",
+}
 ENTRY_POINTS = """[console_scripts]
 fastvlm = transformers_fastvlm.cli:main
 

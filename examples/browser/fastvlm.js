@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A FastVLM that `fastvlm export onnx` wrote, in transformers.js: load it, ask it about pictures.
+// A FastVLM that `fastvlm export onnx` wrote, in transformers.js: load it, ask it about pictures. Use it in a worker, as
+// worker.js does: WebAssembly computes without a pause, and a page that does so itself stands still.
 
 import {
   AutoModelForImageTextToText,
@@ -8,14 +9,14 @@ import {
   RawImage,
   TextStreamer,
   env,
-} from "@huggingface/transformers";
+} from "./node_modules/@huggingface/transformers/dist/transformers.min.js";
 
 /**
  * Load the model in a directory of this server, or anywhere a URL leads to. Nothing is fetched from elsewhere.
  *
  * @param {{directory?: string, dtype?: string, device?: string, onProgress?: (info: object) => void}} options
  *   directory: beside this page; dtype: a precision that was exported (fp32, fp16, q8, q4, q4f16);
- *   device: "webgpu" or "wasm".
+ *   device: "webgpu" or "wasm"; onProgress: gets transformers.js' reports about the files.
  */
 export async function load({ directory = "model", dtype = "q4", device = "wasm", onProgress = () => {} } = {}) {
   const here = new URL(".", import.meta.url);
@@ -39,25 +40,36 @@ class FastVLM {
     this.processor = processor;
     this.model = model;
     this.stopping = new InterruptableStoppingCriteria();
+    // A pause before each token, in which messages arrive: without it nobody could say stop.
+    const forward = model.forward.bind(model);
+    model.forward = async (inputs) => {
+      await new Promise((resolve) => setTimeout(resolve));
+      return forward(inputs);
+    };
   }
 
   /** Answer a question about a canvas, an <img>'s URL or a RawImage; `onText` gets each new piece of the answer. */
-  async answer(picture, question, { maxNewTokens = 64, onText = () => {} } = {}) {
+  async answer(picture, question, options) {
+    this.stopping.reset();
     const image = await RawImage.read(picture);
     const messages = [{ role: "user", content: `<image>\n${question}` }];
     const prompt = this.processor.apply_chat_template(messages, { add_generation_prompt: true });
     const inputs = await this.processor(image, prompt);
-    return this.generate(inputs, { maxNewTokens, onText });
+    return this.#write(inputs, options);
   }
 
   /** Continue prepared inputs: input_ids, attention_mask and pixel_values. Returns the answer's text. */
-  async generate(inputs, { maxNewTokens = 64, onText = () => {} } = {}) {
+  async generate(inputs, options) {
+    this.stopping.reset();
+    return this.#write(inputs, options);
+  }
+
+  async #write(inputs, { maxNewTokens = 64, onText = () => {} } = {}) {
     const streamer = new TextStreamer(this.processor.tokenizer, {
       skip_prompt: true,
       skip_special_tokens: true,
       callback_function: onText,
     });
-    this.stopping.reset();
     const output = await this.model.generate({
       ...inputs,
       max_new_tokens: maxNewTokens,

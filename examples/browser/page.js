@@ -1,61 +1,79 @@
 // SPDX-License-Identifier: Apache-2.0
-// The page: a camera or a picture, a question, and an answer that starts again as soon as it is finished.
-
-import { load } from "./fastvlm.js";
+// The page: a camera or a picture, a question, and an answer; about a camera, one answer after the other.
 
 const part = (id) => document.getElementById(id);
 const [video, canvas, status, answer, question] = ["video", "canvas", "status", "answer", "question"].map(part);
 const [cameraButton, fileInput, askButton] = ["camera", "file", "ask"].map(part);
 const address = new URLSearchParams(location.search);
+const worker = new Worker("./worker.js", { type: "module" });
 
-let model = null;
-let stream = null;
-let picture = null; // a canvas with the picture that was chosen, while the camera is off
+let stream = null; // of the camera, while it is on
+let chosen = false; // whether the canvas has a picture
+let wish = 0; // grows with everything that the user wants: what was begun for an older one comes to an end
 let running = false;
+let last = Promise.resolve(); // ends with the answer that is being written
+let onText = () => {};
 
 function say(text, kind = "") {
   status.textContent = text;
   status.dataset.kind = kind;
 }
 
-function draw(source, width, height) {
-  canvas.width = width;
-  canvas.height = height;
-  canvas.getContext("2d").drawImage(source, 0, 0, width, height);
-  return canvas;
-}
-
-async function describe() {
-  const source = stream ? draw(video, video.videoWidth, video.videoHeight) : picture;
-  if (!source || !source.width) return;
-  let text = "";
-  const start = performance.now();
-  await model.answer(source, question.value.trim() || "Describe the picture.", {
-    onText: (piece) => {
-      text += piece;
-      answer.textContent = text;
-    },
+/** Send a message to the model's thread and wait for its end. */
+function request(message, transferred = []) {
+  return new Promise((resolve, reject) => {
+    worker.onmessage = ({ data }) => {
+      if (data.kind === "progress") say(`Loading ${data.file}: ${data.percent} %`);
+      else if (data.kind === "text") onText(data.text);
+      else if (data.kind === "error") reject(new Error(data.message));
+      else resolve();
+    };
+    worker.onerror = (event) => reject(new Error(event.message ?? "worker.js could not be loaded"));
+    worker.postMessage(message, transferred);
   });
-  say(`${((performance.now() - start) / 1000).toFixed(1)} s`);
 }
 
-async function run() {
-  if (running || !model) return;
-  running = true;
-  askButton.textContent = "Stop";
-  try {
-    do await describe();
-    while (running && stream);
-  } catch (error) {
-    say(String(error.message ?? error), "error");
-  }
-  running = false;
-  askButton.textContent = "Ask";
+function show(isRunning) {
+  running = isRunning;
+  askButton.textContent = running ? "Stop" : "Ask";
 }
 
 function halt() {
-  running = false;
-  model?.stop();
+  wish += 1;
+  if (running) worker.postMessage({ kind: "stop" });
+  show(false);
+}
+
+async function describe(mine) {
+  const start = performance.now();
+  const picture = await createImageBitmap(stream ? video : canvas);
+  let text = "";
+  onText = (piece) => {
+    text += piece;
+    if (mine === wish) answer.textContent = text;
+  };
+  const words = question.value.trim() || "Describe the picture.";
+  await request({ kind: "answer", picture, question: words }, [picture]);
+  if (mine === wish) say(`${((performance.now() - start) / 1000).toFixed(1)} s`);
+}
+
+function run() {
+  if (!stream && !chosen) return;
+  halt();
+  const mine = wish;
+  show(true);
+  say("");
+  last = last.then(async () => {
+    try {
+      while (mine === wish) {
+        await describe(mine);
+        if (!stream) break;
+      }
+    } catch (error) {
+      if (mine === wish) say(error.message, "error");
+    }
+    if (mine === wish) show(false);
+  });
 }
 
 async function startCamera() {
@@ -65,6 +83,7 @@ async function startCamera() {
     say(`No camera: ${error.message}`, "error");
     return;
   }
+  stream.getVideoTracks()[0].addEventListener("ended", stopCamera);
   video.srcObject = stream;
   await video.play();
   document.body.dataset.view = "camera";
@@ -74,44 +93,47 @@ async function startCamera() {
 
 function stopCamera() {
   halt();
-  stream.getTracks().forEach((track) => track.stop());
+  stream?.getTracks().forEach((track) => track.stop());
   stream = null;
-  document.body.dataset.view = picture ? "picture" : "";
+  document.body.dataset.view = chosen ? "picture" : "";
   cameraButton.textContent = "Camera";
+}
+
+async function choose(file) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file);
+  } catch {
+    say(`${file.name} is not a picture that this browser can read.`, "error");
+    return;
+  }
+  if (stream) stopCamera();
+  canvas.width = bitmap.width;
+  canvas.height = bitmap.height;
+  canvas.getContext("2d").drawImage(bitmap, 0, 0);
+  bitmap.close();
+  chosen = true;
+  document.body.dataset.view = "picture";
+  run();
 }
 
 cameraButton.addEventListener("click", () => (stream ? stopCamera() : startCamera()));
 askButton.addEventListener("click", () => (running ? halt() : run()));
 question.addEventListener("keydown", (event) => event.key === "Enter" && run());
-fileInput.addEventListener("change", async () => {
-  const [file] = fileInput.files;
-  if (!file) return;
-  if (stream) stopCamera();
-  try {
-    const bitmap = await createImageBitmap(file);
-    picture = draw(bitmap, bitmap.width, bitmap.height);
-  } catch {
-    say(`${file.name} is not a picture that this browser can read.`, "error");
-    return;
-  }
-  document.body.dataset.view = "picture";
-  run();
-});
+fileInput.addEventListener("change", () => fileInput.files.length && choose(fileInput.files[0]));
 
 const device = address.get("device") ?? (navigator.gpu ? "webgpu" : "wasm");
 say("Loading the model …");
 try {
-  model = await load({
+  await request({
+    kind: "load",
     directory: address.get("model") ?? "model",
     dtype: address.get("dtype") ?? (device === "webgpu" ? "q4f16" : "q4"),
     device,
-    onProgress: ({ status: state, file, progress }) => {
-      if (state === "progress") say(`Loading ${file}: ${Math.round(progress)} %`);
-    },
   });
   for (const control of [cameraButton, fileInput, askButton]) control.disabled = false;
   document.body.dataset.ready = "yes";
   say(`Ready, on ${device}.`);
 } catch (error) {
-  say(`The model could not be loaded: ${error.message ?? error}`, "error");
+  say(`The model could not be loaded: ${error.message}`, "error");
 }

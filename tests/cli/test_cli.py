@@ -12,7 +12,7 @@ import typer
 from transformers_fastvlm import __version__
 from transformers_fastvlm.cli import errors
 
-VERBS = ("generate", "chat", "info", "convert", "new", "train", "merge", "data")
+VERBS = ("generate", "chat", "info", "convert", "export", "new", "train", "merge", "data")
 
 
 def process(

@@ -63,10 +63,10 @@ def prepared(picture: Image.Image, question: str) -> Any:
 
 
 @torch.no_grad()
-def pytorch_answer(picture: Image.Image, question: str) -> tuple[list[int], str]:
+def pytorch_answer(picture: Image.Image, question: str, max_new_tokens: int = MAX_NEW_TOKENS) -> tuple[list[int], str]:
     """Return tokens and text of PyTorch's greedy answer in float32."""
     model, processor = tiny_model()
     inputs = prepared(picture, question)
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     return tokens, processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()

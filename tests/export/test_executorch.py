@@ -77,6 +77,7 @@ def test_the_cards_program(exported: Export, tmp_path: Path) -> None:
     assert done.stdout.strip().splitlines()[-1] == words.strip()
 
 
+@pytest.mark.soak
 def test_other_sizes_and_language_models(checkpoint, tmp_path: Path) -> None:
     done = export("executorch", checkpoint("llama"), tmp_path / "out", sizes=(128,))
     assert max(done.report.errors.values()) < 1e-5

@@ -113,10 +113,13 @@ def test_apple_layout_is_merged_and_whole(tmp_path: Path) -> None:
     assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
-def test_apple_layout_of_a_merged_checkpoint_is_copied_bit_for_bit(checkpoint, tmp_path: Path) -> None:
-    source = checkpoint("qwen2_tied")
+@pytest.mark.parametrize("name", ["qwen2_tied", "llama"])
+def test_apple_layout_of_a_merged_checkpoint_is_copied_bit_for_bit(checkpoint, tmp_path: Path, name: str) -> None:
+    source = checkpoint(name)
     done = export("apple", source, tmp_path / "apple")
     before, after = (load_file(path / "model.safetensors") for path in (source, done.directory))
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert json.loads((done.directory / "config.json").read_text())["model_type"] == "llava_qwen2"
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    old, new = (json.loads((path / "config.json").read_text()) for path in (source, done.directory))
+    assert old == new
+    assert {path.name for path in tmp_path.iterdir()} == {"apple"}, "nothing is left beside it"

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from export_scenes import NEW_TOKENS, SceneCase, scene_cases, until_end
+from export_scenes import NEW_TOKENS, SceneCase, scene_cases
 
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.export import Export, Source, export
+from transformers_fastvlm.export.mlx import encoder_of, greedy_answer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mlx-vlm and what it imports
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
@@ -38,26 +39,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
 def load(directory: Path, source: Path) -> tuple[Any, Any]:
     from mlx_vlm import load as load_with_mlx_vlm
 
-    from transformers_fastvlm.export.mlx import encoder_of
-
     with encoder_of(Source(source)):
         return load_with_mlx_vlm(str(directory))
 
 
 def answer(model: Any, case: SceneCase) -> list[int]:
     """Return mlx-vlm's greedy answer to our pixel values."""
-    from mlx_vlm.generate import generate_step
-
-    eos = model.config.eos_token_id
-    ids = mx.array([case.prompt_with(SENTINEL)])
-    found: list[int] = []
-    for token, _ in generate_step(
-        ids, model, mx.array(case.pixel_values.numpy()), None, max_tokens=NEW_TOKENS, temperature=0.0
-    ):
-        found.append(int(token))
-        if found[-1] == eos:
-            break
-    return until_end(found, eos)
+    pixel_values = mx.array(case.pixel_values.numpy())
+    return greedy_answer(model, case.prompt_with(SENTINEL), pixel_values, NEW_TOKENS, [model.config.eos_token_id])
 
 
 def answers_are_identical(directory: Path, count: int) -> None:

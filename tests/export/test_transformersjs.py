@@ -11,6 +11,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
+from test_readme import ROOT, blocks
 
 pytest.importorskip("onnx", reason="the export to ONNX is an extra")
 pytest.importorskip("onnxruntime", reason="the export to ONNX is an extra")
@@ -31,7 +35,7 @@ from transformers_fastvlm.processing_fastvlm import chat_template_for
 
 SCRIPTS = Path(__file__).parent / "javascript"
 PACKAGES = Path(os.environ.get("FASTVLM_NODE_FOLDER", SCRIPTS))
-PAGE = Path(__file__).parent.parent.parent / "examples" / "browser"
+PAGE = ROOT / "examples" / "browser"
 CHROMIUM = shutil.which("chromium")
 DTYPES = {"float32": "fp32", "float16": "fp16"}
 ENOUGH_SECONDS = 1800
@@ -78,11 +82,30 @@ def test_chat_templates_render_the_same(workplace: Path, tmp_path: Path) -> None
     for kind in ("qwen2", "llama"):
         for number, messages in enumerate(conversations):
             cases.append([javascript_template(kind), messages, number < 2])
-            rendered, _ = render_jinja_template([messages], chat_template_for(kind), add_generation_prompt=number < 2)
+            rendered, _ = render_jinja_template(
+                [messages], chat_template=chat_template_for(kind), add_generation_prompt=number < 2
+            )
             expected += rendered
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     (line,) = node(workplace, "templates.mjs", str(tmp_path / "cases.json"))
     assert json.loads(line) == expected
+
+
+@pytest.mark.parametrize("page", ["docs/export.md", "DIRECTORY/README.md"])
+def test_shown_programs_run(tmp_path: Path, page: str) -> None:
+    directory = tiny_export().directory
+    (tmp_path / "node_modules").symlink_to(PACKAGES / "node_modules")
+    for name in ("tiny-onnx", "DIRECTORY"):
+        (tmp_path / name).symlink_to(directory)
+    picture = Image.new("RGB", (256, 256), "red")
+    file = directory / "README.md" if page.startswith("DIRECTORY") else ROOT / page
+    (block,) = [block for block in blocks(file.read_text(encoding="utf-8")) if block.language == "js"]
+    # Without loss, so that both see the same pixels, whatever the file is called.
+    picture.save(tmp_path / re.findall(r"picture\.\w+", block.code)[0], format="png")
+    (tmp_path / "shown.mjs").write_text(block.code, encoding="utf-8")
+    question = re.findall(r"<image>\\n(.*?)\"", block.code)[0]
+    count = int(re.findall(r"max_new_tokens: (\d+)", block.code)[0])
+    assert node(tmp_path, "shown.mjs") == [pytorch_answer(picture, question, count)[1]]
 
 
 def write_cases(folder: Path, count: int, aspect: str = "any") -> tuple[Path, list[dict[str, Any]]]:
@@ -174,7 +197,7 @@ def served(folder: Path) -> Iterator[str]:
 
 
 ASK = """async ([bytes, shape, ids]) => {
-  const { Tensor } = await import("@huggingface/transformers");
+  const { Tensor } = await import("./node_modules/@huggingface/transformers/dist/transformers.min.js");
   const { load } = await import("./fastvlm.js");
   const model = await load({ dtype: "fp32", device: "wasm" });
   const values = new Float32Array(Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0)).buffer);
@@ -184,6 +207,13 @@ ASK = """async ([bytes, shape, ids]) => {
     input_ids: new Tensor("int64", BigInt64Array.from(ids, BigInt), size),
     attention_mask: new Tensor("int64", new BigInt64Array(ids.length).fill(1n), size),
   });
+}"""
+
+
+COUNT_ANSWERS = """() => {
+  const status = document.getElementById("status");
+  window.answers = 0;
+  new MutationObserver(() => (window.answers += / s$/.test(status.textContent))).observe(status, { childList: true });
 }"""
 
 
@@ -217,11 +247,13 @@ def test_the_page_in_chromium(workplace: Path, tmp_path: Path) -> None:
             assert page.get_attribute("#status", "data-kind") == ""
             page.screenshot(path=os.environ.get("FASTVLM_SCREENSHOT", str(tmp_path / "page.png")))
 
+            page.evaluate(COUNT_ANSWERS)
             page.click("#camera")
             page.wait_for_function("document.body.dataset.view === 'camera' && video.videoWidth > 0")
-            page.wait_for_function("/ s$/.test(document.getElementById('status').textContent)")
+            page.wait_for_function("window.answers >= 2 && answer.textContent")
             page.click("#camera")
             page.wait_for_function("document.getElementById('ask').textContent === 'Ask'")
+            assert page.get_attribute("body", "data-view") == "picture"
             assert problems == []
             assert all(url.startswith((address, "blob:", "data:")) for url in asked), asked
         finally:

@@ -7,19 +7,18 @@ Tensors are copied as bytes, so each arrives bit for bit, in its dtype. The targ
 is complete, and the source is never written to.
 """
 
-import contextlib
 import fnmatch
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from ..tokens import IMAGE_TOKEN, image_token_id_of
 from .configs import apple_config, native_config, native_processor_files
-from .files import read_json, sync_directory, write_directory, write_json, write_tensors
+from .directories import new_directory
+from .files import read_json, write_directory, write_json, write_tensors
 from .layouts import to_apple_name, to_our_name
 from .native import EXTRA_FILE, NOT_IN_NATIVE, to_native_name
 from .source import Checkpoint, Layout, read_checkpoint
@@ -121,28 +120,8 @@ def convert(
     if out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{out} lies inside the source {source}, which is never written to. Choose another place.")
     checkpoint = read_checkpoint(source)
-    with _new_directory(out) as directory:
+    with new_directory(out) as directory:
         return _write(checkpoint, directory, out, layout, progress)
-
-
-@contextlib.contextmanager
-def _new_directory(out: Path) -> Iterator[Path]:
-    """Yield a hidden directory beside `out` that becomes `out` at the end, or disappears on any error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=f".{out.name}.incomplete-", dir=out.parent))
-    try:
-        mask = os.umask(0)
-        os.umask(mask)
-        directory.chmod(0o777 & ~mask)
-        yield directory
-        sync_directory(directory)
-        if out.is_dir():
-            out.rmdir()
-        directory.rename(out)
-        sync_directory(out.parent)
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
 
 
 def _write(

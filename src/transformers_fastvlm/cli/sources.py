@@ -9,11 +9,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.licences import APPLES, RESEARCH_ONLY, stated_licence
 from .errors import UserError
 
 __all__ = ["RESEARCH_ONLY", "check_loadable", "licence_notice", "licence_of", "local_files", "read_config"]
-
-RESEARCH_ONLY = "for research only, not for commercial use, and so is everything derived from them (apple-amlr)"
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _OURS = ("fastvlm", "llava_qwen2", "llava_llama")
@@ -98,15 +97,8 @@ def local_files(source: str) -> Path:
 def licence_of(model: str) -> str | None:
     """Return the name of the licence that a checkpoint states, "apple-amlr" for Apple's; None if it states none."""
     if model.startswith("apple/"):
-        return "apple-amlr"
-    if "Apple Machine Learning Research Model" in (_text(model, "LICENSE") or ""):
-        return "apple-amlr"
-    card = re.match(r"---\n(.*?)\n---", _text(model, "README.md") or "", re.DOTALL)
-    entries = dict(
-        re.findall(r"^(license(?:_name)?):[ \t]*(\S.*?)[ \t]*$", card.group(1), re.MULTILINE) if card else ()
-    )
-    name = entries.get("license_name") or entries.get("license")
-    return name.strip("'\"") if name else None
+        return APPLES
+    return stated_licence(model, [_text(model, "LICENSE") or ""], _text(model, "README.md"))
 
 
 def licence_notice(model: str, config: dict[str, Any]) -> str | None:
@@ -115,7 +107,7 @@ def licence_notice(model: str, config: dict[str, Any]) -> str | None:
     The published models' encoder is known by its size, which config.json of Apple's layout leaves out.
     """
     name = licence_of(model)
-    if name == "apple-amlr":
+    if name == APPLES:
         return f"Apple's weights are {RESEARCH_ONLY}."
     vision = config.get("vision_config") or {}
     if name is None and not vision.get("hidden_sizes") and config.get("model_type") in _OURS:

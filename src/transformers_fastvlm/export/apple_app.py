@@ -150,8 +150,8 @@ def _limits(side: int, channels: int, source: Source) -> list[str]:
     if side != _APP_SIZE or channels != _APP_CHANNELS:
         limits.append(
             f"The app expects features of the shape [1, {(_APP_SIZE // 64) ** 2}, {_APP_CHANNELS}] and stops at any "
-            f"other. This model's are [1, {(side // 64) ** 2}, {channels}]: change the shape in `FastVLM.swift`, where "
-            "it stands three times."
+            f"other. This model's are [1, {(side // 64) ** 2}, {channels}]: change the shape in `FastVLM.swift` "
+            "wherever it stands."
         )
     if source.config.image_aspect_ratio == "anyres":
         limits.append("There is no AnyRes in the app: each picture is seen once.")

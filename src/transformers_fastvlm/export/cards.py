@@ -2,6 +2,7 @@
 """README.md of an export: where the weights come from, their licence, how exact the files are, how to run them."""
 
 from .. import __version__
+from ..checkpoints.licences import APPLES
 from .source import RESEARCH_ONLY, Source
 from .targets import Report, Target
 
@@ -38,8 +39,8 @@ def _header(source: Source, report: Report) -> str:
     lines = ["---", "pipeline_tag: image-text-to-text", "tags:", "- fastvlm"]
     if report.library_name:
         lines.append(f"library_name: {report.library_name}")
-    if licence == "apple-amlr":
-        lines += ["license: other", "license_name: apple-amlr"]
+    if licence == APPLES:
+        lines += ["license: other", f"license_name: {APPLES}"]
     elif licence:
         lines.append(f"license: {licence}")
     if "/" in source.name:
@@ -48,7 +49,7 @@ def _header(source: Source, report: Report) -> str:
 
 
 def _licence(source: Source) -> str:
-    if source.licence == "apple-amlr":
+    if source.licence == APPLES:
         return RESEARCH_ONLY
     if source.licence is not None:
         return f"The weights are under {source.licence}, as those that they were made from."

@@ -171,7 +171,8 @@ def _gather(a: dict[str, Any]) -> Tensor:
 
 
 def _concat(a: dict[str, Any]) -> Tensor:
-    return torch.cat([torch.as_tensor(part) for part in a["values"]], int(a["axis"]))
+    # Sizes come as numbers, which make a vector.
+    return torch.cat([torch.atleast_1d(torch.as_tensor(part)) for part in a["values"]], int(a["axis"]))
 
 
 def _cast(a: dict[str, Any]) -> Tensor:

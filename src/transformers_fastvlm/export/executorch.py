@@ -31,6 +31,7 @@ __all__ = ["SETTINGS", "StaticDecoder", "write"]
 SETTINGS = "fastvlm.json"
 _TEXT_TOKENS = 1024
 _TOLERANCE = 1e-3
+_BUFFERS = ("cached_keys_", "cached_values_")
 
 
 class _Slots(StaticLayer):
@@ -63,9 +64,9 @@ class StaticDecoder(nn.Module):
         self.language_model, self.lm_head = model.model.language_model, model.lm_head
         self.context, self.layers = context, text.num_hidden_layers
         for layer in range(self.layers):
-            for name in ("keys", "values"):
+            for name in _BUFFERS:
                 self.register_buffer(
-                    f"{name}_{layer}", torch.zeros((1, text.num_key_value_heads, context, head_size)), persistent=False
+                    f"{name}{layer}", torch.zeros((1, text.num_key_value_heads, context, head_size)), persistent=False
                 )
 
     def forward(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
@@ -78,10 +79,10 @@ class StaticDecoder(nn.Module):
         Returns:
             logits of the last token, (1, 1, vocabulary).
         """
-        slots = [
-            _Slots(getattr(self, f"keys_{layer}"), getattr(self, f"values_{layer}"), positions)
-            for layer in range(self.layers)
-        ]
+        slots = []
+        for layer in range(self.layers):
+            keys, values = (getattr(self, f"{name}{layer}") for name in _BUFFERS)
+            slots.append(_Slots(keys, values, positions))
         hidden_ones = torch.arange(self.context)[None, :] > positions[:, None]
         mask = torch.zeros(hidden_ones.shape).masked_fill(hidden_ones, torch.finfo(torch.float32).min)
         states = self.language_model(
@@ -134,8 +135,10 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
             f"tokens, of which a picture takes {tokens}.",
             "One conversation at a time: keys and values lie in the decoder. It starts anew where positions start at "
             "0 again.",
-            "The program below pads and resizes a picture in Pillow in the other order than this package, which moves "
-            "some values a little.",
+            "Tensors have to be contiguous: ExecuTorch reads a transposed view, such as a picture whose channels were "
+            "moved to the front, as another picture, without a word. `.contiguous()` makes it right.",
+            "The program above resizes a picture before it pads it, which this package does in the other order; that "
+            "moves some values a little.",
         ),
         library_name="executorch",
     )
@@ -167,9 +170,12 @@ def _programs(model: Any, size: int, context: int) -> dict[str, ExportedProgram]
 def _lower(program: ExportedProgram, file: Path) -> None:
     """Give what XNNPACK can compute to it, and write the program."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 
-    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    # Without the pass keys and values begin as whatever lies in memory, and not-a-number there passes the mask.
+    config = ExecutorchBackendConfig(passes=[InitializedMutableBufferPass(list(_BUFFERS))])
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch(config)
     with file.open("wb") as stream:
         lowered.write_to_file(stream)
 
@@ -242,7 +248,7 @@ def embedded(ids):
 
 side = settings["image_size"]
 picture = ImageOps.pad(Image.open("picture.png").convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-pixels = torch.from_numpy(numpy.array(picture, numpy.float32).transpose(2, 0, 1)[None] / 255)
+pixels = torch.from_numpy(numpy.array(picture, numpy.float32).transpose(2, 0, 1)[None] / 255).contiguous()
 messages = [{"role": "user", "content": "<image>\\nDescribe the picture."}]
 ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
 place = ids.index(settings["image_token_id"])

@@ -5,6 +5,7 @@
 encoder, generation settings that end, a chat template that places pictures; and the checks after writing.
 """
 
+import fnmatch
 import importlib.metadata
 import importlib.util
 import shutil
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import convert
+from ..checkpoints import Layout, convert
+from ..checkpoints.conversion import DROPPED_FILES, DROPPED_FROM
 from ..checkpoints.source import read_checkpoint
 from ..processing_fastvlm import chat_template_for
 from .reference import Reference, merged_model, reference, relative_error
@@ -24,7 +26,7 @@ from .targets import ExportOptions, Report
 __all__ = ["write_apple", "write_native"]
 
 _SQUARE = "Pictures are padded to a black square, as in training."
-_RIGHT_FILES = ("chat_template.json", "chat_template.jinja")
+_TEMPLATE_FILES = ("chat_template.json", "chat_template.jinja")
 
 
 def write_apple(source: Source, out: Path, options: ExportOptions) -> Report:
@@ -45,7 +47,7 @@ def write_native(source: Source, out: Path, options: ExportOptions) -> Report:
     notes = _convert(source, out, "native", options)
     source.model("auto").generation_config.save_pretrained(out)
     text: Any = source.config.text_config
-    for name in _RIGHT_FILES:
+    for name in _TEMPLATE_FILES:
         (out / name).unlink(missing_ok=True)
     (out / "chat_template.jinja").write_text(chat_template_for(text.model_type), encoding="utf-8")
     errors: dict[str, float] = {}
@@ -68,30 +70,30 @@ def write_native(source: Source, out: Path, options: ExportOptions) -> Report:
     )
 
 
-def _convert(source: Source, out: Path, layout: Any, options: ExportOptions) -> list[str]:
+def _convert(source: Source, out: Path, layout: Layout, options: ExportOptions) -> list[str]:
     """Convert into `out`, with the encoder merged, read the result back, and return the conversion's notes."""
     vision: Any = source.config.vision_config
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}-merged-") as folder:
+    with tempfile.TemporaryDirectory(dir=out, prefix="converting-") as folder:
         directory = source.directory
         if not vision.reparameterized:
             options.say("merging the branches of the encoder's train-time form")
-            directory = _merged(source, Path(folder) / "checkpoint")
-        done = convert(directory, out, layout)
-        read_checkpoint(out)
+            directory = _merged(source, Path(folder) / "merged", layout)
+        done = convert(directory, Path(folder) / "converted", layout)
+        read_checkpoint(done.directory)
+        for path in sorted(done.directory.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+            path.rename(out / path.name)
     return [note[0].upper() + note[1:] + "." for note in done.notes]
 
 
-def _merged(source: Source, out: Path) -> Path:
-    """Save the model with its encoder merged, beside the checkpoint's other files."""
+def _merged(source: Source, out: Path, layout: Layout) -> Path:
+    """Save the model with its encoder merged, beside those other files of the checkpoint that `convert` copies."""
     merged_model(source, "auto").save_pretrained(out)
+    dropped = DROPPED_FILES | (DROPPED_FROM[source.layout] if layout != source.layout else {})
     for path in source.directory.iterdir():
-        if path.is_file() and not (out / path.name).exists() and not _holds_weights(path):
+        is_dropped = any(fnmatch.fnmatch(path.name, pattern) for pattern in dropped)
+        if path.is_file() and not is_dropped and not (out / path.name).exists():
             shutil.copyfile(path, out / path.name)
     return out
-
-
-def _holds_weights(path: Path) -> bool:
-    return path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ Source: names and shapes of the parameters of mlx-vlm 0.7's `fastvlm`.
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,17 @@ from .reference import Reference, merged_model, picture_size, reference, relativ
 from .source import Source
 from .targets import ExportOptions, Report
 
-__all__ = ["check_encoder", "check_language_model", "encoder_of", "mlx_name", "save_tokenizer", "write"]
+__all__ = [
+    "IMAGE_TOKEN_INDEX",
+    "check_encoder",
+    "check_language_model",
+    "encoder_of",
+    "greedy_answer",
+    "image_features",
+    "mlx_name",
+    "save_tokenizer",
+    "write",
+]
 
 MODULES: tuple[tuple[str, str], ...] = (
     ("model.vision_tower.patch_embed.", "vision_tower.vision_model.patch_embed.blocks."),
@@ -209,6 +220,42 @@ def encoder_of(source: Source) -> Iterator[None]:
         VisionConfig.layers, VisionConfig.embed_dims, VisionConfig.mlp_ratios = saved
 
 
+def image_features(model: Any, pixel_values: Any) -> Any:
+    """Return what mlx-vlm's encoder and projector make of pictures.
+
+    Args:
+        model: as mlx-vlm loads it.
+        pixel_values: MLX array (batch, 3, height, width), from 0 to 1.
+
+    Returns:
+        MLX array (batch, tokens, hidden).
+    """
+    stem = model.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv.weight
+    _, encoded, _ = model.vision_tower(pixel_values.astype(stem.dtype).transpose(0, 2, 3, 1))
+    return model.mm_projector(encoded.reshape(encoded.shape[0], -1, encoded.shape[-1]))
+
+
+def greedy_answer(
+    model: Any, input_ids: list[int], pixel_values: Any, max_tokens: int, ends: Collection[int] = (), **kwargs: Any
+) -> list[int]:
+    """Return the token ids that mlx-vlm generates greedily.
+
+    Args:
+        model: as mlx-vlm loads it.
+        input_ids: with one `IMAGE_TOKEN_INDEX` in the picture's place.
+        pixel_values: MLX array (1, 3, height, width).
+        max_tokens: most tokens.
+        ends: ids that end the answer, and are not returned.
+        kwargs: more of mlx-vlm's `generate_step`.
+    """
+    import mlx.core as mx
+    from mlx_vlm.generate import generate_step
+
+    ids = mx.array([input_ids])
+    steps = generate_step(ids, model, pixel_values, None, max_tokens=max_tokens, temperature=0.0, **kwargs)
+    return list(itertools.takewhile(lambda token: token not in ends, (int(token) for token, _ in steps)))
+
+
 def _errors(source: Source, directory: Path, precision: str, expected: Reference) -> dict[str, float]:
     """Run the directory in mlx-vlm and compare.
 
@@ -222,11 +269,9 @@ def _errors(source: Source, directory: Path, precision: str, expected: Reference
     with encoder_of(source):
         model = load_model(directory)
     pixel_values = mx.array(expected.pixel_values.numpy())
-    stem = model.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv.weight
-    _, encoded, _ = model.vision_tower(pixel_values.astype(stem.dtype).transpose(0, 2, 3, 1))
-    features = model.mm_projector(encoded.reshape(1, -1, encoded.shape[-1]))
-    ids = mx.array([expected.prompt_with([IMAGE_TOKEN_INDEX])])
-    embeds = model.get_input_embeddings(ids, pixel_values).inputs_embeds
+    features = image_features(model, pixel_values)
+    ids = expected.prompt_with([IMAGE_TOKEN_INDEX])
+    embeds = model.get_input_embeddings(mx.array([ids]), pixel_values).inputs_embeds
     logits = model.language_model(None, inputs_embeds=embeds).logits[0]
     found = {"image features": (features, expected.features), "logits": (logits, expected.logits)}
     errors = {
@@ -238,8 +283,10 @@ def _errors(source: Source, directory: Path, precision: str, expected: Reference
             f"In mlx-vlm the model gives values that are not finite in {precision}: activations at the end of the "
             "encoder pass the largest number of float16. Export as bfloat16, q8 or q4 instead."
         )
-    if precision == "float32" and max(errors.values()) > _TOLERANCE:
-        raise ValueError(f"mlx-vlm computes another function than this package: {errors}. Please report it.")
+    if precision == "float32":
+        answer = greedy_answer(model, ids, pixel_values, len(expected.answer))
+        if max(errors.values()) > _TOLERANCE or tuple(answer) != expected.answer:
+            raise ValueError(f"mlx-vlm computes another function than this package: {errors}. Please report it.")
     return errors
 
 

@@ -8,8 +8,10 @@ float32, q8 and q4 come from one graph of each part, float16 and q4f16 from anot
 translated one after the other and each is made wide only for its turn, so that memory stays near the model's own size.
 """
 
+import contextlib
 import copy
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from .onnx_files import write_files
 from .onnx_graphs import decoder_graph, embedding_graph, save_graph, vision_graph
 from .onnx_quantization import quantize
 from .programs import Decoder, TokenEmbedding, VisionEncoder
+from .reference import relative_error
 from .source import Source
 from .targets import ExportOptions, Report
 
@@ -40,9 +43,11 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
     model: Any = source.model("auto")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{source.directory} is quantised; export the checkpoint that it was made from.")
+    _leave_the_file(model)
     example = _Example(_processor(source, size), model)
     writer = _Writer(out / "onnx", options)
     _write_vision(model, example, writer)
+    gc.collect()
     _write_text(model, example, writer)
     write_files(source, out, size, writer.external)
     del model
@@ -58,6 +63,16 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
         limits=tuple(limits),
         library_name="transformers.js",
     )
+
+
+def _leave_the_file(model: Any) -> None:
+    """Read the weights now: the file's pages would stay beside the converted ones as long as any of them is in use."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.clone()
+        for name, buffer in module.named_buffers(recurse=False):
+            # A new one, since it may be a view, which keeps what it was made from.
+            setattr(module, name, buffer.clone())
 
 
 def _picture_size(source: Source, options: ExportOptions) -> tuple[int, list[str]]:
@@ -157,8 +172,8 @@ class _Example:
         last, _ = runner.decode(embeds[:, -1:], mask, past)
         runner.close()
         errors = {
-            f"{precision}: image features": _relative(features, self.features),
-            f"{precision}: logits": _relative(np.concatenate((first, last), axis=1), self.logits),
+            f"{precision}: image features": relative_error(features, self.features),
+            f"{precision}: logits": relative_error(np.concatenate((first, last), axis=1), self.logits),
         }
         worst = max(errors.values())
         if not np.isfinite(worst) or (precision == "float32" and worst > LARGEST_FLOAT32_ERROR):
@@ -166,46 +181,76 @@ class _Example:
         return errors
 
 
-def _relative(ours: np.ndarray, reference: torch.Tensor) -> float:
-    expected = reference.double().numpy()
-    return float(np.linalg.norm(ours.astype(np.float64) - expected) / np.linalg.norm(expected))
-
-
 def _write_vision(model: Any, example: _Example, writer: _Writer) -> None:
     """Write encoder and projector, and take the encoder out of the model."""
     model.model.vision_tower.float().reparameterize()
     model.model.multi_modal_projector.float()
     example.see(model)
-    half = None
-    if writer.wants(torch.float16):
-        half = copy.deepcopy((model.model.vision_tower, model.model.multi_modal_projector))
-    if writer.wants(torch.float32):
-        writer.options.say("translating the encoder")
+    parts = model.model.vision_tower, model.model.multi_modal_projector
+    dtypes = [dtype for dtype in (torch.float32, torch.float16) if writer.wants(dtype)]
+    for dtype in dtypes:
+        writer.options.say(f"translating the encoder in {_name(dtype)}")
+        # What is fused is of no use to another type.
+        chosen = parts if dtype == dtypes[-1] else copy.deepcopy(parts)
+        model.model.vision_tower, model.model.multi_modal_projector = (part.to(dtype) for part in chosen)
         fuse(model)
-        writer.save("vision_encoder", vision_graph(model), torch.float32)
-    if half is not None:
-        writer.options.say("translating the encoder in float16")
-        model.model.vision_tower, model.model.multi_modal_projector = (part.half() for part in half)
-        fuse(model)
-        writer.save("vision_encoder", vision_graph(model), torch.float16)
+        writer.save("vision_encoder", vision_graph(model), dtype)
     model.model.vision_tower = model.model.multi_modal_projector = None
-    gc.collect()
 
 
 def _write_text(model: Any, example: _Example, writer: _Writer) -> None:
     """Write embeddings and language model."""
-    model.model.language_model.float()
-    model.lm_head.float()
-    example.read(model)
+    with _computing_in_float32(model):
+        example.read(model)
     for dtype in (torch.float32, torch.float16):
         if not writer.wants(dtype):
             continue
-        model.model.language_model.to(dtype)
-        model.lm_head.to(dtype)
-        writer.options.say(f"translating the language model in {str(dtype).removeprefix('torch.')}")
+        _convert(model, dtype)
+        writer.options.say(f"translating the language model in {_name(dtype)}")
         writer.save("embed_tokens", embedding_graph(model), dtype)
         writer.save("decoder_model_merged", decoder_graph(model), dtype)
         gc.collect()
+
+
+@contextlib.contextmanager
+def _computing_in_float32(model: Any) -> Iterator[None]:
+    """Give each layer of the language model wide weights while it runs; the head, whose type counts, all the time."""
+    head, handles = model.lm_head, []
+    narrow: dict[Any, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+
+    def widen(module: Any, inputs: Any = None) -> None:
+        narrow[module] = [(weight, weight.data) for weight in module.parameters(recurse=False)]
+        for weight, data in narrow[module]:
+            weight.data = data.float()
+
+    def restore(module: Any, inputs: Any = None, output: Any = None) -> None:
+        for weight, data in narrow.pop(module):
+            weight.data = data
+
+    widen(head)
+    for module in model.model.language_model.modules():
+        weights = list(module.parameters(recurse=False))
+        if weights and all(weight is not head.weight for weight in weights):
+            handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        restore(head)
+
+
+def _convert(model: Any, dtype: torch.dtype) -> None:
+    """Change the type of the weights, in the order that needs the least memory. Buffers keep theirs, as in `generate`:
+    in float16 the frequencies of positions would be off."""
+    parameters = sorted(model.parameters(), key=lambda parameter: parameter.numel())
+    grow = parameters[0].element_size() < dtype.itemsize
+    for parameter in reversed(parameters) if grow else parameters:
+        parameter.data = parameter.data.to(dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _runtime() -> str:
@@ -222,7 +267,9 @@ def _how_to_run(options: ExportOptions) -> str:
     return f"""In a browser or in Node with [transformers.js](https://www.npmjs.com/package/@huggingface/transformers):
 
 ```js
-import {{ AutoProcessor, AutoModelForImageTextToText, RawImage }} from "@huggingface/transformers";
+import {{ AutoModelForImageTextToText, AutoProcessor, RawImage, env }} from "@huggingface/transformers";
+
+env.localModelPath = "./"; // where DIRECTORY lies; leave it out for a name on the Hugging Face hub
 const processor = await AutoProcessor.from_pretrained("DIRECTORY");
 const dtype = "{_DTYPE_OF.get(first, first)}";
 const model = await AutoModelForImageTextToText.from_pretrained("DIRECTORY", {{ dtype }});
@@ -238,7 +285,8 @@ In Python, with this package's own preprocessing (`pip install "transformers-fas
 
 ```python
 from PIL import Image
-from transformers_fastvlm.engines.base import Sampling
+
+from transformers_fastvlm.engines import Sampling
 from transformers_fastvlm.engines.onnx import OnnxEngine
 
 engine = OnnxEngine("DIRECTORY", "{first}")

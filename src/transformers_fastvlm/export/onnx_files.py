@@ -5,15 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.configs import apple_config
+from ..checkpoints.configs import apple_config, native_processor_files
 from ..checkpoints.files import read_json, write_json
 from ..processing_fastvlm import chat_template_for
-from ..tokens import IMAGE_TOKEN
 from .source import Source
 
 __all__ = ["javascript_template", "write_files"]
 
-_BICUBIC = 3
+# Where a tokenizer was loaded from, which Transformers writes into its files.
+_NOT_OF_THE_TOKENIZER = ("is_local", "local_files_only", "name_or_path")
 # What the templates say in Jinja's Python dialect, and how @huggingface/jinja takes it.
 _DIALECT = (
     ("\\U000f0000", "\U000f0000"),
@@ -40,8 +40,10 @@ def write_files(source: Source, out: Path, size: int, external: dict[str, bool])
     """
     template = javascript_template(source.config.text_config.model_type)  # type: ignore[union-attr]
     _write_tokenizer(source, out, template)
-    write_json(out / "preprocessor_config.json", _image_processor(source, size))
-    write_json(out / "processor_config.json", _processor(source))
+    processor = native_processor_files(source.config)
+    images = _image_processor(source, processor["preprocessor_config.json"], size)
+    write_json(out / "preprocessor_config.json", images)
+    write_json(out / "processor_config.json", processor["processor_config.json"])
     if (source.directory / "generation_config.json").is_file():
         shutil.copyfile(source.directory / "generation_config.json", out / "generation_config.json")
     write_json(out / "config.json", _config(source, external))
@@ -51,42 +53,24 @@ def _write_tokenizer(source: Source, out: Path, template: str) -> None:
     source.processor.tokenizer.save_pretrained(out)
     (out / "chat_template.jinja").unlink(missing_ok=True)
     content = read_json(out / "tokenizer_config.json")
+    for key in _NOT_OF_THE_TOKENIZER:
+        content.pop(key, None)
     content["chat_template"] = template
     write_json(out / "tokenizer_config.json", content)
 
 
-def _image_processor(source: Source, size: int) -> dict[str, Any]:
+def _image_processor(source: Source, content: dict[str, Any], size: int) -> dict[str, Any]:
     """Make a square of the given size: by black borders, or by cutting for a checkpoint of that kind.
 
     transformers.js has no padding in the middle, but its centre crop of a smaller picture is one.
     """
     cuts = source.config.image_aspect_ratio == "square"
     edges = {"shortest_edge": size} if cuts else {"shortest_edge": size, "longest_edge": size}
-    return {
+    del content["do_pad"]
+    return content | {
         "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
         "size": edges,
-        "resample": _BICUBIC,
-        "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.0, 0.0, 0.0],
-        "image_std": [1.0, 1.0, 1.0],
-    }
-
-
-def _processor(source: Source) -> dict[str, Any]:
-    vision: Any = source.config.vision_config
-    return {
-        "processor_class": "LlavaProcessor",
-        "image_token": IMAGE_TOKEN,
-        "num_additional_image_tokens": 0,
-        "patch_size": vision.stride,
-        "vision_feature_select_strategy": "full",
     }
 
 

@@ -17,6 +17,8 @@ from typing import Any
 __all__ = ["quantize"]
 
 BLOCK = 32
+ROWS_AT_ONCE = 4096
+"""Of an embedding, while it is rounded: its numbers in float32 would be as large as the model."""
 
 
 def quantize(model: Any, bits: int, convolutions: bool) -> Any:
@@ -126,10 +128,14 @@ def _by_first_axis(weight: Any, keep_axes: bool = False) -> dict[str, Any]:
     """Return int8 numbers and a scale for each index of the first axis, flat or with as many axes as the numbers."""
     import numpy as np
 
-    rows = weight.reshape(len(weight), -1).astype(np.float32)
-    scales = np.abs(rows).max(axis=1) / 127
-    scales = np.where(scales == 0, 1, scales).astype(weight.dtype)
-    numbers = np.clip(np.rint(rows / scales.astype(np.float32)[:, None]), -127, 127).astype(np.int8)
+    scales = np.empty(len(weight), dtype=weight.dtype)
+    numbers = np.empty((len(weight), weight[0].size), dtype=np.int8)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        rows = weight[part].reshape(-1, weight[0].size).astype(np.float32)
+        largest = np.abs(rows).max(axis=1) / 127
+        scales[part] = np.where(largest == 0, 1, largest)
+        numbers[part] = np.clip(np.rint(rows / scales[part].astype(np.float32)[:, None]), -127, 127)
     shape = (-1, *[1] * (weight.ndim - 1)) if keep_axes else (-1,)
     return {"weight": numbers.reshape(weight.shape), "scales": scales.reshape(shape)}
 

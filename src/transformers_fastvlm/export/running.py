@@ -84,8 +84,6 @@ def export(
     if external_data is not None and target != "onnx":
         raise ValueError(f"external_data is for the target 'onnx'; {target!r} has no such choice.")
     source, out = Source(model, name), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty directory. Choose a new one; nothing is overwritten.")
     if out.resolve().is_relative_to(source.directory.resolve()):
         raise ValueError(
             f"{out} lies inside the checkpoint {source.directory}, which is never written to. Choose another place."

@@ -3,21 +3,17 @@
 
 import functools
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import FastVLMConfig, FastVLMForConditionalGeneration, FastVLMProcessor
-from ..checkpoints import Layout, detect_layout, tiny_checkpoint
+from ..checkpoints import Layout, detect_layout, licences, tiny_checkpoint
 
 __all__ = ["LICENCE_FILES", "RESEARCH_ONLY", "Source"]
 
-RESEARCH_ONLY = (
-    "Apple's weights are for research only, not for commercial use, and so is everything derived from them, such as "
-    "these files (apple-amlr)."
-)
+RESEARCH_ONLY = f"Apple's weights are {licences.RESEARCH_ONLY}."
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "ACKNOWLEDGEMENTS*")
 
 
@@ -66,7 +62,8 @@ class Source:
             dtype: of the weights; "auto" is the checkpoint's own, and takes the least memory.
         """
         model: Any = FastVLMForConditionalGeneration.from_pretrained(self.directory, dtype=dtype)
-        return model.eval()  # type: ignore[no-any-return]
+        evaluated: FastVLMForConditionalGeneration = model.eval()
+        return evaluated
 
     @functools.cached_property
     def licence(self) -> str | None:
@@ -74,21 +71,15 @@ class Source:
         if self.is_tiny:
             return "apache-2.0"
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in self.licence_files()]
-        if self.name.startswith("apple/") or any("Apple Machine Learning Research Model" in text for text in texts):
-            return "apple-amlr"
         card = self.directory / "README.md"
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-        pattern = r"^(license(?:_name)?):[ \t]*(\S.*?)[ \t]*$"
-        entries = dict(re.findall(pattern, header.group(1) if header else "", re.MULTILINE))
-        name = entries.get("license_name") or entries.get("license")
-        return name.strip("'\"") if name else None
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+        return licences.stated_licence(self.name, texts, text)
 
     @property
     def may_be_apples(self) -> bool:
         """Whether the weights are Apple's, or could be: the published encoder's shape and no licence stated."""
         if self.licence is not None:
-            return self.licence == "apple-amlr"
+            return self.licence == licences.APPLES
         vision: Any = self.config.vision_config
         return list(vision.hidden_sizes) == [96, 192, 384, 768, 1536]
 

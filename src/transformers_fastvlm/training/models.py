@@ -29,9 +29,9 @@ from .. import (
     FastVLMImageProcessorPil,
     FastVLMProcessor,
 )
+from ..checkpoints.directories import new_directory
 from ..processing_fastvlm import chat_template_for
 from ..tokens import IMAGE_TOKEN
-from .directories import new_directory
 
 __all__ = ["new_model", "save_model", "torch_dtype"]
 

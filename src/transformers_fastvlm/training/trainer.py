@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..checkpoints.directories import sync_tree
 from ..checkpoints.files import sync_directory
 from ..checkpoints.layouts import to_our_name
-from .directories import sync_tree
 from .parts import decays, parameter_groups
 
 __all__ = ["STAGING", "FastVLMTrainer", "last_checkpoint", "leave_frozen_inputs"]

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The licence of a checkpoint's weights, told from its name and its files."""
+
+import re
+from collections.abc import Iterable
+
+__all__ = ["APPLES", "RESEARCH_ONLY", "stated_licence"]
+
+APPLES = "apple-amlr"
+RESEARCH_ONLY = f"for research only, not for commercial use, and so is everything derived from them ({APPLES})"
+"""What Apple's weights are."""
+
+
+def stated_licence(name: str, texts: Iterable[str], card: str | None) -> str | None:
+    """Return the licence by its name on the Hugging Face hub, "apple-amlr" for Apple's; None if none is stated.
+
+    Args:
+        name: of the checkpoint; Apple's are in `apple/`.
+        texts: of its licence files. They are read where the name says nothing.
+        card: its README.md, or None.
+    """
+    if name.startswith("apple/") or any("Apple Machine Learning Research Model" in text for text in texts):
+        return APPLES
+    header = re.match(r"---\n(.*?)\n---", card or "", re.DOTALL)
+    pattern = r"^(license(?:_name)?):[ \t]*(\S.*?)[ \t]*$"
+    entries = dict(re.findall(pattern, header.group(1) if header else "", re.MULTILINE))
+    found = entries.get("license_name") or entries.get("license")
+    return found.strip("'\"") if found else None
