@@ -27,9 +27,12 @@ GOLDEN = REPOSITORY / "tests" / "golden"
 NAME = "transformers_fastvlm"
 
 REQUIREMENTS = {"transformers", "torch", "safetensors", "tokenizers", "huggingface_hub", "pillow"}
-EXTRAS = {"torchvision", "training", "quantization", "serving", "demo", "batch", "bench", "test", "dev", "docs"}
+EXTRAS = {"torchvision", "training", "quantization", "serving", "demo", "batch", "bench", "eval", "test", "dev", "docs"}
 ENTRY_POINTS = """[console_scripts]
 fastvlm = transformers_fastvlm.cli:main
+
+[lmms_eval.models]
+fastvlm = transformers_fastvlm.evaluation.lmms_model:manifest
 
 [vllm.general_plugins]
 fastvlm = transformers_fastvlm.vllm_plugin:register"""
