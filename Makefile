@@ -23,7 +23,7 @@ demo: .venv/installed-package ## answer questions about a picture, offline
 
 # The tests of servers and of the web page need packages of their own: test-serving. Gradio leaves event loops to the
 # garbage collector, which pytest takes for an error of whatever test comes then: the page has a process of its own.
-SUITE := --ignore=tests/serving --ignore=tests/export -n auto
+SUITE := --ignore=tests/serving --ignore=tests/export --ignore-glob='*/test_harness_*.py' -n auto
 
 .PHONY: test
 test: .venv/installed-test ## run the suite with every optional package
@@ -55,7 +55,8 @@ test-minimal: .venvs/wheel/installed ## run the suite without any optional packa
 	$(WHEEL_BIN)/python $(PIP_INSTALL) "pytest>=8"
 	$(WHEEL_BIN)/pytest -o pythonpath= $(PYTEST_ARGS)
 
-# `make -k test-versions` goes on with the other versions after a failure. The suite on the newest is `make test`.
+# `make -k test-versions` goes on with the other versions after a failure. The suite on the newest is `make test`. The
+# tests of the kernels take minutes and hardly know of Transformers.
 TRANSFORMERS := 5.16.1 5.19 newest
 SPEC_5.16.1 := transformers==5.16.1
 SPEC_5.19 := transformers==5.19.*
@@ -65,7 +66,7 @@ SPEC_newest := transformers>=5.20,<6
 test-versions: $(TRANSFORMERS:%=test-versions-%) ## run the suite on older versions of Transformers, and Transformers' own tests on all
 $(TRANSFORMERS:%=test-versions-%): test-versions-%: .venvs/transformers-%/installed
 	.venvs/transformers-$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
-	$(if $(filter newest,$*),,.venvs/transformers-$*/bin/python -m pytest $(SUITE) $(PYTEST_ARGS))
+	$(if $(filter newest,$*),,.venvs/transformers-$*/bin/python -m pytest $(SUITE) --ignore=tests/test_kernels.py $(PYTEST_ARGS))
 	.venvs/transformers-$*/bin/python tests/upstream/run.py
 
 .PHONY: test-serving
@@ -78,6 +79,10 @@ test-serving: .venvs/serving/installed .venvs/vllm/installed $(CHROMIUM) ## test
 .PHONY: test-export
 test-export: .venvs/export/installed $(CHROMIUM) ## export and run the results in their own runtimes
 	.venvs/export/bin/python -m pytest tests/export $(PYTEST_ARGS)
+
+.PHONY: test-eval
+test-eval: .venvs/eval/installed ## test the evaluation through lmms-eval
+	.venvs/eval/bin/python -m pytest tests/evaluation/test_harness_*.py $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: ## run the tests that need an accelerator, in GPU_PYTHON (.venv's Python unless given)
@@ -95,8 +100,10 @@ bench-gpu: ## compare speed with other models on a CUDA machine, in GPU_PYTHON; 
 	$(BENCH_GPU) --encoders --dtype bfloat16 --batch 1,32 --fuse --out benchmarks/results/gpu_encoders.json
 
 .PHONY: soak
-soak: .venvs/serving/installed .venvs/vllm/installed .venvs/export/installed ## run the long tests: kills at many moments, large data, load
-	$(BIN)/python -m pytest -m soak --ignore=tests/serving --ignore=tests/export $(PYTEST_ARGS)
+soak: .venvs/serving/installed .venvs/vllm/installed .venvs/export/installed .venvs/eval/installed ## run the long tests: kills at many moments, large data, load
+	$(BIN)/python -m pytest -m soak --ignore=tests/serving --ignore=tests/export --ignore-glob='*/test_harness_*.py' \
+		$(PYTEST_ARGS)
+	.venvs/eval/bin/python -m pytest -m soak tests/evaluation/test_harness_*.py $(PYTEST_ARGS)
 	.venvs/serving/bin/python -m pytest -m soak tests/serving --ignore-glob='*/test_vllm_*.py' \
 		--ignore=tests/serving/test_page_browser.py $(PYTEST_ARGS)
 	.venvs/vllm/bin/python -m pytest -m soak tests/serving/test_vllm_*.py $(PYTEST_ARGS)
@@ -152,6 +159,11 @@ endef
 	$(on_top_of_venv)
 	$(@D)/bin/python $(PIP_INSTALL) --editable ".[onnx,coreml,mlx,executorch]" playwright
 	cd tests/export/javascript && npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
+
+.venvs/eval/installed: .venv/installed-test
+	$(on_top_of_venv)
+	$(@D)/bin/python $(PIP_INSTALL) --editable ".[eval,onnx]"
 	@touch $@
 
 # vLLM decides which PyTorch it has, so this one stands by itself.

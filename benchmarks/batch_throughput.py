@@ -11,16 +11,14 @@ to compare on a machine that others use too. Ratios are to the first batch size.
 """
 
 import argparse
-import json
 import os
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+import _results
 import torch
 
-from transformers_fastvlm.benchmarking.machine import machine, versions
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.engines import Sampling, TransformersEngine
@@ -81,7 +79,7 @@ def measure(engine: TransformersEngine, task: str, options: argparse.Namespace) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = _results.parser(__doc__)
     parser.add_argument("--model", default="tiny", help="directory of a model, or tiny, the one of the package")
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
@@ -90,13 +88,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--note", default="", help="what else ran on the machine")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     directory = str(tiny_checkpoint()) if options.model == "tiny" else options.model
     engine = TransformersEngine(directory, dtype=options.dtype, device=options.device)
-    result = {
+    values = {
         "model": options.model,
         "pictures": options.pictures,
         "size": int(engine.processor.image_processor.size["height"]),
@@ -104,14 +100,8 @@ def main() -> None:
         "rounds": options.rounds,
         "threads": options.threads,
         "results": {task: measure(engine, task, options) for task in TASKS},
-        "machine": machine(torch.device(options.device)),
-        "versions": versions(),
-        "note": options.note,
     }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    _results.write(options, values, device=options.device)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ too. Needs timm for the port and torchao for the quantized models.
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -19,11 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import _results
 import torch
 from train_throughput import write_checkpoints
 
 import transformers_fastvlm
-from transformers_fastvlm.benchmarking.machine import machine, versions
 
 GROUPS = {
     "bfloat16": {"ours": "bfloat16", "native": "bfloat16"},
@@ -100,7 +99,7 @@ def measure(group: dict[str, str], folder: Path, options: argparse.Namespace) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = _results.parser(__doc__)
     parser.add_argument("--preset", default="0.5b")
     parser.add_argument("--layers", type=int, help="layers of the language model, if not the preset's")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
@@ -108,35 +107,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each model")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--note", default="", help="what else ran on the machine")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoints(options, Path(folder))
         results = {name: measure(GROUPS[name], Path(folder), options) for name in options.groups}
-    result = {
+    values = {
         "preset": options.preset,
         "prompt_tokens": PROMPT_TOKENS,
         "steps": options.steps,
         "rounds": options.rounds,
         "threads": options.threads,
         "results": results,
-        "machine": machine(torch.device(options.device)),
-        "versions": versions() | _torchao(),
-        "note": options.note,
     }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
-
-
-def _torchao() -> dict[str, str]:
-    import importlib.metadata
-    import importlib.util
-
-    return {"torchao": importlib.metadata.version("torchao")} if importlib.util.find_spec("torchao") else {}
+    _results.write(options, values, device=options.device, packages=["torchao"])
 
 
 if __name__ == "__main__":

@@ -12,15 +12,13 @@ pixels; proportional to pixels) at the median of that rate. Needs the package ti
 
 import argparse
 import copy
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import _results
 import torch
 from torch import Tensor, nn
 
@@ -60,42 +58,21 @@ def summary(values: list[float]) -> dict[str, Any]:
     return {"median": round(statistics.median(values), 4), "min": min(digits), "max": max(digits), "all": digits}
 
 
-def machine() -> dict[str, Any]:
-    """Describe the processor as far as speed depends on it."""
-    names = [
-        line.split(":")[1].strip()
-        for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
-        if line.startswith("model name")
-    ]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "logical_cores": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "onednn_bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-        "system": f"{platform.machine()}, {platform.system()}",
-        "threads": torch.get_num_threads(),
-    }
-
-
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = _results.parser(__doc__)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--size", type=int, default=1024, help="height and width in pixels")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--native-repetitions", type=int, help="default: as many as the others; 0 leaves it out")
-    parser.add_argument("--note", help="what else ran on the machine, for the results file")
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
 @torch.inference_mode()
 def main() -> None:
     arguments = parse()
-    import transformers
-
-    from transformers_fastvlm import FastViTHDConfig, FastViTHDModel, __version__
+    from transformers_fastvlm import FastViTHDConfig, FastViTHDModel
     from transformers_fastvlm.inference import fuse
 
     torch.set_num_threads(arguments.threads)
@@ -139,10 +116,11 @@ def main() -> None:
     flops = max(statistics.median(values) for values in rates.values())
     floor = FLOP_PER_PIXEL * pixels[:, 0].numel() / flops
     reference = outputs.get("native", outputs["default"])
-    result = {
+    values = {
         "dtype": arguments.dtype,
         "size": arguments.size,
         "batch": arguments.batch,
+        "threads": arguments.threads,
         "clock_of_ratios": clock,
         "seconds": {
             name: {kind: summary(measured) for kind, measured in values.items()} for name, values in times.items()
@@ -154,18 +132,10 @@ def main() -> None:
             name: float(f"{(output - reference).norm() / reference.norm():.2g}") for name, output in outputs.items()
         },
         "difference_to": "native" if native else "default",
-        "machine": machine(),
+        "onednn_bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         "load_average": {"before": load_before, "after": os.getloadavg()},
-        "note": arguments.note,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "transformers_fastvlm": __version__,
     }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if arguments.out:
-        arguments.out.write_text(text)
+    _results.write(arguments, values)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ Transformers: once right after from_pretrained, when pages of the file that noth
 and once after every weight has been read. Linux only.
 """
 
-import argparse
-import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import _results
 
 BARE = "import torch, transformers"
 LOAD = "\n".join(
@@ -55,8 +54,7 @@ def write_checkpoint(directory: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path)
+    parser = _results.parser(__doc__)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -67,25 +65,15 @@ def main() -> None:
             "every_weight_read": TOUCH.format(directory=folder),
         }
         peaks = {name: sorted(peak_bytes(code) for _ in range(arguments.runs)) for name, code in cases.items()}
-    import torch
-    import transformers
-
     median = {name: values[len(values) // 2] for name, values in peaks.items()}
-    result = {
+    values = {
         "file_bytes": size,
         "peak_bytes": peaks,
         "ratio_to_file": {
             name: round((median[name] - median["bare"]) / size, 3) for name in ("loaded", "every_weight_read")
         },
-        "machine": f"{platform.machine()}, {platform.system()} {platform.release().split('-')[0]}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if arguments.out:
-        arguments.out.write_text(text)
+    _results.write(arguments, values)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ look at. `whole` is what the image processor does with a path, `decoded` with a 
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -19,19 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _results
 import torch
 from PIL import Image, features
 
 from transformers_fastvlm import FastVLMImageProcessorPil
 from transformers_fastvlm.benchmarking import photo_jpeg
-from transformers_fastvlm.benchmarking.machine import machine, versions
 from transformers_fastvlm.benchmarking.measuring import spread
 
 WARMUP = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = _results.parser(__doc__)
     parser.add_argument("--width", type=int, default=4000)
     parser.add_argument("--height", type=int, default=3000)
     parser.add_argument("--size", type=int, default=1024, help="height and width of the pixel values")
@@ -39,8 +38,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, for torchvision's resizing")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--torchvision", action="store_true", help="also the processor that uses torchvision")
-    parser.add_argument("--note", help="what else one should know, for the record")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -49,18 +46,13 @@ def main() -> None:
         path.write_bytes(photo_jpeg(options.width, options.height))
         size = path.stat().st_size
         results = measure(steps(str(path), options), options.repetitions)
-    record = {
+    values = {
         "settings": {key: value for key, value in vars(options).items() if key not in ("out", "note")},
-        "note": options.note,
         "jpeg_bytes": size,
-        "machine": machine(torch.device("cpu")),
-        "versions": versions() | {"libjpeg_turbo": features.version("libjpeg_turbo")},
+        "libjpeg_turbo": features.version("libjpeg_turbo"),
         "results": results,
     }
-    text = json.dumps(record, indent=2) + "\n"
-    if options.out:
-        options.out.write_text(text)
-    print(text, end="")
+    _results.write(options, values)
 
 
 def steps(path: str, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:

@@ -11,20 +11,18 @@ a machine that others use too. Every round starts with an empty cache; medians o
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+import _results
 import torch
 from transformers import AutoTokenizer
 
 from transformers_fastvlm import FastVLMConfig, FastVLMImageProcessorPil, FastVLMProcessor
-from transformers_fastvlm.benchmarking.machine import machine, versions
 from transformers_fastvlm.benchmarking.photo import make_photo
 from transformers_fastvlm.benchmarking.weights import random_model
 from transformers_fastvlm.data.scenes.tokenizer import write_tokenizer
@@ -87,32 +85,24 @@ def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = _results.parser(__doc__)
     parser.add_argument("--preset", default="0.5b")
     parser.add_argument("--size", type=int, default=1024, help="height and width that the encoder sees")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--note", default="", help="what else ran on the machine")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result = {
+    values = {
         "preset": options.preset,
         "size": options.size,
         "rounds": options.rounds,
         "threads": options.threads,
         "picture": f"{SIZE_OF_PICTURE[0]}x{SIZE_OF_PICTURE[1]} pixels, decoded",
         "results": {dtype: measure(options, dtype) for dtype in options.dtype},
-        "machine": machine(torch.device(options.device)),
-        "versions": versions(),
-        "note": options.note,
     }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    _results.write(options, values, device=options.device)
 
 
 if __name__ == "__main__":

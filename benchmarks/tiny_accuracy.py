@@ -14,16 +14,14 @@ have the bfloat16 encoder, so its features are computed once for them all. They 
 docs/quantization.md says, on a CPU in 4 bits with groups of 32, which divide the widths of the tiny model.
 """
 
-import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+import _results
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from transformers_fastvlm.benchmarking.machine import machine, versions
 from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.inference import fuse
 
@@ -83,12 +81,13 @@ def answers(
             text=texts, images=images, padding=True, padding_side="left", return_tensors="pt", **image_options
         )
         pixels, encoded = inputs.pop("pixel_values"), {}
+        tiles = {name: inputs[name] for name in ("image_sizes", "num_tiles") if name in inputs}  # of AnyRes
         for name, model in models.items():
             begin = time.perf_counter()
             encoder = "bfloat16" if name in QUANTIZED else name
             if encoder not in encoded:
                 own = pixels.to(model.device, model.dtype)
-                encoded[encoder] = {"image": model.get_image_features(own, return_dict=True)}
+                encoded[encoder] = {"image": model.get_image_features(own, return_dict=True, **tiles)}
             tokens = model.generate(
                 **inputs.to(model.device),
                 mm_encoder_outputs=encoded[encoder],
@@ -133,13 +132,12 @@ def compared(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = _results.parser(__doc__)
     parser.add_argument("model", type=Path, help="directory of the model")
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     processor = AutoProcessor.from_pretrained(options.model)
     wanted = [name for name in VARIANTS if name in options.variants or name == REFERENCE]
@@ -167,23 +165,13 @@ def main() -> None:
         ("oblong_cropped", "oblong", {"image_aspect_ratio": "square"}),
     ):
         results |= run({REFERENCE: title}, aspect, **image_options)[0]
-    if options.out is not None:
-        about = {
-            "scenes": options.scenes,
-            "series": HELD_OUT_SERIES,
-            "exact_answers_percent": results,
-            "against_float32": differences,
-            "machine": machine(torch.device(options.device)),
-            "versions": versions() | _torchao(),
-        }
-        options.out.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def _torchao() -> dict[str, str]:
-    import importlib.metadata
-    import importlib.util
-
-    return {"torchao": importlib.metadata.version("torchao")} if importlib.util.find_spec("torchao") else {}
+    values = {
+        "scenes": options.scenes,
+        "series": HELD_OUT_SERIES,
+        "exact_answers_percent": results,
+        "against_float32": differences,
+    }
+    _results.write(options, values, device=options.device, packages=["torchao"])
 
 
 if __name__ == "__main__":

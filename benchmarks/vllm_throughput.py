@@ -13,13 +13,12 @@ the median rates; answers are compared, and the number of those that differ is p
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
+
+import _results
 
 HELD_OUT_SERIES = 2026
 DESCRIBE = "Describe the picture."
@@ -85,28 +84,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = _results.parser(__doc__)
     parser.add_argument("--model", help="directory or hub repository; the embedded tiny model unless given")
     parser.add_argument("--requests", type=int, default=32, help="requests at once")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--note", default="", help="what else ran on the machine")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     # As many threads on all sides, on any cores; vLLM would bind its own to some.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
-    import torch
-
-    from transformers_fastvlm.benchmarking.machine import machine, versions
     from transformers_fastvlm.checkpoints import tiny_checkpoint
 
     name = options.model or "tiny"
     options.model = options.model or str(tiny_checkpoint())
-    result = {
+    values = {
         "model": name,
         "requests": options.requests,
         "rounds": options.rounds,
@@ -114,14 +108,8 @@ def main() -> None:
         "dtype": options.dtype,
         "threads": options.threads,
         "results": measure(options),
-        "machine": machine(torch.device("cpu")),
-        "versions": {**versions(), "vllm": importlib.metadata.version("vllm")},
-        "note": options.note,
     }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    _results.write(options, values, packages=["vllm"])
 
 
 if __name__ == "__main__":

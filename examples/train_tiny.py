@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a tiny FastVLM on synthetic scenes, from nothing: tokenizer, encoder, new model, stages 1 to 3, Apple's layout.
 
-    python examples/train_tiny.py WORK [--out DIRECTORY] [--processes 2]
+    python examples/train_tiny.py WORK [--out DIRECTORY] [--processes 2] [--steps N]
 
 WORK gets everything on the way, each stage in a directory of its own, so that a run that was interrupted goes on where
 it was when it is started again. The result goes to WORK/tiny unless --out says otherwise. On a CPU of few cores, a
@@ -146,14 +146,13 @@ def found(prediction: EvalPrediction) -> dict[str, float]:
     return {name: round(float(both[group].sum() / either[group].sum()), 3) for name, group in numbers.items()}
 
 
-def pretrain_encoder(work: Path) -> Path:
+def pretrain_encoder(work: Path, steps: int) -> Path:
     """Train an encoder to say what is where and return its directory."""
     out = work / "encoder"
     if (out / "config.json").exists():
         return out
     torch.manual_seed(0)
     model = MarkFinder(FastViTHDModel(FastViTHDConfig(**VISION)))
-    steps = ENCODER_PICTURES // ENCODER_BATCH
     arguments = TrainingArguments(
         output_dir=str(work / "encoder-checkpoints"),
         per_device_train_batch_size=ENCODER_BATCH,
@@ -176,7 +175,7 @@ def pretrain_encoder(work: Path) -> Path:
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
     )
-    pictures = Pictures(ENCODER_PICTURES, seed=4), Pictures(256, seed=10)
+    pictures = Pictures(steps * ENCODER_BATCH, seed=4), Pictures(256, seed=10)
     trainer = Trainer(model, arguments, train_dataset=pictures[0], eval_dataset=pictures[1], compute_metrics=found)
     begun = Path(arguments.output_dir).is_dir() and get_last_checkpoint(arguments.output_dir) is not None
     trainer.train(resume_from_checkpoint=begun)
@@ -184,22 +183,25 @@ def pretrain_encoder(work: Path) -> Path:
     return out
 
 
-def train(work: Path, processes: int = 1) -> Path:
+def train(work: Path, processes: int = 1, steps: int | None = None) -> Path:
     """Run what is not there yet and return the directory of the last stage.
 
     Args:
         work: directory for everything on the way.
         processes: how many share each batch of the stages, on CPUs; a divisor of 16.
+        steps: ends each part after so many.
     """
     previous = work / "new"
     if not previous.exists():
         write_tokenizer(work / "tokenizer")
-        encoder = pretrain_encoder(work)
+        encoder = pretrain_encoder(work, steps or ENCODER_PICTURES // ENCODER_BATCH)
         save_model(*new_model(encoder, LANGUAGE_MODEL, work / "tokenizer"), previous)
     for stage in STAGES:
         out = work / stage
         if not (out / "config.json").exists():
             changes = [f"model.path={previous}", f"output_dir={out}"]
+            if steps:
+                changes.append(f"arguments.max_steps={steps}")
             if processes == 1:
                 run(load_recipe(stage, changes), resume=True, report=print)
             else:
@@ -231,11 +233,12 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="directory for what comes on the way")
     parser.add_argument("--out", type=Path, help="directory of the result")
     parser.add_argument("--processes", type=int, default=1, help="processes for the stages, a divisor of 16")
+    parser.add_argument("--steps", type=int, help="end each part after so many, to try the way; nothing is learned")
     options = parser.parse_args()
     if options.processes < 1 or 16 % options.processes:
         parser.error(f"--processes is {options.processes}; expected a divisor of 16, the size of a batch.")
     torch.manual_seed(0)
-    trained = train(options.work, options.processes)
+    trained = train(options.work, options.processes, options.steps)
     out = options.out or options.work / "tiny"
     export(trained, options.work / "tokenizer", out)
     print(f"the tiny model: {out}")

@@ -236,19 +236,19 @@ def test_convolution_without_bias(machine: str) -> None:
 
 
 def test_fast_forms_run_where_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
-    def name(case: str, dtype: torch.dtype, layout: str = "channels_last") -> str:
+    def name(case: str, dtype: torch.dtype, layout: str = "channels_last", trains: bool = True) -> str:
         tensors, geometry = convolution_inputs(case, dtype, layout)
+        tensors[1].requires_grad_(trains)
         return kernels.conv2d(*tensors, *geometry).grad_fn.name()
 
     monkeypatch.setattr(dispatch, "_onednn_takes", lambda dtype: True)
     monkeypatch.setattr(convolution, "vector_width", lambda: 512)
     assert name("two_outputs_a_channel", torch.float32) == "_ConvolutionBackward"
-    assert name("depthwise_7", torch.float32) == name("depthwise_7", torch.bfloat16) == "ConvolutionBackward0"
+    for dtype in (torch.float32, torch.bfloat16):
+        assert name("depthwise_7", dtype) == name("depthwise_7_strided", dtype) == "_ConvolutionBackward"
+        assert name("depthwise_7", dtype, trains=False) == name("stem", dtype) == "ConvolutionBackward0"
     assert name("pointwise", torch.float32) == "PermuteBackward0"
     assert name("pointwise", torch.float32, "channels_first") == "ConvolutionBackward0"
-    monkeypatch.setattr(convolution, "vector_width", lambda: 256)
-    assert name("depthwise_7", torch.float32) == "_ConvolutionBackward"
-    assert name("depthwise_3", torch.float32) == name("depthwise_7_strided", torch.float32) == "ConvolutionBackward0"
     monkeypatch.setattr(dispatch, "_onednn_takes", lambda dtype: False)
     assert name("stem", torch.bfloat16) == "_ConvolutionBackward"
 
@@ -449,6 +449,18 @@ def test_hooks_and_replaced_layers_are_called() -> None:
     assert relative_error(model(pixels).last_hidden_state, expected) < 1e-5
     block.fc2[1] = nn.Threshold(1e9, 0.0)
     assert relative_error(model(pixels).last_hidden_state, expected) > 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_lie_in_memory_as_the_weights_do(dtype: torch.dtype) -> None:
+    """DistributedDataParallel warns where they do not."""
+    model = encoder(dtype).train()
+    step(model, random_pixels(2, 128, 128).to(dtype))
+    assert {
+        name: (weight.stride(), weight.grad.stride())
+        for name, weight in model.named_parameters()
+        if weight.grad is not None and weight.grad.stride() != weight.stride()
+    } == {}
 
 
 def test_encoder_with_gradient_checkpointing(machine: str) -> None:

@@ -40,12 +40,16 @@ EXTRAS = {
     "apple-app",
     "executorch",
     "bench",
+    "eval",
     "test",
     "dev",
     "docs",
 }
 ENTRY_POINTS = """[console_scripts]
 fastvlm = transformers_fastvlm.cli:main
+
+[lmms_eval.models]
+fastvlm = transformers_fastvlm.evaluation.lmms_model:manifest
 
 [vllm.general_plugins]
 fastvlm = transformers_fastvlm.vllm_plugin:register"""

@@ -9,7 +9,7 @@ from PIL import Image
 
 from transformers_fastvlm.benchmarking import Options, write_plots
 from transformers_fastvlm.benchmarking.plots import _accuracy, _latency, _where_time_goes
-from transformers_fastvlm.benchmarking.published import mean_accuracy
+from transformers_fastvlm.checkpoints.published import mean_accuracy
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
 

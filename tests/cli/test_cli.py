@@ -12,7 +12,10 @@ import typer
 from transformers_fastvlm import __version__
 from transformers_fastvlm.cli import errors
 
-VERBS = ("generate", "chat", "info", "convert", "export", "new", "train", "merge", "data")
+VERBS = (
+    *("generate", "chat", "info", "convert", "export", "new", "train", "merge", "data"),
+    *("batch", "serve", "demo", "bench", "eval", "eval-report", "eval-encoder"),
+)
 
 
 def process(

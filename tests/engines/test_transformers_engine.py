@@ -181,7 +181,7 @@ def test_refuses_options(model, options: dict[str, Any], message: str) -> None:
 
 
 def test_names() -> None:
-    with pytest.raises(ValueError, match=r"engine is 'onnx'; expected one of transformers, vllm\."):
-        load_engine("onnx", "tiny")
-    assert ENGINES == ("transformers", "vllm")
+    with pytest.raises(ValueError, match=r"engine is 'tensorrt'; expected one of transformers, vllm, onnx\."):
+        load_engine("tensorrt", "tiny")
+    assert ENGINES == ("transformers", "vllm", "onnx")
     assert {"generate", "close"} <= vars(Engine).keys() & vars(TransformersEngine).keys()

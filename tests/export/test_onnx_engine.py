@@ -12,13 +12,12 @@ pytest.importorskip("onnxscript", reason="the export to ONNX is an extra")
 
 from onnx_cases import conversation, scenes, tiny_export, tiny_model
 
-from transformers_fastvlm.engines.base import Sampling
-from transformers_fastvlm.engines.onnx import OnnxEngine
+from transformers_fastvlm.engines import OnnxEngine, Sampling, load_engine
 
 
 @pytest.fixture(scope="module")
 def engine() -> OnnxEngine:
-    return OnnxEngine(tiny_export().directory, "float32")
+    return load_engine("onnx", tiny_export().directory, precision="float32")
 
 
 @torch.no_grad()
@@ -69,8 +68,10 @@ def test_what_is_refused(engine: OnnxEngine, tmp_path: Path) -> None:
     picture, question, _ = scenes(1)[0]
     with pytest.raises(ValueError, match="<image>"):
         engine.generate([[{"role": "user", "content": "<image>\nWhat?"}]], Sampling())
-    with pytest.raises(ValueError, match="context holds"):
+    with pytest.raises(ValueError, match="fills the model's context"):
         engine.generate([conversation(picture, question * 400)], Sampling())
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        engine.generate([conversation(picture, question)], Sampling(max_new_tokens=0))
     with pytest.raises(FileNotFoundError, match="'int3'; it has float32, float16, q8, q4, q4f16"):
         OnnxEngine(tiny_export().directory, "int3")
     with pytest.raises(FileNotFoundError, match="it has none"):

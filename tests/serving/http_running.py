@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server of `fastvlm serve` in a thread, on a free port, and small ways of talking to it."""
+"""A server of `fastvlm serve` on a free port, in a thread or a process, and small ways of talking to it."""
 
 import base64
 import contextlib
 import io
 import json
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from PIL import Image
 
@@ -19,6 +24,7 @@ from transformers_fastvlm.serving.http import Settings, listen
 from transformers_fastvlm.serving.http.application import Service
 from transformers_fastvlm.serving.http.server import server_of
 
+SOURCE = Path(__file__).parents[2] / "src"
 PATIENCE = 600.0
 """Seconds after which something that must come is given up; never what a test measures."""
 
@@ -80,6 +86,44 @@ def running(model: Any, processor: Any, send_buffer: int | None = None, **settin
         thread.join(PATIENCE)
         bound.close()
         assert not thread.is_alive()
+
+
+class Process:
+    """`fastvlm serve`, and what it wrote so far."""
+
+    def __init__(self, *arguments: str) -> None:
+        environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+        environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-m", "transformers_fastvlm", "serve", "--port", "0", *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        self.lines: list[str] = []
+        assert self.process.stderr is not None and self.process.stdout is not None
+        self.reader = threading.Thread(target=self._read, args=(self.process.stderr,))
+        self.reader.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            self.lines.append(line.decode().rstrip())
+
+    def wait_until_ready(self) -> Running:
+        until(lambda: bool(self.urls()) or self.process.poll() is not None)
+        assert self.urls(), self.lines
+        return Running(None, self.urls()[0])  # type: ignore[arg-type]
+
+    def urls(self) -> list[str]:
+        return [found[1] for line in list(self.lines) if (found := re.search(r"answers at (http://\S+)/v1;", line))]
+
+    def end(self) -> int:
+        code = self.process.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        return code
+
+    def close(self) -> None:
+        self.process.kill()
+        self.end()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
 
 
 def until(condition: Callable[[], bool]) -> None:

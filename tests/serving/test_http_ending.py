@@ -2,17 +2,11 @@
 """The process of `fastvlm serve`: how it starts, and how it ends."""
 
 import json
-import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import pytest
 
@@ -20,50 +14,11 @@ pytest.importorskip("fastapi", reason="fastapi is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("openai", reason="openai is not installed")
 
-from http_running import PATIENCE, Running, asks, request_bytes, until
+from http_running import PATIENCE, Process, asks, request_bytes, until
 
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 
 TOKENS = 150
-SOURCE = Path(__file__).parents[2] / "src"
-
-
-class Process:
-    """`fastvlm serve`, and what it wrote so far."""
-
-    def __init__(self, *arguments: str) -> None:
-        environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-        environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "transformers_fastvlm", "serve", "--port", "0", *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-        self.lines: list[str] = []
-        assert self.process.stderr is not None and self.process.stdout is not None
-        self.reader = threading.Thread(target=self._read, args=(self.process.stderr,))
-        self.reader.start()
-
-    def _read(self, stream: IO[bytes]) -> None:
-        for line in stream:
-            self.lines.append(line.decode().rstrip())
-
-    def wait_until_ready(self) -> Running:
-        until(lambda: bool(self.urls()) or self.process.poll() is not None)
-        assert self.urls(), self.lines
-        return Running(None, self.urls()[0])  # type: ignore[arg-type]
-
-    def urls(self) -> list[str]:
-        return [found[1] for line in list(self.lines) if (found := re.search(r"answers at (http://\S+)/v1;", line))]
-
-    def end(self) -> int:
-        code = self.process.wait(PATIENCE)
-        self.reader.join(PATIENCE)
-        return code
-
-    def close(self) -> None:
-        self.process.kill()
-        self.end()
-        for stream in (self.process.stdout, self.process.stderr):
-            assert stream is not None
-            stream.close()
 
 
 @pytest.fixture

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures with an address: from allowed hosts of the public internet, and from nowhere else."""
 
+import contextlib
 import http.server
+import shutil
+import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +32,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         kind = self.path.partition("?")[0]
         if kind == "/redirect":
             self.send_response(302)
-            self.send_header("Location", "/good")
+            self.send_header("Location", self.path.partition("?")[2] or "/good")
             self.end_headers()
             return
         if kind == "/missing":
@@ -47,14 +53,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
+@contextlib.contextmanager
+def answering(context: ssl.SSLContext | None = None) -> Iterator[int]:
+    """Answer on a free port until the end of the block, with TLS where there is a context for it."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        if context is not None:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         yield server.server_port
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with answering() as number:
+        yield number
 
 
 def fetcher(port: int, timeout: float = 60.0) -> Fetcher:
@@ -120,6 +135,86 @@ def test_the_address_that_is_connected_to_is_checked(port: int) -> None:
     with pytest.raises(ApiError, match="not public"):
         careful.fetch(Picture(f"http://127.0.0.1:{port}/good", "url"), Budget(LIMIT))
     assert looks == ["127.0.0.1", "127.0.0.1"]
+
+
+# https
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate of `localhost`, signed by itself, with its key in the same file."""
+    if shutil.which("openssl") is None:
+        pytest.skip("the command openssl is not installed")
+    file = tmp_path_factory.mktemp("tls") / "localhost.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    words += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(file), "-out", str(file.with_suffix(".crt"))]
+    subprocess.run(words, check=True, capture_output=True)
+    file.write_bytes(file.read_bytes() + file.with_suffix(".crt").read_bytes())
+    return file
+
+
+@pytest.fixture(scope="module")
+def secure_port(certificate: Path) -> Iterator[int]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with answering(context) as number:
+        yield number
+
+
+@pytest.fixture
+def _trusted(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+
+
+def secure_picture(port: int, path: str, host: str = "localhost") -> Picture:
+    return Picture(f"https://{host}:{port}{path}", "url")
+
+
+@pytest.mark.usefixtures("_trusted")
+def test_a_picture_by_https(secure_port: int) -> None:
+    assert fetcher(secure_port).fetch(secure_picture(secure_port, "/good"), Budget(LIMIT)) == CONTENT
+    assert Handler.seen[-1] == ("/good", f"localhost:{secure_port}")
+
+
+def test_a_certificate_that_nobody_vouches_for(secure_port: int) -> None:
+    before = len(Handler.seen)
+    with pytest.raises(ApiError, match=r"its certificate is not accepted .*self-signed"):
+        fetcher(secure_port).fetch(secure_picture(secure_port, "/good"), Budget(LIMIT))
+    assert len(Handler.seen) == before
+
+
+@pytest.mark.usefixtures("_trusted")
+def test_a_certificate_of_another_host(secure_port: int) -> None:
+    before = len(Handler.seen)
+    some = Fetcher((f"127.0.0.1:{secure_port}",), 60.0, is_allowed=lambda address: True)
+    with pytest.raises(ApiError, match=r"its certificate is not accepted .*127\.0\.0\.1"):
+        some.fetch(secure_picture(secure_port, "/good", "127.0.0.1"), Budget(LIMIT))
+    assert len(Handler.seen) == before
+
+
+@pytest.mark.usefixtures("_trusted")
+def test_https_does_not_lead_inside(secure_port: int, port: int) -> None:
+    """Neither by a redirect, to any address, nor by the name of an allowed host."""
+    for target in (f"http://127.0.0.1:{port}/good", f"http://localhost:{port}/good", "http://169.254.169.254/"):
+        path = f"/redirect?{target}"
+        some = Fetcher((f"localhost:{secure_port}", f"localhost:{port}"), 60.0, is_allowed=lambda address: True)
+        with pytest.raises(ApiError, match=r"answered 302\. Redirects are not followed"):
+            some.fetch(secure_picture(secure_port, path), Budget(LIMIT))
+        assert Handler.seen[-1] == (path, f"localhost:{secure_port}")
+    before = len(Handler.seen)
+    with pytest.raises(ApiError, match="localhost has an address that is not public"):
+        Fetcher((f"localhost:{secure_port}",), 60.0).fetch(secure_picture(secure_port, "/good"), Budget(LIMIT))
+    assert len(Handler.seen) == before
+
+
+def test_a_host_that_never_begins_to_encrypt_is_given_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        number = silent.getsockname()[1]
+        with pytest.raises(ApiError, match=r"no answer within 0\.5 seconds"):
+            fetcher(number, timeout=0.5).fetch(secure_picture(number, "/good"), Budget(LIMIT))
+
+
+# Which hosts, which addresses
 
 
 def test_hosts_are_allowed_by_name_and_port() -> None:

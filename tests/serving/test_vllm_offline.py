@@ -2,6 +2,7 @@
 """vLLM on a directory of Apple's layout gives Transformers' tokens, refuses prompts that do not fit, and ends."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import psutil
 from vllm_running import ENVIRONMENT, MAX_NEW_TOKENS, Peer, asked, exact, mixed_batch, pictures_of, scene_questions
 
 from transformers_fastvlm.checkpoints import tiny_checkpoint
-from transformers_fastvlm.engines import Sampling, load_engine
+from transformers_fastvlm.engines import Sampling, TransformersEngine, load_engine
+from transformers_fastvlm.serving.batch import BatchOptions, run_batch
 
 # vLLM's own imports and processes warn.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -187,6 +189,33 @@ def test_engine_refuses(engine: Any, make: Any, message: str) -> None:
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_engine("vllm", str(tiny_checkpoint()), **options)
+
+
+def test_rows_of_a_batch_are_those_of_transformers(engine: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index, scene in enumerate(scene_questions(7)[0]):
+        pictures_of(scene)[0].save(folder / f"{index}.png")
+    (folder / "3.png").write_text("no picture")
+    options = BatchOptions(prompt="Describe the picture.", sampling=Sampling(max_new_tokens=24), batch_size=3)
+    plain = TransformersEngine(str(tiny_checkpoint()), dtype="float32", device="cpu", batch_size=3)
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("vllm", "transformers")}
+    reports = [
+        run_batch([str(folder)], files[name], lambda one=one: Kept(one), options, about={})
+        for name, one in (("vllm", engine), ("transformers", plain))
+    ]
+    assert [(report.rows, report.errors) for report in reports] == [(7, 1)] * 2
+    assert files["vllm"].read_bytes() == files["transformers"].read_bytes()
+
+
+class Kept:
+    """An engine that outlives a run."""
+
+    def __init__(self, engine: Any) -> None:
+        self.generate = engine.generate
+
+    def close(self) -> None:
+        pass
 
 
 def check_accuracy(engine: Any, peer: Peer, count: int) -> None:

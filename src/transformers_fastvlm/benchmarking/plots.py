@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.published import MODEL_CARD_SIDE, PAPER_ENCODER_MS, PAPER_SOURCE, mean_accuracy
 from .cases import SIZES
-from .published import MODEL_CARD_SIDE, PAPER_ENCODER_MS, PAPER_SOURCE, mean_accuracy
 from .running import PARTS
 
 __all__ = ["write_plots"]

@@ -13,7 +13,24 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import batch, bench, chat, convert, data, demo, export, generate, info, merge, new, serve, train
+from . import (
+    batch,
+    bench,
+    chat,
+    convert,
+    data,
+    demo,
+    eval,
+    eval_encoder,
+    eval_report,
+    export,
+    generate,
+    info,
+    merge,
+    new,
+    serve,
+    train,
+)
 
 __all__ = ["app", "main"]
 
@@ -36,6 +53,9 @@ app.command("new")(new.new)
 app.command("serve")(serve.serve)
 app.command("batch")(batch.batch)
 app.command("bench")(bench.bench)
+app.command("eval")(eval.evaluate)
+app.command("eval-report")(eval_report.eval_report)
+app.command("eval-encoder")(eval_encoder.eval_encoder)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
 app.add_typer(data.app, name="data")

@@ -11,11 +11,9 @@ import typer
 
 from . import options
 from .errors import UserError, notice, reports_errors
+from .tables import print_table
 
 __all__ = ["bench"]
-
-_PLAIN_WIDTH = 160
-"""Columns of a table that does not go to a terminal."""
 
 
 @reports_errors
@@ -191,7 +189,7 @@ def _print_models(record: dict[str, Any]) -> None:
                 "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.2f}",
             )
         )
-    _print_table("milliseconds: medians (quartiles)", (*columns, "next token", "tokens/s", "GiB"), rows)
+    print_table("milliseconds: medians (quartiles)", (*columns, "next token", "tokens/s", "GiB"), rows)
     for found in record["ratios"]:
         if found["of"] != "seconds":
             continue
@@ -229,7 +227,7 @@ def _print_encoders(record: dict[str, Any]) -> None:
         for result in record["results"]
     ]
     columns = ("encoder", "px", "dtype", "batch", "M parameters", "tokens", "milliseconds", "GFLOP", "of GEMM rate")
-    _print_table("milliseconds: medians (quartiles)", columns, rows)
+    print_table("milliseconds: medians (quartiles)", columns, rows)
     _print_machine(record)
 
 
@@ -240,23 +238,6 @@ def _print_machine(record: dict[str, Any]) -> None:
         f"{place}; torch {versions['torch']}, transformers {versions['transformers']}; "
         f"{_count(chosen['repetitions'], 'run')} in turns after {chosen['warmup']} to warm up"
     )
-
-
-def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    # typer.echo and not Console.print, so that the output can be redirected and tested as that of other verbs.
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, color_system=None)
-    with console.capture() as capture:
-        console.print(table)
-    typer.echo("\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines()))
 
 
 def _ms(seconds: dict[str, Any] | None) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..tokens import IMAGE_TOKEN
 from .errors import UserError, notice
 from .options import DtypeName
 from .sources import check_loadable, licence_notice, read_config
@@ -220,66 +219,22 @@ def load(model: str, device: str = "auto", dtype: DtypeName = DtypeName.auto, si
         size: height and width of pictures, a multiple of 64; None for the checkpoint's own.
 
     Raises:
-        UserError: no such checkpoint, or of another model; no such device.
-        OSError, ValueError: a damaged checkpoint.
+        UserError: no such checkpoint, or of another model.
+        OSError, ValueError: no such device, or a damaged checkpoint.
     """
     config = read_config(model)
     check_loadable(model, config)
 
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
-    place = _device(device)
+    from ..engines.loading import find_device, load_model
+
+    place = find_device(device, "--device")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     start = time.perf_counter()
-    processor = AutoProcessor.from_pretrained(model, **_image_options(AutoConfig.from_pretrained(model), size))
-    loaded = AutoModelForImageTextToText.from_pretrained(
-        model, dtype="auto" if dtype == DtypeName.auto else getattr(torch, dtype)
-    )
-    if dtype == DtypeName.auto and place.type == "cpu" and loaded.dtype == torch.float16:
-        loaded = loaded.float()
-    loaded = loaded.to(place).eval()
-    if loaded.config.image_token_id != processor.image_token_id:
-        raise UserError(
-            f"{model!r}: config.json has image_token_id {loaded.config.image_token_id}, but {IMAGE_TOKEN} is "
-            f"{processor.image_token_id} in the tokenizer. The files belong to different checkpoints."
-        )
+    loaded, processor = load_model(model, place, dtype.value, size)
     seconds = time.perf_counter() - start
     if message := licence_notice(model, config):
         notice(message)
     return Session(model, loaded, processor, seconds)
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    expected = "Expected auto, cpu, cuda (or cuda:1 and so on) or mps."
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device is {name!r}, which torch does not know. {expected}") from error
-    try:
-        torch.zeros(1, device=device).item()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise UserError(
-            f"--device is {name!r}, which is not available here (torch {torch.__version__}). {expected}"
-        ) from error
-    return device
-
-
-def _image_options(config: Any, size: int | None) -> dict[str, Any]:
-    """Return the image processor's options for another size; AnyRes' grids scale with it, as the model expects."""
-    if size is None:
-        return {}
-    options: dict[str, Any] = {"size": {"height": size, "width": size}}
-    if config.image_aspect_ratio == "anyres":
-        own = config.vision_config.image_size
-        options["image_grid_pinpoints"] = [
-            [width * size // own, height * size // own] for width, height in config.image_grid_pinpoints
-        ]
-    return options

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What generates the answers of the tools: one interface, over Transformers or vLLM."""
+"""What generates the answers of the tools: one interface, over Transformers, vLLM or onnxruntime."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .base import Answer, Conversation, Engine, Sampling
+    from .onnx import OnnxEngine
     from .transformers import TransformersEngine
     from .vllm import VllmEngine
 
@@ -13,24 +14,35 @@ _MODULE_OF = {
     "Answer": "base",
     "Conversation": "base",
     "Engine": "base",
+    "OnnxEngine": "onnx",
     "Sampling": "base",
     "TransformersEngine": "transformers",
     "VllmEngine": "vllm",
 }
 
-ENGINES = ("transformers", "vllm")
+ENGINES = ("transformers", "vllm", "onnx")
 """Names that `load_engine` takes."""
 
-__all__ = ["ENGINES", "Answer", "Conversation", "Engine", "Sampling", "TransformersEngine", "VllmEngine", "load_engine"]
+__all__ = [
+    "ENGINES",
+    "Answer",
+    "Conversation",
+    "Engine",
+    "OnnxEngine",
+    "Sampling",
+    "TransformersEngine",
+    "VllmEngine",
+    "load_engine",
+]
 
 
 def load_engine(name: str, model: str, **options: Any) -> "Engine":
     """Load a model into an engine.
 
     Args:
-        name: "transformers" or "vllm".
-        model: directory or hub repository of a FastVLM checkpoint.
-        **options: of the engine, such as `dtype` and `device`; see `TransformersEngine` and `VllmEngine`.
+        name: "transformers", "vllm" or "onnx".
+        model: directory or hub repository of a FastVLM checkpoint; for "onnx", what `fastvlm export onnx` wrote.
+        **options: of the engine, such as `dtype` and `device`; see `TransformersEngine`, `VllmEngine` and `OnnxEngine`.
 
     Raises:
         ValueError: no engine of that name, or a checkpoint or an option that it cannot use.
@@ -45,6 +57,10 @@ def load_engine(name: str, model: str, **options: Any) -> "Engine":
         from .vllm import VllmEngine
 
         return VllmEngine(model, **options)
+    if name == "onnx":
+        from .onnx import OnnxEngine
+
+        return OnnxEngine(model, **options)
     raise ValueError(f"engine is {name!r}; expected one of {', '.join(ENGINES)}.")
 
 

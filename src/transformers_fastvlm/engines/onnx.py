@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from .. import FastVLMImageProcessorPil, FastVLMProcessor
 from ..processing_fastvlm import chat_template_for
 from .base import Answer, Conversation, Sampling
+from .prompts import Prompt, check_sampling, read_prompts, tokenizer_options
 
 __all__ = ["FILE_SUFFIX", "OnnxEngine", "OnnxModel"]
 
@@ -178,22 +179,26 @@ class OnnxEngine:
     def generate(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
         """Answer each conversation, one after the other, in their order.
 
+        All of them are checked, and their pictures decoded, before the model runs.
+
         Raises:
-            ValueError: a conversation has an image without a place, a place without an image, or is too long for the
-                model; none is answered then.
+            ValueError: a conversation has an image without a place, a place without an image, an image that cannot be
+                used, or fills the model's context; or an option of `sampling` is out of range. None is answered then.
         """
-        prompts = [
-            self.processor.apply_chat_template(
-                list(conversation), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
-            )
-            for conversation in conversations
-        ]
+        check_sampling(sampling)
+        prompts = read_prompts(self.processor, conversations, self.processor.context_length)
         return [self._answer(prompt, sampling, index) for index, prompt in enumerate(prompts)]
 
-    def _answer(self, prompt: Any, sampling: Sampling, index: int) -> Answer:
+    def _answer(self, prompt: Prompt, sampling: Sampling, index: int) -> Answer:
         rng = np.random.default_rng(None if sampling.seed is None else (sampling.seed, index))
-        ids, mask = np.asarray(prompt["input_ids"]), np.asarray(prompt["attention_mask"])
-        pixels = prompt.get("pixel_values")
+        inputs = self.processor(
+            text=[prompt.text],
+            images=[prompt.images] if prompt.images else None,
+            return_tensors="np",
+            **tokenizer_options(self.processor.tokenizer, prompt.text),
+        )
+        ids, mask = np.asarray(inputs["input_ids"]), np.asarray(inputs["attention_mask"])
+        pixels = inputs.get("pixel_values")
         features = None if pixels is None else self.model.image_features(np.asarray(pixels))
         embeds = self.model.merge(ids, features)
         length, context = ids.shape[1], self.processor.context_length

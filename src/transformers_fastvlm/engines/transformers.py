@@ -3,31 +3,15 @@
 
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from .._image_inputs import load_pixels, pil_to_rgb
-from ..tokens import IMAGE_TOKEN
 from .base import Answer, Conversation, Sampling
+from .loading import find_device, load_model
+from .prompts import Prompt, check_sampling, read_prompts, tokenizer_options
 
 __all__ = ["TransformersEngine"]
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Pillow converts these to RGB whatever they hold.
-_PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """A conversation that was checked: its rendered text, its pictures, and the tokens of both together."""
-
-    text: str
-    images: list[Image.Image]
-    tokens: int
 
 
 class TransformersEngine:
@@ -68,25 +52,10 @@ class TransformersEngine:
         size: int | None = None,
         batch_size: int = 16,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}.")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
         self.batch_size = batch_size
-        place = _device(device)
-        options = _image_options(AutoConfig.from_pretrained(model), size)
-        self.processor: Any = AutoProcessor.from_pretrained(model, **options)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            model, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
-        )
-        if dtype == "auto" and place.type == "cpu" and loaded.dtype == torch.float16:
-            loaded = loaded.float()
-        self.model: Any = loaded.to(place).eval()
-        if self.model.config.image_token_id != self.processor.image_token_id:
-            raise ValueError(
-                f"{model!r}: config.json has image_token_id {self.model.config.image_token_id}, but {IMAGE_TOKEN} is "
-                f"{self.processor.image_token_id} in the tokenizer. The files belong to different checkpoints."
-            )
+        self.model, self.processor = load_model(model, find_device(device), dtype, size)
 
     def generate(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
         """Answer each conversation, in their order.
@@ -97,14 +66,8 @@ class TransformersEngine:
             ValueError: a conversation has an image without a place, a place without an image, an image that cannot be
                 used, or fills the model's context; or an option of `sampling` is out of range. None is answered then.
         """
-        _check(sampling)
-        prompts = []
-        for index, conversation in enumerate(conversations):
-            try:
-                prompts.append(self._checked(conversation))
-            except ValueError as error:
-                where = f"Conversation {index}: " if len(conversations) > 1 else ""
-                raise ValueError(f"{where}{error}") from error
+        check_sampling(sampling)
+        prompts = read_prompts(self.processor, conversations, self.processor.context_length)
         self._set_options(sampling)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
@@ -123,38 +86,6 @@ class TransformersEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    # Before the model runs
-
-    def _checked(self, conversation: Conversation) -> _Prompt:
-        """Render a conversation, decode its pictures and count its tokens, or raise ValueError."""
-        images = [image for message in conversation for image in _pictures(message)]
-        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        places = text.count(IMAGE_TOKEN)
-        if places != len(images):
-            raise ValueError(
-                f"the text has {places} places for images ({IMAGE_TOKEN}), but there are {len(images)} images. If "
-                f"{IMAGE_TOKEN} is meant literally, write it otherwise, such as < image >."
-            )
-        tokens = self._count(text, images)
-        context = self.processor.context_length
-        if context is not None and tokens >= context:
-            raise ValueError(
-                f"the conversation has {tokens} tokens and fills the model's context of {context}, with no room for "
-                "an answer. Shorten it, or use fewer or smaller pictures."
-            )
-        return _Prompt(text, images, tokens)
-
-    def _count(self, text: str, images: list[Image.Image]) -> int:
-        """Return the tokens of a rendered prompt, each place counted as its image's tokens."""
-        ids = self.processor.tokenizer(text, **self._special_tokens([text]))["input_ids"]
-        found = self.processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width) for image in images])
-        return len(ids) - len(images) + sum(found.num_image_tokens or [])
-
-    def _special_tokens(self, texts: list[str]) -> dict[str, bool]:
-        """Return the tokenizer's option that keeps it from a second token of the beginning."""
-        bos = self.processor.tokenizer.bos_token
-        return {"add_special_tokens": False} if bos is not None and texts[0].startswith(bos) else {}
-
     def _set_options(self, sampling: Sampling) -> None:
         """Set how tokens are chosen.
 
@@ -166,9 +97,7 @@ class TransformersEngine:
         config.top_p = sampling.top_p if config.do_sample else None
         config.top_k = 0 if config.do_sample else None
 
-    # The model
-
-    def _answers(self, prompts: list[_Prompt], sampling: Sampling) -> Iterator[Answer]:
+    def _answers(self, prompts: list[Prompt], sampling: Sampling) -> Iterator[Answer]:
         texts = [prompt.text for prompt in prompts]
         images = [prompt.images for prompt in prompts]
         inputs = self.processor(
@@ -177,7 +106,7 @@ class TransformersEngine:
             padding=True,
             padding_side="left",
             return_tensors="pt",
-            **self._special_tokens(texts),
+            **tokenizer_options(self.processor.tokenizer, texts[0]),
         ).to(self.model.device)
         lengths = inputs["attention_mask"].sum(-1).tolist()
         context = self.processor.context_length
@@ -210,69 +139,3 @@ class TransformersEngine:
             prompt_tokens=prompt_tokens,
             completion_tokens=len(tokens),
         )
-
-
-def _check(sampling: Sampling) -> None:
-    """Raise ValueError for an option out of its range."""
-    if sampling.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {sampling.max_new_tokens}; expected 1 or more.")
-    if sampling.temperature < 0:
-        raise ValueError(f"temperature is {sampling.temperature}; expected 0 (greedy) or more.")
-    if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p is {sampling.top_p}; expected above 0 and up to 1.")
-    if "" in sampling.stop:
-        raise ValueError("stop holds an empty text, at which every answer would end; expected texts of one or more.")
-
-
-def _pictures(message: dict[str, Any]) -> Iterator[Image.Image]:
-    """Yield the pictures of a message, decoded, of which nothing can turn out unusable later.
-
-    Raises:
-        ValueError: one is damaged, too large, or of a mode whose values do not fit into 8 bits; or a part is neither
-            text nor an opened picture. Names and addresses are for whoever calls to open, by rules of its own.
-    """
-    content = message.get("content")
-    for part in content if isinstance(content, list) else []:
-        if part.get("type") == "text":
-            continue
-        picture = part.get("image") if part.get("type") == "image" else None
-        if not isinstance(picture, Image.Image):
-            raise ValueError(
-                f"a part of a message is {str(part)[:80]!r}; expected type text with text, or type image with a Pillow "
-                "image."
-            )
-        load_pixels(picture)
-        if picture.mode not in _PLAIN_MODES:
-            pil_to_rgb(picture)
-        yield picture
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    expected = "Expected auto, cpu, cuda (or cuda:1 and so on) or mps."
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}, which torch does not know. {expected}") from error
-    try:
-        torch.zeros(1, device=device).item()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(
-            f"device is {name!r}, which is not available here (torch {torch.__version__}). {expected}"
-        ) from error
-    return device
-
-
-def _image_options(config: Any, size: int | None) -> dict[str, Any]:
-    """Return the image processor's options for another size; AnyRes' grids scale with it, as the model expects."""
-    if size is None:
-        return {}
-    options: dict[str, Any] = {"size": {"height": size, "width": size}}
-    if config.image_aspect_ratio == "anyres":
-        own = config.vision_config.image_size
-        options["image_grid_pinpoints"] = [
-            [width * size // own, height * size // own] for width, height in config.image_grid_pinpoints
-        ]
-    return options

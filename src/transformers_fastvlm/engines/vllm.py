@@ -5,16 +5,14 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
-from ..tokens import IMAGE_TOKEN
 from .base import Answer, Conversation, Sampling
-from .transformers import _check, _image_options, _pictures
+from .loading import check_dtype, image_options
+from .prompts import check_sampling, read_prompts
 
 __all__ = ["VllmEngine"]
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _GIB = 1 << 30
 _CPU_CACHE_GIB = 2.0
 _FINISH_REASONS: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
@@ -29,11 +27,8 @@ class VllmEngine:
     the environment variables VLLM_LOGGING_LEVEL, VLLM_LOGGING_STREAM and VLLM_NO_USAGE_STATS say otherwise.
 
     Args:
-        model: directory or hub repository.
-        dtype: "auto" is the checkpoint's own, but float32 where that is float16 and the device a CPU; or "float32",
-            "bfloat16", "float16".
+        model, dtype, size: as `TransformersEngine` takes them.
         device: "auto" alone: a build of vLLM has one kind of device.
-        size: height and width, in pixels, that pictures are resized to, a multiple of 64; None for the checkpoint's.
         batch_size: most conversations that run together; None for vLLM's own limit.
         max_images: most pictures of a conversation, at least 1.
         max_model_len: most tokens of a conversation with its pictures and the answer; None for the checkpoint's.
@@ -52,9 +47,8 @@ class VllmEngine:
         OSError: there is no such checkpoint, or its files are damaged.
 
     Example:
-        >>> engine = VllmEngine("apple/FastVLM-0.5B")  # doctest: +SKIP
-        >>> content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]  # doctest: +SKIP
-        >>> engine.generate([[{"role": "user", "content": content}]], Sampling())  # doctest: +SKIP
+        >>> engine = VllmEngine("apple/FastVLM-0.5B", max_images=1)  # doctest: +SKIP
+        >>> engine.generate(conversations, Sampling())  # doctest: +SKIP
     """
 
     def __init__(
@@ -70,8 +64,7 @@ class VllmEngine:
         cache_gib: float | None = None,
         **engine_options: Any,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}.")
+        check_dtype(dtype)
         if device != "auto":
             raise ValueError(f"device is {device!r}; expected 'auto': the device is the one that vLLM was built for.")
         for name, value in (("batch_size", batch_size), ("max_images", max_images), ("max_model_len", max_model_len)):
@@ -84,12 +77,12 @@ class VllmEngine:
         if dtype == "auto":
             own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
             dtype = "float32" if on_cpu and own == "float16" else own
-        image_options = _image_options(config, size)
-        self.processor: Any = AutoProcessor.from_pretrained(model, **image_options)
+        pictures = image_options(config, size)
+        self.processor: Any = AutoProcessor.from_pretrained(model, **pictures)
         self._max_images = max_images
         options: dict[str, Any] = {"dtype": dtype, "limit_mm_per_prompt": {"image": max_images}}
-        if image_options:
-            options["mm_processor_kwargs"] = image_options
+        if pictures:
+            options["mm_processor_kwargs"] = pictures
         if batch_size is not None:
             options["max_num_seqs"] = batch_size
         if max_model_len is not None:
@@ -114,14 +107,14 @@ class VllmEngine:
         """
         from vllm import SamplingParams
 
-        _check(sampling)
-        prompts = []
-        for index, conversation in enumerate(conversations):
-            try:
-                prompts.append(self._prompt(conversation))
-            except ValueError as error:
-                where = f"Conversation {index}: " if len(conversations) > 1 else ""
-                raise ValueError(f"{where}{error}") from error
+        check_sampling(sampling)
+        prompts = [
+            {
+                "prompt_token_ids": prompt.ids,
+                **({"multi_modal_data": {"image": prompt.images}} if prompt.images else {}),
+            }
+            for prompt in read_prompts(self.processor, conversations, self._context, self._max_images)
+        ]
         if not prompts:
             return []
         params = SamplingParams(
@@ -139,33 +132,6 @@ class VllmEngine:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm.llm_engine.renderer.shutdown()
         self.llm = self.processor = None
-
-    def _prompt(self, conversation: Conversation) -> dict[str, Any]:
-        """Return a conversation as vLLM takes it: token ids with one placeholder a picture, and the pictures."""
-        images: list[Image.Image] = [image for message in conversation for image in _pictures(message)]
-        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        places = text.count(IMAGE_TOKEN)
-        if places != len(images):
-            raise ValueError(
-                f"the text has {places} places for images ({IMAGE_TOKEN}), but there are {len(images)} images. If "
-                f"{IMAGE_TOKEN} is meant literally, write it otherwise, such as < image >."
-            )
-        if len(images) > self._max_images:
-            raise ValueError(
-                f"the conversation has {len(images)} images, but this engine takes {self._max_images}. Load it with a "
-                "larger max_images."
-            )
-        tokenizer = self.processor.tokenizer
-        starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        ids = tokenizer(text, add_special_tokens=not starts)["input_ids"]
-        found = self.processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width) for image in images])
-        tokens = len(ids) - len(images) + sum(found.num_image_tokens or [])
-        if tokens >= self._context:
-            raise ValueError(
-                f"the conversation has {tokens} tokens and fills the context of {self._context}, with no room for an "
-                "answer. Shorten it, or use fewer or smaller pictures."
-            )
-        return {"prompt_token_ids": ids, **({"multi_modal_data": {"image": images}} if images else {})}
 
 
 def _import_vllm() -> tuple[Any, bool]:

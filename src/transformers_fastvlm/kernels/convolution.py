@@ -6,6 +6,7 @@
   float32 so that the sum of their gradients is rounded once.
 - Gradients of depthwise kernels wider than 3, on CPUs with 256-bit vectors: strips of 3 columns, since the fast kernel
   holds a row of the gradient in registers and there are too few of them for more.
+- Gradients of depthwise kernels lie in memory as the kernels do, which DistributedDataParallel warns about otherwise.
 - Half types on CPUs without instructions for them: float32 inside.
 """
 
@@ -47,7 +48,8 @@ def conv2d(
     if pointwise and input.is_contiguous(memory_format=_LAST):
         return channels_first(linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias))
     dtype = result_dtype(input)
-    if has_fast_products(dtype) and not (_has_multiplier(weight, groups) or _in_strips(weight, stride, groups, dtype)):
+    trains_depthwise = weight.requires_grad and weight.shape[1] == 1 < groups
+    if has_fast_products(dtype) and not (trains_depthwise or _has_multiplier(weight, groups)):
         return plain_conv2d(input, weight, bias, stride, padding, groups)
     return _Convolution.apply(input, weight, bias, stride, padding, groups, dtype)
 
@@ -100,7 +102,7 @@ class _Convolution(torch.autograd.Function):
         operands = grad.to(ctx.compute), input.to(ctx.compute), weight.to(ctx.compute), *ctx.geometry
         return (
             _grad_input(*operands).to(input.dtype) if needs_input else None,
-            _grad_weight(*operands).to(weight.dtype) if needs_weight else None,
+            _laid_out_as(weight, _grad_weight(*operands).to(weight.dtype)) if needs_weight else None,
             operands[0].sum((0, 2, 3)).to(ctx.bias_dtype) if needs_bias else None,
             *[None] * 4,
         )
@@ -156,6 +158,13 @@ def _grad_weight(grad: Tensor, input: Tensor, weight: Tensor, stride: int, paddi
         seen = padded[..., start : start + grad.shape[-1] + columns.shape[-1] - 1]
         strips.append(of(seen.contiguous(memory_format=_LAST), columns, (padding, 0)))
     return torch.cat(strips, -1)
+
+
+def _laid_out_as(weight: Tensor, grad: Tensor) -> Tensor:
+    """Return `grad` with the strides of `weight`: oneDNN chooses others for the dimension of one input a channel."""
+    if weight.stride() == grad.stride() or weight.shape[1] > 1 or not weight.is_contiguous():
+        return grad
+    return grad.contiguous().view(-1).view(grad.shape)
 
 
 def _arguments(padding: tuple[int, int], stride: int, groups: int) -> tuple[Any, ...]:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastVLM for vLLM: its Transformers backend, told about AnyRes and about placeholders without an embedding."""
+"""FastVLM for vLLM: its Transformers backend, told about AnyRes, the encoder, and placeholders without an embedding."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from vllm.model_executor.models.transformers import (
     MultiModalDummyInputsBuilder,
     MultiModalProcessingInfo,
@@ -36,3 +37,13 @@ class FastVLMForConditionalGeneration(TransformersMultiModalForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         # Vicuna's "<image>" lies beyond the embedding rows.
         self.configure_mm_token_handling(self.text_config.vocab_size, [self.config.image_token_id])
+
+    def recursive_replace(self) -> None:
+        """Put vLLM's layers into the language model and the projector; the encoder keeps its own.
+
+        Parts of it compute in float32 where its weights are float16, or the CPU has no products of their type. vLLM's
+        layers take no other type than their weights', and would quantize it with the rest.
+        """
+        encoder, self.model.vision_tower = self.model.vision_tower, nn.Identity()
+        super().recursive_replace()
+        self.model.vision_tower = encoder

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lmms-eval costs beside the model's own work, in an evaluation of the embedded tiny model on scenes.
+
+    python benchmarks/eval_overhead.py [--scenes 500] [--batch-size 16] [--dtype float32] [--out RESULTS.json]
+
+Evaluates as `fastvlm eval tiny --data scenes.jsonl` does, without the measurement of the first token, and takes the
+time of each part: `engine` is all calls of the engine, preprocessing included, `model` the calls of the model's
+`generate` in them, `pictures` the opening of the files, which any way of asking needs. `harness` is everything else
+from the reading of the questions to the written results: lmms-eval, the journal, judging, writing. Loading the model
+and giving back its memory, and the import of lmms-eval, are apart. Each time is also given as processor time of the
+process, which other programs of the machine disturb less. Needs the extra `eval`.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _results import parser, write
+
+from transformers_fastvlm.checkpoints import tiny_checkpoint
+from transformers_fastvlm.data.scenes import SceneDataset
+from transformers_fastvlm.evaluation.own_data import OwnData
+from transformers_fastvlm.evaluation.running import EvaluationOptions, evaluate
+from transformers_fastvlm.evaluation.tasks import import_harness
+
+HELD_OUT_SERIES = 2026
+
+
+class Clock:
+    """Adds up the time between `start` and `stop`, by the wall and by the processor."""
+
+    def __init__(self) -> None:
+        self.wall = self.processor = 0.0
+
+    def start(self) -> None:
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        self.wall += time.perf_counter() - self._wall
+        self.processor += time.process_time() - self._processor
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.start()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.stop()
+
+        return timed
+
+
+def write_scenes(folder: Path, count: int) -> Path:
+    """Write scenes that no training used as a user's own data."""
+    scenes = SceneDataset(count, seed=HELD_OUT_SERIES, task="questions", aspect="any")
+    with open(folder / "scenes.jsonl", "w", encoding="utf-8") as file:
+        for index in range(count):
+            row = scenes[index]
+            question, answer = (message["content"] for message in row["messages"])
+            row["images"][0].save(folder / f"{index}.png")
+            line = {"image": f"{index}.png", "question": question.removeprefix("<image>\n"), "answer": answer}
+            file.write(json.dumps(line) + "\n")
+    return folder / "scenes.jsonl"
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Evaluate once and return the seconds of each part."""
+    from transformers_fastvlm import engines
+
+    clocks = {name: Clock() for name in ("import", "load", "engine", "model", "pictures", "whole")}
+    clocks["import"].around(import_harness)()
+    load = engines.load_engine
+
+    def timed_load(*args: Any, **kwargs: Any) -> Any:
+        engine: Any = clocks["load"].around(load)(*args, **kwargs)
+        engine.close = clocks["load"].around(engine.close)
+        engine.generate = clocks["engine"].around(engine.generate)
+        engine.model.generate = clocks["model"].around(engine.model.generate)
+        return engine
+
+    data = write_scenes(folder, options.scenes)
+    engines.load_engine = timed_load
+    OwnData.pictures = clocks["pictures"].around(OwnData.pictures)
+    chosen = EvaluationOptions(
+        data=data,
+        max_new_tokens=16,
+        batch_size=options.batch_size,
+        engine_options={"dtype": options.dtype, "device": "cpu"},
+        pictures=False,
+        time_first_token=False,
+    )
+    clocks["whole"].start()
+    run = evaluate(str(tiny_checkpoint()), folder / "out", chosen)
+    clocks["whole"].stop()
+    results: dict[str, Any] = {"accuracy_percent": run.tasks["scenes"].score}
+    for kind in ("wall", "processor"):
+        seconds = {name: getattr(clock, kind) for name, clock in clocks.items()}
+        harness = seconds.pop("whole") - seconds["load"] - seconds["engine"] - seconds["pictures"]
+        results[f"{kind}_seconds"] = {name: round(value, 3) for name, value in (seconds | {"harness": harness}).items()}
+        results[f"{kind}_overhead_percent"] = {
+            "harness_of_engine": round(100 * harness / seconds["engine"], 2),
+            "harness_of_model": round(100 * harness / seconds["model"], 2),
+            "harness_and_pictures_of_engine": round(100 * (harness + seconds["pictures"]) / seconds["engine"], 2),
+        }
+    return results
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--scenes", type=int, default=500)
+    made.add_argument("--batch-size", type=int, default=16)
+    made.add_argument("--dtype", default="float32")
+    options = made.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measured = measure(options, Path(folder))
+    chosen = {name: getattr(options, name) for name in ("scenes", "batch_size", "dtype")}
+    about = {"model": "tiny", **chosen, "series": HELD_OUT_SERIES, "threads": torch.get_num_threads()}
+    write(options, about | measured, packages=["lmms-eval"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm eval`: the benchmarks of the model card, and one's own questions."""
+
+import enum
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options
+from .errors import UserError, notice, reports_errors
+
+if TYPE_CHECKING:
+    from ..evaluation.results import EvaluationRun
+
+__all__ = ["evaluate"]
+
+
+class MetricName(enum.StrEnum):
+    """Values of --metric."""
+
+    exact = "exact"
+    letter = "letter"
+    vqa = "vqa"
+    anls = "anls"
+    relaxed = "relaxed"
+    substring = "substring"
+
+
+@reports_errors
+def evaluate(
+    model: options.ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the results; a run in it is gone on with.")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lmms-eval, with commas between them, or card: the eleven of the model card."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of tasks, your own questions: a .jsonl, .json or .parquet file with image, question and "
+            "answer, or a folder that Hugging Face's datasets saved."
+        ),
+    ] = None,
+    metric: Annotated[MetricName, typer.Option(help="How answers to --data are judged.")] = MetricName.exact,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="A line after each question of --data, such as 'Answer with a single word.'"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer to --data, in tokens.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each task.")] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Questions that are answered together; a kill costs one such batch at most.")
+    ] = 16,
+    engine: Annotated[
+        str, typer.Option(help="What runs the model: transformers, vllm, or onnx for an export.")
+    ] = "transformers",
+    precision: Annotated[
+        str | None, typer.Option(help="Of the engine onnx: which of an export's precisions, such as q4f16.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder with YAML files of further tasks of lmms-eval.")] = None,
+    page: Annotated[
+        bool | None,
+        typer.Option(
+            "--page/--no-page", help="Keep small copies of pictures for the report's page; default: of --data."
+        ),
+    ] = None,
+    first_token: Annotated[
+        bool, typer.Option("--first-token/--no-first-token", help="Measure the time to the first token too.")
+    ] = True,
+    device: options.Device = "auto",
+    dtype: options.Dtype = options.DtypeName.auto,
+    size: options.Size = None,
+    debug: options.Debug = False,
+) -> None:
+    """Judge a checkpoint by the model card's benchmarks or by your own questions.
+
+    Answers are on the disk after each batch: killed or stopped, the same command goes on. A changed checkpoint or
+    setting is answered anew. The benchmarks' data come from the hub. Apple's weights are for research only.
+
+    Example: fastvlm eval apple/FastVLM-0.5B --tasks chartqa,docvqa_val --out results
+    """
+    from ..engines import ENGINES
+    from ..evaluation.running import EvaluationOptions
+    from ..evaluation.running import evaluate as run_evaluation
+    from .sources import check_loadable, licence_notice, read_config
+
+    if engine not in ENGINES:
+        raise UserError(f"--engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+    if (tasks is None) == (data is None):
+        raise UserError("give either --tasks, such as card, or --data, a file or folder of your own questions.")
+    config = read_config(model)
+    if engine != "onnx":
+        check_loadable(model, config)
+    chosen: dict[str, Any] = {"dtype": dtype.value, "device": device, "size": size}
+    if engine == "onnx":
+        if chosen != {"dtype": "auto", "device": "auto", "size": None}:
+            raise UserError("--dtype, --device and --size are fixed in an ONNX export; choose its --precision.")
+        chosen = {"precision": precision}
+    elif precision is not None:
+        raise UserError(f"--precision is for --engine onnx; the engine {engine} has --dtype.")
+
+    def loaded() -> None:
+        if message := licence_notice(model, config):
+            typer.echo(message, file=errors)
+
+    errors = sys.stderr  # the evaluation sends what others print there to a file
+    with _Progress(errors) as bar:
+        run = run_evaluation(
+            model,
+            out,
+            EvaluationOptions(
+                tasks=() if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip()),
+                include=include,
+                data=data,
+                metric=metric.value,
+                suffix=prompt,
+                max_new_tokens=max_new_tokens,
+                limit=limit,
+                engine=engine,
+                engine_options=chosen,
+                batch_size=batch,
+                pictures=page,
+                time_first_token=first_token,
+            ),
+            progress=bar.show,
+            loaded=loaded,
+        )
+    _tell(run, out)
+
+
+class _Progress:
+    """A bar on standard error, where that is a terminal."""
+
+    def __init__(self, stream: Any) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(file=stream)
+        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(
+            *columns,
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._bar.add_task("answering", total=None)
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, done: int, total: int) -> None:
+        """Show how many questions are answered."""
+        self._bar.update(self._task, completed=done, total=total)
+
+
+def _tell(run: "EvaluationRun", out: Path) -> None:
+    """Print the scores, one task a line."""
+    width = max(len(name) for name in run.tasks)
+    for name, task in run.tasks.items():
+        typer.echo(f"{name:{width}}  {task.score:6.2f} %  {task.metric}, {task.count:,} rows")
+    notice(f"results in {out}")

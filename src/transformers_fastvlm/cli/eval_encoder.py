@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastvlm eval-encoder`: FastViTHD judged by classes of pictures, without a language model."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .errors import UserError, notice, reports_errors
+from .sources import check_loadable, licence_notice, read_config
+from .tables import print_table
+
+__all__ = ["eval_encoder"]
+
+
+@reports_errors
+def eval_encoder(
+    model: options.ModelArgument,
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Pictures: train/CLASS/… and val/CLASS/…, or CLASS/…, which is then divided."),
+    ],
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="probe (logistic regression), knn, zero-shot, or several with commas. Default: probe,knn, and "
+            "zero-shot where --text is given.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="For zero-shot: a safetensors file with a text tower's embeddings, one tensor a class."),
+    ] = None,
+    size: options.Size = None,
+    aspect: Annotated[
+        str | None, typer.Option(help="pad, or square, which crops the centre. Default: the checkpoint's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that are encoded together.")] = 16,
+    k: Annotated[
+        int | None, typer.Option("-k", min=1, help="Neighbours. Default: 20, or all where there are fewer.")
+    ] = None,
+    regularisation: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Of the probe. Default: chosen on a fifth of the training pictures."),
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Share of each class to judge by, for a folder without train and val.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Of that division and of the bootstrap.")] = 0,
+    device: options.Device = "auto",
+    dtype: Annotated[
+        options.DtypeName, typer.Option(help="Of the encoder; auto: bfloat16 on CUDA, float32 elsewhere.")
+    ] = options.DtypeName.auto,
+    out: Annotated[Path | None, typer.Option(help="File for the record, in JSON.")] = None,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
+) -> None:
+    """Judge an encoder by how well classes of pictures can be told from its features.
+
+    Example: fastvlm eval-encoder tiny pictures --method probe,knn
+    """
+    if aspect not in (None, "pad", "square"):
+        raise UserError(f"--aspect is {aspect!r}; expected pad or square.")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out is {out}, but there is no directory {out.parent}. Make it first.")
+    if method is None:
+        methods: tuple[str, ...] = ("probe", "knn", "zero-shot") if text is not None else ("probe", "knn")
+    else:
+        methods = tuple(dict.fromkeys(word.strip() for word in method.split(",")))
+    config = read_config(model)
+    if config.get("model_type") != "fastvithd":
+        check_loadable(model, config)
+
+    import torch
+
+    from ..engines.loading import find_device
+    from ..evaluation.encoder import METHODS, judge_encoder
+
+    unknown = [word for word in methods if word not in METHODS]
+    if unknown:
+        raise UserError(f"--method has {unknown[0]!r}; expected {', '.join(METHODS)}, separated by commas.")
+    if ("zero-shot" in methods) != (text is not None):
+        raise UserError("--method zero-shot and --text go together; give both or neither.")
+    place = find_device(device, "--device")
+    if dtype == options.DtypeName.auto:
+        kind = torch.bfloat16 if place.type == "cuda" else torch.float32
+    else:
+        kind = getattr(torch, dtype)
+
+    def progress(done: int, of: int) -> None:
+        if sys.stderr.isatty():
+            typer.echo(f"\r{done} of {of} pictures", err=True, nl=done == of)
+
+    if message := licence_notice(model, config):
+        notice(message)
+    record = judge_encoder(
+        model,
+        folder,
+        methods=methods,
+        text=text,
+        size=size,
+        aspect=aspect,
+        batch_size=batch_size,
+        k=k,
+        regularisation=regularisation,
+        held_out=held_out,
+        seed=seed,
+        device=place,
+        dtype=kind,
+        progress=progress,
+    )
+    if out is not None:
+        out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        notice(f"wrote {out}")
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+    else:
+        _print(record)
+
+
+def _print(record: dict[str, Any]) -> None:
+    rows = [
+        (
+            method,
+            f"{result['accuracy']:.1f}",
+            f"{result['interval'][0]:.1f} to {result['interval'][1]:.1f}",
+            f"{result['per_class']:.1f}",
+            ", ".join(f"{key} {result[key]:g}" for key in ("regularisation", "k", "candidates") if key in result),
+        )
+        for method, result in record["results"].items()
+    ]
+    title = f"percent right of {record['val']} pictures, {record['classes']} classes"
+    print_table(
+        title, ("method", "accuracy", f"{100 * record['confidence']:g} % interval", "mean of classes", ""), rows
+    )
+    typer.echo(
+        f"{record['features']} features at {record['size']} px ({record['aspect']}), {record['dtype']}; "
+        f"{record['train']} training pictures; encoded in {record['seconds']:.1f} s"
+    )

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a checkpoint as users ask for it: on which device, in which type, for which size of pictures."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from ..tokens import IMAGE_TOKEN
+
+__all__ = ["DTYPES", "check_dtype", "find_device", "image_options", "load_model"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError unless a type is one of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+
+
+def find_device(name: str, option: str = "device") -> torch.device:
+    """Return the device of a name, having made sure that it is there.
+
+    Args:
+        name: "auto" (CUDA, else Apple's GPU, else the CPU) or a device of torch, such as "cuda:1".
+        option: what the user knows the name as, for errors.
+
+    Raises:
+        ValueError: torch does not know it, or it is not available.
+    """
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    expected = "Expected auto, cpu, cuda (or cuda:1 and so on) or mps."
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{option} is {name!r}, which torch does not know. {expected}") from error
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"{option} is {name!r}, which is not available here (torch {torch.__version__}). {expected}"
+        ) from error
+    return device
+
+
+def image_options(config: Any, size: int | None) -> dict[str, Any]:
+    """Return the image processor's options for another size; AnyRes' grids scale with it, as the model expects.
+
+    Args:
+        config: the `FastVLMConfig`.
+        size: height and width in pixels; None for the checkpoint's own, which needs no options.
+    """
+    if size is None:
+        return {}
+    options: dict[str, Any] = {"size": {"height": size, "width": size}}
+    if config.image_aspect_ratio == "anyres":
+        own = config.vision_config.image_size
+        options["image_grid_pinpoints"] = [
+            [width * size // own, height * size // own] for width, height in config.image_grid_pinpoints
+        ]
+    return options
+
+
+def load_model(model: str, device: torch.device, dtype: str = "auto", size: int | None = None) -> tuple[Any, Any]:
+    """Return a `FastVLMForConditionalGeneration`, ready to answer, and its `FastVLMProcessor`.
+
+    Args:
+        model: directory or hub repository.
+        device: where the model goes; see `find_device`.
+        dtype: "auto" is the checkpoint's own, but float32 where that is float16 and the device a CPU; or one of the
+            other `DTYPES`.
+        size: height and width, in pixels, that pictures are resized to, a multiple of 64; None for the checkpoint's.
+
+    Raises:
+        ValueError: an option that is none of these, or files of different checkpoints.
+        OSError: there is no such checkpoint, or its files are damaged.
+    """
+    check_dtype(dtype)
+    processor: Any = AutoProcessor.from_pretrained(model, **image_options(AutoConfig.from_pretrained(model), size))
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        model, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
+    )
+    if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16:
+        loaded = loaded.float()
+    loaded = loaded.to(device).eval()
+    if loaded.config.image_token_id != processor.image_token_id:
+        raise ValueError(
+            f"{model!r}: config.json has image_token_id {loaded.config.image_token_id}, but {IMAGE_TOKEN} is "
+            f"{processor.image_token_id} in the tokenizer. The files belong to different checkpoints."
+        )
+    return loaded, processor

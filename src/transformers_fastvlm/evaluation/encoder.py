@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastViTHD judged without a language model: what simple classifiers make of its features."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import FastViTHDModel, FastVLMImageProcessorPil
+from ..data.image_files import ImageFolder
+from .bootstrap import CONFIDENCE, RESAMPLES, interval, resampled_means
+from .classifiers import (
+    choose_regularisation,
+    fit_probe,
+    nearest_neighbours,
+    read_text_embeddings,
+    zero_shot,
+)
+from .labelled_images import LabelledImages, read_class_folders, read_labelled_images, split
+
+__all__ = ["KNN", "METHODS", "PROBE", "ZERO_SHOT", "encode", "judge_encoder", "load_encoder"]
+
+PROBE, KNN, ZERO_SHOT = METHODS = ("probe", "knn", "zero-shot")
+
+_NEIGHBOURS = 20
+_HELD_OUT_FOR_REGULARISATION = 0.2
+
+
+def judge_encoder(
+    model: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    methods: tuple[str, ...] = (PROBE, KNN),
+    text: str | os.PathLike[str] | None = None,
+    size: int | None = None,
+    aspect: str | None = None,
+    batch_size: int = 16,
+    k: int | None = None,
+    regularisation: float | None = None,
+    held_out: float = 0.2,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """Measure how well classes of pictures can be told from an encoder's features.
+
+    The probe and the neighbours see the mean over the last feature map; zero-shot classification sees the CLIP
+    embedding, so the encoder must have that head. Features are held in memory and nowhere else.
+
+    Args:
+        model: directory or hub repository of a FastVLM, or of an encoder alone.
+        folder: with `train/CLASS/…` and `val/CLASS/…`, or with `CLASS/…` (see `held_out`).
+        methods: some of "probe" (logistic regression), "knn" and "zero-shot".
+        text: for "zero-shot", a file as `read_text_embeddings` reads it, with a tensor for each class of the folder;
+            its other classes can be answered too, and are then wrong.
+        size: height and width in pixels, a multiple of 64; None for the checkpoint's.
+        aspect: "pad" or "square" (crop); None for the checkpoint's, and "pad" for AnyRes.
+        batch_size: pictures that are encoded together.
+        k: neighbours; None for 20, or all training pictures where they are fewer.
+        regularisation: of the probe; None chooses it on a fifth of the training pictures, and then fits it to all.
+        held_out: share of each class to judge by, for a folder that does not divide its pictures itself. Zero-shot
+            classification alone is judged by all.
+        seed: of both divisions and of the bootstrap.
+        device, dtype: of the encoder; features are float32.
+        progress: called with the numbers of pictures encoded and to encode.
+
+    Returns:
+        A record: `model`, `folder`, `size`, `aspect`, `features`, `dtype`, `classes`, `train` and `val` (numbers of
+        pictures), `seconds`, and `results` by method, each with `accuracy` and `interval` in percent, `per_class` (mean
+        of the classes' accuracies), `count`, and what was chosen.
+
+    Raises:
+        OSError: no such model or folder.
+        ValueError: options, pictures or embeddings that cannot be used; the message names a picture's file.
+    """
+    _check(methods, text, batch_size, regularisation)
+    unsplit = ZERO_SHOT in methods and len(methods) == 1 and not _has_split(folder)
+    if unsplit:
+        val = read_class_folders(folder)
+        train, divided = val.part([]), False
+    else:
+        train, val, divided = read_labelled_images(folder, held_out, seed)
+    texts = _texts(text, val) if text is not None else None
+    encoder, processor = load_encoder(model, size=size, aspect=aspect, device=device, dtype=dtype)
+    if texts is not None:
+        _check_head(encoder, texts[1], model)
+    learns = PROBE in methods or KNN in methods
+    number = k if k is not None else min(_NEIGHBOURS, len(train))
+    if KNN in methods and not 1 <= number <= len(train):
+        raise ValueError(f"k is {number}; expected 1 to {len(train)}, the number of training pictures.")
+    if PROBE in methods and regularisation is None:
+        split(train, _HELD_OUT_FOR_REGULARISATION, seed)  # says now, not after the encoding, if it cannot
+    start = time.perf_counter()
+    total = len(val) + (len(train) if learns else 0)
+    done = 0
+
+    def advance(pictures: int) -> None:
+        nonlocal done
+        done += pictures
+        progress(done, total)
+
+    queries, embeddings = encode(encoder, processor, val, batch_size, advance)
+    known = encode(encoder, processor, train, batch_size, advance)[0] if learns else torch.empty(0)
+    seconds = time.perf_counter() - start
+    labels, classes = torch.tensor(val.labels), len(val.classes)
+    results: dict[str, Any] = {}
+    for method in methods:
+        if method == PROBE:
+            predicted, chosen = _probe(train, known, queries, regularisation, seed)
+        elif method == KNN:
+            predicted = nearest_neighbours(known, torch.tensor(train.labels), queries, classes, number)
+            chosen = {"k": number}
+        else:
+            assert texts is not None
+            answers, vectors = texts
+            predicted, chosen = answers[zero_shot(embeddings, vectors)], {"candidates": len(vectors)}
+        results[method] = _result(predicted == labels, labels, method, seed) | chosen
+    return {
+        "model": os.fspath(model),
+        "folder": os.fspath(folder),
+        "divided_by": "folder" if divided else "nothing" if unsplit else f"seed {seed}, {held_out:g} held out",
+        "size": int(processor.size["height"]),
+        "aspect": processor.image_aspect_ratio,
+        "features": queries.shape[-1],
+        "dtype": str(dtype).removeprefix("torch."),
+        "classes": classes,
+        "train": len(train) if learns else 0,
+        "val": len(val),
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
+        "seconds": round(seconds, 3),
+        "results": results,
+    }
+
+
+def load_encoder(
+    model: str | os.PathLike[str],
+    *,
+    size: int | None = None,
+    aspect: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[FastViTHDModel, FastVLMImageProcessorPil]:
+    """Load an encoder, alone or out of a FastVLM, and the image processor that goes with it.
+
+    A directory with an encoder alone need not have files for the processor: it then gets Apple's way, padding, at the
+    size that the encoder's configuration names.
+    """
+    encoder: Any = FastViTHDModel.from_pretrained(os.fspath(model), dtype=dtype)
+    encoder = encoder.to(device).eval().requires_grad_(False)
+    processor: Any = FastVLMImageProcessorPil.from_pretrained(os.fspath(model))
+    if aspect is None:
+        aspect = "pad" if processor.image_aspect_ratio == "anyres" else processor.image_aspect_ratio
+    if size is None:
+        size = int(processor.size["height"])
+    return encoder, FastVLMImageProcessorPil(
+        **_options(processor) | {"size": {"height": size, "width": size}, "image_aspect_ratio": aspect}
+    )
+
+
+def _options(processor: Any) -> dict[str, Any]:
+    """Return what an image processor was made with, but for AnyRes' grids, which here have no use."""
+    options = processor.to_dict()
+    for name in ("image_processor_type", "image_grid_pinpoints", "processor_class"):
+        options.pop(name, None)
+    return options
+
+
+@torch.inference_mode()
+def encode(
+    encoder: FastViTHDModel,
+    processor: FastVLMImageProcessorPil,
+    images: LabelledImages,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda pictures: None,
+) -> tuple[Tensor, Tensor]:
+    """Return the mean features, (pictures, channels), and the pooled output, (pictures, dimensions), in float32.
+
+    Args:
+        advance: called with the number of pictures of each batch when it is done.
+
+    Raises:
+        ValueError: a picture that cannot be read; the message names its file.
+    """
+    folder = ImageFolder(images.folder)
+    means: list[Tensor] = []
+    pooled: list[Tensor] = []
+    for start in range(0, len(images), batch_size):
+        paths = images.paths[start : start + batch_size]
+        pixels = processor([folder.open(path) for path in paths], return_tensors="pt").pixel_values
+        output = encoder(pixels.to(encoder.device, encoder.dtype))
+        means.append(output.last_hidden_state.float().mean((2, 3)).cpu())
+        pooled.append(output.pooler_output.float().cpu())
+        advance(len(paths))
+    features = torch.cat(means)
+    if not torch.isfinite(features).all():
+        raise ValueError(f"the encoder's features are not finite in {encoder.dtype}. Encode in float32.")
+    return features, torch.cat(pooled)
+
+
+def _check(methods: tuple[str, ...], text: Any, batch_size: int, regularisation: float | None) -> None:
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or not methods:
+        raise ValueError(f"methods are {methods}; expected some of {', '.join(METHODS)}.")
+    if (ZERO_SHOT in methods) != (text is not None):
+        raise ValueError("zero-shot classification and a file of text embeddings go together; give both or neither.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
+    if regularisation is not None and not regularisation >= 0:
+        raise ValueError(f"regularisation is {regularisation}; expected 0 or more.")
+
+
+def _has_split(folder: str | os.PathLike[str]) -> bool:
+    return all(os.path.isdir(os.path.join(folder, name)) for name in ("train", "val"))
+
+
+def _texts(text: str | os.PathLike[str], images: LabelledImages) -> tuple[Tensor, Tensor]:
+    """Return the label of each text's class, -1 for one that the folder has not, and the vectors."""
+    names, vectors = read_text_embeddings(text)
+    missing = [name for name in images.classes if name not in names]
+    if missing:
+        raise ValueError(
+            f"{text} has no tensor for {len(missing)} of the folder's classes, such as {missing[0]!r}; expected one "
+            "for each, under the name of its folder."
+        )
+    return torch.tensor([images.classes.index(name) if name in images.classes else -1 for name in names]), vectors
+
+
+def _check_head(encoder: FastViTHDModel, texts: Tensor, model: Any) -> None:
+    dimensions = encoder.config.projection_dim
+    if not dimensions:
+        raise ValueError(
+            f"{model} has an encoder without the CLIP head (projection_dim is 0), so its features are not comparable "
+            "with texts; use the methods probe and knn."
+        )
+    if texts.shape[1] != dimensions:
+        raise ValueError(
+            f"the text embeddings have {texts.shape[1]} dimensions, but the encoder's embedding has {dimensions}; "
+            "expected those of the text tower that it was trained with."
+        )
+
+
+def _probe(
+    train: LabelledImages, known: Tensor, queries: Tensor, regularisation: float | None, seed: int
+) -> tuple[Tensor, dict[str, Any]]:
+    labels, classes = torch.tensor(train.labels), len(train.classes)
+    tried: dict[float, float] = {}
+    if regularisation is None:
+        index = {path: at for at, path in enumerate(train.paths)}
+        fit, check = ([index[path] for path in part.paths] for part in split(train, _HELD_OUT_FOR_REGULARISATION, seed))
+        regularisation, tried = choose_regularisation(known[fit], labels[fit], known[check], labels[check], classes)
+    probe = fit_probe(known, labels, classes, regularisation)
+    chosen: dict[str, Any] = {"regularisation": regularisation, "gradient": probe.gradient}
+    if tried:
+        chosen["tried"] = {f"{strength:g}": round(100 * share, 2) for strength, share in sorted(tried.items())}
+    return probe.predict(queries), chosen
+
+
+def _result(right: Tensor, labels: Tensor, method: str, seed: int) -> dict[str, Any]:
+    scores = right.double() * 100
+    low, high = interval(resampled_means(scores.tolist(), method, seed=seed))
+    per_class = torch.stack([scores[labels == label].mean() for label in labels.unique()]).mean()
+    return {
+        "accuracy": round(float(scores.mean()), 4),
+        "interval": [round(low, 4), round(high, 4)],
+        "per_class": round(float(per_class), 4),
+        "count": len(labels),
+    }

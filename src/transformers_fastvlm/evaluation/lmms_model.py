@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastVLM as a model of lmms-eval, which finds it by the entry point `fastvlm` in the group `lmms_eval.models`.
+
+lmms-eval is imported on first use of `FastVLM` or `manifest`, and not before.
+"""
+
+import functools
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..engines.base import Conversation, Engine, Sampling
+from ..tokens import IMAGE_TOKEN
+from .journal import AnswerJournal, Journalled, answer_key, model_identity
+
+__all__ = ["FastVLM", "manifest"]
+
+if TYPE_CHECKING:
+    FastVLM: Any
+
+DEFAULT_MAX_NEW_TOKENS = 128
+"""For tasks that state no limit themselves."""
+
+_TIMED_PROMPTS = 7
+
+
+def manifest() -> Any:
+    """Return lmms-eval's `ModelManifest` of the model `fastvlm`: what the entry point names.
+
+    Raises:
+        ImportError: lmms-eval is not installed.
+    """
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="fastvlm", chat_class_path=f"{__name__}.FastVLM")
+
+
+class _Answering:
+    """What `FastVLM` does; lmms-eval's base class comes to it in `__getattr__` below.
+
+    Answers are greedy, whatever a task asks, in batches of questions of similar length. A text that ends an answer
+    (`until`) cuts it afterwards. A literal `<image>` in a question, where no picture is meant, becomes `< image >`.
+
+    Args:
+        pretrained: directory or hub repository of a FastVLM checkpoint.
+        engine: name of an engine, or one that is loaded.
+        batch_size: questions that are answered, and written to the journal, together.
+        journal: path of a file that keeps each finished batch; an evaluation that is started again with it goes on.
+            None keeps nothing.
+        identity: JSON values that stored answers depend on besides the checkpoint, the task and the question. By
+            default the engine's name and its options.
+        progress: called with the numbers of answered and of all questions.
+        time_first_token: measure the time to the first token, after all answers.
+        **options: of the engine, such as `dtype`, `device` and `size`; see `transformers_fastvlm.engines`.
+
+    Attributes:
+        engine: the loaded engine.
+        generate_seconds: that the engine took for all answers, those of the journal included.
+        reused_seconds: the part of it that was for answers of the journal.
+        reused: number of answers that came from the journal.
+        first_token_seconds: the median time to the first token at batch 1, over at most 7 prompts; or None.
+        timing_seconds: that were spent on measuring it.
+
+    Raises:
+        ValueError: an option that is none of these, several processes, or no FastVLM.
+        ImportError: the engine's package is not installed.
+        OSError: there is no such checkpoint.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        engine: str | Engine = "transformers",
+        batch_size: int | str = 16,
+        journal: str | os.PathLike[str] | None = None,
+        identity: Mapping[str, Any] | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        time_first_token: bool = False,
+        max_batch_size: Any = None,  # lmms-eval passes it to every model
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("the model fastvlm runs in one process, but WORLD_SIZE says otherwise; start one process.")
+        try:
+            self.batch_size = int(batch_size)
+        except ValueError:
+            self.batch_size = 0
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}; expected a whole number of 1 or more.")
+        if isinstance(options.get("size"), str):  # lmms-eval's own command passes texts
+            options["size"] = int(options["size"])
+        name = engine if isinstance(engine, str) else type(engine).__name__
+        if identity is None:
+            identity = {"engine": name, **options}
+        self._identity = {"files": model_identity(pretrained), **identity} if journal is not None else {}
+        self._journal = None if journal is None else AnswerJournal(journal)
+        self._progress, self._time_first_token = progress, time_first_token
+        self.generate_seconds = self.reused_seconds = self.timing_seconds = 0.0
+        self.reused = 0
+        self._cleaned = False
+        self._stamps_of: dict[tuple[str, str], Any] = {}
+        self.first_token_seconds: float | None = None
+        if isinstance(engine, str):
+            from ..engines import load_engine
+
+            batches = {} if engine == "onnx" else {"batch_size": self.batch_size}
+            engine = load_engine(engine, pretrained, **batches, **options)
+        self.engine: Engine = engine
+
+    def generate_until(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer lmms-eval's requests, in their order.
+
+        Raises:
+            ValueError: a row's picture cannot be read, or a task asks for what this model cannot do; the message
+                names the task and the row.
+        """
+        from lmms_eval.api.instance import GenerationResult, TokenCounts
+
+        keys, options = [], []
+        for request in requests:
+            text, _, chosen, doc_id, task, split = request.args
+            options.append(_options(chosen, task))
+            prompt = f"{text}{self._stamps(task, split)[doc_id]}"
+            keys.append(answer_key(self._identity, task, doc_id, prompt, options[-1]))
+        answers: dict[int, Journalled] = {}
+        if self._journal is not None:
+            answers = {at: found for at, key in enumerate(keys) if (found := self._journal.get(key)) is not None}
+        self.reused += len(answers)
+        self.reused_seconds += sum(answer.seconds for answer in answers.values())
+        self._progress(len(answers), len(requests))
+        for batch in _batches(requests, options, answers, self.batch_size):
+            new = self._answer([requests[at] for at in batch], options[batch[0]])
+            if self._journal is not None:
+                self._journal.append((keys[at], answer) for at, answer in zip(batch, new, strict=True))
+            answers.update(zip(batch, new, strict=True))
+            self._progress(len(answers), len(requests))
+        self.generate_seconds += sum(answer.seconds for answer in answers.values())
+        if self._time_first_token and self.first_token_seconds is None and requests:
+            start = time.perf_counter()
+            self.first_token_seconds = self._first_token(requests[:_TIMED_PROMPTS])
+            self.timing_seconds = time.perf_counter() - start
+        results = []
+        for at, chosen in enumerate(options):
+            text = answers[at].text
+            for end in chosen["until"]:
+                text = text.split(end)[0]
+            counts = TokenCounts(input_tokens=answers[at].prompt_tokens, output_tokens=answers[at].completion_tokens)
+            results.append(GenerationResult(text=text, token_counts=counts))
+        return results
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+        """Refuse: FastVLM is judged by the answers that it generates."""
+        raise ValueError(
+            f"task {requests[0].task_name} scores given answers by their likelihood; the model fastvlm only generates "
+            "answers. Choose a task whose output_type is generate_until."
+        )
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
+        """Refuse: one question, one answer."""
+        raise ValueError(f"task {requests[0].task_name} has several rounds; the model fastvlm answers one question.")
+
+    def clean(self) -> None:
+        """Give back the model's memory and the journal, when lmms-eval has all answers; a second time does nothing."""
+        if self._cleaned:
+            return
+        self._cleaned = True
+        self.engine.close()
+        if self._journal is not None:
+            self._journal.close()
+
+    def _answer(self, requests: list[Any], options: dict[str, Any]) -> list[Journalled]:
+        conversations = [self._conversation(request) for request in requests]
+        sampling = Sampling(max_new_tokens=options["max_new_tokens"])
+        start = time.perf_counter()
+        try:
+            answers = self.engine.generate(conversations, sampling)
+        except ValueError as error:
+            # The engines say which of several conversations it is.
+            found = re.match(r"Conversation (\d+): ", str(error))
+            _, _, _, doc_id, task, _ = requests[int(found[1]) if found else 0].args
+            raise ValueError(f"task {task}, row {doc_id}: {str(error)[found.end() if found else 0 :]}") from error
+        seconds = (time.perf_counter() - start) / len(requests)
+        return [Journalled(one.text, one.prompt_tokens, one.completion_tokens, seconds) for one in answers]
+
+    def _stamps(self, task: str, split: str) -> Any:
+        """Return what a task's rows say, besides the prompt, of which pictures they have; only own data do."""
+        if (task, split) not in self._stamps_of:
+            documents = self.task_dict[task][split]  # type: ignore[attr-defined]
+            stamped = "stamp" in documents.column_names
+            self._stamps_of[task, split] = documents["stamp"][:] if stamped else [""] * len(documents)
+        return self._stamps_of[task, split]
+
+    def _first_token(self, requests: Sequence[Any]) -> float:
+        """Return the median seconds from a decoded picture and its question to the first token."""
+        seconds = []
+        for request in (requests[0], *requests):  # the first time is a warm-up
+            conversation = [self._conversation(request)]
+            start = time.perf_counter()
+            self.engine.generate(conversation, Sampling(max_new_tokens=1))
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[1:])
+
+    def _conversation(self, request: Any) -> Conversation:
+        _, to_messages, _, doc_id, task, split = request.args
+        where = f"task {task}, row {doc_id}"
+        try:
+            messages = to_messages(self.task_dict[task][split][doc_id])  # type: ignore[attr-defined]
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
+            raise ValueError(f"{where} has an image that cannot be read: {error}") from error
+        return [
+            {"role": message["role"], "content": [_part(part, where) for part in message["content"]]}
+            for message in messages
+        ]
+
+
+def _options(chosen: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Return what of a task's options is used."""
+    if chosen.get("num_beams", 1) not in (None, 1) or chosen.get("do_sample"):
+        raise ValueError(
+            f"task {task} asks for beams or sampling ({dict(chosen)}); the model fastvlm answers greedily."
+        )
+    until = chosen.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    return {
+        "max_new_tokens": int(chosen.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS),
+        "until": [end for end in until if end],
+    }
+
+
+def _batches(
+    requests: Sequence[Any], options: Sequence[dict[str, Any]], done: Mapping[int, Any], size: int
+) -> list[list[int]]:
+    """Return the indices of what is not done, in batches with the same options and texts of similar length.
+
+    The longest come first: if memory does not suffice, that shows at once.
+    """
+    groups: dict[int, list[int]] = {}
+    for at, chosen in enumerate(options):
+        if at not in done:
+            groups.setdefault(chosen["max_new_tokens"], []).append(at)
+    batches = []
+    for group in groups.values():
+        group.sort(key=lambda at: (-len(str(requests[at].args[0])), at))
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
+
+
+def _part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
+    from PIL import Image
+
+    if part["type"] == "text":
+        return {"type": "text", "text": part["text"].replace(IMAGE_TOKEN, f"< {IMAGE_TOKEN.strip('<>')} >")}
+    picture = part.get("url")
+    if part["type"] != "image" or not isinstance(picture, Image.Image):
+        raise ValueError(
+            f"{where} holds {part['type']} of type {type(picture).__name__}; the model fastvlm takes texts and "
+            "decoded pictures."
+        )
+    return {"type": "image", "image": picture}
+
+
+@functools.cache
+def _model_class() -> type:
+    from lmms_eval.api.model import lmms
+
+    body = {"__module__": __name__, "__doc__": _Answering.__doc__}
+    return type("FastVLM", (_Answering, lmms), body)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FastVLM":
+        return _model_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

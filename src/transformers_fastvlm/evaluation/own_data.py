@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's own questions: a JSONL or JSON file, Parquet, or a data set that Hugging Face's `datasets` saved."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..data.errors import ImageError, SampleError
+from ..data.image_files import ImageFolder
+from ..data.json_rows import JsonRows
+from ..data.rows import HubRows, Rows
+from .metrics import check_answers, score
+from .tasks import EXTRA
+
+__all__ = ["OwnData", "own_task", "read_own_data"]
+
+_EXPECTED = 'expected {"image": PATH, "question": TEXT, "answer": TEXT}, or lists as "images" and "answers"'
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """Questions with their right answers.
+
+    Attributes:
+        name: of the task that they become.
+        documents: of each row its number `row`, `question`, `answers`, and `stamp`, by which a row whose pictures
+            were changed is known.
+        rows: as they stand in the file.
+        images: opens the pictures that rows name.
+    """
+
+    name: str
+    documents: list[dict[str, Any]]
+    rows: Rows
+    images: ImageFolder
+
+    def pictures(self, row: int) -> list[Image.Image]:
+        """Return the pictures of a row, decoded.
+
+        Raises:
+            ValueError: one cannot be read; the message names the row.
+        """
+        try:
+            return [self.images.open(source) for source in _sources(self.rows[row])]
+        except SampleError as error:
+            raise type(error)(error.reason, self.rows.place(row)) from error
+
+
+def read_own_data(path: str | os.PathLike[str], metric: str, limit: int | None = None) -> OwnData:
+    """Read questions and check what can be checked before a model is loaded.
+
+    A row has "question", "answer" or "answers", and "image" or "images": paths relative to the data's folder, which
+    they do not leave, or, in Parquet and saved data sets, the pictures themselves. Without them it is text alone.
+
+    Args:
+        path: a .jsonl or .json file, a .parquet file, or a folder with Parquet files or from `save_to_disk`.
+        metric: by which answers are judged; see `METRICS`.
+        limit: take the first rows only.
+
+    Raises:
+        ValueError: a row has no question, no answer, or names no file; the message says which.
+        OSError: there is no such file.
+        ImportError: `datasets` is not installed.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"there is no file or folder {str(path)!r}; expected the data to evaluate on.")
+    folder = file if file.is_dir() else file.parent
+    rows: Rows
+    rows = JsonRows(file) if file.suffix.lower() in (".jsonl", ".json") else HubRows(_dataset(file), str(file))
+    if rows.damage is not None:
+        raise rows.damage
+    count = len(rows) if limit is None else min(limit, len(rows))
+    if not count:
+        raise ValueError(f"{file} has no rows; {_EXPECTED} in each.")
+    images = ImageFolder(folder)
+    documents = []
+    for number in range(count):
+        try:
+            row = rows[number]
+            answers = _answers(row, metric)
+            stamp = json.dumps([_stamp(source, images) for source in _sources(row)])
+            documents.append({"row": number, "question": _question(row), "answers": answers, "stamp": stamp})
+        except SampleError as error:
+            raise error if error.place else type(error)(error.reason, rows.place(number)) from error
+        except ValueError as error:
+            raise SampleError(str(error), rows.place(number)) from error
+    name = re.sub(r"[^\w.+-]+", "_", file.stem if file.is_file() else file.resolve().name) or "own"
+    return OwnData(name, documents, rows, images)
+
+
+def own_task(data: OwnData, metric: str, suffix: str | None, max_new_tokens: int) -> Any:
+    """Return a task of lmms-eval that asks the questions of `data`.
+
+    Args:
+        data: the questions.
+        metric: see `METRICS`.
+        suffix: a line that follows each question, such as "Answer with a single word."
+        max_new_tokens: longest answer, in tokens.
+    """
+    from datasets import Dataset, DatasetDict
+    from lmms_eval.api.task import ConfigurableMessagesTask
+
+    class OwnTask(ConfigurableMessagesTask):
+        def download(self, dataset_kwargs: Any = None) -> None:
+            self.dataset = self.dataset_no_image = DatasetDict({"test": Dataset.from_list(data.documents)})
+
+    def ask(document: Mapping[str, Any]) -> str:
+        return "\n".join(part for part in (document["question"], suffix) if part)
+
+    def judge(document: Mapping[str, Any], results: list[str]) -> dict[str, float]:
+        return {metric: score(metric, document["answers"], results[0])}
+
+    config = {
+        "task": data.name,
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_visual": lambda document: data.pictures(document["row"]),
+        "doc_to_text": ask,
+        "doc_to_target": "answers",
+        "process_results": judge,
+        "generation_kwargs": {"max_new_tokens": max_new_tokens, "until": []},
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
+    }
+    return OwnTask(config=config, model_name="fastvlm")
+
+
+def _dataset(path: Path) -> Any:
+    """Return what Parquet files or `save_to_disk` hold, without a copy in the cache of `datasets`."""
+    try:
+        import pyarrow.parquet as pq
+        from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+        from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
+        from datasets.table import InMemoryTable
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs datasets: {EXTRA}") from error
+    if path.is_dir() and any(
+        (path / name).is_file() for name in (DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME)
+    ):
+        loaded = load_from_disk(str(path))
+        if isinstance(loaded, DatasetDict):
+            raise ValueError(f"{path} has the splits {', '.join(loaded)}; name the folder of one, such as {path}/test.")
+        return loaded
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files or files[0].suffix.lower() != ".parquet":
+        raise ValueError(
+            f"the data are {str(path)!r}; expected a .jsonl, .json or .parquet file, or a folder with Parquet files or "
+            "with what save_to_disk wrote."
+        )
+    try:
+        return concatenate_datasets([Dataset(InMemoryTable(pq.read_table(file))) for file in files])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _stamp(source: Any, images: ImageFolder) -> list[Any]:
+    """Return what changes when a picture does: size and time of a file, a digest of bytes.
+
+    Raises:
+        SampleError: the file's name leaves the data's folder, or there is no such file.
+    """
+    if isinstance(source, Mapping):
+        if (content := source.get("bytes")) is not None:
+            return [hashlib.sha256(content).hexdigest()]
+        source = source.get("path")
+    if not isinstance(source, str):
+        raise SampleError(f"an image is {str(source)[:60]!r} ({type(source).__name__}); {_EXPECTED}.")
+    path = images._path_of(source)
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise ImageError(f"the image {source!r} cannot be read: {error.strerror}, {path!r}.") from error
+    return [source, found.st_size, found.st_mtime_ns]
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    question = row.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise SampleError(f"question is {question!r}; {_EXPECTED}.")
+    return question
+
+
+def _answers(row: Mapping[str, Any], metric: str) -> list[str]:
+    found = row.get("answers", row.get("answer"))
+    several = found if isinstance(found, list) else [found]
+    if not several or any(answer is None or isinstance(answer, bool | dict | list) for answer in several):
+        raise SampleError(f"the row has no answer, but {found!r}; {_EXPECTED}.")
+    answers = [str(answer) for answer in several]
+    check_answers(metric, answers)
+    return answers
+
+
+def _sources(row: Mapping[str, Any]) -> list[Any]:
+    found = row.get("images", row.get("image"))
+    return [] if found is None else list(found) if isinstance(found, list) else [found]
