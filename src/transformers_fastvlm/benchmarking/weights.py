@@ -12,6 +12,7 @@ __all__ = ["random_model"]
 
 _PATTERN = 1 << 20
 _LAYER_SCALE = 0.1
+_DEPTHWISE = 0.1
 
 
 def random_model(
@@ -19,8 +20,8 @@ def random_model(
 ) -> PreTrainedModel:
     """Return a model of this configuration in evaluation mode, with weights that depend on nothing but shapes.
 
-    Matrices and kernels have the scale that keeps activations at theirs, so that no number is so small or large that
-    it costs time. Two implementations of one model whose parameters have the same shapes get the same values.
+    Matrices and kernels have the scale that keeps activations at theirs, and kernels of one input a channel nearly
+    leave them as they are, so that no number is too small or large for its type. Two implementations of one model whose parameters have the same shapes get the same values.
 
     Args:
         config: of a class that `AutoModelForImageTextToText` knows.
@@ -50,6 +51,10 @@ def _fill(model: nn.Module) -> None:
                 part = flat[start : start + _PATTERN]
                 part.copy_(pattern[: len(part)])
             parameter.copy_(flat.view(parameter.shape))
+            if parameter.ndim == 4 and parameter.shape[1] == 1 < parameter.shape[2]:
+                # One after the other without a shortcut, as FastViTHD has them, random ones grow without bounds.
+                parameter.mul_(_DEPTHWISE)
+                parameter[:, :, parameter.shape[2] // 2, parameter.shape[3] // 2] += 1.0
     for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "num_batches_tracked")):
             buffer.zero_()
