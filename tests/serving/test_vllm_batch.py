@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastvlm batch --engine vllm` writes the rows that Transformers gives, also where it was killed on its way."""
 
-import contextlib
 import json
 import os
 import signal
@@ -63,9 +62,9 @@ def test_rows_of_a_killed_run_are_those_of_transformers(photos: Path, tmp_path: 
     first.send_signal(signal.SIGKILL)
     assert first.wait(PATIENCE) == -signal.SIGKILL
     assert not out.exists() and journal_of(out).exists()
-    for left in family:  # vLLM's processes outlive a command that is killed so
-        with contextlib.suppress(psutil.NoSuchProcess):
-            left.kill()
+    assert family
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == [], "vLLM's processes outlived the command"
 
     assert start(photos, out, "vllm", log).wait(PATIENCE) == 1, log.read_text()
     assert "of them done before" in log.read_text()

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoProcessor
 
+from ..vllm_plugin import END_WITH_PARENT
 from .base import Answer, Conversation, Sampling
 from .loading import check_dtype, image_options
 from .prompts import check_sampling, read_prompts
@@ -22,9 +23,10 @@ class VllmEngine:
     """A FastVLM that answers conversations with vLLM.
 
     vLLM batches what it is given by itself, so pass many conversations at once. It runs in a process that is started
-    here: a script needs the guard `if __name__ == "__main__":`, and `close()` ends that process. vLLM's own messages
-    below warnings are left out, warnings go to the standard error output, and it reports no usage to its makers;
-    the environment variables VLLM_LOGGING_LEVEL, VLLM_LOGGING_STREAM and VLLM_NO_USAGE_STATS say otherwise.
+    here: a script needs the guard `if __name__ == "__main__":`, and `close()` ends that process, as does the end of this
+    one, however it comes. vLLM's own messages below warnings are left out, warnings go to the standard error output, and
+    it reports no usage to its makers; the environment variables VLLM_LOGGING_LEVEL, VLLM_LOGGING_STREAM and
+    VLLM_NO_USAGE_STATS say otherwise.
 
     Args:
         model, dtype, size: as `TransformersEngine` takes them.
@@ -139,6 +141,7 @@ def _import_vllm() -> tuple[Any, bool]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault(END_WITH_PARENT, "1")
     try:
         from vllm import LLM
         from vllm.platforms import current_platform

@@ -6,14 +6,21 @@ without vLLM.
 """
 
 import logging
+import multiprocessing
+import os
+import threading
 from typing import Any
 
-__all__ = ["register"]
+__all__ = ["END_WITH_PARENT", "register"]
 
 logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "FastVLMForConditionalGeneration"
 MODE = "fastvlm"
+END_WITH_PARENT = "FASTVLM_VLLM_ENDS_WITH_PARENT"
+"""Environment variable: "1" has vLLM's processes end when the one that started them was killed."""
+
+_WATCH = "fastvlm-parent"
 
 
 def register() -> None:
@@ -21,6 +28,8 @@ def register() -> None:
 
     The weights run in this package's encoder and, through vLLM's Transformers backend, in Transformers' language model.
     Importing this module has imported the package, which made Transformers know FastVLM.
+
+    Where `END_WITH_PARENT` says so, a process also watches the one that started it.
 
     Raises nothing, since that would end vLLM for every other model too: what went wrong is logged.
     """
@@ -42,6 +51,21 @@ def register() -> None:
             "FastVLM could not be registered with this version of vLLM, which will not know the model. The versions "
             "that are known to work are in docs/vllm.md of transformers-fastvlm."
         )
+    if os.environ.get(END_WITH_PARENT) == "1":
+        _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone: vLLM's own outlive a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None or any(thread.name == _WATCH for thread in threading.enumerate()):
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name=_WATCH, daemon=True).start()
 
 
 class _Defaults:
