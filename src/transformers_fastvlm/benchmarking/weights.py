@@ -21,7 +21,8 @@ def random_model(
     """Return a model of this configuration in evaluation mode, with weights that depend on nothing but shapes.
 
     Matrices and kernels have the scale that keeps activations at theirs, and kernels of one input a channel nearly
-    leave them as they are, so that no number is too small or large for its type. Two implementations of one model whose parameters have the same shapes get the same values.
+    leave them as they are, so that no number is too small or large for its type. Two implementations of one model whose
+    parameters have the same shapes get the same values.
 
     Args:
         config: of a class that `AutoModelForImageTextToText` knows.

@@ -23,9 +23,9 @@ class VllmEngine:
     """A FastVLM that answers conversations with vLLM.
 
     vLLM batches what it is given by itself, so pass many conversations at once. It runs in a process that is started
-    here: a script needs the guard `if __name__ == "__main__":`, and `close()` ends that process, as does the end of this
-    one, however it comes. vLLM's own messages below warnings are left out, warnings go to the standard error output, and
-    it reports no usage to its makers; the environment variables VLLM_LOGGING_LEVEL, VLLM_LOGGING_STREAM and
+    here: a script needs the guard `if __name__ == "__main__":`. `close()` ends that process, as does the end of this
+    one, however it comes. vLLM's own messages below warnings are left out, warnings go to the standard error output,
+    and it reports no usage to its makers; the environment variables VLLM_LOGGING_LEVEL, VLLM_LOGGING_STREAM and
     VLLM_NO_USAGE_STATS say otherwise.
 
     Args:
