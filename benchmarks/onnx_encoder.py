@@ -68,7 +68,7 @@ def subjects(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Calla
 
     config = FastVLMConfig.from_preset("0.5b")
     config.text_config.num_hidden_layers = 1
-    config.text_config.vocab_size = 64
+    config.text_config.vocab_size, config.text_config.pad_token_id = 64, None
     model: Any = fuse(random_model(config, torch.float32, torch.device("cpu")))
     save_graph(vision_graph(model), folder / "vision_encoder.onnx", None)
     settings = onnxruntime.SessionOptions()
