@@ -96,8 +96,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
     implementation, directory, dtype, checkpointing = options.child
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
+    torch.manual_seed(0)  # now, since loading draws other numbers in each
     ours = isinstance(model, transformers_fastvlm.FastVLMForConditionalGeneration)
     assert ours == (implementation == "ours"), type(model)
     image_tokens = (options.image_size // 64) ** 2
