@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens a second of decoding: this package beside Transformers' own `fast_vlm`, and weights of 8 and 4 bits.
 
-    python benchmarks/decode_speed.py [--preset 0.5b] [--steps 8] [--rounds 5] [--threads N] [--device cpu|cuda]
+    python benchmarks/decode_speed.py [--preset 0.5b] [--steps 4] [--rounds 12] [--threads N] [--device cpu|cuda]
         [--groups bfloat16 float32 quantized] [--out benchmarks/results/decode_speed.json]
 
 All have the same random weights of the preset's shape and continue one prompt of random tokens, a token at a time,
 the likeliest each. The models of a group are in memory together and decode in turns. A figure is one over the median
 time of a step; `processor` counts the time that the process computed, the one to compare on a machine that others use
-too. Needs timm for the port and torchao for the quantized models.
+too. `milliseconds_of_operations` says what one more step of each spent its time on. Needs timm for the port and
+torchao for the quantized models.
 """
 
 import argparse
@@ -76,8 +77,11 @@ def measure(group: dict[str, str], folder: Path, options: argparse.Namespace) ->
         name: Decoder(load(name, folder, dtype, options.device), options.device) for name, dtype in group.items()
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
-    for _ in range(options.rounds):
-        for name, decoder in decoders.items():
+    names = list(decoders)
+    for turn in range(options.rounds):
+        first = turn % len(names)  # none is always the first of a turn
+        for name in names[first:] + names[:first]:
+            decoder = decoders[name]
             decoder.step()
             times[name] += [decoder.step() for _ in range(options.steps)]
     speed = {
@@ -95,7 +99,8 @@ def measure(group: dict[str, str], folder: Path, options: argparse.Namespace) ->
         for name, found in speed.items()
         if name != base
     }
-    return {"speed": speed, "ratios": ratios}
+    spent = {name: _results.operations(decoder.step) for name, decoder in decoders.items()}
+    return {"speed": speed, "ratios": ratios, "milliseconds_of_operations": spent}
 
 
 def main() -> None:
@@ -103,8 +108,8 @@ def main() -> None:
     parser.add_argument("--preset", default="0.5b")
     parser.add_argument("--layers", type=int, help="layers of the language model, if not the preset's")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of a model in a turn")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each model")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a model in a turn")
+    parser.add_argument("--rounds", type=int, default=12, help="turns of each model")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()

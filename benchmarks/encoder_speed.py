@@ -7,7 +7,8 @@ All three have the same random weights, on which speed does not depend, and run 
 Times are of the process's own CPU time with one thread, so that other processes disturb them less, and of the wall
 clock with more; both are written. The rate of matrix products is measured between the runs, as the best of float32 and
 the encoder's type. `time_over_products` is the encoder's time divided by the time of its 487 GFLOP (at 1024 x 1024
-pixels; proportional to pixels) at the median of that rate. Needs the package timm.
+pixels; proportional to pixels) at the median of that rate. `milliseconds_of_operations` says what one more run of each
+spent its time on; the native one's only in float32, since in the other types it can take minutes. Needs timm.
 """
 
 import argparse
@@ -99,8 +100,11 @@ def main() -> None:
     rates: dict[str, list[float]] = {"float32": [], arguments.dtype: []}
     outputs: dict[str, Tensor] = {}
     load_before = os.getloadavg()
+    names = list(encoders)
     for turn in range(max(repetitions, native)):
-        for name, encoder in encoders.items():
+        first = turn % len(names)  # none is always the first of a turn
+        for name in names[first:] + names[:first]:
+            encoder = encoders[name]
             for of, measured in rates.items():
                 if of == "float32" or not measured or len(measured) < 3:
                     measured.append(rate(getattr(torch, of)))
@@ -133,6 +137,11 @@ def main() -> None:
         },
         "difference_to": "native" if native else "default",
         "onednn_bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "milliseconds_of_operations": {
+            name: _results.operations(lambda encoder=encoder: encoder(pixels))
+            for name, encoder in encoders.items()
+            if name != "native" or arguments.dtype == "float32"
+        },
         "load_average": {"before": load_before, "after": os.getloadavg()},
     }
     _results.write(arguments, values)

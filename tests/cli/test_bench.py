@@ -35,7 +35,7 @@ def test_a_table_and_a_record(run: Run, checkpoint: Callable[[str], Path], tmp_p
     _check(record)
 
 
-def test_the_packages_own_model(run: Run, tmp_path: Path) -> None:
+def test_the_packages_own_model(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "photo.jpg"
     make_photo(300, 200).save(picture)
     words = ["--image", picture, "--threads", "1", "--repetitions", "1", "--warmup", "0", "--new-tokens", "4"]
@@ -43,6 +43,7 @@ def test_the_packages_own_model(run: Run, tmp_path: Path) -> None:
     (result,) = record["results"]
     assert (result["model"], result["resolution"], result["image_tokens"]) == ("tiny", 256, 16)
     assert result["weights"] == "checkpoint" and result["seconds"]["first_token"]["median"] > 0
+    assert capfd.readouterr().err == "", "the processes that measure have nothing to say"
 
 
 def _check(record: dict[str, Any]) -> None:

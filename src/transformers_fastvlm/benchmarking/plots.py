@@ -113,7 +113,12 @@ def _latency(record: dict[str, Any]) -> Any:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     sides = sorted({point[0] for points in curves.values() for point in points} | set(PAPER_ENCODER_MS))
-    axes.set_xticks(sides, [str(side) for side in sides], fontsize=9)
+    # Where two are too close for their numbers, the first has it.
+    shown: list[int] = []
+    for side in sides:
+        if not shown or side >= 1.1 * shown[-1]:
+            shown.append(side)
+    axes.set_xticks(sides, [str(side) if side in shown else "" for side in sides], fontsize=9)
     axes.minorticks_off()
     axes.set_xlabel("height and width in pixels")
     axes.set_ylabel("encoder, milliseconds a picture")

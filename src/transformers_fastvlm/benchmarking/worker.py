@@ -6,6 +6,7 @@ each with one on what was standard output when it started. What libraries print 
 """
 
 import json
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,8 @@ __all__ = ["Runner", "main"]
 
 def main() -> None:
     """Serve until standard input ends."""
+    # As the command does: PyTorch comments on torchao's types when Transformers imports it.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
