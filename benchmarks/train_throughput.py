@@ -15,7 +15,6 @@ memory on a CPU (VmHWM) is read from Linux.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,11 +23,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import _results
+
 IMPLEMENTATIONS = ("ours", "native")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = _results.parser(__doc__)
     parser.add_argument("--preset", default="0.5b", help="size of the model: 0.5b, 1.5b, 7b")
     parser.add_argument("--layers", type=int, help="layers of the language model, if not the preset's")
     parser.add_argument("--image-size", type=int, default=512, help="height and width of the pixels")
@@ -42,7 +43,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--native-steps", type=int, help="timed steps of the port, if it takes very long")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=4, metavar=("IMPLEMENTATION", "DIRECTORY", "DTYPE", "CHECKPOINTING"))
     return parser.parse_args()
 
@@ -213,33 +213,6 @@ def compare(options: argparse.Namespace, folder: Path, dtype: str, on: str) -> d
     }
 
 
-def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """Describe what the figures depend on."""
-    import accelerate
-    import timm
-    import torch
-    import transformers
-
-    fields: dict[str, str] = {}
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    vector = [flag for flag in fields.get("flags", "").split() if flag.startswith(("avx", "amx", "fma"))]
-    return {
-        "machine": f"{platform.machine()}, {platform.system()} {platform.release().split('-')[0]}",
-        "cpu": fields.get("model name", platform.processor()),
-        "cpu_flags": vector,
-        "cpu_count": os.cpu_count(),
-        **({"gpu": torch.cuda.get_device_name()} if options.device == "cuda" else {}),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "timm": timm.__version__,
-        "accelerate": accelerate.__version__,
-    }
-
-
 def main() -> None:
     options = arguments()
     if options.child:
@@ -248,21 +221,14 @@ def main() -> None:
     if options.tokens < 9 + (options.image_size // 64) ** 2:
         raise SystemExit(f"--tokens {options.tokens} leaves no room for the image; raise it or lower --image-size.")
     kept = ("preset", "layers", "image_size", "batch_size", "tokens", "warmup", "rounds", "threads", "device")
-    result: dict[str, Any] = {
-        "settings": {key: getattr(options, key) for key in kept},
-        "cases": [],
-        **machine(options),
-    }
+    values: dict[str, Any] = {"settings": {key: getattr(options, key) for key in kept}, "cases": []}
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoints(options, Path(folder))
         for dtype in options.dtype:
             for on in options.checkpointing:
-                result["cases"].append(compare(options, Path(folder), dtype, on))
+                values["cases"].append(compare(options, Path(folder), dtype, on))
                 # After each case, since all of them take long on a small machine.
-                text = json.dumps(result, indent=2) + "\n"
-                if options.out:
-                    options.out.write_text(text)
-    print(text, end="")
+                _results.write(options, values, device=options.device, packages=["accelerate"])
 
 
 if __name__ == "__main__":
