@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model's thread: answers made together are single ones, and work that nobody wants ends."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,3 +138,21 @@ def test_a_failure_is_the_request_s_own(worker: Worker, model_and_processor: tup
     assert isinstance(failing.wait().error, ValueError)
     assert "1 requests failed" in caplog.text
     assert ask(worker, Asked(good))[0][2] is not None
+
+
+def test_pictures_are_let_go_with_the_answer(worker: Worker, model_and_processor: tuple[Any, Any]) -> None:
+    """Not when Python looks for cycles, until which thousands of requests may come."""
+    over = [threading.Event(), threading.Event()]
+    inputs = [prompts(model_and_processor[1])[1] for _ in over]
+    pictures = [weakref.ref(one["pixel_values"]) for one in inputs]
+    gc.disable()
+    try:
+        for one, event in zip(inputs, over, strict=True):
+            worker.submit(Job(inputs=one, max_tokens=2, changed=event.set))
+        del one, inputs
+        worker.start()
+        assert all(event.wait(PATIENCE) for event in over)
+        worker.close()
+        assert [picture() for picture in pictures] == [None, None]
+    finally:
+        gc.enable()

@@ -168,16 +168,19 @@ def test_many_clients_get_the_answers_of_single_ones() -> None:
 
 @pytest.mark.soak
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the system does not tell a process's memory so")
-def test_memory_is_flat_under_load() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_flat_under_load(dtype: str) -> None:
     """The first half also fills what PyTorch keeps for each new shape of a batch, which has an end."""
-    process = Process("-m", "tiny", "--dtype", "float32")
+    process = Process("-m", "tiny", "--dtype", dtype)
     try:
         server = process.wait_until_ready()
         alone = load(server, 1, 5)
-        assert load(server, 16, 20) == alone
+        first = load(server, 16, 20)
         half = memory(process)
-        assert load(server, 16, 20) == alone
-        assert memory(process) < half * 1.05
+        second = load(server, 16, 20)
+        assert memory(process) < half * 1.03
+        # In bfloat16 sums in another order can make two tokens of nearly the same score change places.
+        assert dtype == "bfloat16" or first == second == alone
     finally:
         process.close()
 

@@ -2,13 +2,6 @@
 """`vllm serve DIR`, with nothing said about the model: chats, streams, bad requests, many clients at once."""
 
 import base64
-import io
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,14 +14,22 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: make tes
 import httpx
 import openai
 import psutil
-from PIL import Image
-from vllm_running import ENVIRONMENT, MAX_NEW_TOKENS, Messages, Peer, asked, mixed_batch, pictures_of, scene_questions
+from vllm_running import (
+    ANSWER_SECONDS,
+    MAX_NEW_TOKENS,
+    NAME,
+    Messages,
+    Peer,
+    as_openai,
+    asked,
+    data_url,
+    mixed_batch,
+    pictures_of,
+    scene_questions,
+    serving,
+)
 
 from transformers_fastvlm.checkpoints import tiny_checkpoint
-
-START_SECONDS = 1800  # far more than it takes; a slow machine must not fail a test
-ANSWER_SECONDS = 600
-NAME = "tiny"
 
 # vLLM's own imports warn.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,70 +42,8 @@ def peer() -> Peer:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    # The last two are for a small machine; on a GPU, `vllm serve DIR` is all.
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_checkpoint())]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME, "--dtype", "float32"]
-    command += ["--limit-mm-per-prompt", '{"image": 3}', "--max-model-len", "1024"]
-    command += ["--kv-cache-memory-bytes", str(1 << 28), "--enforce-eager"]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}, start_new_session=True
-        )
-    family: list[psutil.Process] = []
-    try:
-        wait_until_healthy(f"http://127.0.0.1:{port}", process, log)
-        family = psutil.Process(process.pid).children(recursive=True)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        _, alive = psutil.wait_procs(family, timeout=60)
-        for left in alive:
-            left.kill()
-    assert not alive, "the server's processes end with it"
-
-
-def wait_until_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text(errors="replace")[-5000:]
-        try:
-            if httpx.get(f"{url}/health", timeout=10).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(f"not healthy after {START_SECONDS} s:\n{log.read_text(errors='replace')[-5000:]}")
-
-
-def as_openai(messages: Messages) -> Messages:
-    """Return messages with their pictures as data URLs."""
-    sent = []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, list):
-            content = [
-                {"type": "image_url", "image_url": {"url": data_url(part["image"])}}
-                if part["type"] == "image"
-                else part
-                for part in content
-            ]
-        sent.append({**message, "content": content})
-    return sent
-
-
-def data_url(picture: Image.Image) -> str:
-    held = io.BytesIO()
-    picture.save(held, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"
+    with serving(tmp_path_factory.mktemp("server") / "log.txt") as one:
+        yield one.url
 
 
 def client(server: str) -> openai.OpenAI:

@@ -1,15 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of vLLM have in common: conversations, Transformers' answers to them, and settings for a small CPU."""
+"""What the tests of vLLM have in common: conversations, Transformers' answers to them, and a server on a small CPU."""
 
-from collections.abc import Sequence
-from typing import Any
+import base64
+import contextlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import httpx
+import psutil
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.data.scenes import SceneDataset
 
+START_SECONDS = 1800  # far more than it takes; a slow machine must not fail a test
+ANSWER_SECONDS = 600
+NAME = "tiny"
 # 2026 is the series that no training of the embedded model uses.
 SERIES = 2026
 MAX_NEW_TOKENS = 16
@@ -93,3 +109,80 @@ class Peer:
 def exact(answers: Sequence[str], expected: Sequence[str]) -> float:
     """Return the percentage of answers that are right letter for letter."""
     return 100 * sum(given == right for given, right in zip(answers, expected, strict=True)) / len(expected)
+
+
+class Server(NamedTuple):
+    """A `vllm serve` that answers."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+
+@contextlib.contextmanager
+def serving(log: Path, *options: str, model: str | None = None) -> Iterator[Server]:
+    """Run `vllm serve DIR`, with nothing said about the model, until the end of the block; no process outlives it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # The last two are for a small machine; on a GPU, `vllm serve DIR` is all.
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model or str(tiny_checkpoint())]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME, "--dtype", "float32"]
+    command += ["--limit-mm-per-prompt", '{"image": 3}', "--max-model-len", "1024"]
+    command += ["--kv-cache-memory-bytes", str(1 << 28), "--enforce-eager", *options]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}, start_new_session=True
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    family: list[psutil.Process] = []
+    try:
+        _wait_until_healthy(server)
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        _, alive = psutil.wait_procs(family, timeout=60)
+        for left in alive:
+            left.kill()
+    assert not alive, "the server's processes end with it"
+
+
+def _wait_until_healthy(server: Server) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert server.process.poll() is None, server.log.read_text(errors="replace")[-5000:]
+        try:
+            if httpx.get(f"{server.url}/health", timeout=10).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"not healthy after {START_SECONDS} s:\n{server.log.read_text(errors='replace')[-5000:]}")
+
+
+def as_openai(messages: Messages) -> Messages:
+    """Return messages with their pictures as data URLs."""
+    sent = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, list):
+            content = [
+                {"type": "image_url", "image_url": {"url": data_url(part["image"])}}
+                if part["type"] == "image"
+                else part
+                for part in content
+            ]
+        sent.append({**message, "content": content})
+    return sent
+
+
+def data_url(picture: Image.Image) -> str:
+    held = io.BytesIO()
+    picture.save(held, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"

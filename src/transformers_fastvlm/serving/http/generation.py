@@ -5,6 +5,7 @@ import copy
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ class Job:
 
 
 class Row:
-    """One answer that is being made.
+    """One answer that is being made, for as long as its job exists.
 
     Attributes:
         text: of it, so far.
@@ -85,7 +86,9 @@ class Row:
     """
 
     def __init__(self, job: Job, index: int, tokenizer: Any, ends: frozenset[int]) -> None:
-        self.job, self.index, self._ends = job, index, ends
+        # A cycle of the two would keep the prompt's pictures until Python happens to look for cycles.
+        self.job: Job = weakref.proxy(job)
+        self.index, self._ends = index, ends
         self._decoding = AnswerText(tokenizer, job.stop)
         self.text, self.tokens = "", 0
         self.reason: str | None = None
@@ -199,7 +202,7 @@ class Worker:
             if error is not None and torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.batch_seconds += 0.2 * (time.monotonic() - start - self.batch_seconds)
-            del jobs, error
+            del jobs, job, error  # nothing of them is kept while this thread waits
 
     def _next(self) -> list[Job]:
         """Wait for jobs and return those to be answered together; none at the end."""
