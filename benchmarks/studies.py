@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What changes a tiny model's answers: padding, resolution, number types, the encoder's form, tiles, more pictures.
 
-    python benchmarks/studies.py [MODEL] [--scenes 300] [--studies form tiles ...] [--out FILE] [--plot FILE]
+    python benchmarks/studies.py [MODEL] [--scenes 500] [--studies form tiles ...] [--out FILE] [--plot FILE]
 
 Each study asks about the same scenes in several ways, greedily, and counts the answers that equal the right one letter
 for letter, as tiny_accuracy.py does. The first way of a study is the one that the others are compared with: by the
@@ -300,7 +300,7 @@ def kept(file: Path | None, scenes: int, asked: list[str]) -> dict[str, list[dic
 def main() -> None:
     parser = _results.parser(__doc__)
     parser.add_argument("model", type=Path, nargs="?", help="directory of the model; default: that of the package")
-    parser.add_argument("--scenes", type=int, default=300)
+    parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--studies", nargs="+", choices=studies(256), default=[*studies(256)])
     parser.add_argument("--plot", type=Path, help="file for a plot, PNG")

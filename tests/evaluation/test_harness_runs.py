@@ -4,7 +4,8 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.data.scenes import SceneDataset
+from transformers_fastvlm.engines.base import Answer, Sampling
+from transformers_fastvlm.evaluation.own_data import OwnData
 from transformers_fastvlm.evaluation.results import EvaluationRun, read_run
 from transformers_fastvlm.evaluation.running import JOURNAL, EvaluationOptions, evaluate
 
@@ -170,6 +173,36 @@ def test_a_picture_that_cannot_be_read_stops_the_run_and_is_named(
     with pytest.raises(ValueError, match=r"task scenes, row 2 has an image that cannot be read: .*pictures/2.png"):
         evaluate(str(tiny_checkpoint()), tmp_path / "out", own(data, engine="scripted", batch_size=1))
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_the_next_batchs_pictures_are_opened_while_the_model_answers_and_no_others(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    one_more = threading.Condition()
+    really = OwnData.pictures
+
+    def pictures(data: OwnData, row: int) -> list[Image.Image]:
+        found = really(data, row)
+        with one_more:
+            opened.append(row)
+            one_more.notify_all()
+        return found
+
+    class Waiting(ScriptedEngine):
+        def generate(self, conversations: Sequence[Any], sampling: Sampling) -> list[Answer]:
+            answers = super().generate(conversations, sampling)
+            following = min(24, len(self.asked) + 5)
+            with one_more:
+                assert one_more.wait_for(lambda: len(opened) >= following, timeout=600)
+            assert len(opened) == following, "two batches are open at most"
+            return answers
+
+    monkeypatch.setattr("transformers_fastvlm.engines.load_engine", lambda *a, **options: Waiting(lambda text: "red"))
+    monkeypatch.setattr(OwnData, "pictures", pictures)
+    evaluate(str(tiny_checkpoint()), tmp_path / "out", own(scenes, engine="scripted", batch_size=5))
+    assert sorted(opened) == list(range(24))
+    assert not any(thread.name.startswith("fastvlm") for thread in threading.enumerate())
 
 
 def test_a_question_that_fills_the_context_is_named(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:

@@ -89,8 +89,8 @@ def test_inputs_and_outputs(precision: str) -> None:
     ]
 
 
-def test_large_matrices_are_transposed_when_they_are_saved(tmp_path: Path) -> None:
-    """The exporter transposes small matrices itself, and leaves those of full-size models to every start."""
+def test_matrices_are_transposed_when_they_are_saved(tmp_path: Path) -> None:
+    """Neither in the exporter's memory nor at every start."""
     import onnx_ir as ir
     import onnxruntime
 

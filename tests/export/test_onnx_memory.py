@@ -61,9 +61,5 @@ def test_size_and_errors(exported: dict) -> None:
 
 
 @pytest.mark.soak
-def test_memory(exported: dict, request: pytest.FixtureRequest) -> None:
-    if exported["precision"] == "float32":
-        # 5.9 GB in place of 3.7: the exporter's values outlive the graph, and with them the weights that they hold.
-        reason = "torch.onnx.export leaves references to the weights behind"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_memory(exported: dict) -> None:
     assert exported["peak"] <= 3 * exported["weights"], exported

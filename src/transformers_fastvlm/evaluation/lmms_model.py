@@ -4,12 +4,14 @@
 lmms-eval is imported on first use of `FastVLM` or `manifest`, and not before.
 """
 
+import contextlib
 import functools
 import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ..engines.base import Conversation, Engine, Sampling
@@ -25,6 +27,7 @@ DEFAULT_MAX_NEW_TOKENS = 128
 """For tasks that state no limit themselves."""
 
 _TIMED_PROMPTS = 7
+_UNREADABLE = (OSError, ValueError, SyntaxError)  # what Pillow raises
 
 
 def manifest() -> Any:
@@ -134,12 +137,15 @@ class _Answering:
         self.reused += len(answers)
         self.reused_seconds += sum(answer.seconds for answer in answers.values())
         self._progress(len(answers), len(requests))
-        for batch in _batches(requests, options, answers, self.batch_size):
-            new = self._answer([requests[at] for at in batch], options[batch[0]])
-            if self._journal is not None:
-                self._journal.append((keys[at], answer) for at, answer in zip(batch, new, strict=True))
-            answers.update(zip(batch, new, strict=True))
-            self._progress(len(answers), len(requests))
+        batches = _batches(requests, options, answers, self.batch_size)
+        asked = [[requests[at] for at in batch] for batch in batches]
+        with contextlib.closing(self._opened(asked)) as opened:
+            for batch, of_batch, conversations in zip(batches, asked, opened, strict=True):
+                new = self._answer(of_batch, conversations, options[batch[0]])
+                if self._journal is not None:
+                    self._journal.append((keys[at], answer) for at, answer in zip(batch, new, strict=True))
+                answers.update(zip(batch, new, strict=True))
+                self._progress(len(answers), len(requests))
         self.generate_seconds += sum(answer.seconds for answer in answers.values())
         if self._time_first_token and self.first_token_seconds is None and requests:
             start = time.perf_counter()
@@ -174,8 +180,20 @@ class _Answering:
         if self._journal is not None:
             self._journal.close()
 
-    def _answer(self, requests: list[Any], options: dict[str, Any]) -> list[Journalled]:
-        conversations = [self._conversation(request) for request in requests]
+    def _opened(self, batches: Sequence[Sequence[Any]]) -> Generator[list[Conversation]]:
+        """Yield the conversations of each batch, whose pictures a thread opens while the batch before is answered."""
+        with ThreadPoolExecutor(1, "fastvlm-pictures") as thread:
+            following: Future[list[Conversation]] | None = None
+            for batch in batches:
+                ready, following = following, thread.submit(self._conversations, batch)
+                if ready is not None:
+                    yield ready.result()
+            if following is not None:
+                yield following.result()
+
+    def _answer(
+        self, requests: Sequence[Any], conversations: Sequence[Conversation], options: dict[str, Any]
+    ) -> list[Journalled]:
         sampling = Sampling(max_new_tokens=options["max_new_tokens"])
         start = time.perf_counter()
         try:
@@ -200,23 +218,36 @@ class _Answering:
         """Return the median seconds from a decoded picture and its question to the first token."""
         seconds = []
         for request in (requests[0], *requests):  # the first time is a warm-up
-            conversation = [self._conversation(request)]
+            conversation = self._conversations([request])
             start = time.perf_counter()
             self.engine.generate(conversation, Sampling(max_new_tokens=1))
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds[1:])
 
-    def _conversation(self, request: Any) -> Conversation:
-        _, to_messages, _, doc_id, task, split = request.args
-        where = f"task {task}, row {doc_id}"
+    def _conversations(self, requests: Sequence[Any]) -> list[Conversation]:
+        """Return what requests of one task ask, with decoded pictures."""
+        _, _, _, _, task, split = requests[0].args
+        table = self.task_dict[task][split]  # type: ignore[attr-defined]
+        rows = [request.args[3] for request in requests]
         try:
-            messages = to_messages(self.task_dict[task][split][doc_id])  # type: ignore[attr-defined]
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
-            raise ValueError(f"{where} has an image that cannot be read: {error}") from error
-        return [
-            {"role": message["role"], "content": [_part(part, where) for part in message["content"]]}
-            for message in messages
-        ]
+            columns = table[rows]  # all at once: `datasets` takes its time for each call
+        except _UNREADABLE:
+            columns = None  # one of them; the loop finds which
+        conversations = []
+        for at, row in enumerate(rows):
+            where = f"task {task}, row {row}"
+            try:
+                document = table[row] if columns is None else {name: values[at] for name, values in columns.items()}
+                messages = requests[at].args[1](document)
+            except _UNREADABLE as error:
+                raise ValueError(f"{where} has an image that cannot be read: {error}") from error
+            conversations.append(
+                [
+                    {"role": message["role"], "content": [_part(part, where) for part in message["content"]]}
+                    for message in messages
+                ]
+            )
+        return conversations
 
 
 def _options(chosen: Mapping[str, Any], task: str) -> dict[str, Any]:
@@ -236,14 +267,15 @@ def _options(chosen: Mapping[str, Any], task: str) -> dict[str, Any]:
 def _batches(
     requests: Sequence[Any], options: Sequence[dict[str, Any]], done: Mapping[int, Any], size: int
 ) -> list[list[int]]:
-    """Return the indices of what is not done, in batches with the same options and texts of similar length.
+    """Return the indices of what is not done, in batches of one task, with the same options and of similar length.
 
     The longest come first: if memory does not suffice, that shows at once.
     """
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[str, str, int], list[int]] = {}
     for at, chosen in enumerate(options):
         if at not in done:
-            groups.setdefault(chosen["max_new_tokens"], []).append(at)
+            _, _, _, _, task, split = requests[at].args
+            groups.setdefault((task, split, chosen["max_new_tokens"]), []).append(at)
     batches = []
     for group in groups.values():
         group.sort(key=lambda at: (-len(str(requests[at].args[0])), at))

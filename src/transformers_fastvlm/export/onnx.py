@@ -4,13 +4,16 @@
     OUT/config.json, tokenizer files, preprocessor_config.json, processor_config.json
     OUT/onnx/{vision_encoder,embed_tokens,decoder_model_merged}{,_fp16,_quantized,_q4,_q4f16}.onnx
 
-float32, q8 and q4 come from one graph of each part, float16 and q4f16 from another whose weights are float16. Parts are
-translated one after the other and each is made wide only for its turn, so that memory stays near the model's own size.
+float32, q8 and q4 come from one graph of each part, float16 and q4f16 from another whose weights are float16. The
+encoder is converted for each, and then given back; the language model keeps its type, and its weights are converted one
+by one while they are written: so memory stays near the model's own size.
 """
 
 import contextlib
 import copy
+import ctypes
 import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,11 +50,11 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
     example = _Example(_processor(source, size), model)
     writer = _Writer(out / "onnx", options)
     _write_vision(model, example, writer)
-    gc.collect()
+    _give_memory_back()
     _write_text(model, example, writer)
     write_files(source, out, size, writer.external)
     del model
-    gc.collect()
+    _give_memory_back()
     errors: dict[str, float] = {}
     for precision in options.precisions:
         options.say(f"checking {precision} in onnxruntime")
@@ -166,11 +169,14 @@ class _Example:
         ids, mask = self.ids.numpy(), self.mask.numpy()
         features = runner.image_features(self.pixels.float().numpy())
         runner.close()
+        _give_memory_back()
         embeds = runner.merge(ids, features)
         runner.close()
+        _give_memory_back()
         first, past = runner.decode(embeds[:, :-1], mask[:, :-1])
         last, _ = runner.decode(embeds[:, -1:], mask, past)
         runner.close()
+        _give_memory_back()
         errors = {
             f"{precision}: image features": relative_error(features, self.features),
             f"{precision}: logits": relative_error(np.concatenate((first, last), axis=1), self.logits),
@@ -202,14 +208,13 @@ def _write_text(model: Any, example: _Example, writer: _Writer) -> None:
     """Write embeddings and language model."""
     with _computing_in_float32(model):
         example.read(model)
+    _give_memory_back()
     for dtype in (torch.float32, torch.float16):
         if not writer.wants(dtype):
             continue
-        _convert(model, dtype)
         writer.options.say(f"translating the language model in {_name(dtype)}")
-        writer.save("embed_tokens", embedding_graph(model), dtype)
-        writer.save("decoder_model_merged", decoder_graph(model), dtype)
-        gc.collect()
+        writer.save("embed_tokens", embedding_graph(model, dtype), dtype)
+        writer.save("decoder_model_merged", decoder_graph(model, dtype), dtype)
 
 
 @contextlib.contextmanager
@@ -240,13 +245,12 @@ def _computing_in_float32(model: Any) -> Iterator[None]:
         restore(head)
 
 
-def _convert(model: Any, dtype: torch.dtype) -> None:
-    """Change the type of the weights, in the order that needs the least memory. Buffers keep theirs, as in `generate`:
-    in float16 the frequencies of positions would be off."""
-    parameters = sorted(model.parameters(), key=lambda parameter: parameter.numel())
-    grow = parameters[0].element_size() < dtype.itemsize
-    for parameter in reversed(parameters) if grow else parameters:
-        parameter.data = parameter.data.to(dtype)
+def _give_memory_back() -> None:
+    """Collect what is no longer used. glibc keeps freed memory, up to half the model's size here, until it is asked."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _name(dtype: torch.dtype) -> str:

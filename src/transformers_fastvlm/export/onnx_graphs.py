@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX graphs of a model's parts, with the inputs and outputs that transformers.js expects, and how they are saved.
 
-A graph refers to the model's own tensors until it is saved, and then one tensor at a time is read: so several
-precisions of a graph can be written without ever holding one in memory beside the model.
+A graph refers to the model's own weights, whatever their type, and reads, converts and saves them one by one: so
+graphs of several types and precisions are written without a copy of the model in any of them.
 """
 
+import contextlib
 import logging
 import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from .. import FastVLMForConditionalGeneration
@@ -25,22 +30,35 @@ _BATCH = "batch_size"
 
 
 def vision_graph(model: FastVLMForConditionalGeneration) -> Any:
-    """Return `VisionEncoder` as an `onnx_ir.Model`: pixel_values to image_features."""
+    """Return `VisionEncoder` as an `onnx_ir.Model`, in the types of its weights: pixel_values to image_features.
+
+    The model must be there, and unchanged, until the graph is saved; so it must for the other graphs.
+    """
     return _graph(
-        programs.export_vision(model),
+        model,
+        None,
+        programs.export_vision,
         {"pixel_values": {0: _BATCH, 2: "height", 3: "width"}},
         {"image_features": {0: _BATCH, 1: "num_image_tokens"}},
     )
 
 
-def embedding_graph(model: FastVLMForConditionalGeneration) -> Any:
-    """Return `TokenEmbedding` as an `onnx_ir.Model`: input_ids to inputs_embeds."""
+def embedding_graph(model: FastVLMForConditionalGeneration, dtype: torch.dtype | None = None) -> Any:
+    """Return `TokenEmbedding` as an `onnx_ir.Model`: input_ids to inputs_embeds.
+
+    Args:
+        dtype: of the graph's weights; by default the model's.
+    """
     dimensions = {0: _BATCH, 1: "sequence_length"}
-    return _graph(programs.export_embedding(model), {"input_ids": dimensions}, {"inputs_embeds": dimensions})
+    return _graph(model, dtype, programs.export_embedding, {"input_ids": dimensions}, {"inputs_embeds": dimensions})
 
 
-def decoder_graph(model: FastVLMForConditionalGeneration) -> Any:
-    """Return `Decoder` as an `onnx_ir.Model`: one graph for prompts, whose past has length 0, and for what follows."""
+def decoder_graph(model: FastVLMForConditionalGeneration, dtype: torch.dtype | None = None) -> Any:
+    """Return `Decoder` as an `onnx_ir.Model`: one graph for prompts, whose past has length 0, and for what follows.
+
+    Args:
+        dtype: of the graph's weights; by default the model's.
+    """
     text: Any = model.config.text_config
     layers = range(text.num_hidden_layers)
     new = {0: _BATCH, 1: "sequence_length"}
@@ -49,23 +67,34 @@ def decoder_graph(model: FastVLMForConditionalGeneration) -> Any:
     inputs |= {f"past_key_values.{i}.{kind}": {0: _BATCH, 2: "past_sequence_length"} for i in layers for kind in kinds}
     outputs = {"logits": new}
     outputs |= {f"present.{i}.{kind}": {0: _BATCH, 2: "total_sequence_length"} for i in layers for kind in kinds}
-    return _graph(programs.export_decode(model), inputs, outputs)
+    return _graph(model, dtype, programs.export_decode, inputs, outputs)
 
 
-def _graph(program: ExportedProgram, inputs: dict[str, dict[int, str]], outputs: dict[str, dict[int, str]]) -> Any:
-    """Translate a program and give its inputs, outputs and their free dimensions these names."""
+def _graph(
+    model: FastVLMForConditionalGeneration,
+    dtype: torch.dtype | None,
+    export: Callable[[FastVLMForConditionalGeneration], ExportedProgram],
+    inputs: dict[str, dict[int, str]],
+    outputs: dict[str, dict[int, str]],
+) -> Any:
+    """Translate a part and give its inputs, outputs and their free dimensions these names."""
     import onnx_ir as ir
-    import torch
 
     # The exporter comments on its own work, on passes of its optimiser and on packages that it could also use.
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    with _placeholders(model, dtype) as weights:
+        program = export(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        translated = torch.onnx.export(program, opset_version=OPSET, dynamo=True, verbose=False)
-    assert translated is not None
-    model = translated.model
-    graph = model.graph
+        translated = torch.onnx.export(program, opset_version=OPSET, dynamo=True, verbose=False, optimize=False)
+        assert translated is not None
+        _refer_to_weights(translated.model.graph, program, weights)
+        # The optimiser would hold every matrix that it transposes, and computes with the weights.
+        _lay_out_weights(translated.model.graph)
+        translated.optimize()
+    graph = translated.model.graph
+    _forget_the_origin(graph)
     for values, wanted in ((graph.inputs, inputs), (graph.outputs, outputs)):
         if len(values) != len(wanted):
             raise RuntimeError(f"The graph has {len(values)} inputs or outputs; expected {', '.join(wanted)}.")
@@ -78,8 +107,63 @@ def _graph(program: ExportedProgram, inputs: dict[str, dict[int, str]], outputs:
         for value, (name, dimensions) in zip(values, wanted.items(), strict=True):
             value.name = name
             value.shape = ir.Shape([dimensions.get(axis, size) for axis, size in enumerate(value.shape)])
-    _lay_out_weights(graph)
-    return model
+    return translated.model
+
+
+@contextlib.contextmanager
+def _placeholders(model: nn.Module, dtype: torch.dtype | None) -> Iterator[dict[int, nn.Parameter]]:
+    """Give a model parameters of type `dtype`, by default of their own, that take no memory, since nothing is written
+    to them. An exporter needs no more, and whatever it leaves behind holds on to these. Buffers keep their type, as in
+    `generate`: in float16 the frequencies of positions would be off.
+
+    Yields:
+        the model's own parameters by the address of what stands for them.
+    """
+    stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for module in model.modules():
+            for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if weight not in stand_ins:
+                    empty = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+                    stand_ins[weight] = nn.Parameter(empty, requires_grad=False)
+                replaced.append((module, name, weight))
+                setattr(module, name, stand_ins[weight])
+        yield {stand_in.data_ptr(): weight for weight, stand_in in stand_ins.items()}
+    finally:
+        for module, name, weight in replaced:
+            setattr(module, name, weight)
+
+
+def _refer_to_weights(graph: Any, program: ExportedProgram, weights: dict[int, nn.Parameter]) -> None:
+    """Let a graph's initialisers be the weights that the program's parameters stand for."""
+    import onnx_ir as ir
+
+    parameters = dict(program.named_parameters())
+    for name in parameters.keys() & graph.initializers.keys():
+        value = graph.initializers[name]
+        dtype, stands_for = parameters[name].dtype, weakref.ref(weights[parameters[name].data_ptr()])
+
+        def read(
+            name: str = name, dtype: torch.dtype = dtype, stands_for: weakref.ref[nn.Parameter] = stands_for
+        ) -> Any:
+            weight = stands_for()
+            if weight is None:
+                raise RuntimeError(f"The model is gone, and with it {name}; save its graphs before.")
+            return ir.tensor_adapters.TorchTensor(weight.detach().to(dtype), name=name)
+
+        value.const_value = ir.LazyTensor(read, value.dtype, value.shape, name=name)
+
+
+def _forget_the_origin(graph: Any) -> None:
+    """Take out the exporter's notes, in which each operation has the paths of the programs that it comes from."""
+    graph.metadata_props.clear()
+    for node in graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def _lay_out_weights(graph: Any) -> None:
@@ -122,5 +206,54 @@ def save_graph(model: Any, path: Path, external_data: bool | None) -> bool:
             f"{path.name} has {size / 1e9:.1f} GB of weights, more than an ONNX file holds beside its graph. Leave "
             "external_data out, or choose a smaller precision."
         )
-    ir.save(model, path, external_data=f"{path.name}_data" if external else None)
+    if external:
+        ir.save(model, path, external_data=f"{path.name}_data")
+    else:
+        _save_with_weights(model, path)
     return external
+
+
+def _save_with_weights(model: Any, path: Path) -> None:
+    """Write an ONNX file with its weights inside, one after the other; protobuf would hold all of them, twice."""
+    import numpy as np
+    import onnx
+    import onnx_ir as ir
+
+    values = list(model.graph.initializers.values())
+    tensors = [value.const_value for value in values]
+    nothing = ir.Tensor(np.empty(0, dtype=np.uint8))
+    try:
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = ir.LazyTensor(lambda: nothing, tensor.dtype, tensor.shape, name=value.name)
+        proto = ir.to_proto(model)
+    finally:
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = tensor
+    # A message is a sequence of fields in any order. That of a tensor ends with its numbers, that of the graph with
+    # its tensors, and that of the file with its graph.
+    heads = []
+    for head, tensor in zip(proto.graph.initializer, tensors, strict=True):
+        head.ClearField("raw_data")
+        content = head.SerializeToString() + _head(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, tensor.nbytes)
+        size = len(content) + tensor.nbytes
+        heads.append(_head(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, size) + content)
+    proto.graph.ClearField("initializer")
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    size = len(graph) + sum(len(head) + tensor.nbytes for head, tensor in zip(heads, tensors, strict=True))
+    with path.open("wb") as file:
+        file.write(proto.SerializeToString() + _head(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph)
+        for head, tensor in zip(heads, tensors, strict=True):
+            file.write(head)
+            tensor.tofile(file)
+
+
+def _head(field: int, size: int) -> bytes:
+    """Return what stands before `size` bytes of a field in protobuf's encoding."""
+    found = bytearray()
+    for number in (field << 3 | 2, size):
+        while number > 127:
+            found.append(number & 127 | 128)
+            number >>= 7
+        found.append(number)
+    return bytes(found)
