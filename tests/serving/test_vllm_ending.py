@@ -15,7 +15,7 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: make tes
 import httpx
 from vllm_running import ANSWER_SECONDS, NAME, Server, as_openai, mixed_batch, serving
 
-TOKENS = 200
+TOKENS = 800  # long enough for the last request to come while the first is answered
 
 # vLLM's own imports warn.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,8 +27,9 @@ def test_sigterm_finishes_what_runs(tmp_path: Path) -> None:
         ThreadPoolExecutor(8) as pool,
     ):
         conversations = mixed_batch(8)
+        ask(server, conversations[0], stream=False, tokens=1)  # the first has to wait for what is made once
         asked = [pool.submit(ask, server, messages, index % 2 == 0) for index, messages in enumerate(conversations)]
-        until(lambda: in_engine(server) == len(asked))
+        until(lambda: in_engine(server) == len(asked) or any(one.done() for one in asked))
         server.process.terminate()
         until(lambda: "[shutdown] API server: stopping engine client mode=drain" in server.log.read_text())
         time.sleep(0.5)  # from its message to its deed
@@ -53,12 +54,12 @@ def in_engine(server: Server) -> int:
     return int(float(value))
 
 
-def body(messages: Any, stream: bool) -> dict[str, Any]:
-    """Return a request whose answer has as many tokens as it may have."""
+def body(messages: Any, stream: bool, tokens: int = TOKENS) -> dict[str, Any]:
+    """Return a request whose answer has this many tokens."""
     return {
         "model": NAME,
         "messages": as_openai(messages),
-        "max_tokens": TOKENS,
+        "max_tokens": tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": stream,
@@ -66,10 +67,10 @@ def body(messages: Any, stream: bool) -> dict[str, Any]:
     }
 
 
-def ask(server: Server, messages: Any, stream: bool) -> tuple[str, int]:
+def ask(server: Server, messages: Any, stream: bool, tokens: int = TOKENS) -> tuple[str, int]:
     """Return why the answer ended, and the number of its tokens."""
     url = f"{server.url}/v1/chat/completions"
-    with httpx.stream("POST", url, json=body(messages, stream), timeout=ANSWER_SECONDS) as response:
+    with httpx.stream("POST", url, json=body(messages, stream, tokens), timeout=ANSWER_SECONDS) as response:
         text = response.read().decode()
     assert response.status_code == 200, text
     if not stream:
