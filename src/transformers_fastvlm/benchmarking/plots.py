@@ -115,10 +115,10 @@ def _latency(record: dict[str, Any]) -> Any:
     sides = sorted({point[0] for points in curves.values() for point in points} | set(PAPER_ENCODER_MS))
     # Where two are too close for their numbers, the first has it.
     shown: list[int] = []
-    for side in sides:
-        if not shown or side >= 1.1 * shown[-1]:
-            shown.append(side)
-    axes.set_xticks(sides, [str(side) if side in shown else "" for side in sides], fontsize=9)
+    for pixels in sides:
+        if not shown or pixels >= 1.1 * shown[-1]:
+            shown.append(pixels)
+    axes.set_xticks(sides, [str(pixels) if pixels in shown else "" for pixels in sides], fontsize=9)
     axes.minorticks_off()
     axes.set_xlabel("height and width in pixels")
     axes.set_ylabel("encoder, milliseconds a picture")
