@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens a second of decoding: this package beside Transformers' own `fast_vlm`, and weights of 8 and 4 bits.
 
-    python benchmarks/decode_speed.py [--preset 0.5b] [--steps 4] [--rounds 12] [--threads N] [--device cpu|cuda]
-        [--groups bfloat16 float32 quantized] [--out benchmarks/results/decode_speed.json]
+    python benchmarks/decode_speed.py [--preset 0.5b] [--steps 4] [--rounds 5] [--loads 4] [--threads N]
+        [--device cpu|cuda] [--groups bfloat16 float32 quantized] [--out benchmarks/results/decode_speed.json]
 
 All have the same random weights of the preset's shape and continue one prompt of random tokens, a token at a time,
-the likeliest each. The models of a group are in memory together and decode in turns. A figure is one over the median
-time of a step; `processor` counts the time that the process computed, the one to compare on a machine that others use
-too. `milliseconds_of_operations` says what one more step of each spent its time on. Needs timm for the port and
-torchao for the quantized models.
+the likeliest each. The models of a group are in memory together and decode in turns. Where weights come to lie in
+memory makes a difference of some per cent, so all are written and loaded again, several times. A figure is one over the
+median time of a step; `processor` counts the time that the process computed, the one to compare on a machine that
+others use too. `milliseconds_of_operations` says what one more step of each spent its time on. Needs timm for the port
+and torchao for the quantized models.
 """
 
 import argparse
@@ -71,19 +72,24 @@ class Decoder:
 
 
 @torch.inference_mode()
-def measure(group: dict[str, str], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def measure(group: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
     """Return tokens a second of each model of a group, and ratios to its last or first."""
-    decoders = {
-        name: Decoder(load(name, folder, dtype, options.device), options.device) for name, dtype in group.items()
-    }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
-    names = list(decoders)
-    for turn in range(options.rounds):
-        first = turn % len(names)  # none is always the first of a turn
-        for name in names[first:] + names[:first]:
-            decoder = decoders[name]
-            decoder.step()
-            times[name] += [decoder.step() for _ in range(options.steps)]
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in group}
+    for number in range(options.loads):
+        order = list(group) if number % 2 == 0 else list(reversed(group))
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoints(options, Path(folder))
+            decoders = {
+                name: Decoder(load(name, Path(folder), group[name], options.device), options.device) for name in order
+            }
+            for turn in range(options.rounds):
+                first = turn % len(order)  # none is always the first of a turn
+                for name in order[first:] + order[:first]:
+                    decoder = decoders[name]
+                    decoder.step()
+                    times[name] += [decoder.step() for _ in range(options.steps)]
+            spent = {name: _results.operations(decoders[name].step) for name in group}
+            del decoders, decoder
     speed = {
         name: {
             "tokens_per_second": round(1 / median(step[0] for step in steps), 3),
@@ -99,7 +105,6 @@ def measure(group: dict[str, str], folder: Path, options: argparse.Namespace) ->
         for name, found in speed.items()
         if name != base
     }
-    spent = {name: _results.operations(decoder.step) for name, decoder in decoders.items()}
     return {"speed": speed, "ratios": ratios, "milliseconds_of_operations": spent}
 
 
@@ -109,19 +114,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="layers of the language model, if not the preset's")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a model in a turn")
-    parser.add_argument("--rounds", type=int, default=12, help="turns of each model")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each model after a load")
+    parser.add_argument("--loads", type=int, default=4, help="times that all are written and loaded")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoints(options, Path(folder))
-        results = {name: measure(GROUPS[name], Path(folder), options) for name in options.groups}
+    results = {name: measure(GROUPS[name], options) for name in options.groups}
     values = {
         "preset": options.preset,
         "prompt_tokens": PROMPT_TOKENS,
         "steps": options.steps,
         "rounds": options.rounds,
+        "loads": options.loads,
         "threads": options.threads,
         "results": results,
     }

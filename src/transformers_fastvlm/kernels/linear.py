@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .dispatch import autocasts, eager_on_cpu, has_fast_products, result_dtype
+from .dispatch import autocasts, eager_on_cpu, has_fast_products, is_recorded, result_dtype
 
 # From about this many rows on, converting the matrix to float32 pays.
 _MIN_ROWS = 8
@@ -25,7 +25,10 @@ def plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return (..., out) from `input` (..., in), `weight` (out, in) and `bias` (out,), as `plain_linear`."""
-    if not eager_on_cpu(input, weight, bias) or input.numel() < _MIN_ROWS * input.shape[-1]:
+    # Decoding has one row and a step of it hundreds of products: what is cheapest is asked first.
+    if type(input) is Tensor and not is_recorded() and input.numel() < _MIN_ROWS * input.shape[-1]:
+        return plain_linear(input, weight, bias)
+    if not eager_on_cpu(input, weight, bias):
         return plain_linear(input, weight, bias)
     dtype = result_dtype(input)
     if has_fast_products(dtype):

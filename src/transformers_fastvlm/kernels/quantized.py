@@ -26,42 +26,44 @@ class QuantizedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out) from (..., in)."""
         weight: Any = self.weight
-        if not _applies(input, weight, self.bias):
+        bias = self.bias
+        if not _applies(input, weight, bias):
             return super().forward(input)
         rows = input.reshape(-1, input.shape[-1])
         if rows.shape[0] <= _MAX_ROWS:
             out = self._product(rows, weight)
-            out = out if self.bias is None else out + self.bias
+            if bias is not None:
+                out += bias
         elif has_fast_products(input.dtype):
             return super().forward(input)
         else:
-            bias = None if self.bias is None else self.bias.float()
-            out = F.linear(rows.float(), weight.dequantize().float(), bias).to(input.dtype)
-        return out.view(*input.shape[:-1], out.shape[-1])
+            full = weight.dequantize().float()
+            out = F.linear(rows.float(), full, None if bias is None else bias.float()).to(input.dtype)
+        return out.view(*input.shape[:-1], -1)
 
     def _product(self, rows: Tensor, weight: Any) -> Tensor:
         # Asking a tensor of torchao's for as little as its shape takes longer than a small product.
         packed = self.__dict__.get("_packed")
         if packed is None or packed[0] is not weight.qdata:
             packed = self.__dict__["_packed"] = (weight.qdata, *_pack(weight))
-        _, integers, scales, ones, group = packed
-        if ones is None:
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, integers, group, scales)
-        # The scales are float32, and the kernel would want them in bfloat16.
-        return torch._weight_int8pack_mm(rows, integers, ones).mul_(scales)
+        _, integers, scales, group = packed
+        if group:
+            return torch._weight_int4pack_mm_for_cpu(rows, integers, group, scales)
+        return torch._weight_int8pack_mm(rows, integers, scales)
 
 
-def _pack(weight: Any) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """Return integers and scales as the kernels take them, ones in place of scales for 8 bits, and the group size.
+def _pack(weight: Any) -> tuple[Tensor, Tensor, int]:
+    """Return integers and bfloat16 scales as the kernels take them, and the size of a group of 4-bit weights or 0.
 
-    In 8 bits they are those of the weight itself; in 4 two integers a byte, and (groups, out, 2) scales and offsets.
+    In 8 bits the integers are those of the weight itself, with (out,) scales; in 4 two integers a byte, and (groups,
+    out, 2) scales and offsets. Rounding the scales adds no more error than torchao's rounding of the whole matrix.
     """
     if _bits(weight) == 8:
-        return weight.qdata, weight.scale.view(-1), torch.ones(weight.shape[0], dtype=torch.bfloat16, device="cpu"), 0
+        return weight.qdata, weight.scale.view(-1).to(torch.bfloat16), 0
     integers = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.qdata.int() + 8, 1)
     offsets = -weight.zero_point.float() * weight.scale.float()
     scales = torch.stack((weight.scale.float(), offsets), -1).transpose(0, 1).contiguous()
-    return integers, scales.to(torch.bfloat16), None, weight.block_size[1]
+    return integers, scales.to(torch.bfloat16), weight.block_size[1]
 
 
 def _bits(weight: Any) -> int:
