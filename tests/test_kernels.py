@@ -274,6 +274,16 @@ def test_linear(
         agree(run(kernels.linear, tensors)[1:], run(kernels.plain_linear, tensors)[1:], [exact[1 + number]])
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (1, 4), (7, 4), (8, 4), (9, 4), (100, 4), (5, 50), (3, 0)], ids=str)
+def test_matrices_are_converted_in_parts_of_like_length(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_BLOCK", 32)
+    parts = [len(range(*part.indices(shape[0]))) for part in linear._blocks(torch.empty(shape))]
+    assert sum(parts) == shape[0] and all(0 < part * shape[1] <= max(32, shape[1]) for part in parts if shape[1])
+    assert not parts or max(parts) - min(parts) < len(parts)
+
+
 def test_linear_of_transposed_tensors(without_half_types: None) -> None:
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(24, 9, generator=generator).bfloat16().t().requires_grad_()

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .dispatch import eager_on_cpu, has_fast_products
+from .linear import float32_linear
 
 # With more rows than this, turning the matrix into float32 once is shared by enough of them.
 _MAX_ROWS = 32
@@ -30,16 +30,14 @@ class QuantizedLinear(nn.Linear):
         if not _applies(input, weight, bias):
             return super().forward(input)
         rows = input.reshape(-1, input.shape[-1])
-        if rows.shape[0] <= _MAX_ROWS:
-            out = self._product(rows, weight)
-            if bias is not None:
-                out += bias
-        elif has_fast_products(input.dtype):
-            return super().forward(input)
-        else:
-            full = weight.dequantize().float()
-            out = F.linear(rows.float(), full, None if bias is None else bias.float()).to(input.dtype)
-        return out.view(*input.shape[:-1], -1)
+        if rows.shape[0] > _MAX_ROWS:
+            if has_fast_products(input.dtype):
+                return super().forward(input)
+            return float32_linear(input, weight, lambda block: _float32_rows(weight, block), bias, input.dtype)
+        out = self._product(rows, weight)
+        if bias is not None:
+            out += bias
+        return out.view(*input.shape[:-1], out.shape[-1])
 
     def _product(self, rows: Tensor, weight: Any) -> Tensor:
         # Asking a tensor of torchao's for as little as its shape takes longer than a small product.
@@ -64,6 +62,15 @@ def _pack(weight: Any) -> tuple[Tensor, Tensor, int]:
     offsets = -weight.zero_point.float() * weight.scale.float()
     scales = torch.stack((weight.scale.float(), offsets), -1).transpose(0, 1).contiguous()
     return integers, scales.to(torch.bfloat16), weight.block_size[1]
+
+
+def _float32_rows(weight: Any, block: slice) -> Tensor:
+    """Return these rows of `weight` as float32."""
+    integers, scales = weight.qdata[block].float(), weight.scale[block].float()
+    if _bits(weight) == 8:
+        return integers.mul_(scales)
+    groups = integers.view(*scales.shape, -1)
+    return groups.sub_(weight.zero_point[block].unsqueeze(-1)).mul_(scales.unsqueeze(-1)).view_as(integers)
 
 
 def _bits(weight: Any) -> int:
