@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products on CPUs without instructions for half types: held in half, computed in float32."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -84,10 +85,10 @@ class _Float32Linear(torch.autograd.Function):
 
 def _blocks(weight: Tensor) -> list[slice]:
     """Return slices of the rows of `weight` (out, in), of like length and `_BLOCK` elements at most if one row fits."""
-    rows = weight.shape[0]
-    most = max(1, _BLOCK // max(weight.shape[1], 1))
-    step = max(1, -(-rows // max(1, -(-rows // most))))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    rows, columns = weight.shape
+    parts = math.ceil(rows / max(1, _BLOCK // max(columns, 1)))
+    step = math.ceil(rows / max(parts, 1))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, max(step, 1))]
 
 
 class Linear(nn.Linear):

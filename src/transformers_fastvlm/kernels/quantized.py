@@ -66,11 +66,11 @@ def _pack(weight: Any) -> tuple[Tensor, Tensor, int]:
 
 def _float32_rows(weight: Any, block: slice) -> Tensor:
     """Return these rows of `weight` as float32."""
-    integers, scales = weight.qdata[block].float(), weight.scale[block].float()
-    if _bits(weight) == 8:
-        return integers.mul_(scales)
-    groups = integers.view(*scales.shape, -1)
-    return groups.sub_(weight.zero_point[block].unsqueeze(-1)).mul_(scales.unsqueeze(-1)).view_as(integers)
+    scales = weight.scale[block].float().unsqueeze(-1)  # (out, groups, 1); in 8 bits a row is one group
+    integers = weight.qdata[block].float().view(*scales.shape[:2], -1)
+    if weight.zero_point is not None:
+        integers -= weight.zero_point[block].unsqueeze(-1)
+    return integers.mul_(scales).flatten(1)
 
 
 def _bits(weight: Any) -> int:
