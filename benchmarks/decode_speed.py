@@ -25,6 +25,7 @@ import torch
 from train_throughput import write_checkpoints
 
 import transformers_fastvlm
+from transformers_fastvlm import compat
 
 GROUPS = {
     "bfloat16": {"ours": "bfloat16", "native": "bfloat16"},
@@ -60,12 +61,12 @@ class Decoder:
         self.model, self.device = model, device
         prompt = torch.randint(0, 150_000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
         out = model(input_ids=prompt.to(device), use_cache=True, logits_to_keep=1)
-        self.cache, self.token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        self.cache, self.token = {compat.CACHE: out[compat.CACHE]}, out.logits[:, -1:].argmax(-1)
 
     def step(self) -> tuple[float, float]:
         """Decode one token and return the seconds by the clock and of the processor."""
         start, computed = time.perf_counter(), time.process_time()
-        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=self.token, **self.cache, use_cache=True, logits_to_keep=1)
         self.token = out.logits[:, -1:].argmax(-1)
         int(self.token)  # waits for an accelerator
         return time.perf_counter() - start, time.process_time() - computed

@@ -1,16 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What older supported versions of Transformers lack. Each item names the version at which it can be deleted."""
+"""What differs between the supported versions of Transformers: the only module that asks for a version or a name.
 
+Each item says with which version it goes.
+"""
+
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ._version import __version__
+
 _VERSION = Version(transformers.__version__)
+
+TESTED = "5.16.1 to 5.24"
+"""Versions of Transformers that the package is tested with; setup.cfg declares the same range."""
+
+
+def _takes(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of the argument and output with the keys and values of earlier tokens. The second is that of Transformers
+before 5.24 and goes with them."""
+
+CACHE = next((name for name in CACHE_NAMES if name in _takes(GenerationMixin.prepare_inputs_for_generation)), "cache")
+"""The name that generate() uses. Becomes "cache" when support for Transformers < 5.24 ends."""
+
+
+def cache_argument(language_model: Any) -> str:
+    """Return the name under which a language model takes its cache.
+
+    Language models ignore keywords that they do not know, so that an argument that was renamed once more would give
+    wrong answers, not an error: this checks all that FastVLM passes.
+
+    Raises:
+        RuntimeError: the forward method lacks an argument; the message names the versions that are tested.
+    """
+    kind = type(language_model)
+    taken = _takes(kind.forward)
+    missing = [name for name in ("attention_mask", "position_ids", "inputs_embeds") if name not in taken]
+    found = next((name for name in CACHE_NAMES if name in taken), None)
+    if missing or found is None:
+        raise RuntimeError(
+            f"{kind.__name__}.forward of Transformers {_VERSION} has no argument {(missing or CACHE_NAMES[:1])[0]!r}; "
+            f"transformers-fastvlm {__version__} is tested with Transformers {TESTED}. Install one of these versions, "
+            "or upgrade transformers-fastvlm."
+        )
+    return found
+
+
+def slice_logits_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Return the positions for which logits are wanted.
+
+    Delete with support for Transformers < 5.21, where `transformers.modeling_utils` has no function of this name.
+
+    Args:
+        hidden_states: (batch, length, hidden_size).
+        logits_to_keep: the number of last positions, 0 for all; (positions,) for all rows; (batch, positions), integer,
+            for each row; or (batch, length), boolean.
+
+    Returns:
+        (batch, positions, hidden_size); with a boolean mask (true positions, hidden_size).
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
+
 
 GENERATE_KEEPS_ENCODER_OUTPUTS = _VERSION < Version("5.20.0.dev0")
 """Delete with support for Transformers < 5.20, whose generate() neither encodes images once before it repeats a batch

@@ -361,6 +361,7 @@ class FastVLMConfig(PreTrainedConfig):
     """
 
     model_type = "fastvlm"
+    attribute_map: ClassVar[dict[str, str]] = {"image_token_index": "image_token_id"}
     sub_configs: ClassVar[dict[str, Any]] = {"vision_config": FastViTHDConfig, "text_config": AutoConfig}
 
     vision_config: dict[str, Any] | PreTrainedConfig | None = None

@@ -4,6 +4,7 @@
 Used by the processor; nothing here knows of tokenizers or models.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ __all__ = [
     "MAX_VIDEO_FRAMES",
     "answer_mask",
     "image_sources",
+    "is_message",
     "plain_message",
     "spread",
 ]
@@ -26,21 +28,30 @@ _IMAGE_SOURCES = ("image", "url", "path", "base64")
 _VIDEO_SOURCES = ("video", "path", "url")
 
 
-def plain_message(message: Mapping[str, Any], num_frames: int = DEFAULT_VIDEO_FRAMES) -> dict[str, Any]:
+def is_message(value: Any) -> bool:
+    """Whether `value` is one message, not a list of them: a mapping, or an object such as Pydantic's or OpenAI's."""
+    return isinstance(value, Mapping) or hasattr(value, "role")
+
+
+def plain_message(message: Any, num_frames: int = DEFAULT_VIDEO_FRAMES) -> dict[str, Any]:
     """Return a copy of a message whose parts are of type text or image, each image with one source at most.
 
     Args:
-        message: a role and a content, which is a string or a list of parts.
+        message: a role and a content, which is a string or a list of parts. Message and parts may be mappings,
+            Pydantic models (as OpenAI's client returns them) or dataclasses; what is None in them is left out.
         num_frames: frames that stand for a video, 1 to 32.
 
     Raises:
         ValueError: a part that is not understood, a video without frames, or `num_frames` out of range.
         ImportError: a video file, but nothing to read it with.
     """
-    content = message.get("content")
+    plain = _as_mapping(message)
+    if plain is None:
+        raise ValueError(f"A message is {str(message)[:100]!r}; expected a mapping or object with role and content.")
+    content = plain.get("content")
     if not isinstance(content, list | tuple):
-        return dict(message)
-    return {**message, "content": [plain for part in content for plain in _plain_parts(part, num_frames)]}
+        return dict(plain)
+    return {**plain, "content": [plain for part in content for plain in _plain_parts(part, num_frames)]}
 
 
 def image_sources(message: Mapping[str, Any]) -> list[Any]:
@@ -50,11 +61,25 @@ def image_sources(message: Mapping[str, Any]) -> list[Any]:
     return [part[key] for part in parts if part["type"] == "image" for key in _IMAGE_SOURCES if key in part]
 
 
+def _as_mapping(value: Any) -> Mapping[str, Any] | None:
+    """Return a mapping as it is, a Pydantic model or dataclass as a mapping without its None, anything else as None."""
+    if isinstance(value, Mapping):
+        return value
+    if callable(getattr(value, "model_dump", None)):
+        dumped: dict[str, Any] = value.model_dump(exclude_none=True)
+        return dumped
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: own for name, own in found.items() if own is not None}
+    return None
+
+
 def _plain_parts(part: Any, num_frames: int) -> list[dict[str, Any]]:
     if isinstance(part, str):
         return [{"type": "text", "text": part}]
-    if isinstance(part, Mapping):
-        given = {key: value for key, value in part.items() if value is not None}
+    mapping = _as_mapping(part)
+    if mapping is not None:
+        given = {key: value for key, value in mapping.items() if value is not None}
         kind = given.get("type") or next((key for key in ("text", "image", "image_url", "video") if key in given), None)
         if kind == "text" and "text" in given:
             return [{"type": "text", "text": given["text"]}]

@@ -13,13 +13,17 @@ from typing import Any, Unpack
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import ModelOutput, torch_compilable_check
+from transformers.utils import torch_compilable_check
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from . import anyres, compat, kernels
@@ -29,41 +33,67 @@ from .modeling_fastvithd import FastViTHDModel
 from .tokens import image_token_id_of
 
 
+class _WithImageOutputs:
+    """What outputs that hold an image encoder's output have in common."""
+
+    image_outputs: BaseModelOutputWithPooling | None
+
+    @property
+    def image_hidden_states(self) -> Any:
+        """The features at the placeholders, `image_outputs.pooler_output`, under their older name."""
+        return None if self.image_outputs is None else self.image_outputs.pooler_output
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return the values that are not None, the image encoder's output as a tuple of its own."""
+        values = super().to_tuple()  # type: ignore[misc]
+        return tuple(value.to_tuple() if value is self.image_outputs else value for value in values)
+
+
 @dataclass
-class FastVLMModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of `FastVLMModel`.
+class FastVLMModelOutputWithPast(_WithImageOutputs, BaseModelOutputWithPast):
+    """Output of `FastVLMModel`: that of the installed Transformers' language models, and `image_outputs`.
 
     Args:
         last_hidden_state: (batch, length, hidden_size) of the language model.
-        past_key_values: the language model's cache.
+        cache: the language model's cache; `past_key_values` before Transformers 5.24.
         hidden_states: of the language model, one more than layers, each (batch, length, hidden_size).
         attentions: of the language model, one a layer, each (batch, heads, length, length).
-        image_hidden_states: what was put at the placeholders: (images, tokens, hidden_size), or a list of
-            (tokens, hidden_size) where images have different numbers of tokens.
+        image_outputs: output of `get_image_features`. Its `pooler_output` is what was put at the placeholders:
+            (images, tokens, hidden_size), or a list of (tokens, hidden_size) where images have different numbers of
+            tokens. None without images.
     """
 
-    image_hidden_states: Any = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
-class FastVLMCausalLMOutputWithPast(ModelOutput):
-    """Output of `FastVLMForConditionalGeneration`.
+class FastVLMCausalLMOutputWithPast(_WithImageOutputs, CausalLMOutputWithPast):
+    """Output of `FastVLMForConditionalGeneration`: that of the installed Transformers' models, and `image_outputs`.
 
     Args:
         loss: scalar, if labels were given.
         logits: (batch, kept positions, vocab_size).
-        past_key_values: the language model's cache.
+        cache: the language model's cache; `past_key_values` before Transformers 5.24.
         hidden_states: of the language model, one more than layers, each (batch, length, hidden_size).
         attentions: of the language model, one a layer, each (batch, heads, length, length).
-        image_hidden_states: as in `FastVLMModelOutputWithPast`.
+        image_outputs: as in `FastVLMModelOutputWithPast`.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: Any = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+
+class _NeverThePlaceholder(LogitsProcessor):
+    """Keeps generate() from answering with the image placeholder, which no image would belong to."""
+
+    supports_continuous_batching = True
+
+    def __init__(self, image_token_id: int):
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores (rows, vocab_size) with that of the placeholder at minus infinity."""
+        index = torch.full((1,), self.image_token_id, device=scores.device)
+        return scores.index_fill(-1, index, -float("inf"))
 
 
 class FastVLMMultiModalProjector(nn.Module):
@@ -91,7 +121,7 @@ class FastVLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -195,6 +225,7 @@ class FastVLMModel(FastVLMPreTrainedModel):
         self._freeze_clip_head()
         self.multi_modal_projector = FastVLMMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self._cache_argument = compat.cache_argument(self.language_model)
         has_newline = config.image_aspect_ratio == "anyres" and config.mm_patch_merge_type == "spatial_unpad"
         self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size)) if has_newline else None
         self.post_init()
@@ -329,19 +360,21 @@ class FastVLMModel(FastVLMPreTrainedModel):
             torch_compilable_check(
                 mask.sum() == count,
                 lambda: (
-                    f"input_ids has {int(mask.sum())} <image> placeholders, but the images have {count} features. Let "
-                    "the processor make both, with one <image> in the text for each image."
+                    # TRL looks for the first sentence, to explain its max_length.
+                    f"Image features and image tokens do not match: input_ids has {int(mask.sum())} <image> "
+                    f"placeholders, but the images have {count} features. Let the processor make both, with one "
+                    "<image> in the text for each image."
                 ),
             )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), features)
 
-    def _check_no_placeholders(self, input_ids: Tensor | None, past_key_values: Cache | None) -> None:
+    def _check_no_placeholders(self, input_ids: Tensor | None, cache: Cache | None) -> None:
         """Raise if a prompt has placeholders although there are no images to put there."""
         if input_ids is None or self.config.image_token_id is None or torch.compiler.is_compiling():
             return
         if input_ids.is_meta:
             return
-        if input_ids.shape[1] == 1 or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+        if input_ids.shape[1] == 1 or _has_tokens(cache):
             return
         count = int((input_ids == self.config.image_token_id).sum())
         if count:
@@ -350,7 +383,7 @@ class FastVLMModel(FastVLMPreTrainedModel):
                 "<image> from the text."
             )
 
-    def _others_may_have_images(self, past_key_values: Cache | None) -> bool:
+    def _others_may_have_images(self, cache: Cache | None) -> bool:
         """Whether this process must run the encoder although its batch has no image.
 
         Processes that train one model exchange the gradients of every parameter, and where parameters are sharded
@@ -360,7 +393,7 @@ class FastVLMModel(FastVLMPreTrainedModel):
             return False
         if torch.distributed.get_world_size() == 1:
             return False
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if _has_tokens(cache):
             return False
         vision = (self.vision_tower, self.multi_modal_projector)
         if self.training and torch.is_grad_enabled():
@@ -397,11 +430,12 @@ class FastVLMModel(FastVLMPreTrainedModel):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_sizes: Tensor | None = None,
         num_tiles: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> FastVLMModelOutputWithPast:
         """Run the model.
@@ -411,34 +445,36 @@ class FastVLMModel(FastVLMPreTrainedModel):
             pixel_values, image_sizes, num_tiles: see `get_image_features`; images in the order of their placeholders.
             attention_mask: (batch, length), 1 for tokens and 0 for padding.
             position_ids: (batch, length).
-            past_key_values: cache of earlier tokens.
+            cache: keys and values of earlier tokens.
             inputs_embeds: (batch, length, hidden_size) in place of `input_ids`.
             mm_encoder_outputs: {"image": output of `get_image_features`} in place of `pixel_values`.
-            kwargs: passed on to the language model.
+            past_key_values: the name of `cache` before Transformers 5.24.
+            kwargs: passed on to the language model; `output_hidden_states` and `output_attentions` to the encoder, too.
 
         Raises:
             ValueError: if both or neither of two alternatives are given, or counts of placeholders and features differ.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        cache = _one_cache(cache, past_key_values)
         images = (mm_encoder_outputs or {}).get("image")
         if images is not None and pixel_values is not None:
             raise ValueError("Pass only one of pixel_values and mm_encoder_outputs: both hold the images.")
         if images is None and pixel_values is not None:
-            images = self.get_image_features(pixel_values, image_sizes, num_tiles, return_dict=True)
+            wanted = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
+            images = self.get_image_features(pixel_values, image_sizes, num_tiles, return_dict=True, **wanted)
         # Before the embedding, as with images: processes must run their modules in one order.
         zero = None
-        if images is None and self._others_may_have_images(past_key_values):
+        if images is None and self._others_may_have_images(cache):
             zero = self._zero_through_vision()
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self._embed(input_ids)
-        features = None
         if images is not None:
-            features = images.pooler_output
-            inputs_embeds = self._scatter(self.get_placeholder_mask(input_ids, inputs_embeds), inputs_embeds, features)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+            inputs_embeds = self._scatter(mask, inputs_embeds, images.pooler_output)
         else:
-            self._check_no_placeholders(input_ids, past_key_values)
+            self._check_no_placeholders(input_ids, cache)
         if zero is not None:
             inputs_embeds = inputs_embeds + zero.to(inputs_embeds.dtype)
         if kwargs.get("use_cache") is None and getattr(self.config, "use_cache", None) is False:
@@ -446,17 +482,23 @@ class FastVLMModel(FastVLMPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{self._cache_argument: cache},
             **kwargs,
         )
-        return FastVLMModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=features,
-        )
+        return FastVLMModelOutputWithPast(**outputs, image_outputs=images)
+
+
+def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """Return the cache that was passed under one of its two names."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("Pass only one of cache and past_key_values: both name the cache of earlier tokens.")
+    return past_key_values if cache is None else cache
+
+
+def _has_tokens(cache: Any) -> bool:
+    """Whether a cache holds earlier tokens. The paged one of continuous batching, for many prompts, cannot say."""
+    return isinstance(cache, Cache) and int(cache.get_seq_length()) > 0
 
 
 class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
@@ -546,23 +588,26 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         image_sizes: Tensor | None = None,
         num_tiles: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> FastVLMCausalLMOutputWithPast:
         """Predict tokens.
 
         Args:
             labels: (batch, length), ids to be predicted, -100 where there is no loss; shifted inside.
-            logits_to_keep: number of last positions to compute logits for, 0 for all, or the positions' indices.
-            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_sizes,
-                num_tiles, mm_encoder_outputs, kwargs: see `FastVLMModel.forward`; `num_items_in_batch` reaches the
-                loss.
+            logits_to_keep: number of last positions to compute logits for, 0 for all; or positions, (positions,) for
+                all rows or (batch, positions) for each; or a boolean mask (batch, length), for which logits are
+                (true positions, vocab_size).
+            input_ids, pixel_values, attention_mask, position_ids, cache, inputs_embeds, image_sizes, num_tiles,
+                mm_encoder_outputs, past_key_values, kwargs: see `FastVLMModel.forward`; `num_items_in_batch` reaches
+                the loss.
 
         Raises:
             ValueError: see `FastVLMModel.forward`.
@@ -572,7 +617,7 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=_one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             image_sizes=image_sizes,
             num_tiles=num_tiles,
@@ -580,21 +625,14 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = self.lm_head(compat.slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        return FastVLMCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return FastVLMCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
     def prepare_inputs_for_generation(
         self,
@@ -625,6 +663,14 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Add to Transformers' processors, which read the configuration, one that holds whatever it says."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        image_token_id = self.config.image_token_id
+        if image_token_id is not None and image_token_id < self.config.text_config.vocab_size:
+            processors.insert(0, _NeverThePlaceholder(image_token_id))
+        return processors
+
     def _prefill(
         self,
         input_ids: Tensor,
@@ -640,8 +686,8 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
                     "prefill_chunk_size with images needs Transformers 5.20 or newer: older ones would give every "
                     "chunk all images. Upgrade, or pass prefill_chunk_size=None."
                 )
-        cache = model_kwargs.get("past_key_values")
-        is_first_iteration = is_first_iteration or cache is None or cache.get_seq_length() == 0
+        cache = model_kwargs.get(compat.CACHE)
+        is_first_iteration = is_first_iteration or not _has_tokens(cache)
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration, **kwargs)
 
 

@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from . import anyres
 from .configuration_fastvlm import FastVLMConfig
-from .conversations import DEFAULT_VIDEO_FRAMES, answer_mask, image_sources, plain_message
+from .conversations import DEFAULT_VIDEO_FRAMES, answer_mask, image_sources, is_message, plain_message
 from .image_processing_pil_fastvlm import FastVLMImageProcessorPil
 from .tokens import IMAGE_TOKEN
 
@@ -281,7 +281,7 @@ class FastVLMProcessor(ProcessorMixin):
         Raises:
             ValueError: no messages, a part that is not understood, too many frames, or what a call raises.
         """
-        batched = isinstance(conversation, list | tuple) and conversation and not isinstance(conversation[0], dict)
+        batched = isinstance(conversation, list | tuple) and conversation and not is_message(conversation[0])
         chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
         if not all(chats):
             raise ValueError("A conversation has no messages; expected at least one with a role and a content.")

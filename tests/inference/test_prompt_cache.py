@@ -323,6 +323,7 @@ def test_the_image_processor_prepares_a_picture_once(loaded: Setup) -> None:
         ({"pixel_values": None}, r"placeholders, but the 0 pictures have 0 features"),
         ({"num_tiles": torch.tensor([1])}, "image_sizes must be given too"),
         ({"past_key_values": object()}, "past_key_values is set, but PromptCache keeps its own"),
+        ({"cache": object()}, "cache is set, but PromptCache keeps its own"),
         ({"inputs_embeds": torch.ones(1, 2, 3)}, "inputs_embeds is set"),
         ({"cache_implementation": "static"}, "only a dynamic cache"),
         ({"generation_config": GenerationConfig(cache_implementation="static")}, "only a dynamic cache"),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from helpers import relative_error
+from transformers_fastvlm import compat
 from transformers_fastvlm.kernels import quantized
 
 torchao = pytest.importorskip("torchao", reason="weights of few bits need torchao")
@@ -164,7 +165,7 @@ def test_decoding_in_bfloat16(kind: str, checkpoint: Callable[[str], Path], monk
     def last() -> torch.Tensor:
         with torch.no_grad():
             start = model(input_ids=IDS[:, :-1], use_cache=True)
-            return model(input_ids=IDS[:, -1:], past_key_values=start.past_key_values).logits[:, -1].float()
+            return model(input_ids=IDS[:, -1:], cache=start[compat.CACHE]).logits[:, -1].float()
 
     decoded = last()
     # Rounding to bfloat16, of the scales too: 0.02 and 0.07 were measured.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers.cache_utils import Cache, StaticLayer
 
+from .. import compat
 from ..checkpoints.files import write_json
 from ..inference import fuse
 from .mlx import save_tokenizer
@@ -62,6 +63,7 @@ class StaticDecoder(nn.Module):
         text = model.config.text_config
         head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.language_model, self.lm_head = model.model.language_model, model.lm_head
+        self.cache_argument = compat.cache_argument(self.language_model)
         self.context, self.layers = context, text.num_hidden_layers
         for layer in range(self.layers):
             for name in _BUFFERS:
@@ -89,8 +91,8 @@ class StaticDecoder(nn.Module):
             inputs_embeds=inputs_embeds,
             attention_mask=mask[None, None],
             position_ids=positions[None],
-            past_key_values=Cache(layers=slots),
             use_cache=True,
+            **{self.cache_argument: Cache(layers=slots)},
         ).last_hidden_state
         logits: Tensor = self.lm_head(states[:, -1:])
         return logits

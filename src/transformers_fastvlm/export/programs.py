@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache
 
-from .. import FastVLMForConditionalGeneration
+from .. import FastVLMForConditionalGeneration, compat
 
 __all__ = [
     "Decoder",
@@ -101,6 +101,7 @@ class Decoder(nn.Module):
     def __init__(self, model: FastVLMForConditionalGeneration) -> None:
         super().__init__()
         self.language_model, self.lm_head = model.model.language_model, model.lm_head
+        self.cache_argument = compat.cache_argument(self.language_model)
 
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: KeyValues
@@ -122,8 +123,8 @@ class Decoder(nn.Module):
             inputs_embeds=inputs_embeds.to(dtype),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{self.cache_argument: cache},
         ).last_hidden_state
         present = [(layer.keys.float(), layer.values.float()) for layer in cache.layers]
         return self.lm_head(hidden).float(), present

@@ -18,7 +18,7 @@ __all__ = ["PromptCache"]
 
 _ASSISTED = "assisted decoding runs the whole prompt through the model, also what is in the cache. Call model.generate."
 _NOT_TAKEN = {
-    "past_key_values": "PromptCache keeps its own cache. Leave it out, or call model.generate.",
+    **dict.fromkeys(compat.CACHE_NAMES, "PromptCache keeps its own cache. Leave it out, or call model.generate."),
     "mm_encoder_outputs": "PromptCache encodes the images itself. Pass pixel_values.",
     "inputs_embeds": "embeddings cannot be compared with an earlier prompt. Pass input_ids.",
     "cache_implementation": "only a dynamic cache can be cut back to a common beginning. Leave it out, or call "
@@ -174,14 +174,14 @@ class PromptCache:
         try:
             if copies > 1:
                 if len(prompt) - start > 1:
-                    own = {"past_key_values": self._cache, "use_cache": True, "logits_to_keep": 1}
+                    own = {"cache": self._cache, "use_cache": True, "logits_to_keep": 1}
                     self.model(input_ids=input_ids[:, start:-1], attention_mask=mask[:, :-1], **own, **images)
                 images = {}
                 self._cache.batch_repeat_interleave(copies)
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
-                past_key_values=self._cache,
+                **{compat.CACHE: self._cache},
                 **images,
                 **options | {"use_cache": True},
             )
