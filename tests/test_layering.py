@@ -131,6 +131,18 @@ def test_imports_point_down() -> None:
     assert violations(SOURCE) == []
 
 
+def test_only_compat_asks_for_versions_and_names_of_transformers() -> None:
+    asks = ("inspect.signature(", "transformers.__version__", "Version(")
+    found = [
+        f"{file.relative_to(SOURCE)}:{number}"
+        for file in sorted(SOURCE.rglob("*.py"))
+        if file != SOURCE / "compat.py"
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if any(ask in line for ask in asks)
+    ]
+    assert found == []
+
+
 def test_layers_name_each_unit_once() -> None:
     units = [unit for layer in LAYERS for unit in layer]
     assert len(units) == len(set(units))

@@ -12,13 +12,14 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, ProcessorMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ._version import __version__
 
-_VERSION = Version(transformers.__version__)
+VERSION = str(transformers.__version__)
+_VERSION = Version(VERSION)
 
 TESTED = "5.16.1 to 5.24"
 """Versions of Transformers that the package is tested with; setup.cfg declares the same range."""
@@ -56,6 +57,13 @@ def cache_argument(language_model: Any) -> str:
             "or upgrade transformers-fastvlm."
         )
     return found
+
+
+TEMPLATE_ARGUMENTS = _takes(ProcessorMixin.apply_chat_template)
+"""What `apply_chat_template` itself takes; other keywords are for the processor."""
+
+SANITIZES_CONTROL_TOKENS = "sanitize_control_tokens" in TEMPLATE_ARGUMENTS
+"""Delete with support for Transformers < 5.23, whose processors take control tokens in a user's text for their own."""
 
 
 def slice_logits_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -8,7 +8,6 @@ files.
 """
 
 import functools
-import inspect
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -18,7 +17,7 @@ from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedConf
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from . import anyres
+from . import anyres, compat
 from .configuration_fastvlm import FastVLMConfig
 from .conversations import DEFAULT_VIDEO_FRAMES, answer_mask, image_sources, is_message, plain_message
 from .image_processing_pil_fastvlm import FastVLMImageProcessorPil
@@ -289,7 +288,7 @@ class FastVLMProcessor(ProcessorMixin):
         frames = processor_kwargs.pop("num_frames", kwargs.pop("num_frames", DEFAULT_VIDEO_FRAMES))
         chats = [[plain_message(message, frames) for message in chat] for chat in chats]
         names = TextKwargs.__annotations__.keys() | self.image_processor.valid_kwargs.__annotations__.keys()
-        names -= inspect.signature(super().apply_chat_template).parameters.keys()
+        names -= compat.TEMPLATE_ARGUMENTS
         processor_kwargs |= {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         if not kwargs.get("return_assistant_tokens_mask") or not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             kwargs["processor_kwargs"] = processor_kwargs

@@ -9,6 +9,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
+from .. import compat
 from ..configuration_fastvlm import FastViTHDConfig, FastVLMConfig
 from .files import read_json
 
@@ -119,7 +120,7 @@ def apple_config(config: FastVLMConfig) -> dict[str, Any]:
         "model_type": model_type,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": _dtype_name(config),
-        "transformers_version": _transformers_version(),
+        "transformers_version": compat.VERSION,
     }
     different = [field for field in _ENCODER_FIELDS if _differs(vision, field)]
     if different:
@@ -187,7 +188,7 @@ def native_config(config: FastVLMConfig, vocabulary: int) -> dict[str, Any]:
         NATIVE_KEY: {field: getattr(config, field) for field in _NATIVE_IMAGE_FIELDS}
         | {"image_size": vision.image_size, "vocab_size": vocabulary},
         "dtype": _dtype_name(config),
-        "transformers_version": _transformers_version(),
+        "transformers_version": compat.VERSION,
     }
     return native
 
@@ -323,9 +324,3 @@ def _image_size(directory: Path, native: dict[str, Any]) -> int | None:
     if isinstance(tokens, int) and tokens > 0 and isqrt(tokens) ** 2 == tokens:
         return 64 * isqrt(tokens)
     return None
-
-
-def _transformers_version() -> str:
-    import transformers
-
-    return str(transformers.__version__)

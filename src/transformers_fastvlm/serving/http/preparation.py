@@ -3,13 +3,11 @@
 
 import asyncio
 import copy
-import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from transformers.processing_utils import ProcessorMixin
-
+from ... import compat
 from .errors import ApiError
 from .fetching import Budget, Fetcher
 from .images import data_of, decode, is_remote
@@ -21,9 +19,6 @@ __all__ = ["Preparation"]
 _FETCHING = 16
 _DECODING = 2
 _BYTES_OF_A_TOKEN = 16
-
-# Delete with support for Transformers < 5.23, whose processors take control tokens in a user's text for their own.
-_SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 
 
 class Preparation:
@@ -99,7 +94,7 @@ class Preparation:
             }
             for message in request.messages
         ]
-        options: dict[str, Any] = {"sanitize_control_tokens": True} if _SANITIZES else {}
+        options: dict[str, Any] = {"sanitize_control_tokens": True} if compat.SANITIZES_CONTROL_TOKENS else {}
         try:
             with self._lock:
                 inputs = self._processor.apply_chat_template(
@@ -119,7 +114,7 @@ class Preparation:
         size = sum(len(text.encode("utf-8")) for text in texts)
         if self.max_prompt is not None and size > self.max_prompt * _BYTES_OF_A_TOKEN:
             raise self._too_long(f"The messages have {size} bytes of text")
-        if _SANITIZES:
+        if compat.SANITIZES_CONTROL_TOKENS:
             return
         tokenizer = self._processor.tokenizer
         for token in tokenizer.added_tokens_encoder:
