@@ -59,8 +59,8 @@ test-minimal: .venvs/minimal/installed ## run the suite without any optional pac
 # tests of the kernels take minutes and hardly know of Transformers.
 TRANSFORMERS := 5.16.1 5.19 5.23
 
-.PHONY: test-versions $(TRANSFORMERS:%=test-versions-%) test-versions-newest
-test-versions: $(TRANSFORMERS:%=test-versions-%) test-versions-newest ## run the suite on older versions of Transformers, and Transformers' own tests on all
+.PHONY: test-versions $(TRANSFORMERS:%=test-versions-%) .venv/installed-dev
+test-versions: $(TRANSFORMERS:%=test-versions-%) .venv/installed-dev ## run the suite on older versions of Transformers, and Transformers' own tests on all
 $(TRANSFORMERS:%=test-versions-%): test-versions-%: .venvs/transformers-%/installed
 	.venvs/transformers-$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	.venvs/transformers-$*/bin/python -m pytest $(SUITE) --ignore=tests/test_kernels.py $(PYTEST_ARGS)

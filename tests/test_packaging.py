@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import transformers_fastvlm
+from helpers import WARNINGS_ARE_ERRORS
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
@@ -88,7 +89,7 @@ def test_import_is_light() -> None:
     code = f"import sys, transformers_fastvlm; print(sorted({heavy} & set(sys.modules)))"
     path = str(Path(transformers_fastvlm.__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", f"import sys; sys.path.insert(0, {path!r}); {code}"],
+        [sys.executable, *WARNINGS_ARE_ERRORS, "-c", f"import sys; sys.path.insert(0, {path!r}); {code}"],
         capture_output=True,
         text=True,
         check=False,
