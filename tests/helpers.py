@@ -10,6 +10,12 @@ from torch import Tensor
 
 IMAGE_SENTINEL = -200
 
+# For a process of its own, what `filterwarnings` in pyproject.toml is for the suite. Python's option cannot tell whose
+# deprecations they are.
+WARNINGS_ARE_ERRORS = ["-W", "error"]
+for _category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning", "SyntaxWarning"):
+    WARNINGS_ARE_ERRORS += ["-W", f"ignore::{_category}"]
+
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:
     """Return the norm of the difference divided by the norm of the reference, in float64."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from helpers import WARNINGS_ARE_ERRORS
 from transformers_fastvlm import __version__
 from transformers_fastvlm.cli import errors
 
@@ -23,7 +24,7 @@ def process(
 ) -> subprocess.CompletedProcess:
     """Run in a new interpreter that turns warnings into errors, without a network."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "error", *python, *map(str, words)]
+    command = [sys.executable, *WARNINGS_ARE_ERRORS, *python, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
