@@ -27,12 +27,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("image_processing_pil_fastvlm",),
     ("_image_processing_common",),
     ("_image_inputs", "_image_resizing"),
+    ("_image_files",),
     ("configuration_fastvlm",),
     ("_version", "anyres", "compat", "conversations", "kernels", "tokens"),
 )
 # Neither side imports anything of the other, whatever the layers.
 MODELING = {"kernels", "modeling_fastvithd", "modeling_fastvlm"}
 PROCESSING = {
+    "_image_files",
     "_image_inputs",
     "_image_processing_common",
     "_image_resizing",
