@@ -324,19 +324,6 @@ def test_files_and_base64(processor: FastVLMImageProcessorPil, tmp_path: Path) -
     path.unlink()
 
 
-def test_exif_orientation_is_an_option(processor: FastVLMImageProcessorPil, tmp_path: Path) -> None:
-    path, turned = tmp_path / "image.jpg", picture(40, 30).transpose(Image.Transpose.ROTATE_90)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned.save(path, exif=exif, quality=95, subsampling=0)
-    with Image.open(path) as image:
-        stored = image.convert("RGB")
-    for source in (path, Image.open(path)):
-        assert np.array_equal(pixels_of(processor, source), pixels_of(processor, stored))
-        upright = pixels_of(processor, source, do_exif_transpose=True)
-        assert np.array_equal(upright, pixels_of(processor, stored.transpose(Image.Transpose.ROTATE_270)))
-
-
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
     class Handler(http.server.SimpleHTTPRequestHandler):

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("image_processing_pil_fastvlm",),
     ("_image_processing_common",),
     ("_image_inputs", "_image_resizing"),
+    ("_image_files",),
     ("configuration_fastvlm",),
     ("anyres", "compat", "conversations", "kernels", "tokens"),
     ("_version",),
@@ -34,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # Neither side imports anything of the other, whatever the layers.
 MODELING = {"kernels", "modeling_fastvithd", "modeling_fastvlm"}
 PROCESSING = {
+    "_image_files",
     "_image_inputs",
     "_image_processing_common",
     "_image_resizing",

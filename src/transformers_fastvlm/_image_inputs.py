@@ -17,13 +17,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension
 
-CHANNELS = (1, 3, 4)
-MAX_SIDE = 2**20
-"""Longest side, in pixels, of a picture that is accepted."""
+from ._image_files import check_dimensions, load_stored, quiet
 
+CHANNELS = (1, 3, 4)
 DOWNLOAD_TIMEOUT = 30.0
 MAX_DOWNLOAD_BYTES = 2**28
 
@@ -31,28 +30,8 @@ _DATA_URI = re.compile(r"^data:[^,]*;base64,", re.IGNORECASE)
 _RANGE_TOLERANCE = 1e-4
 
 
-def check_dimensions(width: int, height: int, what: str = "the image") -> None:
-    """Raise ValueError unless `what`, a picture of this many pixels, may be decoded and resized.
-
-    The number of pixels is limited by `PIL.Image.MAX_IMAGE_PIXELS`, which Pillow itself only warns about.
-    """
-    if width < 1 or height < 1:
-        raise ValueError(f"{what} is {width}x{height} pixels (width x height); both sides must be at least 1.")
-    if max(width, height) > MAX_SIDE:
-        raise ValueError(
-            f"{what} is {width}x{height} pixels (width x height); sides up to {MAX_SIDE} are supported. "
-            "Cut it into pieces first."
-        )
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise ValueError(
-            f"{what} is {width}x{height} = {width * height} pixels, more than the limit of {limit} against "
-            "decompression bombs. If you trust the source, raise PIL.Image.MAX_IMAGE_PIXELS or shrink the image first."
-        )
-
-
 def read_image(source: str | os.PathLike) -> Image.Image:
-    """Return the decoded picture at `source`, in its own mode, its EXIF orientation not applied.
+    """Return the decoded picture at `source`, in its own mode, its EXIF orientation beside it; see `oriented`.
 
     Args:
         source: path of a file, http(s) address, or base64 of a file's bytes, with or without `data:image/...;base64,`.
@@ -113,32 +92,14 @@ def _download(address: str) -> io.BytesIO:
 
 def _decode(file: Any, what: str) -> Image.Image:
     try:
-        with Image.open(file) as image:
-            return load_pixels(image, what)
+        with quiet(), Image.open(file) as image:
+            return load_stored(image, what)
     except UnidentifiedImageError as error:
         raise ValueError(f"{what} is not an image of a format that Pillow can read, or it is damaged.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{what} is too large: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it.") from error
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{what} cannot be read: {error}.") from error
-
-
-def load_pixels(image: Image.Image, what: str = "the image") -> Image.Image:
-    """Decode a lazily opened Pillow image now, so that a truncated file is noticed; check its size first."""
-    check_dimensions(*image.size, what)
-    try:
-        image.load()
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more
-        raise ValueError(f"{what} is truncated or damaged: {error}.") from error
-    return image
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Return `image` turned as its EXIF orientation says."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception as error:  # a damaged EXIF block raises struct.error, SyntaxError, ValueError and more
-        raise ValueError(f"the image's EXIF block is damaged: {error}. Pass do_exif_transpose=False.") from error
 
 
 def pil_to_rgb(image: Image.Image) -> Image.Image:

@@ -38,7 +38,8 @@ class FastVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
     image_grid_pinpoints (`list[list[int]]`):
         For "anyres": the resolutions to choose from, as pairs of width and height.
     do_exif_transpose (`bool`):
-        Whether to turn a picture as its EXIF orientation says.
+        Whether to turn an image as its EXIF orientation says, as `transformers.image_utils.load_image` does. True by
+        default; False takes the pixels as they are stored, as the reference does.
     """
 
     image_aspect_ratio: str | None
@@ -60,7 +61,7 @@ class FastVLMImageProcessorMixin:
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
-    do_exif_transpose = False
+    do_exif_transpose = True
     image_aspect_ratio = "pad"
     image_grid_pinpoints = None
 
@@ -86,7 +87,7 @@ class FastVLMImageProcessorMixin:
         """Return how many tokens the model makes of a picture of this height and width.
 
         Args:
-            height, width: of the picture as it is passed in (after EXIF rotation, where that is asked for).
+            height, width: of the picture after it is turned as its EXIF orientation says.
             merge_type: the model's `mm_patch_merge_type`.
             images_kwargs: options of the call, such as `size`, that replace this processor's.
         """
@@ -138,7 +139,7 @@ class FastVLMImageProcessorMixin:
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Read what is a path, an address or base64, in lists of any nesting; pass pictures through.
 
-        A file keeps its mode and its EXIF orientation, which `do_exif_transpose` applies. An array of two axes gets a
+        A file keeps its mode and its EXIF orientation, which `process_image` applies. An array of two axes gets a
         third, for the channel. Several are read in parallel.
         """
         if isinstance(image_url_or_urls, list | tuple):

@@ -14,17 +14,15 @@ from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
 from transformers.processing_utils import Unpack
 from transformers.utils import TensorType, is_torch_available, is_torch_tensor, requires_backends
 
+from ._image_files import check_dimensions, load_pixels, oriented
 from ._image_inputs import (
     array_to_uint8,
     channel_axis,
-    check_dimensions,
     check_float_range,
     check_integer_range,
     check_rescaled,
-    load_pixels,
     pil_as_is,
     pil_to_rgb,
-    upright,
 )
 from ._image_processing_common import (
     FastVLMImageProcessorKwargs,
@@ -78,9 +76,7 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
     ) -> "torch.Tensor":
         """Return one picture as (channels, height, width) bytes on `device`, of 3 channels if `do_convert_rgb`."""
         if isinstance(image, Image.Image):
-            image = load_pixels(image)
-            if do_exif_transpose:
-                image = upright(image)
+            image = oriented(load_pixels(image), do_exif_transpose)
             pixels = _from_pil(pil_to_rgb(image) if do_convert_rgb else pil_as_is(image))
             return pixels if device is None else pixels.to(device)
         if image.ndim == 2:

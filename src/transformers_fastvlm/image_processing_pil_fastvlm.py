@@ -14,7 +14,8 @@ from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
 from transformers.processing_utils import Unpack
 from transformers.utils import TensorType, is_torch_tensor
 
-from ._image_inputs import array_to_pil, check_rescaled, load_pixels, pil_as_is, pil_to_rgb, upright
+from ._image_files import load_pixels, oriented
+from ._image_inputs import array_to_pil, check_rescaled, pil_as_is, pil_to_rgb
 from ._image_processing_common import (
     FastVLMImageProcessorKwargs,
     FastVLMImageProcessorMixin,
@@ -48,7 +49,8 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
         image_aspect_ratio: "pad" centres the picture on a black square, "square" crops the centre, "anyres" cuts the
             picture, at the best resolution of `image_grid_pinpoints`, into tiles, after a view of the whole.
         image_grid_pinpoints: pairs of width and height, multiples of `size`.
-        do_exif_transpose: whether to turn a picture as its EXIF orientation says; the reference does not.
+        do_exif_transpose: whether to turn an image as its EXIF orientation says, as Transformers' `load_image` does;
+            the reference does not.
         do_resize: False takes pictures as they are; their sides must be multiples of 64.
         do_convert_rgb: False keeps 1, 3 or 4 channels, for encoders that were made for them.
         resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std: as in every image processor.
@@ -85,9 +87,7 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
     ) -> Image.Image:
         """Return one picture as a Pillow image, decoded and checked, in mode RGB if `do_convert_rgb`."""
         if isinstance(image, Image.Image):
-            image = load_pixels(image)
-            if do_exif_transpose:
-                image = upright(image)
+            image = oriented(load_pixels(image), do_exif_transpose)
             return pil_to_rgb(image) if do_convert_rgb else pil_as_is(image)
         if is_torch_tensor(image):
             image = image.detach().cpu()

@@ -119,7 +119,7 @@ def test_downloads_a_picture(model, wide, ask, fails, server: str) -> None:
     assert "could not download" in fails("generate", "http://127.0.0.1:1/none.png", "-p", QUESTION, "-m", model)
 
 
-def test_upright_turns_by_exif(model, tmp_path, ask) -> None:
+def test_images_are_turned_by_exif(model, tmp_path, ask) -> None:
     picture = Image.new("RGB", (64, 32), "red")
     picture.paste("blue", (0, 0, 20, 32))
     picture.save(tmp_path / "turned.png", exif=exif_orientation(6))
@@ -134,11 +134,11 @@ def test_upright_turns_by_exif(model, tmp_path, ask) -> None:
 
     from transformers_fastvlm.cli.pictures import read_pictures
 
-    for name, upright in (("turned", True), ("turned", False), ("plain", False)):
-        pictures = read_pictures([str(tmp_path / f"{name}.png")], upright)
+    for name, turns in (("turned", True), ("turned", False), ("plain", True)):
+        pictures = read_pictures([str(tmp_path / f"{name}.png")], turns)
         seen.append(pixels([{"role": "user", "content": question("?", pictures)}]))
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[1], seen[2])
-    assert ask(tmp_path / "turned.png", "-p", "?", "-m", model, "--upright")["tokens"]["image"] == 16
+    assert ask(tmp_path / "turned.png", "-p", "?", "-m", model, "--no-exif-transpose")["tokens"]["image"] == 16
 
 
 def exif_orientation(value: int) -> Image.Exif:

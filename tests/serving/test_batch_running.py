@@ -183,7 +183,7 @@ def test_another_run_is_refused_and_named(run, engine, photos, tmp_path, copy_of
         ({"batch_size": 2}, "batch_size 3, not 2"),
         ({"sampling": Sampling(max_new_tokens=5)}, "max_new_tokens 4, not 5"),
         ({"about": about | {"dtype": "bfloat16"}}, "dtype 'float32', not 'bfloat16'"),
-        ({"upright": True}, "upright False, not True"),
+        ({"do_exif_transpose": False}, "do_exif_transpose True, not False"),
     ):
         with pytest.raises(JournalError, match=message):
             run(**{"about": about} | change)

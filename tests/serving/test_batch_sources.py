@@ -91,8 +91,8 @@ def test_turned_only_if_asked(folder: Path) -> None:
     Image.new("RGB", (31, 9)).save(folder / "turned.png", exif=exif)
     rows = table(folder / "rows.jsonl", {"image": "turned.png"})
     for source in (folder / "turned.png", rows):
-        assert widths(requests_of(source)) == [31]
-        assert widths(requests_of(source, upright=True)) == [9]
+        assert widths(requests_of(source)) == [9]
+        assert widths(requests_of(source, do_exif_transpose=False)) == [31]
 
 
 def test_a_changed_input_has_another_identity(folder: Path) -> None:

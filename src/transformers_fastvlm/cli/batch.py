@@ -77,7 +77,7 @@ def batch(
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = None,
     seed: options.Seed = None,
-    upright: options.Upright = False,
+    do_exif_transpose: options.ExifTranspose = True,
     debug: options.Debug = False,
 ) -> None:
     """Ask the same question about many pictures; write a row for each.
@@ -113,7 +113,7 @@ def batch(
         image_column=image_column,
         image_folder=None if image_folder is None else str(image_folder),
         every=every,
-        upright=upright,
+        do_exif_transpose=do_exif_transpose,
         system=system,
         sampling=Sampling(
             max_new_tokens=max_new_tokens,

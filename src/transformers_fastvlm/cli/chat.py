@@ -33,7 +33,7 @@ def chat(
     top_p: options.TopP = None,
     num_beams: options.NumBeams = 1,
     seed: options.Seed = None,
-    upright: options.Upright = False,
+    do_exif_transpose: options.ExifTranspose = True,
     debug: options.Debug = False,
 ) -> None:
     """Talk about pictures, in several turns.
@@ -49,13 +49,13 @@ def chat(
     sampling.check()
     if STDIN in (images or []):
         raise UserError("chat reads questions from standard input, so a picture cannot come from there. Give a file.")
-    first = read_pictures(images or [], upright)
+    first = read_pictures(images or [], do_exif_transpose)
     session = load(model, device, dtype, size)
     session.sampling = sampling
     interactive = sys.stdin.isatty()
     if interactive:
         notice(_HELP)
-    talk = _Conversation(session, system, first, upright)
+    talk = _Conversation(session, system, first, do_exif_transpose)
     while (line := _next_line(interactive)) is not None:
         try:
             if not talk.turn(line):
@@ -89,8 +89,9 @@ def _next_line(interactive: bool) -> str | None:
 class _Conversation:
     """The turns so far, and the pictures that the next question brings."""
 
-    def __init__(self, session: Any, system: str | None, pictures: list[Any], upright: bool) -> None:
-        self.session, self.system, self.first, self.upright = session, system, pictures, upright
+    def __init__(self, session: Any, system: str | None, pictures: list[Any], do_exif_transpose: bool) -> None:
+        self.session, self.system, self.first = session, system, pictures
+        self.do_exif_transpose = do_exif_transpose
         self.clear()
 
     def clear(self) -> None:
@@ -122,7 +123,7 @@ class _Conversation:
         name = name.strip("'\"")
         if not name or name == STDIN:
             raise UserError("/image needs a file or an http(s) address, as in: /image street.jpg")
-        self.pictures.append(read_picture(name, self.upright))
+        self.pictures.append(read_picture(name, self.do_exif_transpose))
         notice(f"picture {len(self.pictures)} of the next question: {name}")
 
     def _ask(self, text: str) -> None:

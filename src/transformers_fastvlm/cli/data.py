@@ -64,6 +64,7 @@ def check(
     follow_symlinks: Annotated[
         bool, typer.Option("--follow-symlinks", help="Allow links that lead out of the image folder.")
     ] = False,
+    do_exif_transpose: options.ExifTranspose = True,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -92,6 +93,7 @@ def check(
             split=split,
             name=name,
             follow_symlinks=follow_symlinks,
+            do_exif_transpose=do_exif_transpose,
             processor=processor,
             conversation=conversation.value,
             max_length=max_length,

@@ -72,6 +72,7 @@ def evaluate(
     device: options.Device = "auto",
     dtype: options.Dtype = options.DtypeName.auto,
     size: options.Size = None,
+    do_exif_transpose: options.ExifTranspose = True,
     debug: options.Debug = False,
 ) -> None:
     """Judge a checkpoint by the model card's benchmarks or by your own questions.
@@ -118,6 +119,7 @@ def evaluate(
                 suffix=prompt,
                 max_new_tokens=max_new_tokens,
                 limit=limit,
+                do_exif_transpose=do_exif_transpose,
                 engine=engine,
                 engine_options=chosen,
                 batch_size=batch,

@@ -36,6 +36,7 @@ def eval_encoder(
         typer.Option(help="For zero-shot: a safetensors file with a text tower's embeddings, one tensor a class."),
     ] = None,
     size: options.Size = None,
+    do_exif_transpose: options.ExifTranspose = True,
     aspect: Annotated[
         str | None, typer.Option(help="pad, or square, which crops the centre. Default: the checkpoint's own.")
     ] = None,
@@ -111,6 +112,7 @@ def eval_encoder(
         seed=seed,
         device=place,
         dtype=kind,
+        do_exif_transpose=do_exif_transpose,
         progress=progress,
     )
     if out is not None:

@@ -38,7 +38,7 @@ def generate(
     top_p: options.TopP = None,
     num_beams: options.NumBeams = 1,
     seed: options.Seed = None,
-    upright: options.Upright = False,
+    do_exif_transpose: options.ExifTranspose = True,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -54,7 +54,7 @@ def generate(
     names = images or []
     sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
     sampling.check()
-    message = question(prompt, read_pictures(names, upright))
+    message = question(prompt, read_pictures(names, do_exif_transpose))
     conversation: list[dict[str, Any]] = [{"role": "user", "content": message}]
     if system is not None:
         conversation.insert(0, {"role": "system", "content": system})

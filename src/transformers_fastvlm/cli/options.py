@@ -13,6 +13,7 @@ __all__ = [
     "Device",
     "Dtype",
     "DtypeName",
+    "ExifTranspose",
     "MaxNewTokens",
     "Model",
     "ModelArgument",
@@ -23,7 +24,6 @@ __all__ = [
     "System",
     "Temperature",
     "TopP",
-    "Upright",
     "DEFAULT_MODEL",
 ]
 
@@ -91,9 +91,13 @@ TopP = Annotated[
 ]
 NumBeams = Annotated[int, typer.Option(min=1, help="Beams of a beam search; above 1 the answer comes all at once.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling, to get an answer again.")]
-Upright = Annotated[
+ExifTranspose = Annotated[
     bool,
-    typer.Option("--upright", help="Turn pictures as their EXIF orientation says, as viewers do; Apple's does not."),
+    typer.Option(
+        "--exif-transpose/--no-exif-transpose",
+        help="Turn images as their EXIF orientation says, as viewers do; or take them as they are stored, as Apple's "
+        "code does.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -18,7 +18,7 @@ __all__ = ["STDIN", "question", "read_picture", "read_pictures"]
 STDIN = "-"
 
 
-def read_pictures(names: Sequence[str], upright: bool = False) -> "list[Image]":
+def read_pictures(names: Sequence[str], do_exif_transpose: bool = True) -> "list[Image]":
     """Read every picture; see `read_picture`.
 
     Raises:
@@ -26,41 +26,42 @@ def read_pictures(names: Sequence[str], upright: bool = False) -> "list[Image]":
     """
     if list(names).count(STDIN) > 1:
         raise UserError(f"{STDIN!r} is given more than once, but standard input holds one picture. Give files instead.")
-    return [read_picture(name, upright) for name in names]
+    return [read_picture(name, do_exif_transpose) for name in names]
 
 
-def read_picture(name: str, upright: bool = False) -> "Image":
+def read_picture(name: str, do_exif_transpose: bool = True) -> "Image":
     """Return the decoded picture called `name`.
 
     Args:
         name: path, http(s) address, or "-" for standard input.
-        upright: whether to turn it as its EXIF orientation says.
+        do_exif_transpose: whether to turn it as its EXIF orientation says.
 
     Raises:
         UserError: there is no such file.
         ValueError, ConnectionError: it is no picture, or cannot be downloaded.
     """
-    from .. import _image_inputs
+    from .._image_files import oriented
+    from .._image_inputs import read_image
 
     if name == STDIN:
         picture = _from_stdin()
     elif not name.startswith(("http://", "https://")) and not os.path.exists(name):
         raise UserError(f"no such file: {name!r}. Expected a picture's path, its http:// or https:// address, or '-'.")
     else:
-        picture = _image_inputs.read_image(name)
-    return _image_inputs.upright(picture) if upright else picture
+        picture = read_image(name)
+    return oriented(picture, do_exif_transpose)
 
 
 def _from_stdin() -> "Image":
     from PIL import Image, UnidentifiedImageError
 
-    from .._image_inputs import load_pixels
+    from .._image_files import load_stored
 
     content = sys.stdin.buffer.read()
     if not content:
         raise UserError("standard input is empty; expected a picture, as in: fastvlm generate - -p '…' < photo.jpg")
     try:
-        return load_pixels(Image.open(io.BytesIO(content)), "the picture on standard input")
+        return load_stored(Image.open(io.BytesIO(content)), "the picture on standard input")
     except UnidentifiedImageError as error:
         raise UserError("standard input is not an image of a format that Pillow can read, or it is damaged.") from error
 

@@ -37,7 +37,7 @@ def serve(
     device: options.Device = "auto",
     dtype: options.Dtype = options.DtypeName.auto,
     size: options.Size = None,
-    upright: options.Upright = False,
+    do_exif_transpose: options.ExifTranspose = True,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -105,7 +105,7 @@ def serve(
         queue=queue,
         client_timeout=client_timeout,
         fetch_timeout=fetch_timeout,
-        upright=upright,
+        do_exif_transpose=do_exif_transpose,
     )
     with listen(host, port) as bound:
         session = load(options.checkpoint_name(model), device, dtype, size)

@@ -95,6 +95,7 @@ def check_dataset(
     split: str | None = None,
     name: str | None = None,
     follow_symlinks: bool = False,
+    do_exif_transpose: bool = True,
     processor: Any = None,
     conversation: str = "sft",
     max_length: int | None = None,
@@ -105,7 +106,7 @@ def check_dataset(
     """Read every row of a data set and decode every image.
 
     Args:
-        source, image_folder, split, name, follow_symlinks: as in `load`; a single source, not a list of them.
+        source, image_folder, split, name, follow_symlinks, do_exif_transpose: as in `load`; one source, not a list.
         processor: a `FastVLMProcessor`, to count tokens.
         conversation, max_length: of the training run, to find the rows that `FastVLMDataCollator` would refuse or cut.
         limit: read only the first rows.
@@ -123,7 +124,7 @@ def check_dataset(
     collator = None
     if processor is not None:
         collator = FastVLMDataCollator(processor, conversation=conversation, max_length=max_length)
-    part = open_part(source, image_folder, split, name, follow_symlinks)
+    part = open_part(source, image_folder, split, name, follow_symlinks, do_exif_transpose)
     dataset = SampleDataset([part])
     if not len(dataset) and part.rows.damage is None:
         raise ValueError(f"{source_name(source)} has no rows; expected at least one.")

@@ -14,7 +14,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from .._image_inputs import check_dimensions, load_pixels, pil_to_rgb
+from .._image_files import check_dimensions, load_pixels, load_stored, oriented, stands_on_its_side
+from .._image_inputs import pil_to_rgb
 from .errors import ImageError, SampleError
 
 __all__ = ["ImageFolder"]
@@ -31,22 +32,25 @@ class ImageFolder:
     Args:
         folder: where the images are; None where the rows hold the images themselves.
         follow_symlinks: allow links that lead out of the folder. The folder itself may always be one.
+        do_exif_transpose: turn images as their EXIF orientation says; False for their pixels as they are stored.
 
     Raises:
         NotADirectoryError: there is no such folder.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, follow_symlinks: bool = False) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, follow_symlinks: bool = False, do_exif_transpose: bool = True
+    ) -> None:
         if folder is not None and not os.path.isdir(folder):
             raise NotADirectoryError(
                 f"the image folder {os.fspath(folder)!r} is not a folder; expected where the images are."
             )
         self.folder = None if folder is None else Path(os.path.abspath(folder))
         self._real = None if folder is None else os.path.realpath(folder)
-        self.follow_symlinks = follow_symlinks
+        self.follow_symlinks, self.do_exif_transpose = follow_symlinks, do_exif_transpose
 
     def open(self, source: Any) -> Image.Image:
-        """Return an image, decoded, in its own mode.
+        """Return an image, decoded, in its own mode. It has no EXIF orientation any more.
 
         Raises:
             ImageError: it is missing or cannot be decoded.
@@ -54,13 +58,13 @@ class ImageFolder:
         """
         if isinstance(source, Image.Image):
             with _errors("the image"):
-                return _checked(load_pixels(source), "the image")
+                return _checked(oriented(load_pixels(source), self.do_exif_transpose), "the image")
         file, what = self._file_of(source)
         with _errors(what), file, Image.open(file) as image:
-            return _checked(load_pixels(image, what), what)
+            return _checked(oriented(load_stored(image, what), self.do_exif_transpose), what)
 
     def size_of(self, source: Any) -> tuple[int, int]:
-        """Return an image's height and width, after decoding all of it, so that any damage shows.
+        """Return the height and width that `open` gives, after decoding all of the image, so that any damage shows.
 
         JPEG is decoded at an eighth of its size, which reads every byte and is several times as fast.
         """
@@ -71,8 +75,12 @@ class ImageFolder:
             width, height = image.size
             check_dimensions(width, height, what)
             image.draft(None, (max(1, width // 8), max(1, height // 8)))
-            _checked(load_pixels(image, what), what)
-            return height, width
+            drafted = image.size != (width, height)
+            stored = _checked(load_stored(image, what), what)
+            if not drafted:
+                width, height = stored.size  # what is said of a TIFF file before it is decoded is its upright size
+            turned = self.do_exif_transpose and stands_on_its_side(stored)
+            return (width, height) if turned else (height, width)
 
     def _file_of(self, source: Any) -> tuple[Any, str]:
         """Return an opened file, and how to call it."""

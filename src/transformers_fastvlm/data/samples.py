@@ -168,6 +168,7 @@ def load(
     limit: int | None = None,
     repeat: int = 1,
     follow_symlinks: bool = False,
+    do_exif_transpose: bool = True,
     num_workers: int = 0,
 ) -> Any:
     """Return the samples of a data set.
@@ -189,6 +190,7 @@ def load(
         limit: only this many rows, the first ones, after what is excluded.
         repeat: each row this many times.
         follow_symlinks: allow links in the image folder that lead out of it.
+        do_exif_transpose: turn images as their EXIF orientation says; False for their pixels as they are stored.
         num_workers: processes that decode images for "skip".
 
     Returns:
@@ -221,6 +223,7 @@ def load(
             "name": name,
             "on_bad_image": on_bad_image,
             "follow_symlinks": follow_symlinks,
+            "do_exif_transpose": do_exif_transpose,
             "num_workers": num_workers,
         }
         entries = [one if isinstance(one, Mapping) else {"source": one} for one in source]
@@ -231,10 +234,10 @@ def load(
 
         if exclude is not None or repeat != 1:
             raise ValueError("exclude and repeat need all rows at once; leave them or streaming out.")
-        images = ImageFolder(image_folder, follow_symlinks)
+        images = ImageFolder(image_folder, follow_symlinks, do_exif_transpose)
         return open_stream(source, split, name, images, on_bad_image == "skip", limit)
 
-    part = open_part(source, image_folder, split, name, follow_symlinks)
+    part = open_part(source, image_folder, split, name, follow_symlinks, do_exif_transpose)
     if part.rows.damage is not None:
         raise part.rows.damage
     dataset = SampleDataset([part])
@@ -296,7 +299,14 @@ def _is_list_of_sources(source: Any) -> bool:
     return not any(isinstance(one, Mapping) and "source" not in one for one in source)
 
 
-def open_part(source: Any, image_folder: Any, split: str | None, name: str | None, follow_symlinks: bool) -> Part:
+def open_part(
+    source: Any,
+    image_folder: Any,
+    split: str | None,
+    name: str | None,
+    follow_symlinks: bool,
+    do_exif_transpose: bool = True,
+) -> Part:
     """Return the rows of one source and where their images are; see `load`. Rows may be damaged."""
     rows: Rows
     if isinstance(source, list | tuple):
@@ -309,7 +319,7 @@ def open_part(source: Any, image_folder: Any, split: str | None, name: str | Non
 
         dataset = open_dataset(source, split, name, streaming=False)
         rows = HubRows(dataset, source_name(source))
-    return Part(rows, ImageFolder(image_folder, follow_symlinks))
+    return Part(rows, ImageFolder(image_folder, follow_symlinks, do_exif_transpose))
 
 
 def _excluded(exclude: Any, num_rows: int) -> np.ndarray:

@@ -7,7 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from .._image_inputs import load_pixels, pil_to_rgb
+from .._image_files import load_pixels, oriented
+from .._image_inputs import pil_to_rgb
 from ..tokens import IMAGE_TOKEN
 from .base import Conversation, Sampling
 
@@ -78,7 +79,9 @@ def tokenizer_options(tokenizer: Any, text: str) -> dict[str, bool]:
 
 
 def _prompt(processor: Any, conversation: Conversation, context: int | None, max_images: int | None) -> Prompt:
-    images = [image for message in conversation for image in _pictures(message)]
+    # Turned here, so that sizes, and with them the numbers of tokens, are those that the image processor sees.
+    turns = getattr(processor.image_processor, "do_exif_transpose", True)
+    images = [image for message in conversation for image in _pictures(message, turns)]
     text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
     places = text.count(IMAGE_TOKEN)
     if places != len(images):
@@ -102,8 +105,8 @@ def _prompt(processor: Any, conversation: Conversation, context: int | None, max
     return Prompt(text, ids, images, tokens)
 
 
-def _pictures(message: dict[str, Any]) -> Iterator[Image.Image]:
-    """Yield the pictures of a message, decoded, of which nothing can turn out unusable later.
+def _pictures(message: dict[str, Any], do_exif_transpose: bool) -> Iterator[Image.Image]:
+    """Yield the images of a message, decoded and oriented, of which nothing can turn out unusable later.
 
     Raises:
         ValueError: one is damaged, too large, or of a mode whose values do not fit into 8 bits; or a part is neither
@@ -119,7 +122,7 @@ def _pictures(message: dict[str, Any]) -> Iterator[Image.Image]:
                 f"a part of a message is {str(part)[:80]!r}; expected type text with text, or type image with a Pillow "
                 "image."
             )
-        load_pixels(picture)
+        picture = oriented(load_pixels(picture), do_exif_transpose)
         if picture.mode not in _PLAIN_MODES:
             pil_to_rgb(picture)
         yield picture

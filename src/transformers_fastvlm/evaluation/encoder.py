@@ -44,6 +44,7 @@ def judge_encoder(
     seed: int = 0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    do_exif_transpose: bool = True,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """Measure how well classes of pictures can be told from an encoder's features.
@@ -66,6 +67,7 @@ def judge_encoder(
             classification alone is judged by all.
         seed: of both divisions and of the bootstrap.
         device, dtype: of the encoder; features are float32.
+        do_exif_transpose: turn images as their EXIF orientation says.
         progress: called with the numbers of pictures encoded and to encode.
 
     Returns:
@@ -103,6 +105,7 @@ def judge_encoder(
         done += pictures
         progress(done, total)
 
+    processor.do_exif_transpose = do_exif_transpose
     queries, embeddings = encode(encoder, processor, val, batch_size, advance)
     known = encode(encoder, processor, train, batch_size, advance)[0] if learns else torch.empty(0)
     seconds = time.perf_counter() - start
@@ -186,7 +189,7 @@ def encode(
     Raises:
         ValueError: a picture that cannot be read; the message names its file.
     """
-    folder = ImageFolder(images.folder)
+    folder = ImageFolder(images.folder, do_exif_transpose=processor.do_exif_transpose)
     means: list[Tensor] = []
     pooled: list[Tensor] = []
     for start in range(0, len(images), batch_size):

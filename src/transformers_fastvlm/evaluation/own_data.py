@@ -53,7 +53,9 @@ class OwnData:
             raise type(error)(error.reason, self.rows.place(row)) from error
 
 
-def read_own_data(path: str | os.PathLike[str], metric: str, limit: int | None = None) -> OwnData:
+def read_own_data(
+    path: str | os.PathLike[str], metric: str, limit: int | None = None, do_exif_transpose: bool = True
+) -> OwnData:
     """Read questions and check what can be checked before a model is loaded.
 
     A row has "question", "answer" or "answers", and "image" or "images": paths relative to the data's folder, which
@@ -63,6 +65,7 @@ def read_own_data(path: str | os.PathLike[str], metric: str, limit: int | None =
         path: a .jsonl or .json file, a .parquet file, or a folder with Parquet files or from `save_to_disk`.
         metric: by which answers are judged; see `METRICS`.
         limit: take the first rows only.
+        do_exif_transpose: turn images as their EXIF orientation says.
 
     Raises:
         ValueError: a row has no question, no answer, or names no file; the message says which.
@@ -80,7 +83,7 @@ def read_own_data(path: str | os.PathLike[str], metric: str, limit: int | None =
     count = len(rows) if limit is None else min(limit, len(rows))
     if not count:
         raise ValueError(f"{file} has no rows; {_EXPECTED} in each.")
-    images = ImageFolder(folder)
+    images = ImageFolder(folder, do_exif_transpose=do_exif_transpose)
     documents = []
     for number in range(count):
         try:

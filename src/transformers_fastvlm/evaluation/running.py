@@ -38,6 +38,7 @@ class EvaluationOptions:
         suffix: a line that follows each question of `data`.
         max_new_tokens: longest answer to `data`, in tokens; tasks have limits of their own.
         limit: take the first rows of each task only; None for all.
+        do_exif_transpose: turn the images of `data` as their EXIF orientation says. Tasks do always.
         engine: one of `transformers_fastvlm.engines.ENGINES`.
         engine_options: of the engine, such as `dtype`, `device` and `size`.
         batch_size: questions that are answered together; a kill costs one such batch at most.
@@ -53,6 +54,7 @@ class EvaluationOptions:
     suffix: str | None = None
     max_new_tokens: int = 64
     limit: int | None = None
+    do_exif_transpose: bool = True
     engine: str = "transformers"
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 16
@@ -104,6 +106,8 @@ def evaluate(
         tasks = _tasks(options)
         chosen = dict(options.engine_options)
         about = {"engine": options.engine, "versions": _versions(), **chosen}
+        if not options.do_exif_transpose:
+            about["do_exif_transpose"] = False
         before_loading = time.perf_counter()
         answering = FastVLM(
             model,
@@ -135,6 +139,7 @@ def evaluate(
         "data": None if options.data is None else str(options.data),
         "suffix": options.suffix,
         "limit": options.limit,
+        "do_exif_transpose": options.do_exif_transpose,
         "batch_size": options.batch_size,
         **chosen,
     }
@@ -175,7 +180,7 @@ def _into_log(path: Path) -> Iterator[None]:
 def _tasks(options: EvaluationOptions) -> dict[str, Any]:
     """Return the tasks with their data, by name."""
     if options.data is not None:
-        data = read_own_data(options.data, options.metric, options.limit)
+        data = read_own_data(options.data, options.metric, options.limit, options.do_exif_transpose)
         return {data.name: own_task(data, options.metric, options.suffix, options.max_new_tokens)}
     found = expand(options.tasks, options.include)
     return {name: load_task(name, path) for name, path in found.items()}

@@ -118,7 +118,11 @@ def _scenes(options: Mapping[str, Any]) -> Any:
 def _rows(section: DataSection, source: Any, options: Mapping[str, Any]) -> Any:
     from ..data import load
 
-    shared: dict[str, Any] = {"image_folder": section.image_folder, "on_bad_image": section.on_bad_image}
+    shared: dict[str, Any] = {
+        "image_folder": section.image_folder,
+        "on_bad_image": section.on_bad_image,
+        "do_exif_transpose": section.do_exif_transpose,
+    }
     if section.streaming:
         shared["streaming"] = True
     try:

@@ -79,6 +79,7 @@ class DataSection:
             stands before or after it with equal probability.
         max_length: most tokens of a row, those of images included; None for no limit.
         on_bad_image: "error", or "skip", which leaves the row out and counts it.
+        do_exif_transpose: turn images as their EXIF orientation says; false for their pixels as they are stored.
         streaming: read the source as it is needed; needs `arguments.max_steps`.
         group: batches of rows of like length and kind, so that less is padding.
     """
@@ -92,6 +93,7 @@ class DataSection:
     questions: str | None = None
     max_length: int | None = None
     on_bad_image: Literal["error", "skip"] = "error"
+    do_exif_transpose: bool = True
     streaming: bool = False
     group: bool = False
 

@@ -46,14 +46,14 @@ class SourceOptions:
         image_column: a table's column of pictures: paths, or in Parquet also the bytes of files.
         image_folder: where a table's paths begin and stay in; None for the table's own folder.
         every: seconds between a video's frames.
-        upright: whether pictures are turned as their EXIF orientation says, and videos as their files say.
+        do_exif_transpose: whether images are turned as their EXIF orientation says, and videos as their files say.
     """
 
     prompt: str
     image_column: str = "image"
     image_folder: str | None = None
     every: float = 5.0
-    upright: bool = False
+    do_exif_transpose: bool = True
 
 
 class Source(Protocol):
@@ -141,7 +141,7 @@ class FileSource:
 
                 yield from video_requests(file, self.options)
             else:
-                opened = functools.partial(_open, file, self.options.upright)
+                opened = functools.partial(_open, file, self.options.do_exif_transpose)
                 yield Request(source=printable(file), question=self.options.prompt, picture=opened)
 
 
@@ -249,13 +249,13 @@ def _in_folder(folder: str) -> tuple[list[str], int]:
     return files, others
 
 
-def _open(file: str, upright: bool) -> "Image":
-    from ... import _image_inputs
+def _open(file: str, do_exif_transpose: bool) -> "Image":
+    from ..._image_files import oriented
+    from ..._image_inputs import read_image
 
     if not os.path.isfile(file):
         raise FileNotFoundError(f"the image file {file!r} does not exist any more.")
-    picture = _image_inputs.read_image(Path(file))
-    return _image_inputs.upright(picture) if upright else picture
+    return oriented(read_image(Path(file)), do_exif_transpose)
 
 
 def _size_of(file: str) -> int:

@@ -9,16 +9,12 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..._image_inputs import upright
 from ...data.image_files import ImageFolder
 from ...data.json_rows import JsonRows
 from .requests import PromptTemplate, Request, printable
 from .sources import SourceOptions, fingerprint
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = ["CsvSource", "JsonSource", "ParquetSource", "TableSource", "open_table"]
 
@@ -41,7 +37,7 @@ class TableSource:
         self.name, self.options = name, options
         self._prompt = PromptTemplate(options.prompt)
         folder = os.path.dirname(os.path.abspath(name)) if options.image_folder is None else options.image_folder
-        self._images = ImageFolder(folder)
+        self._images = ImageFolder(folder, do_exif_transpose=options.do_exif_transpose)
 
     def identity(self) -> dict[str, Any]:
         """Return name, number of rows, and a digest of the file."""
@@ -78,7 +74,7 @@ class TableSource:
             return Request(source=source, row=index, image=label, question=question, error=str(error))
         if isinstance(image, bytes):
             image = {"bytes": image, "path": None}
-        opened = functools.partial(_open, self._images, image, self.options.upright)
+        opened = functools.partial(self._images.open, image)
         return Request(source=source, row=index, image=label, question=question, picture=opened)
 
     def _check_columns(self, columns: Sequence[str]) -> None:
@@ -207,11 +203,6 @@ def open_table(name: str, options: SourceOptions) -> TableSource:
     """
     kinds = {".csv": CsvSource, ".tsv": CsvSource, ".parquet": ParquetSource}
     return kinds.get(Path(name).suffix.lower(), JsonSource)(name, options)
-
-
-def _open(images: ImageFolder, image: Any, turn: bool) -> "Image":
-    picture = images.open(image)
-    return upright(picture) if turn else picture
 
 
 def _is_utf8(text: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from ..._image_inputs import check_dimensions
+from ..._image_files import check_dimensions
 from .requests import Request, printable
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def video_requests(file: str, options: "SourceOptions") -> Iterator[Request]:
     """Yield a request for each wanted frame of a video, and one with an error where it cannot be read."""
     source = printable(file)
     try:
-        frames = VideoFrames(file, options.every, options.upright)
+        frames = VideoFrames(file, options.every, options.do_exif_transpose)
     except (OSError, ValueError) as error:
         yield Request(source=source, question=options.prompt, error=f"the video {file!r} cannot be read: {error}")
         return
@@ -87,7 +87,7 @@ class VideoFrames:
     Args:
         file: path.
         every: seconds.
-        upright: turn the pictures as the file says, as players do.
+        do_exif_transpose: turn the pictures as the file says, as players do.
 
     Attributes:
         times: of the frames, in seconds from the first.
@@ -97,8 +97,8 @@ class VideoFrames:
         OSError, ValueError: the file is no video, has sound only, is damaged, or its pictures are too large.
     """
 
-    def __init__(self, file: str, every: float, upright: bool = False) -> None:
-        self.file, self.upright = file, upright
+    def __init__(self, file: str, every: float, do_exif_transpose: bool = True) -> None:
+        self.file, self.do_exif_transpose = file, do_exif_transpose
         self._container: Any = None
         self._frames: Any = None
         self._at: int | None = None
@@ -129,7 +129,7 @@ class VideoFrames:
             self._close()
             raise ValueError(f"the frame at {self.times[position]:.3f} s cannot be decoded: {error}") from error
         image: Image = frame.to_image()
-        turn = int(getattr(frame, "rotation", 0) or 0) if self.upright else 0
+        turn = int(getattr(frame, "rotation", 0) or 0) if self.do_exif_transpose else 0
         if position == len(self._wanted) - 1:
             self._close()
         return image.rotate(turn, expand=True) if turn else image

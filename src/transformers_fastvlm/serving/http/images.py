@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from ..._image_inputs import load_pixels, pil_to_rgb, upright
+from ..._image_files import load_stored, oriented
+from ..._image_inputs import pil_to_rgb
 from .errors import ApiError
 from .protocol import Picture
 
@@ -55,13 +56,15 @@ def data_of(picture: Picture) -> bytes:
     return data
 
 
-def decode(pictures: Sequence[Picture], contents: Sequence[bytes], max_pixels: int, turn: bool) -> list[Any]:
+def decode(
+    pictures: Sequence[Picture], contents: Sequence[bytes], max_pixels: int, do_exif_transpose: bool
+) -> list[Any]:
     """Return the decoded pictures of a request.
 
     Args:
         pictures, contents: where each comes from, and its bytes.
         max_pixels: of all together; checked before the first is decoded.
-        turn: whether to turn them as their EXIF orientation says.
+        do_exif_transpose: whether to turn them as their EXIF orientation says.
 
     Raises:
         ApiError: not a picture, damaged, moving, or too many pixels.
@@ -76,7 +79,7 @@ def decode(pictures: Sequence[Picture], contents: Sequence[bytes], max_pixels: i
             param="messages",
             code="image_too_large",
         )
-    return [_load(picture, image, turn) for picture, image in zip(pictures, opened, strict=True)]
+    return [_load(picture, image, do_exif_transpose) for picture, image in zip(pictures, opened, strict=True)]
 
 
 def _open(picture: Picture, content: bytes) -> Image.Image:
@@ -97,11 +100,10 @@ def _open(picture: Picture, content: bytes) -> Image.Image:
     return image
 
 
-def _load(picture: Picture, image: Image.Image, turn: bool) -> Image.Image:
+def _load(picture: Picture, image: Image.Image, do_exif_transpose: bool) -> Image.Image:
     try:
         with image:
             # A copy of the pixels alone: an opened picture would keep its file in memory beside them.
-            loaded = load_pixels(image, "the picture")
-            return pil_to_rgb(upright(loaded) if turn else loaded)
+            return pil_to_rgb(oriented(load_stored(image, "the picture"), do_exif_transpose))
     except (ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise refused(picture, str(error)) from error

@@ -83,7 +83,7 @@ class Preparation:
         texts = [part["text"] for message in request.messages for part in message["content"] if "text" in part]
         self._check_texts(texts)
         data = [content or data_of(picture) for picture, content in zip(request.pictures, contents, strict=True)]
-        images = iter(decode(request.pictures, data, self.settings.max_pixels, self.settings.upright))
+        images = iter(decode(request.pictures, data, self.settings.max_pixels, self.settings.do_exif_transpose))
         conversation = [
             {
                 "role": message["role"],

@@ -23,7 +23,7 @@ class Settings:
         queue: requests that may be in the server beside those; more are answered 429.
         client_timeout: seconds that a client has for sending its request, and for taking each piece of the answer.
         fetch_timeout: seconds for fetching one picture.
-        upright: whether pictures are turned as their EXIF orientation says.
+        do_exif_transpose: whether pictures are turned as their EXIF orientation says.
 
     Raises:
         ValueError: a number below 1 (`queue`: below 0), an empty name or key, an address in place of a host.
@@ -41,7 +41,7 @@ class Settings:
     queue: int = 32
     client_timeout: float = 60.0
     fetch_timeout: float = 10.0
-    upright: bool = False
+    do_exif_transpose: bool = True
 
     def __post_init__(self) -> None:
         for name in (

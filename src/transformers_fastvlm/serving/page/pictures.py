@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..._image_inputs import pil_to_rgb, read_image, upright
+from ..._image_files import oriented
+from ..._image_inputs import pil_to_rgb, read_image
 from ...data.errors import SampleError
 from ...data.image_files import ImageFolder
 from .answering import UnusableInput
@@ -46,7 +47,7 @@ def read_pictures(files: Sequence[str]) -> list[Image.Image]:
                 f"The pictures have {pixels / 1e6:.0f} million pixels together; up to {MAX_PIXELS / 1e6:.0f} million "
                 "fit into a conversation. Send fewer, or smaller ones."
             )
-        pictures.append(_upright(picture, f"The image {path.name!r}"))
+        pictures.append(picture)
     return pictures
 
 
@@ -62,7 +63,7 @@ def read_frame(frame: object) -> Image.Image:
     if len(address) > MAX_FRAME_CHARACTERS:
         raise UnusableInput("The camera's pictures are too large. Choose a smaller resolution in its settings.")
     try:
-        picture = read_image(address)
+        picture = oriented(read_image(address), True)
     except ValueError as error:
         raise UnusableInput(f"A picture of the camera cannot be read: {error}") from error
     if picture.width * picture.height > MAX_PIXELS:
@@ -81,10 +82,3 @@ def save_small(picture: Image.Image, folder: Path) -> Path:
     if not path.exists():
         small.save(path, quality=88)
     return path
-
-
-def _upright(picture: Image.Image, what: str) -> Image.Image:
-    try:
-        return upright(picture)
-    except ValueError as error:
-        raise UnusableInput(f"{what} has damaged EXIF data. Save it anew without, and send that.") from error
