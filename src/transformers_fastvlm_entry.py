@@ -42,46 +42,37 @@ def lmms_eval_manifest() -> Any:
 def vllm_plugin() -> None:
     """Register FastVLM with Transformers and vLLM, in a process of vLLM.
 
-    Nothing is raised or logged above DEBUG, since most such processes run another model. Where it fails, loading the
+    Nothing is raised or logged above DEBUG, since most such processes run another model. Where it fails, reading the
     configuration of a FastVLM tries again, and raises what is wrong.
     """
     try:
-        from transformers_fastvlm.vllm_plugin import register
+        _register_with_vllm()
     except Exception:
-        logger.debug("FastVLM could not be registered", exc_info=True)
-        _try_again_when_asked()
-    else:
-        register()
+        logger.debug("FastVLM could not be registered; reading its configuration tries again", exc_info=True)
+        try:
+            _try_again_when_asked()
+        except Exception:
+            logger.debug("Transformers cannot be used", exc_info=True)
 
 
-def _try_again_when_asked() -> None:
-    """Let a FastVLM's configuration, once one is read, import the package and so register it or raise."""
-    try:
-        from transformers import AutoConfig, PreTrainedConfig
-
-        for model_type in _MODEL_TYPES:
-            AutoConfig.register(model_type, _late(model_type, PreTrainedConfig), exist_ok=True)
-    except Exception:
-        logger.debug("Transformers cannot be used", exc_info=True)
-
-
-def _late(name: str, base: Any) -> Any:
-    class LateConfig(base):
-        """Stands for FastVLM's configuration until the package can be imported."""
-
-        model_type = name
-
-        @classmethod
-        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-            vllm_plugin_again()
-            from transformers import CONFIG_MAPPING
-
-            return CONFIG_MAPPING[name].from_dict(config_dict, **kwargs)
-
-    return LateConfig
-
-
-def vllm_plugin_again() -> None:
+def _register_with_vllm() -> None:
     from transformers_fastvlm.vllm_plugin import register
 
     register()
+
+
+def _try_again_when_asked() -> None:
+    """Register stand-ins of the configurations, which import the package as soon as one is read."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    class _Late(PreTrainedConfig):
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            _register_with_vllm()  # which puts the real configurations in the places of these
+            from transformers import CONFIG_MAPPING
+
+            return CONFIG_MAPPING[cls.model_type].from_dict(config_dict, **kwargs)
+
+    for model_type in _MODEL_TYPES:
+        late = type("LateFastVLMConfig", (_Late,), {"model_type": model_type, "__module__": __name__})
+        AutoConfig.register(model_type, late, exist_ok=True)
