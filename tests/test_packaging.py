@@ -77,9 +77,9 @@ def test_installed_metadata_is_of_this_checkout(setup_cfg: configparser.ConfigPa
     core = [line for line in installed.requires or [] if "extra ==" not in line]
     assert {name.replace("-", "_") for name in requirement_names("\n".join(core))} == declared
     assert {(entry.group, entry.name): entry.value for entry in installed.entry_points} == {
-        ("console_scripts", "fastvlm"): "transformers_fastvlm.cli:main",
-        ("vllm.general_plugins", "fastvlm"): "transformers_fastvlm.vllm_plugin:register",
-        ("lmms_eval.models", "fastvlm"): "transformers_fastvlm.evaluation.lmms_model:manifest",
+        ("console_scripts", "fastvlm"): "transformers_fastvlm_entry:command",
+        ("vllm.general_plugins", "fastvlm"): "transformers_fastvlm_entry:vllm_plugin",
+        ("lmms_eval.models", "fastvlm"): "transformers_fastvlm_entry:lmms_eval_manifest",
     }
 
 

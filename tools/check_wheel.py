@@ -46,13 +46,13 @@ EXTRAS = {
     "docs",
 }
 ENTRY_POINTS = """[console_scripts]
-fastvlm = transformers_fastvlm.cli:main
+fastvlm = transformers_fastvlm_entry:command
 
 [lmms_eval.models]
-fastvlm = transformers_fastvlm.evaluation.lmms_model:manifest
+fastvlm = transformers_fastvlm_entry:lmms_eval_manifest
 
 [vllm.general_plugins]
-fastvlm = transformers_fastvlm.vllm_plugin:register"""
+fastvlm = transformers_fastvlm_entry:vllm_plugin"""
 IN_SDIST = ("Makefile", "CHANGELOG.md", "tests/conftest.py", "tests/golden/build.py", "examples/demo.py", "mkdocs.yml")
 
 USE = """

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """FastVLM for Transformers: `import transformers_fastvlm`, and the Auto classes, generate() and pipelines know FastVLM.
 
-Importing registers the model and imports no torch; the classes below are imported when they are first used.
+Importing registers the model, and with it imports torch and Transformers' models. Only the command `fastvlm` waits with
+that until a verb runs, so that its help comes at once.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -57,4 +59,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register()
+if not getattr(sys.modules.get("transformers_fastvlm_entry"), "registers_later", False):
+    register()

@@ -1,198 +1,159 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that makes Transformers know FastVLM, in one place.
 
-`register()` runs when the package is imported, is cheap, does not import torch and may run any number of times.
-Nearly every module of Transformers imports torch, so each registration waits until Transformers itself imports the
-module that holds the mapping in question.
+`register()` runs when the package is imported. It makes plain calls of Transformers' public `register` methods, all of
+them each time, so nothing is kept that an interrupted or failed import could leave half done: the next import starts
+again. This module itself is light; `register()` imports torch and the model.
 """
 
-import importlib
-import importlib.abc
-import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
-import transformers  # noqa: F401  (so that sys.modules has it)
+__all__ = ["NO_VISION2SEQ", "register"]
 
 NO_VISION2SEQ = "TRANSFORMERS_FASTVLM_NO_VISION2SEQ"
 """Set this environment variable to any text to keep `transformers.AutoModelForVision2Seq`, which Transformers 5 no
 longer has, from being added."""
 
+_DISTRIBUTION = "transformers-fastvlm"
+
 
 def register() -> None:
-    """Register FastVLM with Transformers; later calls change nothing."""
-    _offer_vision2seq()
-    for name in _OUR_MODULES:
-        _FINDER.watch(name)
-    # Importing this module replaces sys.modules["transformers"] by a new object, which has to be told again.
-    _after_import("transformers.processing_utils", lambda _: _offer_vision2seq())
-    _after_import("transformers.models.auto.configuration_auto", _register_configurations)
-    _after_import("transformers.conversion_mapping", _register_weight_renamings)
-    _after_import("transformers.models.auto.modeling_auto", _register_models)
-    _after_import("transformers.models.auto.image_processing_auto", _register_image_processors)
-    _after_import("transformers.models.auto.processing_auto", _register_processors)
+    """Register FastVLM with Transformers; further calls put the same registrations in their places again.
+
+    The classes can also be had as attributes of `transformers`, where TRL and vLLM look for the name that a
+    checkpoint's configuration gives.
+
+    Raises:
+        ImportError: the installed Transformers, torch or torchvision cannot be used; the message has their versions.
+    """
+    try:
+        _register()
+    except Exception as error:
+        raise ImportError(_explanation(error), name=_DISTRIBUTION) from error
 
 
-def _offer_vision2seq() -> None:
-    """Let `from transformers import AutoModelForVision2Seq` find the class that `_register_models` defines."""
-    if not os.environ.get(NO_VISION2SEQ):
-        modules = sys.modules["transformers"]._class_to_module
-        modules.setdefault("AutoModelForVision2Seq", "models.auto.modeling_auto")
-
-
-def _register_configurations(module: ModuleType) -> None:
+def _register() -> None:
     from .configuration_fastvlm import FastViTHDConfig, FastVLMConfig, LlavaLlamaConfig, LlavaQwen2Config
+    from .image_processing_pil_fastvlm import FastVLMImageProcessorPil
+    from .modeling_fastvithd import FastViTHDBackbone, FastViTHDModel
+    from .modeling_fastvlm import FastVLMForConditionalGeneration, FastVLMModel
+    from .processing_fastvlm import FastVLMProcessor
+
+    image_processors: dict[str, type] = {"pil": FastVLMImageProcessorPil}
+    if importlib.util.find_spec("torchvision") is not None:
+        from .image_processing_fastvlm import FastVLMImageProcessor
+
+        image_processors["torchvision"] = FastVLMImageProcessor
+
+    _register_models()
+    _register_processors(image_processors)
+    models = (FastVLMForConditionalGeneration, FastVLMModel, FastViTHDBackbone, FastViTHDModel)
+    processors = (FastVLMProcessor, *image_processors.values())
+    for cls in (FastVLMConfig, FastViTHDConfig, *models, *processors):
+        _offer(cls.__name__, cls)
+    # Last, because the Auto classes know a model by its configuration: whoever finds these finds all the rest.
+    from transformers.models.auto.configuration_auto import AutoConfig
 
     for config in (FastVLMConfig, FastViTHDConfig, LlavaQwen2Config, LlavaLlamaConfig):
-        module.AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
-def _register_weight_renamings(module: ModuleType) -> None:
+def _register_models() -> None:
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.models.auto import modeling_auto
+
     from .checkpoints.layouts import apple_weight_renamings, encoder_weight_renamings
-
-    module.register_checkpoint_conversion_mapping("fastvlm", apple_weight_renamings(), overwrite=True)
-    module.register_checkpoint_conversion_mapping("fastvithd", encoder_weight_renamings(), overwrite=True)
-
-
-def _register_models(module: ModuleType) -> None:
     from .configuration_fastvlm import FastViTHDConfig, FastVLMConfig
     from .modeling_fastvithd import FastViTHDBackbone, FastViTHDModel
     from .modeling_fastvlm import FastVLMForConditionalGeneration, FastVLMModel
 
-    module.AutoModel.register(FastVLMConfig, FastVLMModel, exist_ok=True)
-    module.AutoModel.register(FastViTHDConfig, FastViTHDModel, exist_ok=True)
-    for auto_class in ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"):
-        getattr(module, auto_class).register(FastVLMConfig, FastVLMForConditionalGeneration, exist_ok=True)
-    module.AutoBackbone.register(FastViTHDConfig, FastViTHDBackbone, exist_ok=True)
-    # Past register(), which insists on one configuration a class: a backbone is also read out of a whole FastVLM.
-    module.AutoBackbone._model_mapping.register(FastVLMConfig, FastViTHDBackbone, exist_ok=True)
+    register_checkpoint_conversion_mapping("fastvlm", apple_weight_renamings(), overwrite=True)
+    register_checkpoint_conversion_mapping("fastvithd", encoder_weight_renamings(), overwrite=True)
+    modeling_auto.AutoModel.register(FastVLMConfig, FastVLMModel, exist_ok=True)
+    modeling_auto.AutoModel.register(FastViTHDConfig, FastViTHDModel, exist_ok=True)
+    for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"):
+        getattr(modeling_auto, name).register(FastVLMConfig, FastVLMForConditionalGeneration, exist_ok=True)
+    modeling_auto.AutoBackbone.register(FastViTHDConfig, FastViTHDBackbone, exist_ok=True)
+    # Past AutoBackbone, which insists on one configuration a class: a backbone is also read out of a whole FastVLM.
+    modeling_auto.MODEL_FOR_BACKBONE_MAPPING.register(FastVLMConfig, FastViTHDBackbone, exist_ok=True)
     # Pipelines, `transformers serve` and the tests of models look into these dictionaries of names.
-    names = {
+    for mapping, name in {
         "MODEL_MAPPING_NAMES": "FastVLMModel",
         "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "FastVLMForConditionalGeneration",
         "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": "FastVLMForConditionalGeneration",
-    }
-    for mapping, name in names.items():
-        getattr(module, mapping)[FastVLMConfig.model_type] = name
-    module.MODEL_MAPPING_NAMES[FastViTHDConfig.model_type] = "FastViTHDModel"
-    if os.environ.get(NO_VISION2SEQ) or hasattr(module, "AutoModelForVision2Seq"):
-        return
-
-    class AutoModelForVision2Seq(module.AutoModelForImageTextToText):  # type: ignore[name-defined]
-        """The name that `AutoModelForImageTextToText` had before Transformers 5."""
-
-    AutoModelForVision2Seq.__module__ = module.__name__
-    AutoModelForVision2Seq.__qualname__ = "AutoModelForVision2Seq"
-    module.AutoModelForVision2Seq = AutoModelForVision2Seq  # type: ignore[attr-defined]
+    }.items():
+        getattr(modeling_auto, mapping)[FastVLMConfig.model_type] = name
+    modeling_auto.MODEL_MAPPING_NAMES[FastViTHDConfig.model_type] = "FastViTHDModel"
+    _offer_vision2seq(modeling_auto)
 
 
-def _register_image_processors(module: ModuleType) -> None:
-    from .configuration_fastvlm import FastVLMConfig
-    from .image_processing_pil_fastvlm import FastVLMImageProcessorPil
+def _register_processors(image_processors: dict[str, type]) -> None:
+    from transformers.models.auto import image_processing_auto
+    from transformers.models.auto.processing_auto import AutoProcessor
 
-    classes: dict[str, type] = {"pil": FastVLMImageProcessorPil}
-    if importlib.util.find_spec("torchvision") is not None:
-        from .image_processing_fastvlm import FastVLMImageProcessor
-
-        classes["torchvision"] = FastVLMImageProcessor
-    module.AutoImageProcessor.register(FastVLMConfig, image_processor_classes=classes, exist_ok=True)
-    # Without a backend argument the Auto classes prefer torchvision; this list names the exceptions.
-    if "FastVLMImageProcessor" not in module.DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS:
-        module.DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS.append("FastVLMImageProcessor")
-
-
-def _register_processors(module: ModuleType) -> None:
     from .configuration_fastvlm import FastVLMConfig
     from .processing_fastvlm import FastVLMProcessor
 
-    module.AutoProcessor.register(FastVLMConfig, FastVLMProcessor, exist_ok=True)
-
-
-def _after_import(name: str, callback: Callable[[ModuleType], None]) -> None:
-    """Call `callback` with the module called `name` as soon as it is imported and none of ours is half imported."""
-    if _FINDER not in sys.meta_path:
-        sys.meta_path.insert(0, _FINDER)
-    _FINDER.watch(name)
-    _FINDER.waiting.append((name, callback))
-    _FINDER.call_those_ready()
-
-
-class _PostImportFinder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a module, notes when it has been executed, and runs the callbacks that wait for it.
-
-    Callbacks import modules of ours, and each of those imports modules of Transformers. Where one of ours came first,
-    it is half done when Transformers' module is complete, so callbacks also wait until ours are.
-    """
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[str, Callable[[ModuleType], None]]] = []
-        self._watched: set[str] = set()
-        self._executed: set[str] = set()
-
-    def watch(self, name: str) -> None:
-        """Note when the module called `name` has been executed, which may have been before."""
-        module = sys.modules.get(name)
-        if module is None:
-            self._watched.add(name)
-        elif not getattr(module.__spec__, "_initializing", False):
-            self._executed.add(name)
-
-    def executed(self, name: str) -> None:
-        """Note that a module has been executed."""
-        self._executed.add(name)
-        self.call_those_ready()
-
-    def call_those_ready(self) -> None:
-        """Run every callback whose module is there, unless a module of ours is half imported."""
-        if any(name in sys.modules and name not in self._executed for name in _OUR_MODULES):
-            return
-        for entry in [entry for entry in self.waiting if entry[0] in self._executed]:
-            if entry in self.waiting:  # a callback may import what makes others ready
-                self.waiting.remove(entry)
-                entry[1](sys.modules[entry[0]])
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in self._watched:
-            return None
-        self._watched.discard(fullname)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _NotingLoader(spec.loader, self)
-        return spec
-
-
-class _NotingLoader(importlib.abc.Loader):
-    """A loader that tells a finder when another loader has executed the module."""
-
-    def __init__(self, loader: importlib.abc.Loader, finder: _PostImportFinder):
-        self._loader, self._finder = loader, finder
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        # The module keeps its own loader, for inspect and others that ask it for the source.
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        self._finder.executed(module.__name__)
-
-
-_OUR_MODULES = tuple(
-    f"{__package__}.{name}"
-    for name in (
-        "configuration_fastvlm",
-        "image_processing_fastvlm",
-        "image_processing_pil_fastvlm",
-        "modeling_fastvithd",
-        "modeling_fastvlm",
-        "processing_fastvlm",
+    image_processing_auto.AutoImageProcessor.register(
+        FastVLMConfig, image_processor_classes=image_processors, exist_ok=True
     )
-)
-_FINDER = _PostImportFinder()
+    # Without a backend argument the Auto classes prefer torchvision; this list names the exceptions.
+    if "FastVLMImageProcessor" not in image_processing_auto.DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS:
+        image_processing_auto.DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS.append("FastVLMImageProcessor")
+    AutoProcessor.register(FastVLMConfig, FastVLMProcessor, exist_ok=True)
+
+
+def _offer_vision2seq(module: ModuleType) -> None:
+    """Let `from transformers import AutoModelForVision2Seq` work, and pickling what it gives."""
+    name = "AutoModelForVision2Seq"
+    if os.environ.get(NO_VISION2SEQ):
+        return
+    if not hasattr(module, name):
+        vision2seq = type(
+            name,
+            (module.AutoModelForImageTextToText,),
+            {
+                "__doc__": "The name that `AutoModelForImageTextToText` had before Transformers 5.",
+                "__module__": module.__name__,
+            },
+        )
+        vars(module).setdefault(name, vision2seq)  # another thread may have been quicker
+    _offer(name, getattr(module, name))
+
+
+def _offer(name: str, value: Any) -> None:
+    """Make `value` an attribute of `transformers`, unless Transformers has one of that name.
+
+    Importing transformers.processing_utils puts a new object into sys.modules["transformers"]. Whoever imported
+    Transformers before that holds the old one, so each that a module holds under this name is told.
+    """
+    holders = [object.__getattribute__(module, "__dict__") for module in list(sys.modules.values()) if module]
+    for holder in (sys.modules, *holders):
+        found = holder.get("transformers")
+        if isinstance(found, ModuleType) and found.__name__ == "transformers" and not hasattr(found, name):
+            setattr(found, name, value)
+
+
+def _explanation(error: Exception) -> str:
+    """Say which versions are installed, which are expected, and what went wrong with them."""
+    installed = []
+    for package in ("transformers", "torch", "torchvision"):
+        try:
+            installed.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    try:
+        declared = importlib.metadata.requires(_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        declared = []
+    tested = next((line for line in declared if line.startswith("transformers")), "the tested transformers")
+    return (
+        f"FastVLM cannot be registered with Transformers: {type(error).__name__}: {' '.join(str(error).split())}\n"
+        f"Installed are {', '.join(installed)}; expected is {tested}, and torch and torchvision that fit together.\n"
+        "Install such versions, or a newer transformers-fastvlm."
+    )

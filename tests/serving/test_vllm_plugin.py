@@ -39,4 +39,4 @@ def test_register_twice() -> None:
 def test_entry_point() -> None:
     pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-serving")
     found = [entry.value for entry in entry_points(group="vllm.general_plugins", name="fastvlm")]
-    assert found == ["transformers_fastvlm.vllm_plugin:register"], "install the package again"
+    assert found == ["transformers_fastvlm_entry:vllm_plugin"], "install the package again"

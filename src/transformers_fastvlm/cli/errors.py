@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from .. import register
+
 __all__ = ["UserError", "notice", "one_line", "reports_errors"]
 
 INPUT_ERROR = 2
@@ -28,14 +30,17 @@ def notice(message: str) -> None:
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn a verb's exceptions into one line and an exit code, unless its option `debug` is set.
+    """Register FastVLM, run a verb, and turn its exceptions into one line and an exit code, unless `debug` is set.
 
     The package raises ValueError and OSError for input that it cannot use: those are exit code 2, all others 1.
+
+    Registering is up to the verbs because it imports torch, which the help of none of them needs.
     """
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         try:
+            register()
             command(*args, **kwargs)
         except BrokenPipeError:
             raise  # the reader of the output went away; not for us to report

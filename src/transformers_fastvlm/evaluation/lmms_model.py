@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FastVLM as a model of lmms-eval, which finds it by the entry point `fastvlm` in the group `lmms_eval.models`.
 
-lmms-eval is imported on first use of `FastVLM` or `manifest`, and not before.
+lmms-eval is imported on first use of `FastVLM`, and not before.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from ..engines.base import Conversation, Engine, Sampling
 from ..tokens import IMAGE_TOKEN
 from .journal import AnswerJournal, Journalled, answer_key, model_identity
 
-__all__ = ["FastVLM", "manifest"]
+__all__ = ["FastVLM"]
 
 if TYPE_CHECKING:
     FastVLM: Any
@@ -28,17 +28,6 @@ DEFAULT_MAX_NEW_TOKENS = 128
 
 _TIMED_PROMPTS = 7
 _UNREADABLE = (OSError, ValueError, SyntaxError)  # what Pillow raises
-
-
-def manifest() -> Any:
-    """Return lmms-eval's `ModelManifest` of the model `fastvlm`: what the entry point names.
-
-    Raises:
-        ImportError: lmms-eval is not installed.
-    """
-    from lmms_eval.models.registry_v2 import ModelManifest
-
-    return ModelManifest(model_id="fastvlm", chat_class_path=f"{__name__}.FastVLM")
 
 
 class _Answering:

@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes vLLM know FastVLM: `vllm serve DIR` and `LLM(model=DIR)` work where this package is installed.
 
-vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`. Nothing here is imported
-without vLLM.
+vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins` and
+`transformers_fastvlm_entry.vllm_plugin`. Nothing here is imported without vLLM.
 """
 
-import logging
 import multiprocessing
 import os
 import threading
 from typing import Any
 
 __all__ = ["END_WITH_PARENT", "register"]
-
-logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "FastVLMForConditionalGeneration"
 MODE = "fastvlm"
@@ -31,8 +28,11 @@ def register() -> None:
 
     Where `END_WITH_PARENT` says so, a process also watches the one that started it.
 
-    Raises nothing, since that would end vLLM for every other model too: what went wrong is logged.
+    Raises:
+        ImportError: this version of vLLM lacks what is needed; docs/vllm.md has the versions that work.
     """
+    if os.environ.get(END_WITH_PARENT) == "1":
+        _end_with_parent()
     try:
         from vllm import ModelRegistry
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -46,13 +46,11 @@ def register() -> None:
         if MODE not in TokenizerRegistry.tokenizers:
             TokenizerRegistry.register(MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
         MODELS_CONFIG_MAP.setdefault(ARCHITECTURE, _Defaults)
-    except Exception:
-        logger.exception(
-            "FastVLM could not be registered with this version of vLLM, which will not know the model. The versions "
-            "that are known to work are in docs/vllm.md of transformers-fastvlm."
-        )
-    if os.environ.get(END_WITH_PARENT) == "1":
-        _end_with_parent()
+    except Exception as error:
+        raise ImportError(
+            f"FastVLM could not be registered with this version of vLLM: {type(error).__name__}: {error}\n"
+            "The versions that are known to work are in docs/vllm.md of transformers-fastvlm."
+        ) from error
 
 
 def _end_with_parent() -> None:
