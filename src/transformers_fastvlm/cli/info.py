@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from ..checkpoints.embedded import resolve_model
 from . import options
 from .errors import UserError, reports_errors
 from .sources import RESEARCH_ONLY, check_loadable, licence_of, read_config
@@ -63,7 +64,7 @@ def _facts(model: str) -> dict[str, Any]:
 
         check_loadable(model, raw)
         layout = "transformers" if raw["model_type"] == "fastvlm" else "apple"
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(resolve_model(model))
     tensors = _tensors(model, directory, native=layout == "native")
     tied = bool(config.tie_word_embeddings) or _HEAD not in tensors
     parameters = dict.fromkeys((part for part, _ in _PARTS), 0) | {"buffers": 0}
@@ -113,8 +114,9 @@ def _facts(model: str) -> dict[str, Any]:
 
 def _directory(model: str) -> Path:
     """Return where config.json lies; for a hub repository, in the cache."""
-    if os.path.isdir(model):
-        return Path(model)
+    source = resolve_model(model)
+    if os.path.isdir(source):
+        return Path(source)
     from transformers.utils import cached_file
 
     return Path(str(cached_file(model, "config.json"))).parent
@@ -129,7 +131,7 @@ def _tensors(model: str, directory: Path, native: bool) -> dict[str, tuple[str, 
     try:
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in read_directory(directory).items()}
     except FileNotFoundError:
-        if os.path.isdir(model):
+        if os.path.isdir(resolve_model(model)):
             raise
         found = _remote_tensors(model)
     rename = from_native_name if native else to_our_name
