@@ -3,6 +3,9 @@
 
 import json
 import os
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -11,15 +14,18 @@ from typing import Any
 import typer
 
 from ..checkpoints.embedded import resolve_model
+from ..checkpoints.licences import APPLES, RESEARCH_ONLY, may_be_apples
 from . import options
 from .errors import UserError, reports_errors
-from .sources import RESEARCH_ONLY, check_loadable, licence_of, read_config
+from .sources import check_loadable, licence_of, read_config
 
 __all__ = ["info"]
 
 SIZES = (256, 512, 768, 1024, 1536, 2048)
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_LABELS = 18
+"""Columns of the labels."""
 _BUFFERS = (".running_mean", ".running_var", ".num_batches_tracked")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 # Our names begin so; the first that fits counts.
@@ -48,7 +54,11 @@ def info(
     Example: fastvlm info apple/FastVLM-0.5B --json
     """
     facts = _facts(model)
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else "\n".join(_lines(facts)))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    lines = list(_lines(facts))
+    typer.echo("\n".join(_wrapped(lines, shutil.get_terminal_size().columns) if sys.stdout.isatty() else lines))
 
 
 def _facts(model: str) -> dict[str, Any]:
@@ -195,7 +205,7 @@ def _lines(facts: dict[str, Any]) -> Iterable[str]:
     """Yield the facts as lines of a label and a value."""
 
     def line(label: str, value: str) -> str:
-        return f"{label:<18}{value}"
+        return f"{label:<{_LABELS}}{value}"
 
     text, encoder, images, memory = (
         facts[name] for name in ("language_model", "encoder", "image_processing", "memory_bytes")
@@ -235,10 +245,24 @@ def _lines(facts: dict[str, Any]) -> Iterable[str]:
     )
     yield line("tokens a picture", ", ".join(f"{size}: {count}" for size, count in facts["tokens_per_image"].items()))
     yield line("<image>", str(facts["image_token_id"]))
-    if facts["licence"] == "apple-amlr":
-        yield line("licence", f"Apple's weights are {RESEARCH_ONLY}")
-    else:
-        yield line("licence", f"{facts['licence'] or 'not stated'}; Apple's weights are {RESEARCH_ONLY}")
+    licence = facts["licence"]
+    stated = [] if licence == APPLES else [licence or "not stated"]
+    if may_be_apples(licence, encoder["widths"]):
+        stated.append(f"Apple's weights are {RESEARCH_ONLY}")
+    yield line("licence", "; ".join(stated))
+
+
+def _wrapped(lines: Iterable[str], columns: int) -> list[str]:
+    """Return lines broken between words where they are wider than the terminal, values under values."""
+    wrapped: list[str] = []
+    for line in lines:
+        head, value = line[:_LABELS], line[_LABELS:]
+        if len(line) <= columns or columns < 2 * _LABELS:
+            wrapped.append(line)
+            continue
+        parts = textwrap.wrap(value, columns - _LABELS, break_long_words=False, break_on_hyphens=False)
+        wrapped += [(" " * _LABELS if number else head) + part for number, part in enumerate(parts)]
+    return wrapped
 
 
 def _spaced(numbers: Iterable[int]) -> str:

@@ -79,10 +79,8 @@ class Source:
     @property
     def may_be_apples(self) -> bool:
         """Whether the weights are Apple's, or could be: the published encoder's shape and no licence stated."""
-        if self.licence is not None:
-            return self.licence == licences.APPLES
         vision: Any = self.config.vision_config
-        return list(vision.hidden_sizes) == [96, 192, 384, 768, 1536]
+        return licences.may_be_apples(self.licence, vision.hidden_sizes)
 
     def licence_files(self) -> list[Path]:
         """Return the checkpoint's licence and notice files."""
