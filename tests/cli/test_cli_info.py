@@ -32,7 +32,37 @@ def test_text(checkpoint, run) -> None:
     assert result.stderr == ""
     for words in ("qwen2: 3 layers", "merged", "projector", "padded to a black square", "256: 16, 512: 64", "483"):
         assert words in result.stdout
-    assert "for research only" in result.stdout
+    assert result.stdout.splitlines()[-1] == "licence           not stated"
+
+
+@pytest.mark.parametrize(
+    ("licence", "widths", "expected"),
+    [
+        ("apple-amlr", [16, 32], "Apple's weights are for research only"),
+        (None, [96, 192, 384, 768, 1536], "not stated; Apple's weights are for research only"),
+        (None, [16, 32], "not stated"),
+        ("apache-2.0", [96, 192, 384, 768, 1536], "apache-2.0"),
+    ],
+)
+def test_line_of_the_licence(checkpoint, licence: str | None, widths: list[int], expected: str) -> None:
+    facts = info._facts(str(checkpoint("qwen2_tied")))
+    facts["licence"], facts["encoder"]["widths"] = licence, widths
+    (line,) = [line for line in info._lines(facts) if line.startswith("licence")]
+    assert line.startswith(f"licence           {expected}") and ("research only" in line) == ("research" in expected)
+
+
+def test_lines_are_broken_between_words() -> None:
+    lines = [
+        f"{'encoder':<18}merged: depths 1 1 2 3 1, widths 16 32 64",
+        "  total                 3,828,096",
+        "model             a/b",
+    ]
+    assert info._wrapped(lines, 45) == [
+        "encoder           merged: depths 1 1 2 3 1,",
+        "                  widths 16 32 64",
+        *lines[1:],
+    ]
+    assert info._wrapped(lines, 100) == lines
 
 
 def test_untied_head(checkpoint, run) -> None:

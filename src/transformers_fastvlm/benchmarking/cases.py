@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from ..checkpoints.embedded import resolve_model
 from ..configuration_fastvlm import ENCODER_STRIDE, FastVLMConfig
 
 __all__ = ["LLAVA_ONEVISION", "NATIVE", "SIZES", "Case", "Options", "cases"]
@@ -30,7 +31,7 @@ class Case:
     Attributes:
         label: what it is called in tables; unique together with resolution, dtype and batch.
         kind: "fastvlm", "native", "llava-onevision" or "other".
-        source: one of `SIZES`, or the directory or hub repository of a checkpoint.
+        source: one of `SIZES`, "tiny", or the directory or hub repository of a checkpoint.
         resolution: height and width in pixels; None for what the processor of an "other" model does.
         reference: label and resolution of the case that this one is compared with; None for the reference itself.
         group: cases of one group run in turns.
@@ -139,7 +140,9 @@ def cases(options: Options) -> list[Case]:
 
 def _own_size(model: str) -> int:
     """Return height and width of the pictures that a model was made for."""
-    config: Any = FastVLMConfig.from_preset(model) if model in SIZES else AutoConfig.from_pretrained(model)
+    config: Any = (
+        FastVLMConfig.from_preset(model) if model in SIZES else AutoConfig.from_pretrained(resolve_model(model))
+    )
     if not isinstance(config, FastVLMConfig):
         raise ValueError(
             f"{model!r} has model_type {config.model_type!r}; expected a FastVLM. Compare with other models by "
@@ -157,7 +160,7 @@ def _one_of(what: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> Non
 
 def _check_sources(names: tuple[str, ...]) -> None:
     for name in names:
-        if name in SIZES or os.path.isfile(os.path.join(name, "config.json")):
+        if name in SIZES or os.path.isfile(os.path.join(resolve_model(name), "config.json")):
             continue
         if name.count("/") != 1 or name.startswith((".", "/")) or os.path.exists(name):
             raise ValueError(

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .. import FastVLMConfig, kernels
 from ..anyres import unpadded_grid
+from ..checkpoints.embedded import resolve_model
 from .cases import LLAVA_ONEVISION_SIDE, NATIVE, SIZES, Case
 from .weights import random_model
 
@@ -177,7 +178,7 @@ def _llava_onevision(case: Case, options: dict[str, Any], dtype: torch.dtype, de
 
 def _other(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Subject:
     """Any image-text-to-text model of Transformers, with its own processor, which also reads the question."""
-    processor = AutoProcessor.from_pretrained(case.source)
+    processor = AutoProcessor.from_pretrained(resolve_model(case.source))
 
     def preprocess(pictures: list[str]) -> Inputs:
         content = [[{"type": "image", "path": picture}, {"type": "text", "text": _QUESTION}] for picture in pictures]
@@ -193,7 +194,7 @@ def _other(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torc
 def _config(case: Case) -> Any:
     if case.source in SIZES:
         return FastVLMConfig.from_preset(case.source)
-    config = AutoConfig.from_pretrained(case.source)
+    config = AutoConfig.from_pretrained(resolve_model(case.source))
     if not isinstance(config, FastVLMConfig):
         raise ValueError(
             f"{case.source!r} has model_type {config.model_type!r}; expected a FastVLM. Compare with other models by "
@@ -207,7 +208,7 @@ def _config(case: Case) -> Any:
 def _load(source: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> Any:
     attention = options["attn_implementation"]
     chosen = {"attn_implementation": attention} if attention else {}
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **chosen)
+    model = AutoModelForImageTextToText.from_pretrained(resolve_model(source), dtype=dtype, **chosen)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ from typing import Any, get_args
 from ..tokens import IMAGE_TOKEN, image_token_id_of
 from .configs import apple_config, native_config, native_processor_files
 from .directories import new_directory
+from .embedded import resolve_model
 from .files import read_json, write_directory, write_json, write_tensors
 from .layouts import to_apple_name, to_our_name
 from .native import EXTRA_FILE, NOT_IN_NATIVE, to_native_name
@@ -98,7 +99,7 @@ def convert(
     has no place for, which the way back takes up again.
 
     Args:
-        source: directory of a checkpoint in safetensors.
+        source: directory of a checkpoint in safetensors, or "tiny".
         out: a directory that does not exist yet, or is empty.
         layout: "apple" (flat config.json, Apple's tensor names), "transformers" (this package's nested config.json and
             names) or "native" (`fast_vlm`, which Transformers loads without this package).
@@ -110,7 +111,7 @@ def convert(
         ValueError: a damaged file, unknown or missing tensors, shapes that contradict config.json, another model, or a
             model that `layout` cannot express.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(resolve_model(source)), Path(out)
     if layout not in get_args(Layout):
         raise ValueError(f"layout is {layout!r}; expected one of {', '.join(map(repr, get_args(Layout)))}.")
     if not source.is_dir():

@@ -1,9 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that comes with the package."""
+"""The model that comes with the package, and the name that stands for it."""
 
+import os
 from pathlib import Path
 
-__all__ = ["tiny_checkpoint"]
+__all__ = ["TINY", "resolve_model", "tiny_checkpoint"]
+
+TINY = "tiny"
+"""Name of the embedded model, wherever the package takes a directory or a hub repository."""
+
+
+def resolve_model(model: str | os.PathLike[str]) -> str:
+    """Return the directory or hub repository that a model's name means.
+
+    `TINY` means the embedded model, unless the current directory has a directory `tiny`: a local directory always
+    comes first, as in `from_pretrained`. Every other name is returned as it is. Every loader of the package calls this
+    before it looks at the disk or asks the hub.
+    """
+    name = os.fspath(model)
+    return str(tiny_checkpoint()) if name == TINY and not os.path.isdir(name) else name
 
 
 def tiny_checkpoint() -> Path:

@@ -4,11 +4,23 @@
 import re
 from collections.abc import Iterable
 
-__all__ = ["APPLES", "RESEARCH_ONLY", "stated_licence"]
+__all__ = ["APPLES", "RESEARCH_ONLY", "may_be_apples", "stated_licence"]
 
 APPLES = "apple-amlr"
 RESEARCH_ONLY = f"for research only, not for commercial use, and so is everything derived from them ({APPLES})"
 """What Apple's weights are."""
+
+_PUBLISHED_WIDTHS = [96, 192, 384, 768, 1536]
+
+
+def may_be_apples(licence: str | None, widths: Iterable[int]) -> bool:
+    """Return whether weights are Apple's, or could be: no licence is stated, and the encoder has the published widths.
+
+    Args:
+        licence: as `stated_licence` returns it.
+        widths: of the encoder's five stages, `hidden_sizes` of its configuration.
+    """
+    return licence == APPLES or (licence is None and list(widths) == _PUBLISHED_WIDTHS)
 
 
 def stated_licence(name: str, texts: Iterable[str], card: str | None) -> str | None:

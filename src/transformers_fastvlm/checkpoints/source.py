@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..configuration_fastvlm import FastVLMConfig, is_flat
 from .configs import config_from_native, native_vocabulary
+from .embedded import resolve_model
 from .files import StoredTensor, read_directory, read_json, read_tensors, same_values
 from .layouts import is_dropped, to_our_name
 from .native import EXTRA_FILE, from_native_name
@@ -67,7 +68,7 @@ def detect_layout(directory: str | os.PathLike[str]) -> Layout:
         FileNotFoundError: there is no config.json.
         ValueError: it is of another model.
     """
-    path = Path(directory) / "config.json"
+    path = Path(resolve_model(directory)) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} has no config.json; expected the directory of a FastVLM checkpoint.")
     config = read_json(path)

@@ -23,7 +23,7 @@ def bench(
         typer.Argument(
             metavar="[MODEL]...",
             help="0.5B, 1.5B or 7B by its shape with random weights, on which speed does not depend; or a checkpoint's "
-            "directory or name, or tiny, the small model of the package itself. Default: 0.5B.",
+            "directory or name, or tiny, the test model that ships with the package. Default: 0.5B.",
             show_default=False,
         ),
     ] = None,
@@ -87,8 +87,8 @@ def bench(
 
     place = _device(device)
     chosen = Options(
-        models=tuple(map(options.checkpoint_name, models or ("0.5B",))),
-        against=tuple(map(options.checkpoint_name, names)),
+        models=tuple(models or ("0.5B",)),
+        against=names,
         sizes=sizes,
         dtypes=_dtypes(dtype, place),
         batches=batches,

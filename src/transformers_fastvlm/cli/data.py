@@ -50,7 +50,9 @@ def check(
     name: Annotated[str | None, typer.Option(help="Configuration of a data set of Hugging Face.")] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Count tokens as this checkpoint does: a directory or a hub repository."),
+        typer.Option(
+            "--model", "-m", help="Count tokens as this checkpoint does: a directory, a hub repository or tiny."
+        ),
     ] = None,
     conversation: Annotated[
         ConversationName, typer.Option(help="How the rows will be learned; needs --model.")
@@ -117,10 +119,11 @@ def check(
 def _processor(model: str) -> Any:
     """Return the processor of a checkpoint."""
     from .. import FastVLMProcessor
+    from ..checkpoints.embedded import resolve_model
     from .sources import check_loadable, read_config
 
     check_loadable(model, read_config(model))
-    return FastVLMProcessor.from_pretrained(model)
+    return FastVLMProcessor.from_pretrained(resolve_model(model))
 
 
 def _summary(report: "Report", max_length: int | None) -> list[str]:

@@ -39,14 +39,14 @@ def demo(
 
     Example: fastvlm demo --model tiny
     """
-    from ..checkpoints import tiny_checkpoint
+    from ..checkpoints.embedded import resolve_model, tiny_checkpoint
     from ..serving.page import Page, check_gradio
     from .session import load
     from .sources import licence_notice, read_config
 
     check_gradio()
     session = load(model, device, dtype, size)
-    scenes = model == str(tiny_checkpoint())
+    scenes = resolve_model(model) == str(tiny_checkpoint())
     page = Page(
         session.model,
         session.processor,

@@ -57,6 +57,7 @@ def export(
 
     Example: fastvlm export onnx apple/FastVLM-0.5B fastvlm-onnx --precision q4f16
     """
+    from ..checkpoints.embedded import resolve_model
     from ..export import export as export_model
     from ..export.source import RESEARCH_ONLY, Source
     from .errors import UserError
@@ -71,8 +72,8 @@ def export(
         check_loadable(model, read_config(model))
         directory = local_files(model)
     else:
-        directory = Path(model)
-    name = None if directory == Path(model) else model
+        directory = Path(resolve_model(model))
+    name = None if directory == Path(resolve_model(model)) else model
     done = export_model(
         target,
         directory,

@@ -3,6 +3,9 @@
 
 import json
 import os
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -10,15 +13,19 @@ from typing import Any
 
 import typer
 
+from ..checkpoints.embedded import resolve_model
+from ..checkpoints.licences import APPLES, RESEARCH_ONLY, may_be_apples
 from . import options
 from .errors import UserError, reports_errors
-from .sources import RESEARCH_ONLY, check_loadable, licence_of, read_config
+from .sources import check_loadable, licence_of, read_config
 
 __all__ = ["info"]
 
 SIZES = (256, 512, 768, 1024, 1536, 2048)
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_LABELS = 18
+"""Columns of the labels."""
 _BUFFERS = (".running_mean", ".running_var", ".num_batches_tracked")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 # Our names begin so; the first that fits counts.
@@ -47,7 +54,11 @@ def info(
     Example: fastvlm info apple/FastVLM-0.5B --json
     """
     facts = _facts(model)
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else "\n".join(_lines(facts)))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    lines = list(_lines(facts))
+    typer.echo("\n".join(_wrapped(lines, shutil.get_terminal_size().columns) if sys.stdout.isatty() else lines))
 
 
 def _facts(model: str) -> dict[str, Any]:
@@ -63,7 +74,7 @@ def _facts(model: str) -> dict[str, Any]:
 
         check_loadable(model, raw)
         layout = "transformers" if raw["model_type"] == "fastvlm" else "apple"
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(resolve_model(model))
     tensors = _tensors(model, directory, native=layout == "native")
     tied = bool(config.tie_word_embeddings) or _HEAD not in tensors
     parameters = dict.fromkeys((part for part, _ in _PARTS), 0) | {"buffers": 0}
@@ -113,8 +124,9 @@ def _facts(model: str) -> dict[str, Any]:
 
 def _directory(model: str) -> Path:
     """Return where config.json lies; for a hub repository, in the cache."""
-    if os.path.isdir(model):
-        return Path(model)
+    source = resolve_model(model)
+    if os.path.isdir(source):
+        return Path(source)
     from transformers.utils import cached_file
 
     return Path(str(cached_file(model, "config.json"))).parent
@@ -129,7 +141,7 @@ def _tensors(model: str, directory: Path, native: bool) -> dict[str, tuple[str, 
     try:
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in read_directory(directory).items()}
     except FileNotFoundError:
-        if os.path.isdir(model):
+        if os.path.isdir(resolve_model(model)):
             raise
         found = _remote_tensors(model)
     rename = from_native_name if native else to_our_name
@@ -193,7 +205,7 @@ def _lines(facts: dict[str, Any]) -> Iterable[str]:
     """Yield the facts as lines of a label and a value."""
 
     def line(label: str, value: str) -> str:
-        return f"{label:<18}{value}"
+        return f"{label:<{_LABELS}}{value}"
 
     text, encoder, images, memory = (
         facts[name] for name in ("language_model", "encoder", "image_processing", "memory_bytes")
@@ -233,10 +245,24 @@ def _lines(facts: dict[str, Any]) -> Iterable[str]:
     )
     yield line("tokens a picture", ", ".join(f"{size}: {count}" for size, count in facts["tokens_per_image"].items()))
     yield line("<image>", str(facts["image_token_id"]))
-    if facts["licence"] == "apple-amlr":
-        yield line("licence", f"Apple's weights are {RESEARCH_ONLY}")
-    else:
-        yield line("licence", f"{facts['licence'] or 'not stated'}; Apple's weights are {RESEARCH_ONLY}")
+    licence = facts["licence"]
+    stated = [] if licence == APPLES else [licence or "not stated"]
+    if may_be_apples(licence, encoder["widths"]):
+        stated.append(f"Apple's weights are {RESEARCH_ONLY}")
+    yield line("licence", "; ".join(stated))
+
+
+def _wrapped(lines: Iterable[str], columns: int) -> list[str]:
+    """Return lines broken between words where they are wider than the terminal, values under values."""
+    wrapped: list[str] = []
+    for line in lines:
+        head, value = line[:_LABELS], line[_LABELS:]
+        if len(line) <= columns or columns < 2 * _LABELS:
+            wrapped.append(line)
+            continue
+        parts = textwrap.wrap(value, columns - _LABELS, break_long_words=False, break_on_hyphens=False)
+        wrapped += [(" " * _LABELS if number else head) + part for number, part in enumerate(parts)]
+    return wrapped
 
 
 def _spaced(numbers: Iterable[int]) -> str:

@@ -25,7 +25,9 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")],
     base: Annotated[
         str | None,
-        typer.Option(help="Directory or hub repository of the model that it was trained on; default: what it names."),
+        typer.Option(
+            help="Directory or hub repository of the model that it was trained on, or tiny; default: what it names."
+        ),
     ] = None,
     to: Annotated[
         LayoutName, typer.Option("--to", help="Layout of the result; see `fastvlm convert`.")

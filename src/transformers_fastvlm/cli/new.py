@@ -17,14 +17,19 @@ def new(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")],
     vision: Annotated[
         str,
-        typer.Option(help="Directory or hub repository with a FastViTHD, alone or in a FastVLM, merged or train-time."),
+        typer.Option(
+            help="Directory or hub repository with a FastViTHD, alone or in a FastVLM, merged or train-time; or tiny."
+        ),
     ],
     language_model: Annotated[
         str,
-        typer.Option(help="Directory or hub repository of a Qwen2, Qwen2.5, Qwen3 or Llama model, or of a FastVLM."),
+        typer.Option(
+            help="Directory or hub repository of a Qwen2, Qwen2.5, Qwen3 or Llama model, or of a FastVLM; or tiny."
+        ),
     ],
     tokenizer: Annotated[
-        str | None, typer.Option(help="Directory or hub repository of a tokenizer; default the language model's.")
+        str | None,
+        typer.Option(help="Directory or hub repository of a tokenizer, or tiny; default the language model's."),
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=64, help="Height and width of pictures in pixels, a multiple of 64.")

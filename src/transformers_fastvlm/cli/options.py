@@ -2,7 +2,6 @@
 """Arguments and options that several verbs have in common."""
 
 import enum
-import os
 from typing import Annotated
 
 import typer
@@ -28,7 +27,6 @@ __all__ = [
 ]
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
-TINY = "tiny"
 SIZE_STEP = 64
 
 
@@ -48,19 +46,12 @@ def _multiple_of_64(size: int | None) -> int | None:
     return size
 
 
-def checkpoint_name(name: str) -> str:
-    """Return what a checkpoint's name stands for: "tiny" is the model that comes with the package."""
-    if name != TINY or os.path.isdir(name):
-        return name
-    from ..checkpoints import tiny_checkpoint
-
-    return str(tiny_checkpoint())
-
-
-_NAMES = "Directory of a checkpoint, its name on the Hugging Face hub, or tiny, the small model of the package itself."
-Model = Annotated[str, typer.Option("--model", "-m", callback=checkpoint_name, help=_NAMES)]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", callback=checkpoint_name, help=_NAMES)]
-Source = Annotated[str, typer.Argument(metavar="SOURCE", callback=checkpoint_name, help=_NAMES)]
+NAMES = (
+    "Directory of a checkpoint, its name on the Hugging Face hub, or tiny, the test model that ships with the package."
+)
+Model = Annotated[str, typer.Option("--model", "-m", help=NAMES)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES)]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=NAMES)]
 Device = Annotated[str, typer.Option(help="auto (CUDA, else Apple's GPU, else the CPU), cpu, cuda, cuda:1, mps, …")]
 Dtype = Annotated[
     DtypeName, typer.Option(help="auto is the checkpoint's own, but float32 for a float16 checkpoint on a CPU.")

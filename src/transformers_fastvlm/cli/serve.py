@@ -17,15 +17,7 @@ _KEY = "FASTVLM_API_KEY"
 
 @reports_errors
 def serve(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Directory of a checkpoint, its name on the Hugging Face hub, or tiny, the small model of the package "
-            "itself.",
-        ),
-    ] = options.DEFAULT_MODEL,
+    model: options.Model = options.DEFAULT_MODEL,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine, with a key.")
     ] = "127.0.0.1",
@@ -108,7 +100,7 @@ def serve(
         do_exif_transpose=do_exif_transpose,
     )
     with listen(host, port) as bound:
-        session = load(options.checkpoint_name(model), device, dtype, size)
+        session = load(model, device, dtype, size)
         if settings.api_key is None and not ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
             notice(f"fastvlm: no key is set, so anyone who reaches this machine can use the model; set {_KEY}.")
 

@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.embedded import resolve_model
 from ..checkpoints.licences import APPLES, RESEARCH_ONLY, stated_licence
 from .errors import UserError
 
@@ -26,6 +27,7 @@ def read_config(model: str) -> dict[str, Any]:
     """
     from transformers import PreTrainedConfig
 
+    model = resolve_model(model)
     if os.path.isdir(model):
         if not os.path.isfile(os.path.join(model, "config.json")):
             raise UserError(f"{model!r} has no config.json; expected the directory of a FastVLM checkpoint.")
@@ -84,6 +86,7 @@ def local_files(source: str) -> Path:
         UserError: there is neither a directory nor a reachable repository of that name.
     """
     read_config(source)
+    source = resolve_model(source)
     if os.path.isdir(source):
         return Path(source)
     from huggingface_hub import snapshot_download
@@ -121,7 +124,7 @@ def _text(model: str, file: str) -> str | None:
 
     try:
         path = cached_file(
-            model,
+            resolve_model(model),
             file,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,

@@ -41,7 +41,8 @@ def load_engine(name: str, model: str, **options: Any) -> "Engine":
 
     Args:
         name: "transformers", "vllm" or "onnx".
-        model: directory or hub repository of a FastVLM checkpoint; for "onnx", what `fastvlm export onnx` wrote.
+        model: directory or hub repository of a FastVLM checkpoint, or "tiny"; for "onnx", what `fastvlm export onnx`
+            wrote.
         **options: of the engine, such as `dtype` and `device`; see `TransformersEngine`, `VllmEngine` and `OnnxEngine`.
 
     Raises:

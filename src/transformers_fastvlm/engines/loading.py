@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from ..checkpoints.embedded import resolve_model
 from ..tokens import IMAGE_TOKEN
 
 __all__ = ["DTYPES", "check_dtype", "find_device", "image_options", "load_model"]
@@ -68,7 +69,7 @@ def load_model(model: str, device: torch.device, dtype: str = "auto", size: int 
     """Return a `FastVLMForConditionalGeneration`, ready to answer, and its `FastVLMProcessor`.
 
     Args:
-        model: directory or hub repository.
+        model: directory or hub repository, or "tiny".
         device: where the model goes; see `find_device`.
         dtype: "auto" is the checkpoint's own, but float32 where that is float16 and the device a CPU; or one of the
             other `DTYPES`.
@@ -79,9 +80,10 @@ def load_model(model: str, device: torch.device, dtype: str = "auto", size: int 
         OSError: there is no such checkpoint, or its files are damaged.
     """
     check_dtype(dtype)
-    processor: Any = AutoProcessor.from_pretrained(model, **image_options(AutoConfig.from_pretrained(model), size))
+    source = resolve_model(model)
+    processor: Any = AutoProcessor.from_pretrained(source, **image_options(AutoConfig.from_pretrained(source), size))
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        model, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
+        source, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
     )
     if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16:
         loaded = loaded.float()

@@ -22,7 +22,7 @@ class TransformersEngine:
     may change places. An engine serves one thread at a time.
 
     Args:
-        model: directory or hub repository.
+        model: directory or hub repository, or "tiny".
         dtype: "auto" is the checkpoint's own, but float32 where that is float16 and the device a CPU; or "float32",
             "bfloat16", "float16".
         device: "auto" (CUDA, else Apple's GPU, else the CPU) or a device of torch, such as "cuda:1".

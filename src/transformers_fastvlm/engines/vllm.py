@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoProcessor
 
+from ..checkpoints.embedded import resolve_model
 from ..vllm_plugin import END_WITH_PARENT
 from .base import Answer, Conversation, Sampling
 from .loading import check_dtype, image_options
@@ -75,6 +76,7 @@ class VllmEngine:
         if cache_gib is not None and cache_gib <= 0:
             raise ValueError(f"cache_gib is {cache_gib}; expected a number of GiB above 0.")
         llm_class, on_cpu = _import_vllm()
+        model = resolve_model(model)
         config = AutoConfig.from_pretrained(model)
         if dtype == "auto":
             own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")

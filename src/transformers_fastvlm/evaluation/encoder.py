@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import FastViTHDModel, FastVLMImageProcessorPil
+from ..checkpoints.embedded import resolve_model
 from ..data.image_files import ImageFolder
 from .bootstrap import CONFIDENCE, RESAMPLES, interval, resampled_means
 from .classifiers import (
@@ -153,9 +154,10 @@ def load_encoder(
     A directory with an encoder alone need not have files for the processor: it then gets Apple's way, padding, at the
     size that the encoder's configuration names.
     """
-    encoder: Any = FastViTHDModel.from_pretrained(os.fspath(model), dtype=dtype)
+    source = resolve_model(model)
+    encoder: Any = FastViTHDModel.from_pretrained(source, dtype=dtype)
     encoder = encoder.to(device).eval().requires_grad_(False)
-    processor: Any = FastVLMImageProcessorPil.from_pretrained(os.fspath(model))
+    processor: Any = FastVLMImageProcessorPil.from_pretrained(source)
     if aspect is None:
         aspect = "pad" if processor.image_aspect_ratio == "anyres" else processor.image_aspect_ratio
     if size is None:

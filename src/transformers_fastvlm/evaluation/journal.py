@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.embedded import resolve_model
+
 __all__ = ["AnswerJournal", "Journalled", "answer_key", "model_identity"]
 
 _MODEL_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model", ".bin", ".onnx", ".onnx_data")
@@ -135,6 +137,7 @@ def model_identity(model: str) -> dict[str, str]:
     Raises:
         OSError: there is no such checkpoint, or a file cannot be read.
     """
+    model = resolve_model(model)
     if os.path.isdir(model):
         found = sorted(path for path in Path(model).rglob("*") if path.suffix in _MODEL_FILES and path.is_file())
         return {path.relative_to(model).as_posix(): _digest(path) for path in found}

@@ -61,7 +61,7 @@ def export(
 
     Args:
         target: a name in `TARGETS`.
-        model: directory of a checkpoint.
+        model: directory of a checkpoint, or "tiny".
         out: a directory that does not exist yet, or is empty.
         precision: one of the target's, or several where it takes several; by default its first.
         sizes: heights, equal to widths, of the pictures in pixels, for targets that fix them.
@@ -77,8 +77,7 @@ def export(
         ValueError: unknown target, precision or size, or a model that the target cannot express.
 
     Example:
-        >>> from transformers_fastvlm.checkpoints import tiny_checkpoint
-        >>> export("onnx", tiny_checkpoint(), "tiny-onnx", precision="q4f16")  # doctest: +SKIP
+        >>> export("onnx", "tiny", "tiny-onnx", precision="q4f16")  # doctest: +SKIP
     """
     row, precisions = _check(target, precision, sizes)
     if external_data is not None and target != "onnx":

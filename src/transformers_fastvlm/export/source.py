@@ -10,6 +10,7 @@ import torch
 
 from .. import FastVLMConfig, FastVLMForConditionalGeneration, FastVLMProcessor
 from ..checkpoints import Layout, detect_layout, licences, tiny_checkpoint
+from ..checkpoints.embedded import resolve_model
 
 __all__ = ["LICENCE_FILES", "RESEARCH_ONLY", "Source"]
 
@@ -21,7 +22,7 @@ class Source:
     """A checkpoint directory.
 
     Args:
-        directory: in Apple's layout or this package's.
+        directory: in Apple's layout or this package's; or "tiny".
         name: what the model is called in the card; by default the directory's name.
 
     Attributes:
@@ -33,7 +34,7 @@ class Source:
     """
 
     def __init__(self, directory: str | os.PathLike[str], name: str | None = None) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(resolve_model(directory))
         if not self.directory.is_dir():
             raise FileNotFoundError(f"{directory} is not a directory; expected one with a FastVLM checkpoint.")
         self.is_tiny = self.directory.resolve() == tiny_checkpoint().resolve()
@@ -78,10 +79,8 @@ class Source:
     @property
     def may_be_apples(self) -> bool:
         """Whether the weights are Apple's, or could be: the published encoder's shape and no licence stated."""
-        if self.licence is not None:
-            return self.licence == licences.APPLES
         vision: Any = self.config.vision_config
-        return list(vision.hidden_sizes) == [96, 192, 384, 768, 1536]
+        return licences.may_be_apples(self.licence, vision.hidden_sizes)
 
     def licence_files(self) -> list[Path]:
         """Return the checkpoint's licence and notice files."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import FastVLMConfig, FastVLMForConditionalGeneration, FastVLMProcessor
+from ..checkpoints.embedded import resolve_model
 from .models import new_model, torch_dtype
 from .questions import AskedCaptions, StreamedAskedCaptions, load_questions
 from .recipes import DataSection, Recipe
@@ -37,7 +38,8 @@ def load_model(recipe: Recipe) -> tuple[FastVLMForConditionalGeneration, FastVLM
             "model.path is not set: name the directory or hub repository of the model to train, as in "
             "model.path=apple/FastVLM-0.5B. `fastvlm new` makes one from an encoder and a language model."
         )
-    config = FastVLMConfig.from_pretrained(section.path)
+    source = resolve_model(section.path)
+    config = FastVLMConfig.from_pretrained(source)
     options: dict[str, Any] = {}
     if section.image_size is not None:
         config.vision_config.image_size = section.image_size
@@ -51,8 +53,8 @@ def load_model(recipe: Recipe) -> tuple[FastVLMForConditionalGeneration, FastVLM
         on_device = torch.accelerator.is_available() and not recipe.arguments.get("use_cpu")
         device: int | str = int(os.environ.get("LOCAL_RANK", "0")) if on_device else "cpu"
         quantized = {"quantization_config": settings, "device_map": {"": device}}
-    model = FastVLMForConditionalGeneration.from_pretrained(section.path, config=config, dtype=dtype, **quantized)
-    processor = FastVLMProcessor.from_pretrained(section.path, **options)
+    model = FastVLMForConditionalGeneration.from_pretrained(source, config=config, dtype=dtype, **quantized)
+    processor = FastVLMProcessor.from_pretrained(source, **options)
     return model, processor
 
 

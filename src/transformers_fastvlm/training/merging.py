@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from .. import FastVLMForConditionalGeneration, FastVLMProcessor
 from ..checkpoints import Conversion, Layout, convert
+from ..checkpoints.embedded import resolve_model
 from ..checkpoints.files import read_json
 from ..checkpoints.layouts import to_our_name
 from ..checkpoints.projector import _load as load_tensors
@@ -47,8 +48,8 @@ def merge_adapter(
     Args:
         adapter: directory of an adapter, of peft or of LLaVA code; or a hub repository with one of peft.
         out: a directory that does not exist yet, or is empty. It appears when it is complete.
-        base: directory or hub repository of the model that the adapter was trained on; by default what the adapter's
-            configuration names. An adapter that was trained on four bits is merged into the full weights.
+        base: directory or hub repository of the model that the adapter was trained on, or "tiny"; by default what the
+            adapter's configuration names. An adapter that was trained on four bits is merged into the full weights.
         layout: "apple", "transformers" or "native", as for `checkpoints.convert`.
         dtype: type of the weights; by default the base's.
 
@@ -218,10 +219,11 @@ def _find(adapter: Source) -> tuple[Path, dict[str, Any]]:
 def _base(adapter: Path, config: dict[str, Any], base: Source | None) -> tuple[Source, str | None]:
     """Return the base model and, of one on the hub, its revision."""
     if base is not None:
-        return base, None
+        return resolve_model(base), None
     named = config.get("base_model_name_or_path")
     if not named:
         raise ValueError(f"{adapter / CONFIG_FILE} does not name the base model; say which it is (base).")
+    named = resolve_model(named)
     return named, None if os.path.isdir(named) else config.get("revision")
 
 

@@ -30,6 +30,7 @@ from .. import (
     FastVLMProcessor,
 )
 from ..checkpoints.directories import new_directory
+from ..checkpoints.embedded import resolve_model
 from ..processing_fastvlm import chat_template_for
 from ..tokens import IMAGE_TOKEN
 
@@ -87,8 +88,8 @@ def new_model(
         >>> save_model(model, processor, "fastvlm-qwen3")  # doctest: +SKIP
     """
     dtype = torch_dtype(dtype)
-    if tokenizer is None:
-        tokenizer = _default_tokenizer(language_model)
+    vision, language_model = _named(vision), _named(language_model)
+    tokenizer = _default_tokenizer(language_model) if tokenizer is None else _named(tokenizer)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         # A bare configuration keeps AutoTokenizer from reading config.json, which may be of any kind of model.
         tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer), config=PreTrainedConfig())
@@ -152,6 +153,11 @@ def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; expected a floating-point type, such as 'float32' or 'bfloat16'.")
     return found
+
+
+def _named(source: Any) -> Any:
+    """Return a source with its name resolved, where it is a name."""
+    return resolve_model(source) if isinstance(source, str | os.PathLike) else source
 
 
 def _default_tokenizer(language_model: Any) -> Source:

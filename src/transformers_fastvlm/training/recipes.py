@@ -44,7 +44,7 @@ class ModelSection:
     """What is trained: exactly one of `path` and `new`.
 
     Attributes:
-        path: directory or hub repository of a FastVLM.
+        path: directory or hub repository of a FastVLM, or "tiny".
         new: arguments of `new_model`: `vision`, `language_model`, `tokenizer` and so on.
         dtype: type of the weights while training; "float32" wherever memory allows.
         image_size: height and width in pixels, a multiple of 64; None for the model's own.

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...checkpoints.embedded import resolve_model
 from ...engines.base import Answer, Conversation, Engine, Sampling
 from .journal import Journal
 from .outputs import require_format, write_rows, write_subtitles
@@ -169,6 +170,7 @@ def _identity(found: Inputs, options: BatchOptions, about: dict[str, Any]) -> di
 
 def _model_files(model: str) -> dict[str, str]:
     """Return digests of a checkpoint's files, or the commit of one on the hub."""
+    model = resolve_model(model)
     if os.path.isdir(model):
         files = sorted(path for path in Path(model).iterdir() if path.suffix in _MODEL_FILES and path.is_file())
         return {path.name: fingerprint(path) for path in files}
