@@ -123,7 +123,7 @@ class Preparation:
         if size > _MAX_TEXT_BYTES:
             raise ApiError(
                 400,
-                f"The messages have {size} bytes of text; this server takes {_MAX_TEXT_BYTES}. Shorten the conversation.",
+                f"The messages have {size} bytes of text; this server takes {_MAX_TEXT_BYTES}. Shorten them.",
                 param="messages",
                 code="context_length_exceeded",
             )
