@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from .connections import CLIENT_LEFT, Gone, check_key, read_body, record_of, send_error, sender, with_log
+from .connections import CLIENT_LEFT, Bodies, Gone, check_key, read_body, record_of, send_error, sender, with_log
 from .errors import ApiError
 from .fetching import Fetcher
 from .generation import Job, Worker
@@ -21,6 +21,7 @@ from .settings import Settings
 __all__ = ["Service", "create_app"]
 
 _MAX_RETRY_SECONDS = 60
+_BODIES_HELD = 8  # of the largest size, while they are being read
 
 
 class Service:
@@ -33,6 +34,7 @@ class Service:
         fetcher: where pictures with an address come from; by default allowed hosts of the public internet.
 
     Attributes:
+        bodies: those that are being read, for requests that were not taken on yet.
         active: requests that were taken on and are not over.
         draining: whether new ones are refused, since the server is about to end.
         abort: closes a client's connection at once, by its scope.
@@ -43,6 +45,7 @@ class Service:
         self.fetcher = fetcher or Fetcher(settings.image_hosts, settings.fetch_timeout)
         self.preparation = Preparation(processor, settings, self.fetcher)
         self.worker = Worker(model, processor, settings.batch_size)
+        self.bodies = Bodies(settings.max_requests, _BODIES_HELD * settings.max_body_bytes)
         self.active, self.draining = 0, False
         self.created = int(time.time())
         self.abort: Callable[[Any], None] = lambda scope: None
@@ -67,10 +70,12 @@ class Service:
         """
         check_key(headers, self.settings.api_key)
         record = record_of(scope)
-        self._take_on()
-        record.at_end = self._let_go
+        self._check_room()  # a body that would be refused is not read
         limit, timeout = self.settings.max_body_bytes, self.settings.client_timeout
-        body = await read_body(scope, headers, receive, limit, timeout)
+        body = await read_body(scope, headers, receive, limit, timeout, self.bodies)
+        self._check_room()
+        self.active += 1
+        record.at_end = self._let_go
         chat: ChatRequest = await self.preparation.parse(_parse, body, self.settings)
         del body
         inputs, max_tokens = await self.preparation.inputs(chat)
@@ -102,8 +107,8 @@ class Service:
             made = sum(row.tokens for row in job.answers)
             record.detail = f"images={images} prompt={job.prompt_tokens} answer={made} queued={job.waited:.3f}s"
 
-    def _take_on(self) -> None:
-        """Count a request, or refuse it: so memory is bounded, whatever clients send."""
+    def _check_room(self) -> None:
+        """Refuse a request where there is no room for it: so memory is bounded, whatever clients send."""
         if self.draining:
             raise ApiError(503, "The server is about to end; ask another one, or later.", code="shutting_down")
         if self.active >= self.settings.max_requests:
@@ -115,7 +120,6 @@ class Service:
                 code="queue_full",
                 headers={"retry-after": str(seconds)},
             )
-        self.active += 1
 
     def _let_go(self) -> None:
         self.active -= 1

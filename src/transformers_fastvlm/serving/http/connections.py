@@ -7,7 +7,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from .errors import ApiError
 
 __all__ = [
     "CLIENT_LEFT",
+    "Bodies",
     "Gone",
     "Receive",
     "Record",
@@ -37,6 +38,8 @@ CLIENT_LEFT = 499
 
 _RECORD = "fastvlm.record"
 _LINGER_SECONDS = 2.0
+_WINDOW_SECONDS = 5.0
+_LEAST_RATE = 1000  # bytes a second, over each window
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +56,14 @@ class Record:
         status: of the response, or CLIENT_LEFT.
         detail: further words, never of the request's content.
         body_read: whether all of the body was read.
+        is_event_stream: whether the response is one, which has begun.
         at_end: called once when the request is over.
     """
 
     status: int = CLIENT_LEFT
     detail: str = ""
     body_read: bool = False
+    is_event_stream: bool = False
     at_end: Callable[[], None] | None = None
 
 
@@ -80,10 +85,16 @@ def with_log(application: Any) -> Any:
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
+                kinds = [value for name, value in message["headers"] if name == b"content-type"]
+                record.is_event_stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
             await send(message)
 
         try:
-            await application(scope, receive, noting)
+            if (error := _framing_error(scope)) is None:
+                await application(scope, receive, noting)
+            else:
+                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+                await send_error(scope, headers, receive, noting, error)
         finally:
             if record.at_end is not None:
                 record.at_end()
@@ -94,6 +105,20 @@ def with_log(application: Any) -> Any:
             logger.info("%s %s %s %d %.3fs%s", client[0], scope["method"], path, record.status, seconds, detail)
 
     return logged
+
+
+def _framing_error(scope: Message) -> ApiError | None:
+    """Return the error for a request whose end two programs can see at two places (RFC 9112, 6.1 and 6.3)."""
+    names = {name for name, _ in scope["headers"]}
+    if b"transfer-encoding" not in names:
+        return None
+    if b"content-length" in names:
+        message = "The request has Content-Length and Transfer-Encoding; expected one of them."
+    elif scope["http_version"] == "1.0":
+        message = "The request has Transfer-Encoding, which HTTP/1.0 does not know; send Content-Length."
+    else:
+        return None
+    return ApiError(400, message, code="invalid_framing", headers={"connection": "close"})
 
 
 def check_key(headers: Any, key: str | None) -> None:
@@ -110,12 +135,80 @@ def check_key(headers: Any, key: str | None) -> None:
         )
 
 
-async def read_body(scope: Message, headers: Any, receive: Receive, limit: int, timeout: float) -> bytes:
+@dataclass(eq=False)
+class _Reading:
+    """A body that is being read; `timer` is that of the wait for its next piece."""
+
+    start: float
+    size: int = 0
+    timer: asyncio.Timeout | None = None
+    ended: bool = False
+
+    def rate(self, now: float) -> float:
+        return self.size / (now - self.start)
+
+
+class Bodies:
+    """Bodies that are being read; those that came whole with their request's head are none of them.
+
+    Where they are too many, or hold too many bytes, the slowest of those that had some seconds is ended for the others.
+
+    Args:
+        count: most of them.
+        size: most bytes that they hold together.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.size = count, size
+        self._all: set[_Reading] = set()
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[_Reading]:
+        """Count a body until the end of the block.
+
+        Raises:
+            ApiError: 429, there are too many.
+        """
+        if len(self._all) >= self.count:
+            self._end_slowest()
+        reading = _Reading(asyncio.get_running_loop().time())
+        self._all.add(reading)
+        try:
+            yield reading
+        finally:
+            self._all.discard(reading)
+
+    def grow(self, reading: _Reading, count: int) -> None:
+        """Count bytes of a body.
+
+        Raises:
+            ApiError: 429, all bodies together hold too many.
+        """
+        reading.size += count
+        if sum(one.size for one in self._all) > self.size:
+            self._end_slowest(reading)
+
+    def _end_slowest(self, but: _Reading | None = None) -> None:
+        now = asyncio.get_running_loop().time()
+        old = [one for one in self._all if now - one.start >= _WINDOW_SECONDS and one is not but]
+        if not old:
+            message = "The server is reading as many requests as it can. Try again in 5 seconds."
+            raise ApiError(429, message, code="queue_full", headers={"retry-after": "5"})
+        slowest = min(old, key=lambda one: one.rate(now))
+        slowest.ended = True
+        self._all.discard(slowest)
+        if slowest.timer is not None:
+            slowest.timer.reschedule(now)
+
+
+async def read_body(
+    scope: Message, headers: Any, receive: Receive, limit: int, timeout: float, bodies: Bodies
+) -> bytes:
     """Return a request's body.
 
     Raises:
         ApiError: 415 for another type than JSON; 413 for more than `limit` bytes, as soon as that is known; 408 where
-            it does not come in time.
+            it does not come in time, or too slowly; 429 where too many bodies are being read.
         Gone: the client left.
     """
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -132,20 +225,47 @@ async def read_body(scope: Message, headers: Any, receive: Receive, limit: int, 
     if length.isascii() and length.isdigit() and int(length[:20]) > limit:
         raise too_large
     body = bytearray()
-    try:
-        async with asyncio.timeout(timeout):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise Gone
-                body += message.get("body", b"")
-                if len(body) > limit:
-                    raise too_large
-                if not message.get("more_body"):
-                    record_of(scope).body_read = True
-                    return bytes(body)
-    except TimeoutError as error:
-        raise ApiError(408, f"The body did not arrive within {timeout:g} seconds.", code="request_timeout") from error
+
+    def take(message: Message) -> bool:
+        """Take a piece; return whether it was the last one."""
+        nonlocal body
+        if message["type"] == "http.disconnect":
+            raise Gone
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise too_large
+        record_of(scope).body_read = not message.get("more_body")
+        return record_of(scope).body_read
+
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0):  # what is there already
+            if take(await receive()):
+                return bytes(body)
+    with bodies.one() as reading:
+        bodies.grow(reading, len(body))
+        now = reading.start
+        end, window, held = now + timeout, now + _WINDOW_SECONDS, len(body)
+        while True:
+            if reading.ended:
+                raise _too_slow("The body came more slowly than those of others, which need its place.")
+            if now >= end:
+                raise _too_slow(f"The body did not arrive within {timeout:g} seconds.")
+            if now >= window:
+                if len(body) - held < _LEAST_RATE * _WINDOW_SECONDS:
+                    raise _too_slow(f"The body came more slowly than {_LEAST_RATE} bytes a second.")
+                window, held = now + _WINDOW_SECONDS, len(body)
+            before = len(body)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(min(end, window)) as reading.timer:
+                    message = await receive()
+                    if take(message):
+                        return bytes(body)
+            bodies.grow(reading, len(body) - before)
+            now = asyncio.get_running_loop().time()
+
+
+def _too_slow(message: str) -> ApiError:
+    return ApiError(408, message, code="request_timeout")
 
 
 async def until_gone(receive: Receive) -> None:

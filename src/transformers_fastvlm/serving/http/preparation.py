@@ -19,6 +19,7 @@ __all__ = ["Preparation"]
 _FETCHING = 16
 _DECODING = 2
 _BYTES_OF_A_TOKEN = 16
+_MAX_TEXT_BYTES = 2**20  # of a request's texts together, where the model has no context that would bound them
 
 
 class Preparation:
@@ -114,6 +115,13 @@ class Preparation:
         size = sum(len(text.encode("utf-8")) for text in texts)
         if self.max_prompt is not None and size > self.max_prompt * _BYTES_OF_A_TOKEN:
             raise self._too_long(f"The messages have {size} bytes of text")
+        if size > _MAX_TEXT_BYTES:
+            raise ApiError(
+                400,
+                f"The messages have {size} bytes of text; this server takes {_MAX_TEXT_BYTES}. Shorten them.",
+                param="messages",
+                code="context_length_exceeded",
+            )
         if compat.SANITIZES_CONTROL_TOKENS:
             return
         tokenizer = self._processor.tokenizer

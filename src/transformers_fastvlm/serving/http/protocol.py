@@ -6,7 +6,9 @@ not given.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,19 @@ from .errors import ApiError
 from .settings import Settings
 
 __all__ = ["ChatRequest", "Picture", "chunk", "completion", "parse_chat", "parse_json", "usage"]
+
+MAX_MARKS = 20_000
+"""Most of the characters `[`, `{`, `,` and `:` in a body. Each value of JSON costs one; base64 has none of them."""
+
+MAX_DEPTH = 32
+"""Deepest nesting of lists and objects in a body; a request needs six."""
+
+MAX_DIGITS = 100
+"""Longest number in a body, in characters."""
+
+MAX_MESSAGES = 1000
+MAX_PARTS = 1000
+"""Most parts of all messages of a request together."""
 
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256
@@ -78,21 +93,80 @@ class ChatRequest:
 def parse_json(body: bytes) -> Any:
     """Return what a body says.
 
+    Python's parser holds the interpreter for all of a body, so what would take it long is refused before.
+
     Raises:
-        ApiError: 400, it is not JSON, or not a form of it that is taken here.
+        ApiError: 413, more values than a request needs; 400, it is not JSON, or not a form of it that is taken here.
     """
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not a number in JSON")
-
+    marks = sum(body.count(mark) for mark in (b"[", b"{", b",", b":"))
+    if marks > MAX_MARKS:
+        raise ApiError(
+            413,
+            f"The body has {marks} of the characters [ {{ , and : together; this server takes {MAX_MARKS}. "
+            "Send fewer messages, parts and fields.",
+            code="request_too_large",
+        )
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=refuse)
+        # A mark of the byte order, which some editors write, is no part of the text.
+        found = json.loads(
+            body.decode("utf-8-sig"),
+            object_pairs_hook=_object,
+            parse_int=_number_of(int),
+            parse_float=_number_of(float),
+            parse_constant=_no_number,
+        )
     except UnicodeDecodeError as error:
         raise ApiError(400, "The body is not UTF-8; expected JSON in UTF-8.", code="invalid_json") from error
     except RecursionError as error:
-        raise ApiError(400, "The body's JSON is nested too deeply.", code="invalid_json") from error
-    except ValueError as error:
+        raise _too_deep() from error
+    except json.JSONDecodeError as error:
         raise ApiError(400, f"The body is not JSON: {error}.", code="invalid_json") from error
+    except ValueError as error:
+        raise ApiError(400, f"The body is not a request: {error}", code="invalid_json") from error
+    if _depth(found) > MAX_DEPTH:
+        raise _too_deep()
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {_shown(twice)} is there twice in one object; give it once.")
+    return found
+
+
+def _number_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return what reads a number of a kind."""
+
+    def read(text: str) -> Any:
+        if len(text) > MAX_DIGITS:
+            message = f"it has a number of {len(text)} characters; this server takes numbers of up to {MAX_DIGITS}."
+            raise ValueError(message)
+        number = kind(text)
+        if not math.isfinite(number):
+            raise ValueError(f"{text} is too large for a number; expected one below 1.8e308.")
+        return number
+
+    return read
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON.")
+
+
+def _depth(value: Any) -> int:
+    """Return how deep lists and objects are nested in a value; 0 for one that is neither."""
+    depth, level = 0, [value]
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return depth
+
+
+def _too_deep() -> ApiError:
+    message = f"The body's JSON is nested too deeply; this server takes {MAX_DEPTH} levels of lists and objects."
+    return ApiError(400, message, code="invalid_json")
 
 
 def parse_chat(body: Any, settings: Settings) -> ChatRequest:
@@ -221,6 +295,12 @@ def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:
 def _messages(messages: list[Any] | None, settings: Settings) -> tuple[list[dict[str, Any]], tuple[Picture, ...]]:
     if not messages:
         raise _missing("messages")
+    if len(messages) > MAX_MESSAGES:
+        raise _too_many(len(messages), "messages", MAX_MESSAGES)
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = sum(len(content) for content in contents if isinstance(content, list))
+    if parts > MAX_PARTS:
+        raise _too_many(parts, "parts", MAX_PARTS)
     pictures: list[Picture] = []
     checked = [_message(message, f"messages[{index}]", pictures) for index, message in enumerate(messages)]
     if checked[-1]["role"] != "user":
@@ -234,6 +314,11 @@ def _messages(messages: list[Any] | None, settings: Settings) -> tuple[list[dict
             code="too_many_images",
         )
     return checked, tuple(pictures)
+
+
+def _too_many(number: int, what: str, limit: int) -> ApiError:
+    message = f"The request has {number} {what}; this server takes {limit}. Join or leave out some of them."
+    return ApiError(400, message, param="messages", code=f"too_many_{what}")
 
 
 def _message(message: Any, where: str, pictures: list[Picture]) -> dict[str, Any]:
@@ -299,7 +384,15 @@ def _encodes(text: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    """Return the beginning of a value as it may stand in a message, whatever its size."""
+    if isinstance(value, str):
+        text = repr(value[:80])
+    else:
+        text = ""
+        for piece in json.JSONEncoder(default=str).iterencode(value):
+            text += piece[:81]
+            if len(text) > 80:
+                break
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -19,6 +20,9 @@ from .settings import Settings
 __all__ = ["listen", "serve", "server_of"]
 
 _LAST_BYTES_SECONDS = 5.0
+_CONNECTIONS = 200
+_BACKLOG = 128
+_TICKS_BETWEEN_LOOKS = 2  # a tick is a tenth of a second
 _LOGGERS = ("transformers_fastvlm.serving.http", "uvicorn.error")
 
 
@@ -79,10 +83,13 @@ def server_of(service: Service, bound: socket.socket, ready: Callable[[str], Non
     _check_installed()
     import uvicorn
 
+    from .transport import Connection, close_overdue, on_loop_error
+
     class Server(uvicorn.Server):
         """Goes on listening while it finishes what it has, to tell others so."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().set_exception_handler(on_loop_error(self.server_state.connections))
             await super().startup(sockets)
             if self.started:
                 host, port = bound.getsockname()[:2]
@@ -95,6 +102,9 @@ def server_of(service: Service, bound: socket.socket, ready: Callable[[str], Non
 
         async def on_tick(self, counter: int) -> bool:
             await super().on_tick(counter)
+            if counter % _TICKS_BETWEEN_LOOKS == 0:
+                now = asyncio.get_running_loop().time()
+                close_overdue(self.server_state.connections, now, service.settings.client_timeout)
             return service.draining and service.active == 0
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -115,8 +125,9 @@ def server_of(service: Service, bound: socket.socket, ready: Callable[[str], Non
 
     config = uvicorn.Config(
         create_app(service),
-        http="h11",
+        http=functools.partial(Connection, most=max(_CONNECTIONS, 3 * service.settings.max_requests)),
         loop="asyncio",
+        backlog=_BACKLOG,
         ws="none",
         lifespan="on",
         log_config=None,

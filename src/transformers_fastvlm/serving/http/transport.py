@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections of uvicorn that end where a client sends no request, takes no answer, or has left.
+
+uvicorn has a limit of time between requests alone: a connection that never sends a whole head would stay for ever.
+"""
+
+import asyncio
+import errno
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .connections import record_of
+
+__all__ = ["Connection", "close_overdue", "on_loop_error"]
+
+_PROBES = (0.05, 0.2)
+_PROBE_SECONDS = 1.0
+_FULL_TABLE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_FREED_AT_ONCE = 8
+_SECONDS_BETWEEN_WARNINGS = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+class Connection(H11Protocol):
+    """A client's connection.
+
+    Args:
+        most: connections of all clients. One more ends that which has waited longest for a request.
+    """
+
+    def __init__(self, *args: Any, most: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._most = most
+        self._since = self._stalled_since = 0.0
+        self._is_stalled = False
+
+    def waits_since(self) -> float | None:
+        """Return when it began to wait for the head of a request; None while a request is answered."""
+        return self._since if self.cycle is None or self.cycle.response_complete else None
+
+    def stalled_since(self) -> float | None:
+        """Return when its client stopped to take what is sent; None while it takes it."""
+        return self._stalled_since if self._is_stalled else None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._since = self.loop.time()
+        if len(self.connections) > self._most:
+            others = self.connections - {self}
+            _end([_oldest_waiting(others) or _oldest_stalled(others) or self])
+
+    def on_response_complete(self) -> None:
+        self._since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        self._is_stalled, self._stalled_since = True, self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._is_stalled = False
+        super().resume_writing()
+
+    def eof_received(self) -> bool | None:
+        """Go on where the client sent its request and then the end of what it sends: it may still read.
+
+        A client that has left looks the same until something is sent to it. HTTP/1.0 knows nothing that could be sent
+        before the answer, so there it has left.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body or self.scope["http_version"] == "1.0":
+            return None
+        cycle.keep_alive = False
+        self._probe(0)
+        return True
+
+    def _probe(self, count: int) -> None:
+        """Send what clients pass over; a connection that nobody has any more answers with a reset."""
+        cycle = self.cycle
+        if self.transport.is_closing() or cycle.response_complete:
+            return
+        if not self._is_stalled:
+            if not cycle.response_started:
+                nothing: Any = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+                self.transport.write(self.conn.send(nothing))
+            elif record_of(self.scope).is_event_stream:
+                self.transport.write(self.conn.send(h11.Data(data=b":\n\n")))
+        delay = _PROBES[count] if count < len(_PROBES) else _PROBE_SECONDS
+        self.loop.call_later(delay, self._probe, count + 1)
+
+
+def close_overdue(connections: Iterable[Connection], now: float, patience: float) -> None:
+    """End the connections that have waited longer than `patience` seconds for a request, or to be read."""
+    for one in list(connections):
+        waits, stalled = one.waits_since(), one.stalled_since()
+        if any(since is not None and now - since > patience for since in (waits, stalled)):
+            _end([one])
+
+
+def on_loop_error(connections: set[Connection]) -> Any:
+    """Return a handler of the event loop's errors.
+
+    Where no connection can be accepted since the table of files is full, asyncio calls it up to once for each that
+    waits, every second. So it says that once a minute, and frees the oldest that wait for a request.
+    """
+    said = freed = float("-inf")
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal said, freed
+        error, now = context.get("exception"), loop.time()
+        if not (isinstance(error, OSError) and error.errno in _FULL_TABLE and "accept" in context.get("message", "")):
+            loop.default_exception_handler(context)
+            return
+        if now - freed > 0.5:
+            freed = now
+            waiting = [one for one in connections if one.waits_since() is not None]
+            _end(sorted(waiting, key=lambda one: one.waits_since() or 0.0)[:_FREED_AT_ONCE])
+        if now - said > _SECONDS_BETWEEN_WARNINGS:
+            said = now
+            logger.warning("no further connection can be accepted: %s (ulimit -n)", error.strerror)
+
+    return handle
+
+
+def _oldest_waiting(connections: Iterable[Connection]) -> Connection | None:
+    waiting = [one for one in connections if one.waits_since() is not None]
+    return min(waiting, key=lambda one: one.waits_since() or 0.0, default=None)
+
+
+def _oldest_stalled(connections: Iterable[Connection]) -> Connection | None:
+    stalled = [one for one in connections if one.stalled_since() is not None]
+    return min(stalled, key=lambda one: one.stalled_since() or 0.0, default=None)
+
+
+def _end(connections: Iterable[Connection]) -> None:
+    for one in connections:
+        one.connections.discard(one)  # now: its own end comes a turn of the loop later
+        one.transport.abort()
