@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .._image_inputs import check_dimensions, load_pixels, pil_to_rgb
 from .errors import ImageError, SampleError
+from .folders import is_within
 
 __all__ = ["ImageFolder"]
 
@@ -114,10 +115,10 @@ class ImageFolder:
         if not name or "\0" in name:
             raise SampleError(f"the image path {name[:80]!r} is {'empty' if not name else 'not valid'}.")
         path = os.path.normpath(os.path.join(self.folder, name))
-        inside = _is_within(path, str(self.folder))
+        inside = is_within(path, str(self.folder))
         if inside and not self.follow_symlinks:
             real = os.path.realpath(path)
-            if not _is_within(real, self._real):
+            if not is_within(real, self._real):
                 raise SampleError(
                     f"the image {name!r} leaves the image folder {str(self.folder)!r} by a symbolic link, to {real!r}. "
                     "Name a folder that holds both, or allow it with follow_symlinks=True if you made the link."
@@ -128,10 +129,6 @@ class ImageFolder:
                 "in it; put the image there, or name a folder further up."
             )
         return path
-
-
-def _is_within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def _checked(image: Image.Image, what: str) -> Image.Image:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..conversations import image_sources, plain_message
 from ..tokens import IMAGE_TOKEN
+from .errors import shortened
 
 __all__ = ["check_messages", "messages_and_sources"]
 
@@ -32,19 +33,21 @@ def messages_and_sources(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], 
         raise ValueError(f"expected 'messages' or LLaVA's 'conversations', but the row has {found}.")
     turns, (role_key, content_key) = row[given[0]], _KEYS[given[0]]
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise ValueError(f"{given[0]!r} is {_shown(turns)}; expected a list of at least one question and its answer.")
+        raise ValueError(
+            f"{given[0]!r} is {shortened(turns)}; expected a list of at least one question and its answer."
+        )
     messages: list[dict[str, str]] = []
     sources: list[Any] = []
     for index, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or not {role_key, content_key} <= turn.keys():
             raise ValueError(
-                f"turn {index} of {given[0]!r} is {_shown(turn)}; expected an object with {role_key!r} and "
+                f"turn {index} of {given[0]!r} is {shortened(turn)}; expected an object with {role_key!r} and "
                 f"{content_key!r}."
             )
         role, content = turn[role_key], turn[content_key]
         if role not in _ROLES:
             raise ValueError(
-                f"turn {index} has the unknown role {_shown(role)}; expected "
+                f"turn {index} has the unknown role {shortened(role)}; expected "
                 + ("'human', 'gpt' or 'system'." if role_key == "from" else "'user', 'assistant' or 'system'.")
             )
         if isinstance(content, list | tuple):
@@ -53,7 +56,9 @@ def messages_and_sources(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], 
             sources += image_sources(plain)
             content = _joined(plain["content"])
         if not isinstance(content, str):
-            raise ValueError(f"turn {index} has the content {_shown(content)}; expected a string or a list of parts.")
+            raise ValueError(
+                f"turn {index} has the content {shortened(content)}; expected a string or a list of parts."
+            )
         messages.append({"role": _ROLES[role], "content": content})
     return messages, sources
 
@@ -155,15 +160,10 @@ def _joined(parts: Sequence[Mapping[str, Any]]) -> str:
             continue
         more = part["text"]
         if not isinstance(more, str):
-            raise ValueError(f"a part of type text has the text {_shown(more)}; expected a string.")
+            raise ValueError(f"a part of type text has the text {shortened(more)}; expected a string.")
         if after_image and more and not more.startswith("\n"):
             text += "\n"
             words += "\n" if words and not words.endswith("\n") else ""
         if more:
             text, words, after_image = text + more, words + more, False
     return f"{IMAGE_TOKEN}\n{words.strip()}".strip() if images == 1 else text
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -19,6 +19,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .errors import ImageError, Place, SampleError
+from .folders import folder_rows, parquet_rows
 from .image_files import ImageFolder
 from .json_rows import JsonRows
 from .messages import check_messages, messages_and_sources
@@ -175,11 +176,13 @@ def load(
     Rows have LLaVA's `conversations` and `image` (a path, a list of them, or none), or `messages` and `images`.
 
     Args:
-        source: a .json or .jsonl file; a `datasets.Dataset` or `IterableDataset`, its name on the hub, or a directory
-            that `save_to_disk` wrote; a list of rows; or a list of sources, which are put together: each of them one
-            of the above (but not rows), or a dictionary of `source` and of arguments of this function.
-        image_folder: where paths in rows begin, and which they never leave. For a JSON file its own folder by default.
-        split, name: of a data set on the hub; "train" and its only configuration by default.
+        source: a .json, .jsonl or .parquet file; a folder with such files, or what `save_to_disk` wrote (see
+            `folders.folder_rows`); a `datasets.Dataset` or `IterableDataset`, or its name on the hub; a list of rows;
+            or a list of sources, which are put together: each of them one of the above (but not rows), or a
+            dictionary of `source` and of arguments of this function.
+        image_folder: where paths in rows begin, and which they never leave. For a file its own folder by default, for
+            a folder that.
+        split, name: of a data set on the hub (a folder has splits too); "train" and its only configuration by default.
         on_bad_image: "error" raises when a row with an image that is missing or cannot be decoded is read. "skip"
             decodes every image once now, leaves such rows out for good, and lists them in `skipped`; nothing takes
             their place. All other errors, and images that become unreadable later, raise in any case.
@@ -188,7 +191,7 @@ def load(
             wrote.
         limit: only this many rows, the first ones, after what is excluded.
         repeat: each row this many times.
-        follow_symlinks: allow links in the image folder that lead out of it.
+        follow_symlinks: allow links in the image folder, or in a data set folder, that lead out of it.
         num_workers: processes that decode images for "skip".
 
     Returns:
@@ -302,12 +305,16 @@ def open_part(source: Any, image_folder: Any, split: str | None, name: str | Non
     if isinstance(source, list | tuple):
         rows = ListRows(source)
     elif isinstance(source, str | os.PathLike) and os.path.isfile(source):
-        rows = JsonRows(source)
+        path = os.fspath(source)
+        rows = parquet_rows([path], path) if path.lower().endswith((".parquet", ".arrow")) else JsonRows(path)
         image_folder = Path(source).absolute().parent if image_folder is None else image_folder
+    elif isinstance(source, str | os.PathLike) and os.path.isdir(source):
+        rows = folder_rows(os.fspath(source), split, name, follow_symlinks)
+        image_folder = source if image_folder is None else image_folder
     else:
         from .streaming import open_dataset
 
-        dataset = open_dataset(source, split, name, streaming=False)
+        dataset = open_dataset(source, split, name, False, follow_symlinks)
         rows = HubRows(dataset, source_name(source))
     return Part(rows, ImageFolder(image_folder, follow_symlinks))
 

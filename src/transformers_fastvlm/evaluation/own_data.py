@@ -13,9 +13,10 @@ from typing import Any
 from PIL import Image
 
 from ..data.errors import ImageError, SampleError
+from ..data.folders import ALL_SPLITS, folder_rows, parquet_rows
 from ..data.image_files import ImageFolder
 from ..data.json_rows import JsonRows
-from ..data.rows import HubRows, Rows
+from ..data.rows import Rows
 from .metrics import check_answers, score
 from .tasks import EXTRA
 
@@ -60,7 +61,7 @@ def read_own_data(path: str | os.PathLike[str], metric: str, limit: int | None =
     they do not leave, or, in Parquet and saved data sets, the pictures themselves. Without them it is text alone.
 
     Args:
-        path: a .jsonl or .json file, a .parquet file, or a folder with Parquet files or from `save_to_disk`.
+        path: a .jsonl, .json or .parquet file, or a folder with such files or from `save_to_disk`.
         metric: by which answers are judged; see `METRICS`.
         limit: take the first rows only.
 
@@ -73,8 +74,7 @@ def read_own_data(path: str | os.PathLike[str], metric: str, limit: int | None =
     if not file.exists():
         raise FileNotFoundError(f"there is no file or folder {str(path)!r}; expected the data to evaluate on.")
     folder = file if file.is_dir() else file.parent
-    rows: Rows
-    rows = JsonRows(file) if file.suffix.lower() in (".jsonl", ".json") else HubRows(_dataset(file), str(file))
+    rows = _rows(file)
     if rows.damage is not None:
         raise rows.damage
     count = len(rows) if limit is None else min(limit, len(rows))
@@ -132,32 +132,25 @@ def own_task(data: OwnData, metric: str, suffix: str | None, max_new_tokens: int
     return OwnTask(config=config, model_name="fastvlm")
 
 
-def _dataset(path: Path) -> Any:
-    """Return what Parquet files or `save_to_disk` hold, without a copy in the cache of `datasets`."""
+def _rows(path: Path) -> Rows:
+    """Return the rows of a file or a folder.
+
+    Raises:
+        ValueError, OSError, ImportError: see `read_own_data`.
+    """
     try:
-        import pyarrow.parquet as pq
-        from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
-        from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
-        from datasets.table import InMemoryTable
+        if path.is_dir():
+            return folder_rows(str(path), ALL_SPLITS, None, follow_symlinks=False)
+        if path.suffix.lower() == ".parquet":
+            return parquet_rows([str(path)], str(path))
     except ImportError as error:
         raise ImportError(f"reading {path} needs datasets: {EXTRA}") from error
-    if path.is_dir() and any(
-        (path / name).is_file() for name in (DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME)
-    ):
-        loaded = load_from_disk(str(path))
-        if isinstance(loaded, DatasetDict):
-            raise ValueError(f"{path} has the splits {', '.join(loaded)}; name the folder of one, such as {path}/test.")
-        return loaded
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files or files[0].suffix.lower() != ".parquet":
-        raise ValueError(
-            f"the data are {str(path)!r}; expected a .jsonl, .json or .parquet file, or a folder with Parquet files or "
-            "with what save_to_disk wrote."
-        )
-    try:
-        return concatenate_datasets([Dataset(InMemoryTable(pq.read_table(file))) for file in files])
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    if path.suffix.lower() in (".jsonl", ".json"):
+        return JsonRows(path)
+    raise ValueError(
+        f"the data are {str(path)!r}; expected a .jsonl, .json or .parquet file, or a folder with such files or with "
+        "what save_to_disk wrote."
+    )
 
 
 def _stamp(source: Any, images: ImageFolder) -> list[Any]:
