@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_image_processing_common",),
     ("_image_inputs", "_image_resizing"),
     ("configuration_fastvlm",),
-    ("_version", "anyres", "compat", "conversations", "kernels", "tokens"),
+    ("_version", "anyres", "compat", "conversations", "kernels", "tensor_names", "tokens"),
 )
 # Neither side imports anything of the other, whatever the layers.
 MODELING = {"kernels", "modeling_fastvithd", "modeling_fastvlm"}
