@@ -12,6 +12,7 @@ import torch
 from transformers_fastvlm.data import FastVLMDataCollator, load
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+from stepping import CHECKPOINTING
 from transformers import Trainer, TrainingArguments
 
 # Of TRL, where there is no GPU.
@@ -49,6 +50,7 @@ def trainer_of(kind: str, loaded: tuple[Any, Any], rows: Any, out: Path, **optio
         pytest.importorskip("datasets", reason="needs datasets")
         configuration, trainer, rows = trl.SFTConfig, trl.SFTTrainer, rows.to_datasets()
         arguments |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "bf16": False}
+        arguments[CHECKPOINTING] = False
     model, processor = loaded
     return trainer(
         model=model,
