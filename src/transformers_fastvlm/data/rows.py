@@ -10,10 +10,11 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 from .errors import Place, SampleError
+from .fields import SYSTEM_KEYS
 
 __all__ = ["HubRows", "JoinedRows", "ListRows", "Rows"]
 
-_WORDS = ("id", "conversations", "messages")
+_WORDS = ("id", "conversations", "messages", *SYSTEM_KEYS)
 
 
 class Rows(Protocol):

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from .errors import ImageError, Place, SampleError
+from .errors import ImageError, Place, SampleError, shortened
+from .fields import images_of
 from .folders import folder_rows, parquet_rows
 from .image_files import ImageFolder
 from .json_rows import JsonRows
@@ -28,9 +29,6 @@ from .rows import HubRows, ListRows, Rows
 __all__ = ["Part", "SampleDataset", "load", "open_part", "parse_row", "sample_of", "source_name"]
 
 logger = logging.getLogger(__name__)
-
-_IMAGE_KEYS = ("image", "images")
-_OTHER_MEDIA = ("video", "videos", "audio")
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,18 @@ class SampleDataset(Dataset):
         Raises:
             SampleError: the words of the row cannot be used, or do not match its images.
         """
+        raw, place = self.row(index)
+        return (*parse_row(raw, place), place)
+
+    def row(self, index: int) -> tuple[Mapping[str, Any], Place]:
+        """Return a row as it stands in its source, and its place.
+
+        Raises:
+            SampleError: it cannot be read.
+        """
         part, row = self._located(index)
         raw = part.rows[row]
-        place = part.rows.place(row, _id_of(raw))
-        return (*parse_row(raw, place), place)
+        return raw, part.rows.place(row, _id_of(raw))
 
     def messages(self, index: int) -> list[dict[str, str]]:
         """Return the messages of a sample without reading anything of its images.
@@ -265,15 +271,7 @@ def parse_row(raw: Mapping[str, Any], place: Place) -> tuple[list[dict[str, str]
     """
     try:
         messages, inside = messages_and_sources(raw)
-        other = next((key for key in _OTHER_MEDIA if raw.get(key)), None)
-        if other is not None:
-            raise ValueError(
-                f"the row has {other!r}, but FastVLM takes text and images. Give frames as images, or remove it."
-            )
-        beside = [raw[key] for key in _IMAGE_KEYS if raw.get(key) is not None and raw.get(key) != []]
-        if len(beside) + bool(inside) > 1:
-            raise ValueError("the row names images in more than one place; keep one of 'image', 'images' and parts.")
-        sources = inside if not beside else list(beside[0]) if isinstance(beside[0], list | tuple) else beside
+        sources = images_of(raw, inside)
         check_messages(messages, len(sources))
     except ValueError as error:
         raise SampleError(str(error), place) from error
@@ -290,7 +288,8 @@ def sample_of(messages: list[dict[str, str]], sources: list[Any], place: Place, 
 
 
 def _id_of(raw: Mapping[str, Any]) -> str | None:
-    return None if raw.get("id") is None else str(raw["id"])
+    found = raw.get("id")
+    return None if found is None else found if isinstance(found, str) else shortened(found)
 
 
 def _is_list_of_sources(source: Any) -> bool:

@@ -12,9 +12,10 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.errors import ImageError, SampleError
+from ..data.errors import ImageError, SampleError, shortened
+from ..data.fields import images_of, is_absent
 from ..data.folders import ALL_SPLITS, folder_rows, parquet_rows
-from ..data.image_files import ImageFolder
+from ..data.image_files import ImageFolder, image_bytes
 from ..data.json_rows import JsonRows
 from ..data.rows import Rows
 from .metrics import check_answers, score
@@ -49,7 +50,7 @@ class OwnData:
             ValueError: one cannot be read; the message names the row.
         """
         try:
-            return [self.images.open(source) for source in _sources(self.rows[row])]
+            return [self.images.open(source) for source in images_of(self.rows[row])]
         except SampleError as error:
             raise type(error)(error.reason, self.rows.place(row)) from error
 
@@ -86,7 +87,7 @@ def read_own_data(path: str | os.PathLike[str], metric: str, limit: int | None =
         try:
             row = rows[number]
             answers = _answers(row, metric)
-            stamp = json.dumps([_stamp(source, images) for source in _sources(row)])
+            stamp = json.dumps([_stamp(source, images) for source in images_of(row)])
             documents.append({"row": number, "question": _question(row), "answers": answers, "stamp": stamp})
         except SampleError as error:
             raise error if error.place else type(error)(error.reason, rows.place(number)) from error
@@ -161,35 +162,30 @@ def _stamp(source: Any, images: ImageFolder) -> list[Any]:
     """
     if isinstance(source, Mapping):
         if (content := source.get("bytes")) is not None:
-            return [hashlib.sha256(content).hexdigest()]
+            return [hashlib.sha256(image_bytes(content, "the image")).hexdigest()]
         source = source.get("path")
     if not isinstance(source, str):
-        raise SampleError(f"an image is {str(source)[:60]!r} ({type(source).__name__}); {_EXPECTED}.")
+        raise SampleError(f"an image is {shortened(source)} ({type(source).__name__}); {_EXPECTED}.")
     path = images._path_of(source)
     try:
         found = os.stat(path)
     except OSError as error:
-        raise ImageError(f"the image {source!r} cannot be read: {error.strerror}, {path!r}.") from error
+        raise ImageError(f"the image {shortened(source)} cannot be read: {error.strerror}, {path!r}.") from error
     return [source, found.st_size, found.st_mtime_ns]
 
 
 def _question(row: Mapping[str, Any]) -> str:
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise SampleError(f"question is {question!r}; {_EXPECTED}.")
+        raise SampleError(f"question is {shortened(question)}; {_EXPECTED}.")
     return question
 
 
 def _answers(row: Mapping[str, Any], metric: str) -> list[str]:
-    found = row.get("answers", row.get("answer"))
+    found = row.get("answer") if row.get("answers") is None else row["answers"]
     several = found if isinstance(found, list) else [found]
-    if not several or any(answer is None or isinstance(answer, bool | dict | list) for answer in several):
-        raise SampleError(f"the row has no answer, but {found!r}; {_EXPECTED}.")
+    if not several or any(is_absent(answer) or isinstance(answer, bool | dict | list) for answer in several):
+        raise SampleError(f"the row has no answer, but {shortened(found)}; {_EXPECTED}.")
     answers = [str(answer) for answer in several]
     check_answers(metric, answers)
     return answers
-
-
-def _sources(row: Mapping[str, Any]) -> list[Any]:
-    found = row.get("images", row.get("image"))
-    return [] if found is None else list(found) if isinstance(found, list) else [found]
