@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_image_inputs", "_image_resizing"),
     ("_image_files",),
     ("configuration_fastvlm",),
-    ("anyres", "compat", "conversations", "kernels", "tokens"),
+    ("anyres", "compat", "conversations", "kernels", "tensor_names", "tokens"),
     ("_version",),
 )
 # Neither side imports anything of the other, whatever the layers.

@@ -363,6 +363,13 @@ class FastVLMConfig(PreTrainedConfig):
     model_type = "fastvlm"
     attribute_map: ClassVar[dict[str, str]] = {"image_token_index": "image_token_id"}
     sub_configs: ClassVar[dict[str, Any]] = {"vision_config": FastViTHDConfig, "text_config": AutoConfig}
+    # What `Trainer` leaves out of an evaluation's predictions. Transformers from 5.24 on calls the cache `cache`.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "cache",
+        "image_hidden_states",
+        "image_outputs",
+    ]
 
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
     text_config: dict[str, Any] | PreTrainedConfig | None = None

@@ -30,6 +30,7 @@ from . import anyres, compat, kernels
 from .configuration_fastvlm import HUB_KEYS, FastVLMConfig
 from .kernels.quantized import speed_up_quantized_layers
 from .modeling_fastvithd import FastViTHDModel
+from .tensor_names import rename_state
 from .tokens import image_token_id_of
 
 
@@ -205,6 +206,18 @@ def _key_error(what: str, keys: set[str]) -> str:
         f"The checkpoint has {what}: {listed}. Its config.json describes another model than its weights, or a shard is "
         "missing. Compare the two, or download the checkpoint again."
     )
+
+
+def _accept_stored_names(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Bring the tensors of a checkpoint's file under the model's names.
+
+    `Trainer` hands them to `load_state_dict` when it resumes or takes its best model, past the renamings of
+    `from_pretrained`, and would ignore all that the model does not know. A tied head is not in the file.
+    """
+    rename_state(state_dict, prefix)
+    embeddings = prefix + "model.language_model.embed_tokens.weight"
+    if module.config.tie_word_embeddings and embeddings in state_dict:
+        state_dict.setdefault(prefix + "lm_head.weight", state_dict[embeddings])
 
 
 def _is_sharded(module: nn.Module) -> bool:
@@ -519,6 +532,7 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = FastVLMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.register_load_state_dict_pre_hook(_accept_stored_names)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -601,7 +615,8 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         """Predict tokens.
 
         Args:
-            labels: (batch, length), ids to be predicted, -100 where there is no loss; shifted inside.
+            labels: (batch, length), ids to be predicted, -100 where there is no loss; shifted inside. There is none
+                for placeholders either, which no answer has, so that a copy of `input_ids` may be passed.
             logits_to_keep: number of last positions to compute logits for, 0 for all; or positions, (positions,) for
                 all rows or (batch, positions) for each; or a boolean mask (batch, length), for which logits are
                 (true positions, vocab_size).
@@ -628,6 +643,8 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         logits = self.lm_head(compat.slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            if self.config.image_token_id is not None:
+                labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )

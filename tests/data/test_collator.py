@@ -217,7 +217,7 @@ def test_images_of_any_shape_and_mode(golden: Path, processor: FastVLMProcessor)
         (sample("<image><image>", "Yes.", images=[PICTURE]), "2 <image>, but the row has 1 images"),
         (sample("What?", "Yes.", images=[PICTURE]), "0 <image>, but the row has 1 images"),
         (sample("What?", "<image>"), "role 'assistant' has <image>, but only users show images"),
-        (sample("<image>", "Yes.", images=[None]), r"an image is 'None' \(NoneType\); expected a Pillow"),
+        (sample("<image>", "Yes.", images=[None]), r"an image is None \(NoneType\); expected a Pillow"),
         (sample("<image>", "Yes.", images=["http://x/y.png"]), r"an image is 'http://x/y.png' \(str\); expected"),
         (sample("<image>", "Yes.", images=[{"path": "a"}]), r"\(dict\).*data.load opens the images"),
         ({}, "no 'messages'; its keys are 'id'.*remove_unused_columns=False"),

@@ -332,8 +332,8 @@ def test_images_that_cannot_be_read(folder: Path, image: Any, expected: str) -> 
         ("a\0.png", "is not valid"),
         ("", "is empty"),
         ({"path": "../secret.png", "bytes": None}, "leaves the image folder"),
-        (7, "an image is '7' (int); expected a path, a Pillow image"),
-        (["a.png"], "an image is \"['a.png']\" (list); expected a path"),
+        (7, "an image is 7 (int); expected a path, a Pillow image"),
+        (["a.png"], "an image is ['a.png'] (list); expected a path"),
     ],
 )
 def test_names_that_are_refused(folder: Path, image: Any, expected: str) -> None:

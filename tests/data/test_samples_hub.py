@@ -146,8 +146,7 @@ def test_from_disk_and_from_files(hub: Any, tmp_path: Path) -> None:
     hub.to_parquet(tmp_path / "repository" / "train.parquet")
     check_samples(list(data.load(str(tmp_path / "repository"), limit=2)), [0, 1])
     check_samples(list(data.load(str(tmp_path / "repository"), streaming=True)), list(range(6)))
-    with pytest.raises(ValueError, match="needs no streaming"):
-        data.load(tmp_path / "saved", streaming=True)
+    check_samples(list(data.load(tmp_path / "saved", streaming=True)), list(range(6)))
 
 
 @pytest.mark.parametrize("known", [True, False])

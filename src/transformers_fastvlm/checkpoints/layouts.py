@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of tensors in Apple's checkpoints and in this package: one table, read in both directions.
+"""What Transformers needs to know of the names of tensors: renamings, derived from `tensor_names.APPLE_TO_OURS`.
 
-Everything that renames is derived from `APPLE_TO_OURS`: the renamings that Transformers applies when it loads and
-reverses when it saves, and the functions the converter uses. Inside the encoder both sides use the same names.
-Importing this module imports neither torch nor Transformers.
+It applies them when it loads and reverses them when it saves. Importing this module imports neither torch nor
+Transformers.
 """
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+from ..tensor_names import APPLE_TO_OURS, to_apple_name, to_our_name
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightRenaming
@@ -23,19 +23,6 @@ __all__ = [
     "to_our_name",
 ]
 
-APPLE_TO_OURS: tuple[tuple[str, str], ...] = (
-    ("model.vision_tower.vision_tower.model.", "model.vision_tower."),
-    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
-    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
-    ("model.embed_tokens.", "model.language_model.embed_tokens."),
-    ("model.layers.", "model.language_model.layers."),
-    ("model.norm.", "model.language_model.norm."),
-    ("model.image_newline", "model.image_newline"),
-    ("lm_head.", "lm_head."),
-)
-"""Pairs (Apple's, ours). One that ends in a dot is a prefix, any other a whole name. No prefix of one side is a prefix
-of another of the same side, so the order is of no consequence."""
-
 DROPPED_TENSORS: dict[str, str] = {
     ".self_attn.rotary_emb.inv_freq": "rotary frequencies, stored by old Llama checkpoints; computed from rope_theta",
 }
@@ -43,30 +30,6 @@ DROPPED_TENSORS: dict[str, str] = {
 
 ENCODER_PREFIXES: tuple[str, ...] = ("model.vision_tower.vision_tower.model.", "model.vision_tower.", "vision_tower.")
 """What stands before the encoder's own names in a whole checkpoint: Apple's, ours, ours without a language head."""
-
-
-def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
-    for old, new in pairs:
-        if name == old or (old.endswith(".") and name.startswith(old)):
-            return new + name.removeprefix(old)
-    return None
-
-
-def to_our_name(name: str) -> str | None:
-    """Return our name of a tensor that carries Apple's name or already ours; None if it is neither.
-
-    Applying it twice changes nothing.
-    """
-    ours = _renamed(name, APPLE_TO_OURS)
-    if ours is None and _renamed(name, ((new, old) for old, new in APPLE_TO_OURS)) is not None:
-        return name
-    return ours
-
-
-def to_apple_name(name: str) -> str | None:
-    """Return Apple's name of a tensor that carries our name or already Apple's; None if it is neither."""
-    ours = to_our_name(name)
-    return None if ours is None else _renamed(ours, ((new, old) for old, new in APPLE_TO_OURS))
 
 
 def is_dropped(name: str) -> bool:

@@ -140,6 +140,9 @@ def _summary(report: "Report", max_length: int | None) -> list[str]:
         tokens = {key: f"{value:,.0f}" for key, value in report.tokens.items()}
         order = ("min", "median", "mean", "p95", "p99", "max")
         lines.append(f"{tokens['total']} tokens; a row: " + ", ".join(f"{key} {tokens[key]}" for key in order))
+    if report.unread:
+        listed = ", ".join(f"{key} ({count:,})" for key, count in report.unread.items())
+        lines.append(f"keys that are not read, with the number of their rows: {listed}")
     if report.longer is not None:
         lines.append(f"{report.longer:,} rows are longer than {max_length:,} tokens and lose their ends")
     return lines

@@ -11,12 +11,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .collator import FastVLMDataCollator
-from .errors import SampleError
-from .samples import SampleDataset, open_part, source_name
+from .errors import SampleError, shortened
+from .fields import unread_keys
+from .samples import SampleDataset, open_part, parse_row, source_name
 
 __all__ = ["Inspected", "Problem", "Report", "check_dataset", "inspect_rows"]
 
 _ROWS_A_TASK = 32
+_MOST_KEYS = 100
 _PERCENTILES = {"median": 50, "p95": 95, "p99": 99}
 
 
@@ -57,6 +59,7 @@ class Report:
         tokens: of the rows that are right, before any cut: total, min, median, mean, p95, p99, max; None without a
             processor.
         longer: rows of which `max_length` cuts the end; None without `max_length`.
+        unread: keys that hold something and are not read, with the number of their rows; 100 keys at most.
         problems: one a row, in order.
     """
 
@@ -67,6 +70,7 @@ class Report:
     text_only: int = 0
     tokens: dict[str, float] | None = None
     longer: int | None = None
+    unread: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -81,11 +85,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Inspected:
-    """What reading a row showed: an error, or its number of images and, with a collator, of tokens."""
+    """What reading a row showed: an error, or its number of images and, with a collator, of tokens.
+
+    `unread` are its keys that are not read.
+    """
 
     error: SampleError | None = None
     num_images: int = 0
     num_tokens: int | None = None
+    unread: tuple[str, ...] = ()
 
 
 def check_dataset(
@@ -140,6 +148,9 @@ def check_dataset(
             report.text_only += found.num_images == 0
             if found.num_tokens is not None:
                 lengths.append(found.num_tokens)
+        for key in found.unread:
+            if key in report.unread or len(report.unread) < _MOST_KEYS:
+                report.unread[key] = report.unread.get(key, 0) + 1
         report.checked = row + 1
         if progress is not None:
             progress(report.checked, len(dataset))
@@ -192,16 +203,22 @@ class _Inspector(Dataset):
 
     def __getitem__(self, index: int) -> Inspected:
         place = self.dataset.place(index)
+        unread: tuple[str, ...] = ()
         try:
-            messages, sources, place = self.dataset.unopened(index)
+            row, place = self.dataset.row(index)
+            unread = tuple(shortened(key) for key in unread_keys(row))
+            messages, sources = parse_row(row, place)
             images = self.dataset.image_folder(index)
             sizes = [images.size_of(source) for source in sources]
             tokens = None if self.collator is None else self.collator.measure(messages, sizes)
         except SampleError as error:
-            return Inspected(error if error.place is not None else type(error)(error.reason, place))
-        except ValueError as error:
-            return Inspected(SampleError(str(error), place))
-        return Inspected(None, len(sizes), tokens)
+            return Inspected(error if error.place is not None else type(error)(error.reason, place), unread=unread)
+        except (OSError, MemoryError):
+            raise  # of the machine, not of the row
+        except Exception as error:  # one row must not end the check, whatever is wrong with it
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            return Inspected(SampleError(reason, place), unread=unread)
+        return Inspected(None, len(sizes), tokens, unread)
 
 
 def _problem(error: SampleError, row: int, kind: str | None = None) -> Problem:

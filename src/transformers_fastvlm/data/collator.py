@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..tokens import IMAGE_TOKEN
-from .errors import LengthError, SampleError
+from .errors import LengthError, SampleError, shortened
+from .fields import SYSTEM_KEYS, images_of
 from .messages import check_messages, messages_and_sources
 
 __all__ = ["CONVERSATIONS", "IGNORED", "FastVLMDataCollator"]
@@ -26,8 +27,8 @@ class FastVLMDataCollator:
 
     A sample is `{"messages": […], "images": […], "id": …}`: messages with a role and a content, a string with one
     "<image>" for each picture in a user's turns or a list of parts; Pillow images (or arrays) in their order; no
-    `images`, or none in it, is a row of text alone, which needs no dummy image. Whatever else a sample holds is left
-    alone.
+    `images`, or none in it, is a row of text alone, which needs no dummy image. `image` is one image, `system` or
+    `system_prompt` a system message. Whatever else a sample holds is left alone, but an image under another key raises.
 
     What is learned, all else having the label -100:
 
@@ -176,12 +177,13 @@ class FastVLMDataCollator:
                     f"it has no 'messages'; its keys are {', '.join(map(repr, sample)) or 'none'}. If they were there, "
                     "Trainer removed them: set remove_unused_columns=False in its arguments."
                 )
-            messages, sources = messages_and_sources({"messages": sample["messages"]})
-            images = list(sample.get("images") or sources)
+            words = {key: sample.get(key) for key in ("messages", *SYSTEM_KEYS)}
+            messages, inside = messages_and_sources(words)
+            images = images_of(sample, inside)
             for image in images:
                 if image is None or isinstance(image, _UNOPENED):
                     raise ValueError(
-                        f"an image is {str(image)[:80]!r} ({type(image).__name__}); expected a Pillow image or an "
+                        f"an image is {shortened(image)} ({type(image).__name__}); expected a Pillow image or an "
                         "array. transformers_fastvlm.data.load opens the images of a data set."
                     )
             check_messages(messages, len(images))

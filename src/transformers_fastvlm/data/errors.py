@@ -5,11 +5,19 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ImageError", "LengthError", "Place", "SampleError"]
+__all__ = ["ImageError", "LengthError", "Place", "SampleError", "shortened"]
+
+_LONGEST = 80
 
 
 # A data loader raises what its worker raised again, with all of the traceback for a message.
 _FROM_WORKER = re.compile(r"Caught \w+ in .*worker.*\.\n(?:.*\n)*[\w.]*\.data\.errors\.\w+: (?P<message>.+)")
+
+
+def shortened(value: Any) -> str:
+    """Return a value as messages show it: its repr, 80 characters at most."""
+    shown = repr(value[: _LONGEST + 1] if isinstance(value, str | bytes) else value)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."
 
 
 class SampleError(ValueError):

@@ -5,6 +5,7 @@ A data set comes from others. Its paths must not lead out of the folder that the
 fetched, and a picture that cannot be decoded is an error.
 """
 
+import base64
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,10 @@ from PIL import Image, UnidentifiedImageError
 
 from .._image_files import check_dimensions, load_pixels, load_stored, oriented, stands_on_its_side
 from .._image_inputs import pil_to_rgb
-from .errors import ImageError, SampleError
+from .errors import ImageError, SampleError, shortened
+from .folders import is_within
 
-__all__ = ["ImageFolder"]
+__all__ = ["ImageFolder", "image_bytes"]
 
 _UNUSUAL_MODES = ("I", "F")
 
@@ -87,21 +89,19 @@ class ImageFolder:
         if isinstance(source, Mapping) and set(source) <= {"bytes", "path"}:
             content, name = source.get("bytes"), source.get("path")
             if content is not None:
-                what = "the image" if name is None else f"the image {name!r}"
-                if not content:
-                    raise ImageError(f"{what} is empty (0 bytes).")
-                return io.BytesIO(content), what
+                what = "the image" if name is None else f"the image {shortened(name)}"
+                return io.BytesIO(image_bytes(content, what)), what
             source = name
         if not isinstance(source, str | os.PathLike):
             raise SampleError(
-                f"an image is {str(source)[:60]!r} ({type(source).__name__}); expected a path, a Pillow image, or an "
+                f"an image is {shortened(source)} ({type(source).__name__}); expected a path, a Pillow image, or an "
                 "object with 'bytes' or 'path'."
             )
-        path, what = self._path_of(os.fspath(source)), f"the image {os.fspath(source)!r}"
+        path, what = self._path_of(os.fspath(source)), f"the image {shortened(os.fspath(source))}"
         if not os.path.isfile(path):
             how = "is a folder" if os.path.isdir(path) else "does not exist"
             raise ImageError(
-                f"{what} {how}: expected a file at {path!r}. Check the image folder, {str(self.folder)!r}."
+                f"{what} {how}: expected a file at {shortened(path)}. Check the image folder, {str(self.folder)!r}."
             )
         with _errors(what):
             file = open(path, "rb")  # noqa: SIM115
@@ -114,32 +114,49 @@ class ImageFolder:
         """Return the path of a name, which lies in the folder."""
         if "://" in name or name.startswith("data:"):
             raise SampleError(
-                f"the image {name[:80]!r} is an address; nothing is fetched. Download the images into a "
+                f"the image {shortened(name)} is an address; nothing is fetched. Download the images into a "
                 "folder and name them by their paths in it."
             )
         if self.folder is None or self._real is None:
-            raise SampleError(f"the image {name[:80]!r} is a path, but no image folder was given; pass image_folder.")
+            raise SampleError(
+                f"the image {shortened(name)} is a path, but no image folder was given; pass image_folder."
+            )
         if not name or "\0" in name:
-            raise SampleError(f"the image path {name[:80]!r} is {'empty' if not name else 'not valid'}.")
+            raise SampleError(f"the image path {shortened(name)} is {'empty' if not name else 'not valid'}.")
         path = os.path.normpath(os.path.join(self.folder, name))
-        inside = _is_within(path, str(self.folder))
+        inside = is_within(path, str(self.folder))
         if inside and not self.follow_symlinks:
             real = os.path.realpath(path)
-            if not _is_within(real, self._real):
+            if not is_within(real, self._real):
                 raise SampleError(
-                    f"the image {name!r} leaves the image folder {str(self.folder)!r} by a symbolic link, to {real!r}. "
-                    "Name a folder that holds both, or allow it with follow_symlinks=True if you made the link."
+                    f"the image {shortened(name)} leaves the image folder {str(self.folder)!r} by a symbolic link, to "
+                    f"{real!r}. Name a folder that holds both, or allow it with follow_symlinks=True if you made the "
+                    "link."
                 )
         elif not inside:
             raise SampleError(
-                f"the image {name!r} leaves the image folder {str(self.folder)!r}. Paths are relative to it and stay "
-                "in it; put the image there, or name a folder further up."
+                f"the image {shortened(name)} leaves the image folder {str(self.folder)!r}. Paths are relative to it "
+                "and stay in it; put the image there, or name a folder further up."
             )
         return path
 
 
-def _is_within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+def image_bytes(content: Any, what: str) -> bytes:
+    """Return the bytes of an image, which JSON has as base64.
+
+    Raises:
+        ImageError: they are of another type, not base64, or none.
+    """
+    if isinstance(content, str):
+        try:
+            content = base64.b64decode("".join(content.split()), validate=True)
+        except ValueError as error:
+            raise ImageError(f"{what} has text for its bytes that is not base64 ({error}).") from error
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise ImageError(f"{what} has a {type(content).__name__} for its bytes; expected bytes, or base64 in JSON.")
+    if not content:
+        raise ImageError(f"{what} is empty (0 bytes).")
+    return bytes(content)
 
 
 def _checked(image: Image.Image, what: str) -> Image.Image:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .errors import Place, SampleError
+from .errors import Place, SampleError, shortened
 
 __all__ = ["JsonRows"]
 
@@ -72,8 +72,8 @@ class JsonRows:
         """
         content = self._read(int(self._starts[row]), int(self._sizes[row]))
         try:
-            value = json.loads(content.decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
             raise SampleError(self._why(error, content), self.place(row)) from error
         if not isinstance(value, dict):
             raise SampleError(f"the row is a JSON {type(value).__name__}; expected an object.", self.place(row))
@@ -116,6 +116,10 @@ class JsonRows:
             how = _CUT if cut else "is not valid JSON"
             advice = "one whole object a line" if not self.is_list else "an object"
             return f"the row {how} ({at}); expected {advice}. Fetch or write the file again."
+        if isinstance(error, _RepeatedKey):
+            return f"the row has the key {shortened(error.key)} twice; keep one of the two."
+        if isinstance(error, ValueError):
+            return "the row has a number of more digits than Python reads. Write it as text, or remove it."
         return "the row is nested too deeply to be read."
 
     # Indexing
@@ -166,6 +170,27 @@ class JsonRows:
         return np.array(starts, np.int64), np.array(sizes, np.uint32)
 
 
+class _RepeatedKey(ValueError):
+    """An object that has a key twice, of which JSON's readers would silently take the last."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of its pairs.
+
+    Raises:
+        _RepeatedKey: two have the same key.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        raise _RepeatedKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return made
+
+
 def _elements(file: BinaryIO) -> Iterator[tuple[int, int]]:
     """Yield the first byte and the byte after each element of a JSON list.
 
@@ -174,7 +199,7 @@ def _elements(file: BinaryIO) -> Iterator[tuple[int, int]]:
     Raises:
         json.JSONDecodeError: with the byte in the file as `pos`; its `doc` is "" where the file just ends.
     """
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(parse_int=str).raw_decode  # what is only passed over may be of any length
     base = file.tell()
     text, at, ended = "", 0, False
     expected = "["

@@ -10,10 +10,19 @@ from typing import Any
 
 from ..conversations import image_sources, plain_message
 from ..tokens import IMAGE_TOKEN
+from .errors import shortened
+from .fields import system_of
 
 __all__ = ["check_messages", "messages_and_sources"]
 
-_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "system",
+}
 
 
 def messages_and_sources(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[Any]]:
@@ -21,7 +30,8 @@ def messages_and_sources(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], 
 
     Args:
         row: with LLaVA's `conversations` (`from`, `value`) or with `messages` (`role`, `content`); a content is a
-            string, or a list of parts `{"type": "text", "text": …}` and `{"type": "image"}`.
+            string, or a list of parts `{"type": "text", "text": …}` and `{"type": "image"}`. A text `system` or
+            `system_prompt` beside them becomes the first message.
 
     Raises:
         ValueError: neither or both are there, a turn of another form, or an unknown role.
@@ -32,19 +42,21 @@ def messages_and_sources(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], 
         raise ValueError(f"expected 'messages' or LLaVA's 'conversations', but the row has {found}.")
     turns, (role_key, content_key) = row[given[0]], _KEYS[given[0]]
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise ValueError(f"{given[0]!r} is {_shown(turns)}; expected a list of at least one question and its answer.")
+        raise ValueError(
+            f"{given[0]!r} is {shortened(turns)}; expected a list of at least one question and its answer."
+        )
     messages: list[dict[str, str]] = []
     sources: list[Any] = []
     for index, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or not {role_key, content_key} <= turn.keys():
             raise ValueError(
-                f"turn {index} of {given[0]!r} is {_shown(turn)}; expected an object with {role_key!r} and "
+                f"turn {index} of {given[0]!r} is {shortened(turn)}; expected an object with {role_key!r} and "
                 f"{content_key!r}."
             )
         role, content = turn[role_key], turn[content_key]
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise ValueError(
-                f"turn {index} has the unknown role {_shown(role)}; expected "
+                f"turn {index} has the unknown role {shortened(role)}; expected "
                 + ("'human', 'gpt' or 'system'." if role_key == "from" else "'user', 'assistant' or 'system'.")
             )
         if isinstance(content, list | tuple):
@@ -53,8 +65,15 @@ def messages_and_sources(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], 
             sources += image_sources(plain)
             content = _joined(plain["content"])
         if not isinstance(content, str):
-            raise ValueError(f"turn {index} has the content {_shown(content)}; expected a string or a list of parts.")
+            raise ValueError(
+                f"turn {index} has the content {shortened(content)}; expected a string or a list of parts."
+            )
         messages.append({"role": _ROLES[role], "content": content})
+    system = system_of(row)
+    if system is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    elif system is not None and messages[0]["content"] != system:
+        raise ValueError("the row has a system message among its turns and another beside them; keep one.")
     return messages, sources
 
 
@@ -70,7 +89,7 @@ def _check_parts(parts: Sequence[Any], turn: int) -> None:
                 raise ValueError(f"turn {turn} has a video; FastVLM takes text and images. Give frames as images.")
             if part.get("type") == "image" and part.get("index") is not None:
                 numbers.append(part["index"])
-    if numbers != sorted(numbers):
+    if any(not isinstance(number, int) for number in numbers) or numbers != sorted(numbers):
         raise ValueError(f"turn {turn} numbers its images {numbers}; expected them in the order of the row's images.")
 
 
@@ -78,8 +97,8 @@ def check_messages(messages: Sequence[Mapping[str, str]], num_images: int) -> No
     """Check a conversation in the one form against its number of images.
 
     Raises:
-        ValueError: it does not alternate between user and assistant from a user's turn to an answer, an answer is
-            empty, or the placeholders are not one for each image, all of them in users' turns.
+        ValueError: it does not alternate between user and assistant from a user's turn to an answer, a question or an
+            answer is empty, or the placeholders are not one for each image, all of them in users' turns.
     """
     turns = list(messages)
     if turns and turns[0]["role"] == "system":
@@ -97,6 +116,11 @@ def check_messages(messages: Sequence[Mapping[str, str]], num_images: int) -> No
             raise ValueError(_out_of_turn(role, expected, index))
         if role == "user":
             places += content.count(IMAGE_TOKEN)
+            if not content.strip():
+                raise ValueError(
+                    f"question {index // 2} (counting from 0) is empty. Write it, or remove the question and its "
+                    "answer."
+                )
         elif not content.strip():
             raise ValueError(
                 f"answer {index // 2} (counting from 0) is empty, so there is nothing to learn. Write it, or remove "
@@ -155,15 +179,10 @@ def _joined(parts: Sequence[Mapping[str, Any]]) -> str:
             continue
         more = part["text"]
         if not isinstance(more, str):
-            raise ValueError(f"a part of type text has the text {_shown(more)}; expected a string.")
+            raise ValueError(f"a part of type text has the text {shortened(more)}; expected a string.")
         if after_image and more and not more.startswith("\n"):
             text += "\n"
             words += "\n" if words and not words.endswith("\n") else ""
         if more:
             text, words, after_image = text + more, words + more, False
     return f"{IMAGE_TOKEN}\n{words.strip()}".strip() if images == 1 else text
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -4,14 +4,17 @@
 Like `JsonRows`, each of them has a length, gives the row of an index, the part of it that has the words, and its name.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 from .errors import Place, SampleError
+from .fields import SYSTEM_KEYS
 
-__all__ = ["HubRows", "ListRows", "Rows"]
+__all__ = ["HubRows", "JoinedRows", "ListRows", "Rows"]
 
-_WORDS = ("id", "conversations", "messages")
+_WORDS = ("id", "conversations", "messages", *SYSTEM_KEYS)
 
 
 class Rows(Protocol):
@@ -67,6 +70,36 @@ class HubRows:
     def _read(self, table: Any, row: int) -> Mapping[str, Any]:
         values: Mapping[str, Any] = table[row : row + 1].to_pylist()[0]
         return values
+
+
+class JoinedRows:
+    """The rows of several files, one after the other; each is named by its file and its number there."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = list(parts)
+        self._ends = list(accumulate(map(len, self._parts)))
+        self.damage = next((part.damage for part in self._parts if part.damage is not None), None)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
+        part, inside = self._located(row)
+        return part[inside]
+
+    def text_of(self, row: int) -> Mapping[str, Any]:
+        """Return a row without what only its images need."""
+        part, inside = self._located(row)
+        return part.text_of(inside)
+
+    def place(self, row: int, sample_id: str | None = None) -> Place:
+        """Return how a row is named."""
+        part, inside = self._located(row)
+        return part.place(inside, sample_id)
+
+    def _located(self, row: int) -> tuple[Rows, int]:
+        number = bisect_right(self._ends, row)
+        return self._parts[number], row - (self._ends[number - 1] if number else 0)
 
 
 class ListRows:

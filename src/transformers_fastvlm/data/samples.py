@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from .errors import ImageError, Place, SampleError
+from .errors import ImageError, Place, SampleError, shortened
+from .fields import images_of
+from .folders import folder_rows, parquet_rows
 from .image_files import ImageFolder
 from .json_rows import JsonRows
 from .messages import check_messages, messages_and_sources
@@ -27,9 +29,6 @@ from .rows import HubRows, ListRows, Rows
 __all__ = ["Part", "SampleDataset", "load", "open_part", "parse_row", "sample_of", "source_name"]
 
 logger = logging.getLogger(__name__)
-
-_IMAGE_KEYS = ("image", "images")
-_OTHER_MEDIA = ("video", "videos", "audio")
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,18 @@ class SampleDataset(Dataset):
         Raises:
             SampleError: the words of the row cannot be used, or do not match its images.
         """
+        raw, place = self.row(index)
+        return (*parse_row(raw, place), place)
+
+    def row(self, index: int) -> tuple[Mapping[str, Any], Place]:
+        """Return a row as it stands in its source, and its place.
+
+        Raises:
+            SampleError: it cannot be read.
+        """
         part, row = self._located(index)
         raw = part.rows[row]
-        place = part.rows.place(row, _id_of(raw))
-        return (*parse_row(raw, place), place)
+        return raw, part.rows.place(row, _id_of(raw))
 
     def messages(self, index: int) -> list[dict[str, str]]:
         """Return the messages of a sample without reading anything of its images.
@@ -176,11 +183,13 @@ def load(
     Rows have LLaVA's `conversations` and `image` (a path, a list of them, or none), or `messages` and `images`.
 
     Args:
-        source: a .json or .jsonl file; a `datasets.Dataset` or `IterableDataset`, its name on the hub, or a directory
-            that `save_to_disk` wrote; a list of rows; or a list of sources, which are put together: each of them one
-            of the above (but not rows), or a dictionary of `source` and of arguments of this function.
-        image_folder: where paths in rows begin, and which they never leave. For a JSON file its own folder by default.
-        split, name: of a data set on the hub; "train" and its only configuration by default.
+        source: a .json, .jsonl or .parquet file; a folder with such files, or what `save_to_disk` wrote (see
+            `folders.folder_rows`); a `datasets.Dataset` or `IterableDataset`, or its name on the hub; a list of rows;
+            or a list of sources, which are put together: each of them one of the above (but not rows), or a
+            dictionary of `source` and of arguments of this function.
+        image_folder: where paths in rows begin, and which they never leave. For a file its own folder by default, for
+            a folder that.
+        split, name: of a data set on the hub (a folder has splits too); "train" and its only configuration by default.
         on_bad_image: "error" raises when a row with an image that is missing or cannot be decoded is read. "skip"
             decodes every image once now, leaves such rows out for good, and lists them in `skipped`; nothing takes
             their place. All other errors, and images that become unreadable later, raise in any case.
@@ -189,7 +198,7 @@ def load(
             wrote.
         limit: only this many rows, the first ones, after what is excluded.
         repeat: each row this many times.
-        follow_symlinks: allow links in the image folder that lead out of it.
+        follow_symlinks: allow links in the image folder, or in a data set folder, that lead out of it.
         do_exif_transpose: turn images as their EXIF orientation says; False for their pixels as they are stored.
         num_workers: processes that decode images for "skip".
 
@@ -265,15 +274,7 @@ def parse_row(raw: Mapping[str, Any], place: Place) -> tuple[list[dict[str, str]
     """
     try:
         messages, inside = messages_and_sources(raw)
-        other = next((key for key in _OTHER_MEDIA if raw.get(key)), None)
-        if other is not None:
-            raise ValueError(
-                f"the row has {other!r}, but FastVLM takes text and images. Give frames as images, or remove it."
-            )
-        beside = [raw[key] for key in _IMAGE_KEYS if raw.get(key) is not None and raw.get(key) != []]
-        if len(beside) + bool(inside) > 1:
-            raise ValueError("the row names images in more than one place; keep one of 'image', 'images' and parts.")
-        sources = inside if not beside else list(beside[0]) if isinstance(beside[0], list | tuple) else beside
+        sources = images_of(raw, inside)
         check_messages(messages, len(sources))
     except ValueError as error:
         raise SampleError(str(error), place) from error
@@ -290,7 +291,8 @@ def sample_of(messages: list[dict[str, str]], sources: list[Any], place: Place, 
 
 
 def _id_of(raw: Mapping[str, Any]) -> str | None:
-    return None if raw.get("id") is None else str(raw["id"])
+    found = raw.get("id")
+    return None if found is None else found if isinstance(found, str) else shortened(found)
 
 
 def _is_list_of_sources(source: Any) -> bool:
@@ -312,12 +314,16 @@ def open_part(
     if isinstance(source, list | tuple):
         rows = ListRows(source)
     elif isinstance(source, str | os.PathLike) and os.path.isfile(source):
-        rows = JsonRows(source)
+        path = os.fspath(source)
+        rows = parquet_rows([path], path) if path.lower().endswith((".parquet", ".arrow")) else JsonRows(path)
         image_folder = Path(source).absolute().parent if image_folder is None else image_folder
+    elif isinstance(source, str | os.PathLike) and os.path.isdir(source):
+        rows = folder_rows(os.fspath(source), split, name, follow_symlinks)
+        image_folder = source if image_folder is None else image_folder
     else:
         from .streaming import open_dataset
 
-        dataset = open_dataset(source, split, name, streaming=False)
+        dataset = open_dataset(source, split, name, False, follow_symlinks)
         rows = HubRows(dataset, source_name(source))
     return Part(rows, ImageFolder(image_folder, follow_symlinks, do_exif_transpose))
 

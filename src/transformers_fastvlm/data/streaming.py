@@ -2,13 +2,14 @@
 """Data sets of Hugging Face's `datasets`: opening them, and samples as they stream in."""
 
 import copy
-import importlib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import ImageError, Place
+from .errors import ImageError, Place, shortened
+from .folders import arrow_datasets, package
 from .image_files import ImageFolder
 
 __all__ = ["SAMPLE_KEYS", "as_datasets", "open_dataset", "open_stream"]
@@ -16,32 +17,32 @@ __all__ = ["SAMPLE_KEYS", "as_datasets", "open_dataset", "open_stream"]
 logger = logging.getLogger(__name__)
 
 SAMPLE_KEYS = ("messages", "images", "id", "place")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def open_dataset(source: Any, split: str | None, name: str | None, streaming: bool) -> Any:
+def open_dataset(source: Any, split: str | None, name: str | None, streaming: bool, follow_symlinks: bool) -> Any:
     """Return a `datasets.Dataset`, or with `streaming` an `IterableDataset`.
 
     Args:
-        source: such an object, a name on the hub, or a directory that `save_to_disk` wrote.
+        source: such an object, or a name on the hub; with `streaming` also a folder, see `folders.folder_rows`.
         split: "train" by default.
         name: of the configuration.
+        streaming: which of the two.
+        follow_symlinks: see `folders.folder_rows`.
 
     Raises:
         ValueError: something else, or several splits of which none was chosen.
         ImportError: the package `datasets` is missing.
     """
-    datasets = _package(f"{str(source)[:80]!r} is neither a .json or .jsonl file nor a list of rows")
+    if isinstance(source, str | os.PathLike) and not os.path.isdir(source):
+        _check_hub_name(os.fspath(source))
+    datasets = package(f"{shortened(source)} is neither a .json or .jsonl file nor a list of rows")
     if isinstance(source, str | os.PathLike):
         path = os.fspath(source)
-        if path.endswith((".json", ".jsonl")):
-            raise FileNotFoundError(f"there is no file {path!r}.")
-        saved = ("dataset_info.json", "dataset_dict.json")
-        if any(os.path.isfile(os.path.join(path, file)) for file in saved):
-            if streaming:
-                raise ValueError(f"{path!r} is on this disk and needs no streaming; leave it out.")
-            source = datasets.load_from_disk(path)
-        else:
-            source = datasets.load_dataset(path, name, split=split or "train", streaming=streaming)
+        if os.path.isdir(path):
+            parts = arrow_datasets(path, split, name, follow_symlinks)
+            return datasets.concatenate_datasets(parts).to_iterable_dataset(num_shards=len(parts))
+        source = datasets.load_dataset(path, name, split=split or "train", streaming=streaming)
     if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
         wanted = split or "train"
         if wanted not in source:
@@ -53,9 +54,26 @@ def open_dataset(source: Any, split: str | None, name: str | None, streaming: bo
     if not isinstance(source, kind):
         expected = "a data set to stream" if streaming else "a .json or .jsonl file, a list of rows, or a data set"
         raise ValueError(
-            f"the source is {str(source)[:60]!r} ({type(source).__name__}); expected {expected} of Hugging Face."
+            f"the source is {shortened(str(source))} ({type(source).__name__}); expected {expected} of Hugging Face."
         )
     return source
+
+
+def _check_hub_name(path: str) -> None:
+    """Refuse what names a file or an address, and not a data set on the hub.
+
+    Raises:
+        FileNotFoundError: a path of nothing that is there.
+        ValueError: an address, nothing, or something that is there and is no regular file.
+    """
+    if not path:
+        raise ValueError("the source is ''; expected a .json or .jsonl file, a folder, or a data set on the hub.")
+    if "://" in path or "::" in path:
+        raise ValueError(f"the source {shortened(path)} is an address; nothing is fetched. Download the file first.")
+    if os.path.lexists(path):
+        raise ValueError(f"the source {shortened(path)} is there, but is no regular file; expected a file or a folder.")
+    if path.endswith((".json", ".jsonl", ".parquet", ".arrow")) or not _HUB_NAME.fullmatch(path):
+        raise FileNotFoundError(f"there is no file {shortened(path)}.")
 
 
 def open_stream(
@@ -71,7 +89,7 @@ def open_stream(
     """
     if isinstance(source, str | os.PathLike) and os.path.isfile(source):
         raise ValueError(f"{os.fspath(source)!r} is read row by row in any case; leave streaming out.")
-    stream = open_dataset(source, split, name, streaming=True).with_format(None)
+    stream = open_dataset(source, split, name, True, images.follow_symlinks).with_format(None)
     label = os.fspath(source) if isinstance(source, str | os.PathLike) else "the stream"
     features = stream.features
     for column, feature in (features or {}).items():
@@ -91,19 +109,9 @@ def open_stream(
 
 def as_datasets(samples: Any) -> Any:
     """Return a `datasets.Dataset` that makes each sample when it is asked for."""
-    datasets = _package("A data set of Hugging Face was asked for")
+    datasets = package("A data set of Hugging Face was asked for")
     indices = datasets.Dataset.from_dict({"index": range(len(samples))})
     return indices.with_transform(_ByIndex(samples))
-
-
-def _package(why: str) -> Any:
-    """Return the package `datasets`."""
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise ImportError(
-            f'{why}: that needs the package datasets, pip install "transformers-fastvlm[training]".'
-        ) from error
 
 
 class _ByIndex:

@@ -12,10 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.errors import ImageError, SampleError
-from ..data.image_files import ImageFolder
+from ..data.errors import ImageError, SampleError, shortened
+from ..data.fields import images_of, is_absent
+from ..data.folders import ALL_SPLITS, folder_rows, parquet_rows
+from ..data.image_files import ImageFolder, image_bytes
 from ..data.json_rows import JsonRows
-from ..data.rows import HubRows, Rows
+from ..data.rows import Rows
 from .metrics import check_answers, score
 from .tasks import EXTRA
 
@@ -48,7 +50,7 @@ class OwnData:
             ValueError: one cannot be read; the message names the row.
         """
         try:
-            return [self.images.open(source) for source in _sources(self.rows[row])]
+            return [self.images.open(source) for source in images_of(self.rows[row])]
         except SampleError as error:
             raise type(error)(error.reason, self.rows.place(row)) from error
 
@@ -62,7 +64,7 @@ def read_own_data(
     they do not leave, or, in Parquet and saved data sets, the pictures themselves. Without them it is text alone.
 
     Args:
-        path: a .jsonl or .json file, a .parquet file, or a folder with Parquet files or from `save_to_disk`.
+        path: a .jsonl, .json or .parquet file, or a folder with such files or from `save_to_disk`.
         metric: by which answers are judged; see `METRICS`.
         limit: take the first rows only.
         do_exif_transpose: turn images as their EXIF orientation says.
@@ -76,8 +78,7 @@ def read_own_data(
     if not file.exists():
         raise FileNotFoundError(f"there is no file or folder {str(path)!r}; expected the data to evaluate on.")
     folder = file if file.is_dir() else file.parent
-    rows: Rows
-    rows = JsonRows(file) if file.suffix.lower() in (".jsonl", ".json") else HubRows(_dataset(file), str(file))
+    rows = _rows(file)
     if rows.damage is not None:
         raise rows.damage
     count = len(rows) if limit is None else min(limit, len(rows))
@@ -89,7 +90,7 @@ def read_own_data(
         try:
             row = rows[number]
             answers = _answers(row, metric)
-            stamp = json.dumps([_stamp(source, images) for source in _sources(row)])
+            stamp = json.dumps([_stamp(source, images) for source in images_of(row)])
             documents.append({"row": number, "question": _question(row), "answers": answers, "stamp": stamp})
         except SampleError as error:
             raise error if error.place else type(error)(error.reason, rows.place(number)) from error
@@ -135,32 +136,25 @@ def own_task(data: OwnData, metric: str, suffix: str | None, max_new_tokens: int
     return OwnTask(config=config, model_name="fastvlm")
 
 
-def _dataset(path: Path) -> Any:
-    """Return what Parquet files or `save_to_disk` hold, without a copy in the cache of `datasets`."""
+def _rows(path: Path) -> Rows:
+    """Return the rows of a file or a folder.
+
+    Raises:
+        ValueError, OSError, ImportError: see `read_own_data`.
+    """
     try:
-        import pyarrow.parquet as pq
-        from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
-        from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
-        from datasets.table import InMemoryTable
+        if path.is_dir():
+            return folder_rows(str(path), ALL_SPLITS, None, follow_symlinks=False)
+        if path.suffix.lower() == ".parquet":
+            return parquet_rows([str(path)], str(path))
     except ImportError as error:
         raise ImportError(f"reading {path} needs datasets: {EXTRA}") from error
-    if path.is_dir() and any(
-        (path / name).is_file() for name in (DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME)
-    ):
-        loaded = load_from_disk(str(path))
-        if isinstance(loaded, DatasetDict):
-            raise ValueError(f"{path} has the splits {', '.join(loaded)}; name the folder of one, such as {path}/test.")
-        return loaded
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files or files[0].suffix.lower() != ".parquet":
-        raise ValueError(
-            f"the data are {str(path)!r}; expected a .jsonl, .json or .parquet file, or a folder with Parquet files or "
-            "with what save_to_disk wrote."
-        )
-    try:
-        return concatenate_datasets([Dataset(InMemoryTable(pq.read_table(file))) for file in files])
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    if path.suffix.lower() in (".jsonl", ".json"):
+        return JsonRows(path)
+    raise ValueError(
+        f"the data are {str(path)!r}; expected a .jsonl, .json or .parquet file, or a folder with such files or with "
+        "what save_to_disk wrote."
+    )
 
 
 def _stamp(source: Any, images: ImageFolder) -> list[Any]:
@@ -171,35 +165,30 @@ def _stamp(source: Any, images: ImageFolder) -> list[Any]:
     """
     if isinstance(source, Mapping):
         if (content := source.get("bytes")) is not None:
-            return [hashlib.sha256(content).hexdigest()]
+            return [hashlib.sha256(image_bytes(content, "the image")).hexdigest()]
         source = source.get("path")
     if not isinstance(source, str):
-        raise SampleError(f"an image is {str(source)[:60]!r} ({type(source).__name__}); {_EXPECTED}.")
+        raise SampleError(f"an image is {shortened(source)} ({type(source).__name__}); {_EXPECTED}.")
     path = images._path_of(source)
     try:
         found = os.stat(path)
     except OSError as error:
-        raise ImageError(f"the image {source!r} cannot be read: {error.strerror}, {path!r}.") from error
+        raise ImageError(f"the image {shortened(source)} cannot be read: {error.strerror}, {path!r}.") from error
     return [source, found.st_size, found.st_mtime_ns]
 
 
 def _question(row: Mapping[str, Any]) -> str:
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise SampleError(f"question is {question!r}; {_EXPECTED}.")
+        raise SampleError(f"question is {shortened(question)}; {_EXPECTED}.")
     return question
 
 
 def _answers(row: Mapping[str, Any], metric: str) -> list[str]:
-    found = row.get("answers", row.get("answer"))
+    found = row.get("answer") if row.get("answers") is None else row["answers"]
     several = found if isinstance(found, list) else [found]
-    if not several or any(answer is None or isinstance(answer, bool | dict | list) for answer in several):
-        raise SampleError(f"the row has no answer, but {found!r}; {_EXPECTED}.")
+    if not several or any(is_absent(answer) or isinstance(answer, bool | dict | list) for answer in several):
+        raise SampleError(f"the row has no answer, but {shortened(found)}; {_EXPECTED}.")
     answers = [str(answer) for answer in several]
     check_answers(metric, answers)
     return answers
-
-
-def _sources(row: Mapping[str, Any]) -> list[Any]:
-    found = row.get("images", row.get("image"))
-    return [] if found is None else list(found) if isinstance(found, list) else [found]

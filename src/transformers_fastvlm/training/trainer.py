@@ -19,7 +19,6 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..checkpoints.directories import sync_tree
 from ..checkpoints.files import sync_directory
-from ..checkpoints.layouts import to_our_name
 from .parts import decays, parameter_groups
 
 __all__ = ["STAGING", "FastVLMTrainer", "last_checkpoint", "leave_frozen_inputs"]
@@ -35,7 +34,6 @@ class FastVLMTrainer(Trainer):
     - With `group=True` batches hold rows of like length and kind.
     - A checkpoint is written under a hidden name, forced to the disk and then renamed: whatever interrupts it, the
       earlier ones are untouched and nothing incomplete looks finished.
-    - Checkpoints carry Apple's names of tensors, and are resumed from by them.
     - With gradient checkpointing a frozen encoder has no backward pass, as without.
 
     Args:
@@ -50,7 +48,6 @@ class FastVLMTrainer(Trainer):
         self.learning_rates = None if learning_rates is None else dict(learning_rates)
         self.group = group
         super().__init__(*args, **kwargs)
-        self.model.register_load_state_dict_pre_hook(_accept_stored_names)
         self.add_callback(_LeaveFrozenInputs())
 
     # Optimizer
@@ -216,17 +213,3 @@ def _split(groups: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> list[d
             new = split.setdefault((index, part), {**group, "params": [], "lr": rate})
             new["params"].append(parameter)
     return list(split.values())
-
-
-def _accept_stored_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Rename tensors of a checkpoint file, which carry Apple's names, to the model's.
-
-    `Trainer` hands the file's tensors to `load_state_dict`, past the renamings of `from_pretrained`.
-    """
-    for name in list(state_dict):
-        ours = to_our_name(name.removeprefix(prefix)) if name.startswith(prefix) else None
-        if ours is not None and prefix + ours != name:
-            state_dict[prefix + ours] = state_dict.pop(name)
-    embeddings = prefix + "model.language_model.embed_tokens.weight"
-    if getattr(getattr(module, "config", None), "tie_word_embeddings", False) and embeddings in state_dict:
-        state_dict.setdefault(prefix + "lm_head.weight", state_dict[embeddings])
