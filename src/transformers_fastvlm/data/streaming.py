@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from .._optional import needs
 from .errors import ImageError, Place
 from .image_files import ImageFolder
 
@@ -98,12 +99,8 @@ def as_datasets(samples: Any) -> Any:
 
 def _package(why: str) -> Any:
     """Return the package `datasets`."""
-    try:
+    with needs("datasets", f"{why}, which", 'pip install "transformers-fastvlm[training]"'):
         return importlib.import_module("datasets")
-    except ImportError as error:
-        raise ImportError(
-            f'{why}: that needs the package datasets, pip install "transformers-fastvlm[training]".'
-        ) from error
 
 
 class _ByIndex:

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from .._optional import needs
 from ..data.errors import ImageError, SampleError
 from ..data.image_files import ImageFolder
 from ..data.json_rows import JsonRows
@@ -137,13 +138,11 @@ def own_task(data: OwnData, metric: str, suffix: str | None, max_new_tokens: int
 
 def _dataset(path: Path) -> Any:
     """Return what Parquet files or `save_to_disk` hold, without a copy in the cache of `datasets`."""
-    try:
+    with needs("datasets", f"reading {path}", EXTRA):
         import pyarrow.parquet as pq
         from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
         from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
         from datasets.table import InMemoryTable
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs datasets: {EXTRA}") from error
     if path.is_dir() and any(
         (path / name).is_file() for name in (DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME)
     ):
