@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_image_files",),
     ("configuration_fastvlm",),
     ("anyres", "compat", "conversations", "kernels", "tensor_names", "tokens"),
-    ("_version",),
+    ("_optional", "_version"),
 )
 # Neither side imports anything of the other, whatever the layers.
 MODELING = {"kernels", "modeling_fastvithd", "modeling_fastvlm"}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._optional import needs
 from .cases import Options
 from .machine import machine, versions
 from .measuring import Clock, spread
@@ -182,12 +183,8 @@ def _build(
         module = model.model.vision_tower
         forward = module.__call__
     else:
-        try:
+        with needs("timm", f"The encoder {encoder.timm_name}", 'pip install "transformers-fastvlm[bench]"'):
             import timm
-        except ImportError as error:
-            raise ImportError(
-                'the encoders to compare with need timm: pip install "transformers-fastvlm[bench]".'
-            ) from error
         with device:
             module = timm.create_model(encoder.timm_name, num_classes=0, **encoder.timm_options)
         module = module.to(device, dtype).eval().requires_grad_(False)

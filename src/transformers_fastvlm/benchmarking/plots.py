@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .._optional import needs
 from ..checkpoints.published import MODEL_CARD_SIDE, PAPER_ENCODER_MS, PAPER_SOURCE, mean_accuracy
 from .cases import SIZES
 from .running import PARTS
@@ -34,10 +35,8 @@ def write_plots(record: dict[str, Any], directory: str | os.PathLike[str]) -> li
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
+    with needs("matplotlib", "A plot", 'pip install "transformers-fastvlm[bench]"'):
         from matplotlib.figure import Figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "transformers-fastvlm[bench]".') from error
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     models = record["kind"] == "models"

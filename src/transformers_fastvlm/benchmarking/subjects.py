@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .. import FastVLMConfig, kernels
+from .._optional import needs
 from ..anyres import unpadded_grid
 from ..checkpoints.embedded import resolve_model
 from .cases import LLAVA_ONEVISION_SIDE, NATIVE, SIZES, Case
@@ -108,12 +109,8 @@ def _fastvlm(case: Case, options: dict[str, Any], dtype: torch.dtype, device: to
 
 def _native(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Subject:
     """Transformers' own `fast_vlm` of the same shape, with its image processor and random weights."""
-    try:
+    with needs("timm", "--against native", 'pip install "transformers-fastvlm[bench]"'):
         import timm  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'the native fast_vlm needs timm: pip install "transformers-fastvlm[bench]", or leave out --against native.'
-        ) from error
     from ..checkpoints.configs import native_config, native_processor_files
 
     config = _config(case)

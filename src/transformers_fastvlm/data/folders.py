@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .._optional import needs
 from .errors import shortened
 from .json_rows import JsonRows
 from .rows import HubRows, JoinedRows, Rows
@@ -132,14 +133,10 @@ def package(why: str) -> Any:
     """Return the package `datasets`.
 
     Raises:
-        ImportError: it is missing; the message begins with `why`.
+        ImportError: it is missing or cannot be imported; the message begins with `why`.
     """
-    try:
+    with needs("datasets", f"{why}, which", 'pip install "transformers-fastvlm[training]"'):
         return importlib.import_module("datasets")
-    except ImportError as error:
-        raise ImportError(
-            f'{why}: that needs the package datasets, pip install "transformers-fastvlm[training]".'
-        ) from error
 
 
 def _identity(folder: str) -> tuple[int, int] | str:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from .. import FastVLMImageProcessorPil, FastVLMProcessor
+from .._optional import needs
 from ..processing_fastvlm import chat_template_for
 from .base import Answer, Conversation, Sampling
 from .prompts import Prompt, check_sampling, read_prompts, tokenizer_options
@@ -21,7 +22,7 @@ __all__ = ["FILE_SUFFIX", "OnnxEngine", "OnnxModel"]
 FILE_SUFFIX = {"float32": "", "float16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 """What a precision adds to the names of its files, as in transformers.js."""
 
-_EXTRA = 'It needs onnxruntime: pip install "transformers-fastvlm[onnx]"'
+_EXTRA = 'pip install "transformers-fastvlm[onnx]"'
 
 
 class OnnxModel:
@@ -50,10 +51,8 @@ class OnnxModel:
         threads: int | None = None,
         prepack: bool = True,
     ) -> None:
-        try:
+        with needs("onnxruntime", "The engine onnx", _EXTRA):
             import onnxruntime
-        except ImportError as error:
-            raise ImportError(f"onnxruntime is not installed. {_EXTRA}") from error
         self.directory = Path(directory)
         found = [name for name, suffix in FILE_SUFFIX.items() if self._file("decoder_model_merged", suffix).is_file()]
         if precision is None:

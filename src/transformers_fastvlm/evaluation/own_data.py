@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from .._optional import needs
 from ..data.errors import ImageError, SampleError, shortened
 from ..data.fields import images_of, is_absent
 from ..data.folders import ALL_SPLITS, folder_rows, parquet_rows
@@ -142,13 +143,12 @@ def _rows(path: Path) -> Rows:
     Raises:
         ValueError, OSError, ImportError: see `read_own_data`.
     """
-    try:
+    if path.is_dir() or path.suffix.lower() == ".parquet":
+        with needs("datasets", f"reading {path}", EXTRA):
+            import datasets  # noqa: F401
         if path.is_dir():
             return folder_rows(str(path), ALL_SPLITS, None, follow_symlinks=False)
-        if path.suffix.lower() == ".parquet":
-            return parquet_rows([str(path)], str(path))
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs datasets: {EXTRA}") from error
+        return parquet_rows([str(path)], str(path))
     if path.suffix.lower() in (".jsonl", ".json"):
         return JsonRows(path)
     raise ValueError(

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .._optional import needs
 from ..checkpoints.published import MODEL_CARD, PAPER_FIRST_TOKEN_MS
 
 __all__ = ["plot_points", "write_plot"]
@@ -78,11 +79,9 @@ def write_plot(report: dict[str, Any], file: str | os.PathLike[str]) -> Path | N
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
+    with needs("matplotlib", "the plot", 'pip install "transformers-fastvlm[eval]"'):
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogFormatter
-    except ImportError as error:
-        raise ImportError('the plot needs matplotlib: pip install "transformers-fastvlm[bench]".') from error
     points, card, tasks = plot_points(report)
     if not points:
         return None

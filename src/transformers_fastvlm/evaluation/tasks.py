@@ -4,7 +4,6 @@
 import contextlib
 import difflib
 import functools
-import importlib.util
 import os
 import re
 import socket
@@ -13,6 +12,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .._optional import needs
 
 __all__ = ["CARD_METRICS", "EXTRA", "expand", "import_harness", "load_task", "main_metric", "right_answers"]
 
@@ -44,11 +45,10 @@ def import_harness() -> None:
     """Import lmms-eval, or say how to install it.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: it is not installed, or does not go with the version of another package.
     """
-    if importlib.util.find_spec("lmms_eval") is None:
-        raise ImportError(f"fastvlm eval needs lmms-eval: {EXTRA}")
-    import lmms_eval.evaluator  # noqa: F401
+    with needs("lmms-eval", "fastvlm eval", EXTRA):
+        import lmms_eval.evaluator  # noqa: F401
 
 
 def expand(names: Sequence[str], include: str | os.PathLike[str] | None = None) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from .._optional import needs
 from .recipes import Recipe
 
 __all__ = ["autocast_dtype", "training_arguments"]
@@ -22,10 +23,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         ValueError: the global batch is not a multiple of the rows that all devices take at once, or a value that
             `TrainingArguments` refuses.
     """
-    try:
+    with needs("accelerate", "Training", 'pip install "transformers-fastvlm[training]"'):
         importlib.import_module("accelerate")
-    except ImportError as error:
-        raise ImportError('Training needs accelerate: pip install "transformers-fastvlm[training]".') from error
     given = dict(recipe.arguments)
     given["learning_rate"] = max(recipe.learning_rates().values())
     given["remove_unused_columns"] = False  # a row's columns become the model's arguments in the collator
