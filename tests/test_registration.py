@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What importing the package makes Transformers know, checked in processes of their own where order matters."""
+"""What importing the package makes Transformers know; what order and failures do to it is in test_registration_order."""
 
-import subprocess
-import sys
-import textwrap
+import logging
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -20,86 +22,76 @@ from transformers import (
     AutoTokenizer,
     pipeline,
 )
+from transformers.utils import is_torchvision_available
 
 import transformers_fastvlm
 from transformers_fastvlm import FastVLMConfig, FastVLMForConditionalGeneration, FastVLMModel, FastVLMProcessor
 
 
-def run(code: str, **environment: str) -> str:
-    """Run `code` in a new interpreter that turns warnings into errors, and return what it prints."""
-    import os
-
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HF_HUB_OFFLINE": "1"} | environment
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
-
-
-def test_importing_imports_no_torch() -> None:
-    code = """
-        import sys
-        import transformers_fastvlm
-        print([m for m in ("torch", "torchvision", "transformers.configuration_utils") if m in sys.modules])
-    """
-    assert run(code) == "[]"
+@pytest.fixture
+def apple_directory(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A directory with every file of Apple's repositories, whose code must not run."""
+    directory = tmp_path / "FastVLM-0.5B"
+    shutil.copytree(checkpoint("qwen2_tied"), directory)
+    config = (directory / "config.json").read_text(encoding="utf-8")
+    assert '"AutoModelForCausalLM": "llava_qwen.LlavaQwen2ForCausalLM"' in config
+    (directory / "llava_qwen.py").write_text("raise RuntimeError('the code of the repository was run')\n")
+    return directory
 
 
-@pytest.mark.parametrize("first", ["", "import transformers.models.auto.modeling_auto, transformers.processing_utils"])
-def test_importing_before_or_after_transformers(first: str, checkpoint) -> None:
-    code = f"""
-        import transformers
-        {first}
-        import transformers_fastvlm
-        transformers_fastvlm.register()
-        from transformers import AutoConfig, AutoModelForVision2Seq, AutoProcessor
-        config = AutoConfig.from_pretrained({str(checkpoint("qwen2_tied"))!r})
-        from transformers import AutoModelForVision2Seq as again
-        model = AutoModelForVision2Seq.from_pretrained({str(checkpoint("qwen2_tied"))!r})
-        processor = AutoProcessor.from_pretrained({str(checkpoint("qwen2_tied"))!r})
-        import pickle
-        assert pickle.loads(pickle.dumps(AutoModelForVision2Seq)) is AutoModelForVision2Seq is again
-        print(type(config).__name__, type(model).__name__, type(processor).__name__)
-    """
-    assert run(code) == "FastVLMConfig FastVLMForConditionalGeneration FastVLMProcessor"
+@pytest.fixture
+def no_remark() -> Iterator[None]:
+    """Fails a test in which Transformers logs a warning or more."""
+    heard: list[str] = []
 
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "from transformers_fastvlm import FastVLMForConditionalGeneration",
-        "from transformers_fastvlm import FastVLMProcessor",
-        "from transformers_fastvlm.checkpoints import convert",
-    ],
-)
-def test_any_module_may_be_imported_first(first: str) -> None:
-    code = f"""
-        {first}
-        from transformers import AutoConfig, AutoModelForVision2Seq, AutoProcessor, CONFIG_MAPPING
-        from transformers.models.auto.modeling_auto import MODEL_MAPPING
-        from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
-        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-        config = CONFIG_MAPPING["fastvlm"]
-        print(*(config in m for m in (MODEL_MAPPING, IMAGE_PROCESSOR_MAPPING, PROCESSOR_MAPPING)), end=" ")
-        print(get_checkpoint_conversion_mapping("fastvlm") is not None)
-    """
-    assert run(code) == "True True True True"
-
-
-def test_old_name_can_be_left_out() -> None:
-    code = """
-        import transformers_fastvlm, transformers
-        from transformers import AutoModel
-        print(hasattr(transformers, "AutoModelForVision2Seq"))
-    """
-    assert run(code, TRANSFORMERS_FASTVLM_NO_VISION2SEQ="1") == "False"
+    listener = Listener(logging.WARNING)
+    logging.getLogger("transformers").addHandler(listener)
+    yield
+    logging.getLogger("transformers").removeHandler(listener)
+    assert heard == []
 
 
 def test_registering_twice_changes_nothing() -> None:
     for _ in range(2):
         transformers_fastvlm.register()
     assert transformers.CONFIG_MAPPING["fastvlm"] is FastVLMConfig
+
+
+def test_classes_are_attributes_of_transformers() -> None:
+    """TRL and vLLM look for a checkpoint's class by `getattr(transformers, name)`."""
+    names = set(transformers_fastvlm.__all__) - {"__version__", "register"}
+    if not is_torchvision_available():
+        names.remove("FastVLMImageProcessor")
+    for name in names:
+        assert getattr(transformers, name) is getattr(transformers_fastvlm, name)
+    vision2seq = transformers.AutoModelForVision2Seq
+    assert pickle.loads(pickle.dumps(vision2seq)) is vision2seq
+
+
+@pytest.mark.parametrize("trust_remote_code", [None, True])
+@pytest.mark.usefixtures("no_remark")
+def test_text_generation_as_the_hub_page_has_it(trust_remote_code: bool | None, apple_directory: Path) -> None:
+    options = {} if trust_remote_code is None else {"trust_remote_code": trust_remote_code}
+    pipe = pipeline("text-generation", model=str(apple_directory), **options)
+    assert type(pipe.model) is FastVLMForConditionalGeneration
+    model = AutoModelForCausalLM.from_pretrained(apple_directory, **options)
+    tokenizer = AutoTokenizer.from_pretrained(apple_directory, **options)
+    greedy = {"max_new_tokens": 5, "do_sample": False}
+
+    def answer(inputs: Any) -> str:
+        output = model.generate(**inputs, **greedy)
+        return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    expected = answer(tokenizer("What is", return_tensors="pt"))
+    assert pipe("What is", return_full_text=False, **greedy)[0]["generated_text"] == expected
+    messages = [{"role": "user", "content": "Who are you?"}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    assert pipe(messages, **greedy)[0]["generated_text"][-1] == {"role": "assistant", "content": answer(chat)}
+    assert pipe(messages)[0]["generated_text"][-1]["role"] == "assistant"
 
 
 @pytest.mark.parametrize("trust_remote_code", [None, False, True])
@@ -163,18 +155,6 @@ def test_repository_in_a_cache_of_ones_own(hub_cache: Path) -> None:
         loaded = auto_class.from_pretrained("fastvlm/tiny", **options)
         config = loaded if isinstance(loaded, FastVLMConfig) else loaded.config
         assert config.image_token_id == 483, auto_class
-
-
-def test_repository_in_the_default_cache(hub_cache: Path) -> None:
-    code = """
-        import transformers_fastvlm
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
-        name = "fastvlm/tiny"
-        print(AutoConfig.from_pretrained(name).image_token_id, AutoProcessor.from_pretrained(name).image_token_id)
-        print(AutoModelForImageTextToText.from_pretrained(name).config.image_token_id)
-        print(pipeline("image-text-to-text", model=name).model.config.image_token_id)
-    """
-    assert run(code, HF_HOME=str(hub_cache)).split() == ["483"] * 4
 
 
 def test_public_names() -> None:
