@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README.md and docs/ show works: their Python runs, and their commands, options and extras exist.
+"""What README.md and docs/ show works: their Python and commands run, and their options and extras exist.
 
-A Python block runs if the line before it is `<!-- test -->`, which readers do not see. The marked blocks of a page run
-in order as one program, as somebody who follows the page would run them, in a folder of their own, with these
-substitutions and no others:
+A Python block runs if the line before it is `<!-- test -->`, or `<!-- test with PACKAGE -->` where that is installed;
+readers do not see the mark. Every other Python block is a fragment, and its first line says so to the reader:
+`# Fragment: …`. The marked blocks of a page run in order as one program, as somebody who follows the page would run
+them, in a folder of their own, with these substitutions and no others:
 
 - "apple/FastVLM-0.5B" is replaced by the path of a tiny checkpoint in the same layout, rebuilt from tests/golden, so
   that no network is needed;
-- every picture that a block names, such as "photo.jpg", is there: a golden image of the same file type.
+- every image that a block names, such as "photo.jpg", is there: of examples/images where it has one of that name, else
+  a golden image of the same file type. The folder "photos" has some.
 
-Blocks without the mark are only compiled. Commands are not run; `make demo` and others have runs of their own.
+The commands of `RUN` run too, in such a folder. Other commands have runs of their own (`make demo`, the tests of their
+verbs). `# prints: TEXT` at the end of a line of Python, or on the line after a command, is compared with what is
+printed.
 """
 
 import configparser
+import importlib.util
 import re
 import shlex
 import shutil
@@ -27,6 +32,17 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARK = "<!-- test -->"
 HUB_NAME = "apple/FastVLM-0.5B"
+RUN = ("generate", "chat", "info", "convert")
+"""Verbs whose commands run: they need no other package, no port, and seconds."""
+PROGRAMS = {
+    "training.md": "tests/training/test_training_docs.py",
+    "training-scale.md": "tests/training/test_lora_docs.py",
+    "export.md": "tests/export/test_onnx_docs.py",
+    "serve.md": "tests/serving/test_http_docs.py",
+}
+"""Pages whose blocks `<!-- test with PACKAGE -->` run in a test of their own, with more files than are here."""
+OTHERS = ("data.md",)
+"""Pages whose fragments do not say yet that they are fragments."""
 PICTURES = {".jpg": "large_rgb.jpg", ".jpeg": "large_rgb.jpg", ".png": "square_rgb.png"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -34,12 +50,16 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relativ
 
 @dataclass
 class Block:
-    """A fenced block: its language, its code, the line of its first line in the page, and whether it is marked."""
+    """A fenced block: its language, its code, the line of its first line in the page, and its mark.
+
+    `needs` is the package of `<!-- test with PACKAGE -->`; `marked` is set for `<!-- test -->` alone.
+    """
 
     language: str
     code: str
     line: int
     marked: bool
+    needs: str | None = None
 
 
 def blocks(text: str) -> Iterator[Block]:
@@ -53,7 +73,8 @@ def blocks(text: str) -> Iterator[Block]:
         elif fence and line.strip() == fence:
             code = "\n".join(inner.removeprefix(indent) for inner in lines[start + 1 : number])
             above = next((other.strip() for other in reversed(lines[:start]) if other.strip()), "")
-            yield Block(language.strip(), code, start + 2, above == MARK)
+            needs = re.fullmatch(r"<!-- test with (\w+) -->", above)
+            yield Block(language.strip(), code, start + 2, above == MARK, needs and needs[1])
             fence = ""
     assert not fence, f"the block that begins in line {start + 1} does not end"
 
@@ -86,28 +107,104 @@ def test_pages_are_found_and_something_runs() -> None:
     assert [block for block in readme if block.marked], f"no block of README.md is marked with {MARK}"
 
 
+@pytest.fixture
+def folder(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Make a working directory with the images that a text names, and "photos"."""
+
+    def make(text: str) -> Path:
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(ROOT / "examples" / "images", tmp_path / "examples" / "images")
+        (tmp_path / "photos").mkdir()
+        shutil.copy(ROOT / "examples" / "images" / "sign.png", tmp_path / "photos")
+        for name in re.findall(r"(?<![\w./-])([\w.-]+\.(?:jpe?g|png))(?![\w.-])", text):
+            drawn = ROOT / "examples" / "images" / name
+            shutil.copy(drawn if drawn.is_file() else golden / "images" / PICTURES[Path(name).suffix], tmp_path / name)
+        return tmp_path
+
+    return make
+
+
 @each_page
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # of PyTorch, where there is no GPU
 def test_python_runs(
     page: Path,
     checkpoint: Callable[[str], Path],
-    golden: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     python = [block for block in blocks(page.read_text(encoding="utf-8")) if block.language == "python"]
     for block in python:
         compile("\n" * (block.line - 1) + block.code, page.name, "exec")
-    marked = [block for block in python if block.marked]
-    monkeypatch.chdir(tmp_path)
-    for name in re.findall(r"[\"']([\w.-]+\.(?:jpe?g|png))[\"']", "\n".join(block.code for block in marked)):
-        shutil.copy(golden / "images" / PICTURES[Path(name).suffix], name)
+    elsewhere = page.name in PROGRAMS
+    marked = [block for block in python if block.marked or (runs_here(block) and not elsewhere)]
+    folder("\n".join(block.code for block in marked))
     namespace = {"__name__": "__main__"}
     for block in marked:
         code = block.code
         if HUB_NAME in code:
             code = code.replace(HUB_NAME, checkpoint("qwen2_tied").as_posix())
+        capsys.readouterr()
         # Padding makes the line numbers of a traceback those of the page.
         exec(compile("\n" * (block.line - 1) + code, page.name, "exec"), namespace)
+        if expected := re.findall(r"# prints: (.*)$", block.code, flags=re.M):
+            assert capsys.readouterr().out.splitlines() == expected
+
+
+def runs_here(block: Block) -> bool:
+    return block.needs is not None and importlib.util.find_spec(block.needs) is not None
+
+
+@each_page
+def test_fragments_say_so(page: Path) -> None:
+    python = [block for block in blocks(page.read_text(encoding="utf-8")) if block.language == "python"]
+    if page.name in PROGRAMS:
+        assert (ROOT / PROGRAMS[page.name]).is_file()
+    silent = [
+        f"line {block.line}: neither marked to run nor `# Fragment: …`"
+        for block in python
+        if not (block.marked or block.needs or block.code.startswith("# Fragment: ")) and page.name not in OTHERS
+    ]
+    assert silent == []
+
+
+@each_page
+def test_commands_run(page: Path, checkpoint: Callable[[str], Path], folder: Callable[[str], Path]) -> None:
+    text = page.read_text(encoding="utf-8")
+    shell = [block for block in blocks(text) if block.language == "bash"]
+    where = folder("\n".join(block.code for block in shell))
+    for block in shell:
+        lines = block.code.replace("\\\n", " ").splitlines()
+        for line, after in zip(lines, [*lines[1:], ""], strict=True):
+            words = shlex.split(line, comments=True)
+            if words[:1] != ["fastvlm"] or words[1] not in RUN or "cuda" in words:
+                continue
+            printed = fastvlm(words[1:], checkpoint("qwen2_tied"), where)
+            if after.startswith("# prints: "):
+                assert printed.splitlines() == [after.removeprefix("# prints: ")], line
+
+
+def fastvlm(words: list[str], golden_model: Path, where: Path) -> str:
+    """Run a command of a page and return what it prints."""
+    from typer.testing import CliRunner
+
+    from transformers_fastvlm.cli import app
+
+    given = b""
+    if "<" in words:
+        at = words.index("<")
+        given, words = (where / words[at + 1]).read_bytes(), words[:at]
+    words = [word.replace(HUB_NAME, str(golden_model)) for word in words]
+    option = next((word for word in words if word in ("-m", "--model")), None)
+    named = words[words.index(option) + 1] if option else words[1] if words[0] in ("info", "convert") else None
+    if named is None:
+        words += ["--model", str(golden_model)]
+    elif named != "tiny" and not Path(named).is_dir():  # what somebody trained or converted before
+        shutil.copytree(golden_model, named)
+    if words[0] in ("generate", "chat") and "tiny" not in words:
+        words += ["--max-new-tokens", "4"]
+    result = CliRunner().invoke(app, words, input=given, prog_name="fastvlm")
+    assert result.exit_code == 0, (words, result.stdout, result.stderr)
+    return result.stdout
 
 
 @each_page
@@ -177,10 +274,12 @@ def test_the_reading_of_pages() -> None:
         "```bash\n# a comment\n$ fastvlm generate a.png \\\n  -p 'two; words' --json   # and so on\n"
         "make test && make check\n```\n"
     )
-    assert [(b.language, b.marked, b.line) for b in blocks(text)] == [
-        ("python", True, 6),
-        ("python", False, 10),
-        ("bash", False, 14),
+    text += "<!-- test with peft -->\n\n```python\nz = 1\n```\n"
+    assert [(b.language, b.marked, b.needs, b.line) for b in blocks(text)] == [
+        ("python", True, None, 6),
+        ("python", False, None, 10),
+        ("bash", False, None, 14),
+        ("python", False, "peft", 22),
     ]
     assert commands(text) == [
         ["make", "demo"],
