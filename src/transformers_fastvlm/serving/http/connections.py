@@ -7,9 +7,9 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import ApiError
 
@@ -25,10 +25,12 @@ __all__ = [
     "record_of",
     "send_error",
     "sender",
+    "unless_gone",
     "until_gone",
     "with_log",
 ]
 
+T = TypeVar("T")
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -272,6 +274,25 @@ async def until_gone(receive: Receive) -> None:
     """Return when the client leaves; what it sends meanwhile is dropped."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_gone(leaving: asyncio.Future[None], work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`, which is cancelled where the client leaves before.
+
+    Args:
+        leaving: a task of `until_gone`.
+
+    Raises:
+        Gone: the client left.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({leaving, task}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def sender(send: Send, timeout: float, give_up: Callable[[], None]) -> Send:

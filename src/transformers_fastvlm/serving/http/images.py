@@ -8,7 +8,7 @@ import base64
 import binascii
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -55,13 +55,16 @@ def data_of(picture: Picture) -> bytes:
     return data
 
 
-def decode(pictures: Sequence[Picture], contents: Sequence[bytes], max_pixels: int, turn: bool) -> list[Any]:
+def decode(
+    pictures: Sequence[Picture], contents: Sequence[bytes], max_pixels: int, turn: bool, check: Callable[[], None]
+) -> list[Any]:
     """Return the decoded pictures of a request.
 
     Args:
         pictures, contents: where each comes from, and its bytes.
         max_pixels: of all together; checked before the first is decoded.
         turn: whether to turn them as their EXIF orientation says.
+        check: called before each is decoded; raises where the work is to end.
 
     Raises:
         ApiError: not a picture, damaged, moving, or too many pixels.
@@ -76,7 +79,11 @@ def decode(pictures: Sequence[Picture], contents: Sequence[bytes], max_pixels: i
             param="messages",
             code="image_too_large",
         )
-    return [_load(picture, image, turn) for picture, image in zip(pictures, opened, strict=True)]
+    loaded = []
+    for picture, image in zip(pictures, opened, strict=True):
+        check()
+        loaded.append(_load(picture, image, turn))
+    return loaded
 
 
 def _open(picture: Picture, content: bytes) -> Image.Image:
