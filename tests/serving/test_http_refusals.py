@@ -3,6 +3,7 @@
 
 import base64
 import contextlib
+import gzip
 import io
 import json
 import select
@@ -205,6 +206,18 @@ def test_another_content_type_is_refused(server: Running) -> None:
     assert status == 415 and "expected application/json" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip"])
+def test_a_compressed_body_is_refused_by_name(server: Running, encoding: str) -> None:
+    body = gzip.compress(json.dumps(asks()).encode())
+    status, answer, _ = server.post(body, Content_Encoding=encoding)
+    assert status == 415 and repr(encoding) in answer["error"]["message"]
+    assert server.post(asks(max_tokens=1), Content_Encoding="identity")[0] == 200
+
+
+def test_a_mark_of_the_order_of_bytes_is_passed_over(server: Running) -> None:
+    assert server.post(b"\xef\xbb\xbf" + json.dumps(asks(max_tokens=1)).encode())[0] == 200
+
+
 @pytest.mark.parametrize("length", ["Content-Length: 200000000", "Transfer-Encoding: chunked"])
 def test_a_large_body_is_refused_before_its_end(server: Running, length: str) -> None:
     piece = b"x" * MEBIBYTE
@@ -244,7 +257,7 @@ def test_a_body_that_never_ends_is_given_up(model_and_processor: tuple[Any, Any]
 
 
 def test_a_key(model_and_processor: tuple[Any, Any]) -> None:
-    with running(*model_and_processor, api_key="secret") as server:
+    with running(*model_and_processor, api_key=" secret\n") as server:  # as files with secrets end
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             status, answer, fields = server.post(asks(max_tokens=2), **headers)
             assert status == 401 and answer["error"]["code"] == "invalid_api_key", answer

@@ -209,8 +209,8 @@ async def read_body(
     """Return a request's body.
 
     Raises:
-        ApiError: 415 for another type than JSON; 413 for more than `limit` bytes, as soon as that is known; 408 where
-            it does not come in time, or too slowly; 429 where too many bodies are being read.
+        ApiError: 415 for another type than JSON, or a compressed body; 413 for more than `limit` bytes, as soon as that
+            is known; 408 where it does not come in time, or too slowly; 429 where too many bodies are being read.
         Gone: the client left.
     """
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -218,6 +218,10 @@ async def read_body(
         raise ApiError(
             415, f"The content type is {kind[:80]!r}; expected application/json.", code="unsupported_media_type"
         )
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        message = f"The content encoding is {encoding[:80]!r}; send the JSON as it is, without Content-Encoding."
+        raise ApiError(415, message, code="unsupported_media_type")
     too_large = ApiError(
         413,
         f"The body has more than {limit} bytes, this server's limit. Send fewer or smaller pictures.",
