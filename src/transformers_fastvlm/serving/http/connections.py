@@ -220,8 +220,8 @@ async def read_body(
         )
     encoding = headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
-        message = f"The content encoding is {encoding[:80]!r}; send the JSON as it is, without Content-Encoding."
-        raise ApiError(415, message, code="unsupported_media_type")
+        refusal = f"The content encoding is {encoding[:80]!r}; send the JSON as it is, without Content-Encoding."
+        raise ApiError(415, refusal, code="unsupported_media_type")
     too_large = ApiError(
         413,
         f"The body has more than {limit} bytes, this server's limit. Send fewer or smaller pictures.",
@@ -263,8 +263,7 @@ async def read_body(
             before = len(body)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(min(end, window)) as reading.timer:
-                    message = await receive()
-                    if take(message):
+                    if take(await receive()):
                         return bytes(body)
             bodies.grow(reading, len(body) - before)
             now = asyncio.get_running_loop().time()
@@ -290,8 +289,9 @@ async def unless_gone(leaving: asyncio.Future[None], work: Coroutine[Any, Any, T
         Gone: the client left.
     """
     task = asyncio.ensure_future(work)
+    both: set[asyncio.Future[Any]] = {leaving, task}
     try:
-        await asyncio.wait({leaving, task}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise Gone
         return task.result()
