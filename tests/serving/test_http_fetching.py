@@ -218,13 +218,21 @@ def test_a_host_that_never_begins_to_encrypt_is_given_up() -> None:
 
 
 def test_hosts_are_allowed_by_name_and_port() -> None:
-    some = Fetcher(("Example.com", "cdn.example.com:8080"), 1.0)
-    for url in ("http://example.com/a", "https://EXAMPLE.com./a", "http://cdn.example.com:8080/"):
+    some = Fetcher(("Example.com", "cdn.example.com:8080", "[2001:db8::1]:81", "2001:db8::2"), 1.0)
+    for url in (
+        "http://example.com/a",
+        "https://EXAMPLE.com./a",
+        "http://cdn.example.com:8080/",
+        "http://[2001:db8::1]:81/",
+        "http://[2001:DB8::2]/",
+    ):
         some.check(Picture(url, "url"))
     for url in (
         "http://example.com:8080/a",
         "http://www.example.com/",
         "http://cdn.example.com/",
+        "http://[2001:db8::1]/",
+        "http://[2001:db8::2]:81/",
         "http://example.com@evil.com/",
         "http://evil.com#example.com",
         "http://evil.com\\example.com/",
@@ -262,6 +270,16 @@ def test_hosts_are_allowed_by_name_and_port() -> None:
         ("64:ff9b::a9fe:a9fe", False),
         ("2002:7f00:1::", False),
         ("2002:a00:1::", False),
+        ("168.63.129.16", False),
+        ("::ffff:168.63.129.16", False),
+        ("192.88.99.1", False),
+        ("3fff::1", False),
+        ("3fff:fff::1", False),
+        ("2001::7f00:1", False),
+        ("2001:0:7f00:1::", False),
+        ("5f00::1", False),
+        ("64:ff9b:1::a00:1", False),
+        ("168.63.129.17", True),
     ],
 )
 def test_public_addresses(address: str, public: bool) -> None:

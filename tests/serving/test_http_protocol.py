@@ -74,6 +74,15 @@ def texts(count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("fields", "param", "part"),
     [
+        ({"seed": 2**63}, "seed", "expected -9223372036854775808 to 9223372036854775807"),
+        ({"temperature": 2.1}, "temperature", "a number from 0 to 2"),
+        ({"temperature": -1e-9}, "temperature", "a number from 0 to 2"),
+        (
+            {"messages": [message([{"type": "image_url", "image_url": "https://x/a.png"}])]},
+            "messages[0].content[0].image_url",
+            "is 'https://x/a.png'; expected an object {\"url\": ",
+        ),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "system, developer, user or assistant"),
         ({"messages": [message()] * 1001}, "messages", "The request has 1001 messages; this server takes 1000"),
         (
             {"messages": [message(texts(600)), message(texts(401))]},
@@ -86,6 +95,45 @@ def test_a_field_that_is_refused(fields: dict[str, Any], param: str, part: str) 
     with pytest.raises(ApiError) as error:
         parsed(**fields)
     assert error.value.status == 400 and error.value.param == param and part in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (0, 0.0),
+        (1e-45, 0.0),
+        (5e-324, 0.0),
+        (1e-30, 0.0),
+        (9.9e-5, 0.0),
+        (1e-4, 1e-4),
+        (0.7, 0.7),
+        (2, 2.0),
+        (None, 0.0),
+    ],
+)
+def test_a_temperature_close_to_zero_is_greedy(given: float | None, meant: float) -> None:
+    assert parsed(temperature=given).temperature == meant
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [message(name="user_proxy")]},
+        {"messages": [message(cache_control={"type": "ephemeral"})]},
+        {"messages": [message([{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}])]},
+        {"reasoning_effort": "low"},
+        {"seed": 2**63 - 1},
+        {"seed": -(2**63)},
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_is_taken(fields: dict[str, Any]) -> None:
+    assert parsed(**fields).messages == parsed().messages
+
+
+def test_a_developer_is_the_system() -> None:
+    found = parsed(messages=[{"role": "developer", "content": "Be short."}, message()]).messages
+    assert [one["role"] for one in found] == ["system", "user"]
 
 
 def test_a_request_within_the_bounds_is_taken() -> None:

@@ -3,6 +3,7 @@
 
 import base64
 import contextlib
+import gzip
 import io
 import json
 import select
@@ -100,7 +101,10 @@ def test_a_body_that_is_no_request(server: Running, body: bytes, part: str) -> N
     ("url", "part"),
     [
         ("data:image/png;base64,@@@@", "base64 of the picture is broken"),
-        ("data:image/png;base64,iVBORw0KGgo", "base64 of the picture is broken"),
+        ("data:image/png;base64,iVBORw0KGgoAA", "it has 13 characters, and no number of bytes gives so many"),
+        ("data:image/png;base64,iVB=Rw0KGgoA", "base64 of the picture is broken"),
+        ("data:image/png;base64,iVB%2", "base64 of the picture is broken"),
+        ("data:image/png;base64,\u00e9\u00e9\u00e9\u00e9", "base64 of the picture is broken"),
         ("data:image/png;base64,", "empty"),
         ("data:image/png;base64,aGVsbG8gd29ybGQ=", "not a picture"),
         ("data:image/png,hello", "expected data:image/...;base64"),
@@ -162,7 +166,11 @@ def test_a_picture_that_is_not_taken(server: Running, url: str, part: str) -> No
         (400, messages([shows(picture(), "a")["content"][0]], "system"), "images go into the user's messages"),
         (400, messages([{"type": "video", "video": "a.mp4"}]), "text or image_url"),
         (400, messages([{"type": "image", "path": "/etc/passwd"}]), "text or image_url"),
-        (400, messages([{"type": "image_url", "image_url": "data:,"}]), "expected an object"),
+        (
+            400,
+            messages([{"type": "image_url", "image_url": "data:,"}]),
+            'is \'data:,\'; expected an object {"url": "data:',
+        ),
         (400, messages([{"type": "text", "text": "a\ud800"}]), "valid Unicode"),
         (400, messages([]), "a list of parts"),
         (400, messages(None), "content is missing"),
@@ -205,6 +213,18 @@ def test_another_content_type_is_refused(server: Running) -> None:
     assert status == 415 and "expected application/json" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip"])
+def test_a_compressed_body_is_refused_by_name(server: Running, encoding: str) -> None:
+    body = gzip.compress(json.dumps(asks()).encode())
+    status, answer, _ = server.post(body, Content_Encoding=encoding)
+    assert status == 415 and repr(encoding) in answer["error"]["message"]
+    assert server.post(asks(max_tokens=1), Content_Encoding="identity")[0] == 200
+
+
+def test_a_mark_of_the_order_of_bytes_is_passed_over(server: Running) -> None:
+    assert server.post(b"\xef\xbb\xbf" + json.dumps(asks(max_tokens=1)).encode())[0] == 200
+
+
 @pytest.mark.parametrize("length", ["Content-Length: 200000000", "Transfer-Encoding: chunked"])
 def test_a_large_body_is_refused_before_its_end(server: Running, length: str) -> None:
     piece = b"x" * MEBIBYTE
@@ -244,7 +264,7 @@ def test_a_body_that_never_ends_is_given_up(model_and_processor: tuple[Any, Any]
 
 
 def test_a_key(model_and_processor: tuple[Any, Any]) -> None:
-    with running(*model_and_processor, api_key="secret") as server:
+    with running(*model_and_processor, api_key=" secret\n") as server:  # as files with secrets end
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             status, answer, fields = server.post(asks(max_tokens=2), **headers)
             assert status == 401 and answer["error"]["code"] == "invalid_api_key", answer

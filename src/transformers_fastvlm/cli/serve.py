@@ -8,11 +8,23 @@ from typing import Annotated
 import typer
 
 from . import options
-from .errors import notice, reports_errors
+from .errors import UserError, notice, reports_errors
 
 __all__ = ["serve"]
 
 _KEY = "FASTVLM_API_KEY"
+
+
+def _key(given: str | None) -> str | None:
+    """Return the key that clients must send; None where none was given.
+
+    Raises:
+        UserError: it was given and is empty, as by a variable that is not set: then anyone could use the model.
+    """
+    key = os.environ.get(_KEY) if given is None else given  # typer takes an empty variable for one that is not there
+    if key is not None and not key.strip():
+        raise UserError(f"--api-key or the variable {_KEY} is empty; give a key, or unset it to ask for none.")
+    return key
 
 
 @reports_errors
@@ -86,7 +98,7 @@ def serve(
 
     settings = Settings(
         name=name or (os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model),
-        api_key=api_key or None,
+        api_key=_key(api_key),
         image_hosts=tuple(allow_image_host or ()),
         max_body_bytes=max_body_bytes,
         max_images=max_images,

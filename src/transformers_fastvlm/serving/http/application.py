@@ -9,7 +9,21 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from .connections import CLIENT_LEFT, Bodies, Gone, check_key, read_body, record_of, send_error, sender, with_log
+from .connections import (
+    CLIENT_LEFT,
+    Bodies,
+    Gone,
+    Record,
+    Send,
+    check_key,
+    read_body,
+    record_of,
+    send_error,
+    sender,
+    unless_gone,
+    until_gone,
+    with_log,
+)
 from .errors import ApiError
 from .fetching import Fetcher
 from .generation import Job, Worker
@@ -76,9 +90,17 @@ class Service:
         self._check_room()
         self.active += 1
         record.at_end = self._let_go
-        chat: ChatRequest = await self.preparation.parse(_parse, body, self.settings)
+        leaving = asyncio.ensure_future(until_gone(receive))
+        try:
+            await self._answer(body, leaving, sender(send, timeout, lambda: self.abort(scope)), record)
+        finally:
+            leaving.cancel()
+
+    async def _answer(self, body: bytes, leaving: asyncio.Future[None], send: Send, record: Record) -> None:
+        """Answer a request that was taken on."""
+        chat: ChatRequest = await unless_gone(leaving, self.preparation.parse(_parse, body, self.settings))
         del body
-        inputs, max_tokens = await self.preparation.inputs(chat)
+        inputs, max_tokens = await unless_gone(leaving, self.preparation.inputs(chat))
         images = len(chat.pictures)
         chat = dataclasses.replace(chat, messages=[], pictures=())  # the inputs hold all of it
         loop, news = asyncio.get_running_loop(), asyncio.Event()
@@ -98,14 +120,18 @@ class Service:
             changed=changed,
         )
         self.worker.submit(job)
-        within = sender(send, timeout, lambda: self.abort(scope))
         try:
-            await answer(chat, job, self.settings.name, news, receive, within)
+            await answer(chat, job, self.settings.name, news, leaving, send)
         finally:
             if not job.done:
                 self.worker.cancel(job)
             made = sum(row.tokens for row in job.answers)
             record.detail = f"images={images} prompt={job.prompt_tokens} answer={made} queued={job.waited:.3f}s"
+
+    def close(self) -> None:
+        """End the threads, after what was taken on."""
+        self.worker.close()
+        self.preparation.close()
 
     def _check_room(self) -> None:
         """Refuse a request where there is no room for it: so memory is bounded, whatever clients send."""
@@ -161,7 +187,7 @@ def create_app(service: Service) -> Any:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
         yield
-        await asyncio.to_thread(service.worker.close)
+        await asyncio.to_thread(service.close)
 
     # No pages of its own: they would fetch scripts from elsewhere.
     app = FastAPI(

@@ -7,9 +7,9 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import ApiError
 
@@ -25,10 +25,12 @@ __all__ = [
     "record_of",
     "send_error",
     "sender",
+    "unless_gone",
     "until_gone",
     "with_log",
 ]
 
+T = TypeVar("T")
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -207,8 +209,8 @@ async def read_body(
     """Return a request's body.
 
     Raises:
-        ApiError: 415 for another type than JSON; 413 for more than `limit` bytes, as soon as that is known; 408 where
-            it does not come in time, or too slowly; 429 where too many bodies are being read.
+        ApiError: 415 for another type than JSON, or a compressed body; 413 for more than `limit` bytes, as soon as that
+            is known; 408 where it does not come in time, or too slowly; 429 where too many bodies are being read.
         Gone: the client left.
     """
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -216,6 +218,10 @@ async def read_body(
         raise ApiError(
             415, f"The content type is {kind[:80]!r}; expected application/json.", code="unsupported_media_type"
         )
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        refusal = f"The content encoding is {encoding[:80]!r}; send the JSON as it is, without Content-Encoding."
+        raise ApiError(415, refusal, code="unsupported_media_type")
     too_large = ApiError(
         413,
         f"The body has more than {limit} bytes, this server's limit. Send fewer or smaller pictures.",
@@ -257,8 +263,7 @@ async def read_body(
             before = len(body)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(min(end, window)) as reading.timer:
-                    message = await receive()
-                    if take(message):
+                    if take(await receive()):
                         return bytes(body)
             bodies.grow(reading, len(body) - before)
             now = asyncio.get_running_loop().time()
@@ -272,6 +277,26 @@ async def until_gone(receive: Receive) -> None:
     """Return when the client leaves; what it sends meanwhile is dropped."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_gone(leaving: asyncio.Future[None], work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`, which is cancelled where the client leaves before.
+
+    Args:
+        leaving: a task of `until_gone`.
+
+    Raises:
+        Gone: the client left.
+    """
+    task = asyncio.ensure_future(work)
+    both: set[asyncio.Future[Any]] = {leaving, task}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def sender(send: Send, timeout: float, give_up: Callable[[], None]) -> Send:

@@ -18,11 +18,18 @@ from typing import Any
 
 from .images import refused
 from .protocol import Picture
+from .settings import image_host
 
 __all__ = ["Budget", "Fetcher", "is_public"]
 
 _PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# Beside what Python's module knows: Azure's service for virtual machines, relays of 6to4 (RFC 7526), Teredo, whose
+# servers and clients can both be inside, documentation (RFC 9637), and segment routing (RFC 9602).
+_NOT_PUBLIC = [
+    ipaddress.ip_network(network)
+    for network in ("168.63.129.16/32", "192.88.99.0/24", "2001::/32", "3fff::/20", "5f00::/16")
+]
 _PIECE = 2**16
 _MAX_ADDRESS = 2048
 
@@ -31,13 +38,15 @@ def is_public(address: str) -> bool:
     """Return whether an IP address is one of the public internet, also where it wraps an IPv4 address."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        inner = ip.ipv4_mapped or ip.sixtofour
         if ip in _NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
         if ip.is_site_local:
             return False
+    if any(ip in network for network in _NOT_PUBLIC):
+        return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
@@ -62,13 +71,13 @@ class Fetcher:
     """Fetches pictures.
 
     Args:
-        hosts: allowed ones, as "name" (ports 80 and 443) or "name:port".
+        hosts: allowed ones, as "name" (ports 80 and 443) or "name:port"; see `image_host`.
         timeout: seconds for all of it.
         is_allowed: says of the IP address of a host whether it may be connected to.
     """
 
     def __init__(self, hosts: tuple[str, ...], timeout: float, is_allowed: Callable[[str], bool] = is_public) -> None:
-        self.hosts = {host.lower() for host in hosts}
+        self.hosts = {image_host(host) for host in hosts}
         self.timeout, self.is_allowed = timeout, is_allowed
 
     def check(self, picture: Picture) -> None:
@@ -118,7 +127,7 @@ class Fetcher:
         if not host or parts.username is not None or parts.password is not None:
             raise refused(picture, "the address has no host, or has a user's name in it.", "invalid_image_url")
         number = _PORTS[scheme] if port is None else port
-        allowed = f"{host}:{number}" in self.hosts or (host in self.hosts and number in _PORTS.values())
+        allowed = (host, number) in self.hosts or ((host, None) in self.hosts and number in _PORTS.values())
         if not allowed:
             raise refused(
                 picture,

@@ -5,10 +5,9 @@ Only what a browser shows is taken, and never a path: `file:` and bare names are
 """
 
 import base64
-import binascii
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -22,6 +21,12 @@ __all__ = ["data_of", "decode", "is_remote"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
+_ONE_ALPHABET = bytes.maketrans(b"-_", b"+/")
+_PERCENT = [
+    (code, character)
+    for character in (b"+", b"/", b"=", b"\n", b"\r", b" ")
+    for code in (b"%%%02X" % character[0], b"%%%02x" % character[0])
+]
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
 
@@ -48,16 +53,37 @@ def data_of(picture: Picture) -> bytes:
             picture, f"{shown!r} is not a URL of a picture; expected data:image/...;base64,... Files are never read."
         )
     try:
-        data = base64.b64decode("".join(picture.url[prefix.end() :].split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        data = _from_base64(picture.url[prefix.end() :].encode("ascii", "replace"))
+    except ValueError as error:
         raise refused(picture, f"the base64 of the picture is broken: {error}.") from error
     if not data:
         raise refused(picture, "the picture is empty (0 bytes).")
     return data
 
 
+def _from_base64(text: bytes) -> bytes:
+    """Return the bytes of base64, also in the alphabet for URLs, percent-encoded, without padding or with line breaks.
+
+    Raises:
+        ValueError: other characters, or a length that no number of bytes has.
+    """
+    if b"%" in text:
+        for code, character in _PERCENT:
+            text = text.replace(code, character)
+    text = text.translate(_ONE_ALPHABET, b" \t\r\n").rstrip(b"=")
+    if len(text) % 4 == 1:
+        raise ValueError(
+            f"it has {len(text)} characters, and no number of bytes gives so many; it may have been cut off"
+        )
+    return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+
+
 def decode(
-    pictures: Sequence[Picture], contents: Sequence[bytes], max_pixels: int, do_exif_transpose: bool
+    pictures: Sequence[Picture],
+    contents: Sequence[bytes],
+    max_pixels: int,
+    do_exif_transpose: bool,
+    check: Callable[[], None],
 ) -> list[Any]:
     """Return the decoded pictures of a request.
 
@@ -65,6 +91,7 @@ def decode(
         pictures, contents: where each comes from, and its bytes.
         max_pixels: of all together; checked before the first is decoded.
         do_exif_transpose: whether to turn them as their EXIF orientation says.
+        check: called before each is decoded; raises where the work is to end.
 
     Raises:
         ApiError: not a picture, damaged, moving, or too many pixels.
@@ -79,7 +106,11 @@ def decode(
             param="messages",
             code="image_too_large",
         )
-    return [_load(picture, image, do_exif_transpose) for picture, image in zip(pictures, opened, strict=True)]
+    loaded = []
+    for picture, image in zip(pictures, opened, strict=True):
+        check()
+        loaded.append(_load(picture, image, do_exif_transpose))
+    return loaded
 
 
 def _open(picture: Picture, content: bytes) -> Image.Image:

@@ -4,10 +4,12 @@
 import asyncio
 import copy
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ... import compat
+from .connections import Gone
 from .errors import ApiError
 from .fetching import Budget, Fetcher
 from .images import data_of, decode, is_remote
@@ -17,9 +19,40 @@ from .settings import Settings
 __all__ = ["Preparation"]
 
 _FETCHING = 16
-_DECODING = 2
+_THREADS = 2  # of each lane
+_SECONDS = 30.0  # for preparing a request, from the moment at which a thread takes it
 _BYTES_OF_A_TOKEN = 16
 _MAX_TEXT_BYTES = 2**20  # of a request's texts together, where the model has no context that would bound them
+
+
+class _Lane:
+    """Threads for one kind of request, and a tokenizer of their own, so that neither kind waits for the other."""
+
+    def __init__(self, processor: Any, name: str) -> None:
+        self.processor = copy.copy(processor)
+        self.processor.tokenizer = copy.deepcopy(processor.tokenizer)
+        self.processor.context_length = None  # checked here, for an error of the API
+        self.lock = threading.Lock()  # a tokenizer's settings change while it encodes
+        self.threads = ThreadPoolExecutor(_THREADS, name)
+
+
+class _Work:
+    """What a thread prepares: until when, and whether anyone still waits for it."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self._end = float("inf")
+
+    def begin(self) -> None:
+        self._end = time.monotonic() + _SECONDS
+
+    def check(self) -> None:
+        """Raise Gone or ApiError where the work is to end; called between two steps of it."""
+        if self.cancelled:
+            raise Gone
+        if time.monotonic() > self._end:
+            message = f"Preparing the request took more than {_SECONDS:g} seconds. Send fewer or smaller images."
+            raise ApiError(400, message, param="messages", code="image_too_slow")
 
 
 class Preparation:
@@ -39,24 +72,34 @@ class Preparation:
         self.context: int | None = processor.context_length
         limits = [limit for limit in (settings.max_prompt_tokens, self.context) if limit is not None]
         self.max_prompt: int | None = min(limits) if limits else None
-        self._processor = copy.copy(processor)
-        self._processor.context_length = None  # checked here, for an error of the API
-        self._lock = threading.Lock()  # a tokenizer's settings change while it encodes
+        self._texts, self._images = _Lane(processor, "texts"), _Lane(processor, "images")
         self._fetching = ThreadPoolExecutor(_FETCHING, "fetch")
-        self._decoding = ThreadPoolExecutor(_DECODING, "prepare")
+
+    def close(self) -> None:
+        """End the threads; what nobody waits for any more is left undone."""
+        for threads in (self._texts.threads, self._images.threads):
+            threads.shutdown(cancel_futures=True)
+        self._fetching.shutdown(wait=False, cancel_futures=True)  # looking up a name can take minutes
 
     async def parse(self, function: Any, *arguments: Any) -> Any:
-        """Run something that takes time on a thread for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoding, function, *arguments)
+        """Run something that takes a little time on a thread for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts.threads, function, *arguments)
 
     async def inputs(self, request: ChatRequest) -> tuple[dict[str, Any], int]:
         """Return a prompt as the model takes it, on the CPU, and the most tokens that its answer may have.
 
+        Cancelling it ends the work before the next image.
+
         Raises:
-            ApiError: 400 for a picture that cannot be used, or a prompt that is too long.
+            ApiError: 400 for a picture that cannot be used or takes too long, or a prompt that is too long.
         """
         contents = await self._contents(request)
-        return await self.parse(self._prepare, request, contents)
+        lane, work = self._images if request.pictures else self._texts, _Work()
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(lane.threads, self._prepare, lane, work, request, contents)
+        finally:
+            work.cancelled = True
 
     async def _contents(self, request: ChatRequest) -> list[bytes]:
         """Return the bytes of the pictures."""
@@ -78,13 +121,20 @@ class Preparation:
         # Two rounds: there may be as many others before it in the executor.
         return 2 * self.settings.fetch_timeout + 1
 
-    def _prepare(self, request: ChatRequest, contents: list[bytes]) -> tuple[dict[str, Any], int]:
+    def _prepare(
+        self, lane: _Lane, work: _Work, request: ChatRequest, contents: list[bytes]
+    ) -> tuple[dict[str, Any], int]:
         from jinja2 import TemplateError
 
+        work.begin()
         texts = [part["text"] for message in request.messages for part in message["content"] if "text" in part]
         self._check_texts(texts)
         data = [content or data_of(picture) for picture, content in zip(request.pictures, contents, strict=True)]
-        images = iter(decode(request.pictures, data, self.settings.max_pixels, self.settings.do_exif_transpose))
+        images = iter(
+            decode(
+                request.pictures, data, self.settings.max_pixels, self.settings.do_exif_transpose, work.check
+            )
+        )
         conversation = [
             {
                 "role": message["role"],
@@ -96,9 +146,10 @@ class Preparation:
             for message in request.messages
         ]
         options: dict[str, Any] = {"sanitize_control_tokens": True} if compat.SANITIZES_CONTROL_TOKENS else {}
+        work.check()
         try:
-            with self._lock:
-                inputs = self._processor.apply_chat_template(
+            with lane.lock:
+                inputs = lane.processor.apply_chat_template(
                     conversation,
                     add_generation_prompt=True,
                     tokenize=True,
@@ -124,7 +175,7 @@ class Preparation:
             )
         if compat.SANITIZES_CONTROL_TOKENS:
             return
-        tokenizer = self._processor.tokenizer
+        tokenizer = self._texts.processor.tokenizer
         for token in tokenizer.added_tokens_encoder:
             if token.strip() and any(token in text for text in texts):
                 message = f"A text has {token!r}, which is a control token of the model; write it otherwise."

@@ -30,6 +30,9 @@ MAX_MESSAGES = 1000
 MAX_PARTS = 1000
 """Most parts of all messages of a request together."""
 
+LEAST_TEMPERATURE = 1e-4
+"""Below it an answer is greedy: scores that are divided by less can be infinite."""
+
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256
 MAX_SEED = 2**63 - 1
@@ -38,7 +41,10 @@ _SUPPORTED = {
     "model", "messages", "stream", "stream_options", "stop", "max_tokens", "max_completion_tokens", "temperature",
     "top_p", "seed", "n",
 }  # fmt: skip
-_WITHOUT_EFFECT = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+_WITHOUT_EFFECT = {
+    "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "reasoning_effort",
+}  # fmt: skip
+_WITHOUT_EFFECT_IN_MESSAGES = {"name", "cache_control"}
 _NEUTRAL: dict[str, Sequence[Any]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -199,7 +205,7 @@ def parse_chat(body: Any, settings: Settings) -> ChatRequest:
         stream=stream,
         include_usage=bool(_take(options or {}, "include_usage", bool, "stream_options.")),
         max_tokens=_max_tokens(body, settings),
-        temperature=_number(body, "temperature", 0.0, 0.0, 2.0),
+        temperature=_temperature(body),
         top_p=_top_p(body),
         seed=_whole(body, "seed", -MAX_SEED - 1, MAX_SEED),
         n=_whole(body, "n", 1, settings.batch_size) or 1,
@@ -263,6 +269,11 @@ def _number(body: Mapping[str, Any], key: str, default: float, low: float, high:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise _wrong(key, value, f"a number from {low:g} to {high:g}")
     return float(value)
+
+
+def _temperature(body: Mapping[str, Any]) -> float:
+    value = _number(body, "temperature", 0.0, 0.0, 2.0)
+    return value if value >= LEAST_TEMPERATURE else 0.0
 
 
 def _top_p(body: Mapping[str, Any]) -> float:
@@ -329,7 +340,7 @@ def _message(message: Any, where: str, pictures: list[Picture]) -> dict[str, Any
         raise _wrong(f"{where}.role", role, "system, developer, user or assistant")
     for key, value in message.items():
         # An answer that comes back as a message has fields that say nothing.
-        if key not in ("role", "content") and value is not None and value != []:
+        if key not in {"role", "content"} | _WITHOUT_EFFECT_IN_MESSAGES and value is not None and value != []:
             raise _unsupported(f"{where}.{key}")
     content = message.get("content")
     if content is None:
@@ -352,7 +363,7 @@ def _part(part: Any, where: str, pictures: list[Picture]) -> dict[str, Any]:
         shown = part if kind is None else kind
         raise _wrong(where if kind is None else f"{where}.type", shown, "a part of type text or image_url")
     for key, value in part.items():
-        if key not in ("type", kind) and value is not None:
+        if key not in ("type", "cache_control", kind) and value is not None:
             raise _unsupported(f"{where}.{key}")
     if part.get(kind) is None:
         raise _missing(f"{where}.{kind}")
@@ -361,7 +372,8 @@ def _part(part: Any, where: str, pictures: list[Picture]) -> dict[str, Any]:
         if not _encodes(text):
             raise _wrong(f"{where}.text", text, "valid Unicode, without halves of surrogate pairs")
         return {"type": "text", "text": text}
-    image = _take(part, "image_url", dict, f"{where}.")
+    if not isinstance(image := part["image_url"], dict):
+        raise _wrong(f"{where}.image_url", image, 'an object {"url": "data:image/...;base64,..."}')
     for key, value in image.items():
         if key not in ("url", "detail") and value is not None:
             raise _unsupported(f"{where}.image_url.{key}")

@@ -7,7 +7,7 @@ import time
 import uuid
 from typing import Any
 
-from .connections import Gone, Receive, Send, until_gone
+from .connections import Gone, Send
 from .errors import ApiError
 from .generation import Job
 from .protocol import ChatRequest, chunk, completion, usage
@@ -22,7 +22,7 @@ async def answer(
     job: Job,
     model: str,
     news: asyncio.Event,
-    receive: Receive,
+    leaving: asyncio.Future[None],
     send: Send,
 ) -> None:
     """Send what the worker makes of a job.
@@ -31,22 +31,16 @@ async def answer(
         chat, job: what was asked, and what was submitted for it.
         model: its name.
         news: set on each change of the job.
-        receive, send: of ASGI; the body has been received.
+        leaving: done when the client has left.
+        send: of ASGI.
 
     Raises:
         Gone: the client left.
         ApiError: the answer failed, and nothing of it was sent.
     """
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-    leaving = asyncio.ensure_future(until_gone(receive))
     leaving.add_done_callback(lambda _: news.set())
-    try:
-        if chat.stream:
-            await _stream(chat, job, head, news, leaving, send)
-        else:
-            await _whole(chat, job, head, news, leaving, send)
-    finally:
-        leaving.cancel()
+    await (_stream if chat.stream else _whole)(chat, job, head, news, leaving, send)
 
 
 async def _whole(

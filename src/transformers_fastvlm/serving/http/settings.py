@@ -1,9 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the person who runs the server decides; clients can change none of it."""
 
+import ipaddress
+import re
 from dataclasses import dataclass
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "image_host"]
+
+_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
+
+
+def image_host(text: str) -> tuple[str, int | None]:
+    """Return the name, and the port or None, of a host such as "name", "name:port", "::1" or "[::1]:port".
+
+    Raises:
+        ValueError: it is none.
+    """
+    name, port = text.strip().lower(), ""
+    if name.startswith("["):
+        name, closed, port = name[1:].partition("]")
+        is_good = bool(closed) and _is_ipv6(name) and (not port or port.startswith(":"))
+        port, has_port = port[1:], bool(port)
+    elif _is_ipv6(name):
+        is_good, has_port = True, False
+    else:
+        name, colon, port = name.partition(":")
+        name, has_port = name.rstrip("."), bool(colon)
+        is_good = bool(_NAME.fullmatch(name))
+    if has_port:
+        is_good = is_good and port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 65535
+    if not is_good:
+        raise ValueError(
+            f"an image host is {text[:80]!r}; expected a name such as images.example.com, or name:port, in ASCII."
+        )
+    return name, int(port) if has_port else None
+
+
+def _is_ipv6(name: str) -> bool:
+    try:
+        ipaddress.IPv6Address(name)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +50,8 @@ class Settings:
 
     Args:
         name: what clients call the model.
-        api_key: what clients must send as `Authorization: Bearer KEY`; None to ask for nothing.
+        api_key: what clients must send as `Authorization: Bearer KEY`, white space around it left out; None to ask for
+            nothing.
         image_hosts: hosts, as "name" or "name:port", from which pictures may be fetched.
         max_body_bytes: of a request's body, and of all the pictures together that a request has fetched.
         max_images: pictures in a request.
@@ -61,14 +100,17 @@ class Settings:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0.")
         for host in self.image_hosts:
-            if not host or "/" in host or "*" in host:
-                raise ValueError(
-                    f"an image host is {host!r}; expected a name such as images.example.com, or name:port."
-                )
+            image_host(host)
         if not self.name:
             raise ValueError("name is empty; expected what clients are to call the model.")
-        if self.api_key is not None and not (self.api_key.strip() and self.api_key.isascii()):
-            raise ValueError("api_key is empty or not ASCII; expected a long random text, or none at all.")
+        if self.api_key is not None:
+            # Files with secrets often end with a line break, and a header's value is stripped.
+            key = self.api_key.strip()
+            if not key or not key.isascii() or not key.isprintable():
+                raise ValueError(
+                    "api_key is empty or not printable ASCII; expected a long random text, or none at all."
+                )
+            object.__setattr__(self, "api_key", key)
 
     @property
     def max_requests(self) -> int:

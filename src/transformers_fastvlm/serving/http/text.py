@@ -13,6 +13,8 @@ _INCOMPLETE = "\ufffd"
 class AnswerText:
     """The text of an answer, piece by piece; the pieces together are what decoding all tokens at once gives.
 
+    White space at its beginning is left out: many models write a blank before their first word.
+
     Args:
         tokenizer: decodes tokens; special ones are left out.
         stops: texts at which the answer ends; they are not part of it.
@@ -27,6 +29,7 @@ class AnswerText:
         # Tokens up to `_said` are text already. Decoding begins a little earlier, at `_start`: some tokenizers treat
         # the first token otherwise than those that follow.
         self._start = self._said = 0
+        self._begun = False
         self._held = ""  # text that may be the beginning of a stop text
         self.stopped = False
 
@@ -37,13 +40,19 @@ class AnswerText:
         if not piece or piece.endswith(_INCOMPLETE):
             return ""
         self._start, self._said = self._said, len(self._tokens)
-        return self._release(piece)
+        return self._begin(self._release(piece))
 
     def finish(self) -> str:
         """Return what is left at the end of the answer."""
         piece = self._release("" if self.stopped else self._next())
         rest, self._held = self._held, ""
-        return piece + rest
+        return self._begin(piece + rest)
+
+    def _begin(self, piece: str) -> str:
+        if not self._begun:
+            piece = piece.lstrip()
+            self._begun = bool(piece)
+        return piece
 
     def _next(self) -> str:
         """Return the text of the tokens that were not said yet."""
