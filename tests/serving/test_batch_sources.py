@@ -215,7 +215,7 @@ def test_jsonl_and_json(folder: Path) -> None:
         requests = requests_of(folder / name, prompt="{q} {n}")
         found = widths(requests)
         assert found[0] == 11 and requests[0].question == "one 3"
-        messages = ("'q' of the prompt is empty", "an image is '7'", "holds a list", "'image' is empty", "surrogate")
+        messages = ("'q' of the prompt is empty", "an image is 7", "holds a list", "'image' is empty", "surrogate")
         assert all(message in error for message, error in zip(messages, found[1:], strict=False)), found
         assert "expected an object" in found[6]
         assert len(requests) == (8 if name == "rows.jsonl" else 7)

@@ -8,6 +8,7 @@ fetched, and a picture that cannot be decoded is an error.
 import base64
 import io
 import os
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,17 @@ class ImageFolder:
             turned = self.do_exif_transpose and stands_on_its_side(stored)
             return (width, height) if turned else (height, width)
 
+    def path_of(self, source: Any) -> str | None:
+        """Return the path of the file that an image is in; None where it is in none, or may not be opened."""
+        if isinstance(source, Mapping):
+            source = source.get("path") if source.get("bytes") is None else None
+        if not isinstance(source, str | os.PathLike):
+            return None
+        try:
+            return self._path_of(os.fspath(source))
+        except SampleError:
+            return None
+
     def _file_of(self, source: Any) -> tuple[Any, str]:
         """Return an opened file, and how to call it."""
         if isinstance(source, Mapping) and set(source) <= {"bytes", "path"}:
@@ -101,7 +113,8 @@ class ImageFolder:
         if not os.path.isfile(path):
             how = "is a folder" if os.path.isdir(path) else "does not exist"
             raise ImageError(
-                f"{what} {how}: expected a file at {shortened(path)}. Check the image folder, {str(self.folder)!r}."
+                f"{what} {how}: expected a file at {shortened(path)}. {_other_name(path)}Check the image folder, "
+                f"{str(self.folder)!r}."
             )
         with _errors(what):
             file = open(path, "rb")  # noqa: SIM115
@@ -139,6 +152,15 @@ class ImageFolder:
                 "and stay in it; put the image there, or name a folder further up."
             )
         return path
+
+
+def _other_name(path: str) -> str:
+    """Return a sentence about the file that a missing one was probably meant to be; nothing where there is none."""
+    forms = {"with / for \\": path.replace("\\", "/")} if os.sep == "/" else {}
+    forms |= {"with composed accents": unicodedata.normalize("NFC", path)}
+    forms |= {"with accents as characters of their own": unicodedata.normalize("NFD", path)}
+    how = next((how for how, name in forms.items() if name != path and os.path.isfile(name)), None)
+    return "" if how is None else f"It exists under the same name written {how}. "
 
 
 def image_bytes(content: Any, what: str) -> bytes:

@@ -22,6 +22,15 @@ _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
 _SHORTEST_ROW = len('{"messages":[]}')
 _CUT = "is cut off"
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "compressed with gzip; unpack it first",
+    b"BZh": "compressed with bzip2; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"PAR1": "a Parquet file; let its name end in .parquet",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch it with git lfs pull",
+}
+_OPEN_ENDS = (b"{", b"[", b",", b":")
 _LONGEST_LITERAL = len("-Infinity") + 1
 
 
@@ -49,6 +58,10 @@ class JsonRows:
                 raise SampleError(f"{self.path} is UTF-16; expected JSON in UTF-8. Convert it first.")
             offset = len(_BOM) if head.startswith(_BOM) else 0
             first = head[offset:].lstrip(_SPACE)[:1]
+            if other := next((what for start, what in _OTHER_FORMATS.items() if head.startswith(start)), None):
+                raise SampleError(f"{self.path} is {other}.")
+            if first not in (b"[", b"{") and self.path.suffix.lower() in (".csv", ".tsv"):
+                raise SampleError(f"{self.path} is a table; a row's turns need JSON or JSONL, one row {{…}} a line.")
             if first not in (b"[", b"{"):
                 raise SampleError(
                     f"{self.path} {'is empty' if not head.strip() else f'starts with {head[:20]!r}'}; expected a JSON "
@@ -144,6 +157,11 @@ class JsonRows:
             self._line_numbers = np.flatnonzero(keep) + 1
         starts, sizes = starts[keep], sizes[keep]
         self._starts, self._sizes = starts, sizes
+        if len(starts) > 1 and self._read(int(starts[0]), int(sizes[0])).rstrip(_SPACE).endswith(_OPEN_ENDS):
+            raise SampleError(
+                f"{self.path} has one object over several lines; expected a JSON list of rows, [{{…}}, …], or JSONL, "
+                "one whole row {…} a line."
+            )
         try:
             self[len(starts) - 1]  # where a cut shows
         except SampleError as error:

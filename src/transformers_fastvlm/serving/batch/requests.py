@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...data.fields import is_absent
 from ...tokens import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["PromptTemplate", "Request", "conversation_about", "printable"]
+__all__ = ["PromptTemplate", "Request", "conversation_about", "printable", "reason_of"]
 
 _PLACEHOLDER = re.compile(r"\{\{([^\W\d][\w -]*)\}\}|\{([^\W\d][\w -]*)\}")
 
@@ -27,6 +28,7 @@ class Request:
         picture: opens the picture; None where there is none to open.
         row: of a table, counted from 0.
         image: what the table calls the picture.
+        file: path of the file that the picture is in, if it is in one.
         time: of a video's frame, in seconds from its first frame.
         error: why it cannot be asked.
     """
@@ -36,6 +38,7 @@ class Request:
     picture: "Callable[[], Image] | None" = None
     row: int | None = None
     image: str | None = None
+    file: str | None = None
     time: float | None = None
     error: str | None = None
 
@@ -61,7 +64,7 @@ class PromptTemplate:
             if found[1]:
                 return f"{{{found[1]}}}"
             value = row.get(found[2])
-            if value is None or value == "":
+            if is_absent(value) or value == "":
                 raise ValueError(f"column {found[2]!r} of the prompt is empty in this row.")
             if not isinstance(value, str | int | float):
                 raise ValueError(
@@ -86,6 +89,12 @@ def conversation_about(picture: "Image", question: str, system: str | None = Non
     texts = [[{"type": "text", "text": text}] if text else [] for text in (before, after)]
     messages: list[dict[str, Any]] = [{"role": "user", "content": [*texts[0], shown, *texts[1]]}]
     return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why something failed, on one line; with the class where the message may need it."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 def printable(name: str | os.PathLike[str]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ...data.folders import files_below
 from .requests import PromptTemplate, Request, printable
 
 if TYPE_CHECKING:
@@ -105,6 +106,14 @@ class Inputs:
         files = [file for source in self.sources if isinstance(source, FileSource) for file in source.files]
         return [file for file in files if is_video(file)]
 
+    def read_files(self) -> list[str]:
+        """Return the files that are read: pictures, videos and tables."""
+        return [
+            file
+            for source in self.sources
+            for file in (source.files if isinstance(source, FileSource) else [source.name])
+        ]
+
     def only_videos(self) -> bool:
         """Whether there is nothing but videos."""
         return all(isinstance(source, FileSource) and all(map(is_video, source.files)) for source in self.sources)
@@ -142,7 +151,7 @@ class FileSource:
                 yield from video_requests(file, self.options)
             else:
                 opened = functools.partial(_open, file, self.options.do_exif_transpose)
-                yield Request(source=printable(file), question=self.options.prompt, picture=opened)
+                yield Request(source=printable(file), question=self.options.prompt, picture=opened, file=file)
 
 
 def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
@@ -179,6 +188,8 @@ def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
             sources.append(FileSource(name, files, options))
         elif not os.path.exists(name):
             raise FileNotFoundError(f"no such file or folder: {name!r}.")
+        elif not os.path.isfile(name):
+            raise ValueError(f"{name!r} is no regular file; expected a file or a folder.")
         elif name.lower().endswith(TABLES):
             from .tables import open_table
 
@@ -231,21 +242,18 @@ def _picture_suffixes() -> tuple[str, ...]:
 
 
 def _in_folder(folder: str) -> tuple[list[str], int]:
-    """Return the pictures and videos in a folder and all below it, in order, and the number of other files."""
+    """Return the pictures and videos in a folder and all below it, in order, and the number of other files.
+
+    Linked folders are entered too, each folder once.
+    """
     suffixes = (*_picture_suffixes(), *VIDEOS)
     files: list[str] = []
     others = 0
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for here, folders, names in os.walk(folder, onerror=fail):
-        folders.sort()
-        for name in sorted(names):
-            if name.lower().endswith(suffixes):
-                files.append(os.path.join(here, name))
-            else:
-                others += 1
+    for file in files_below(folder):
+        if file.lower().endswith(suffixes):
+            files.append(file)
+        else:
+            others += 1
     return files, others
 
 

@@ -7,10 +7,13 @@ A row that cannot be used becomes a request with an error; a table that cannot b
 import csv
 import functools
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from ...data.errors import shortened
+from ...data.fields import is_absent
 from ...data.image_files import ImageFolder
 from ...data.json_rows import JsonRows
 from .requests import PromptTemplate, Request, printable
@@ -19,6 +22,7 @@ from .sources import SourceOptions, fingerprint
 __all__ = ["CsvSource", "JsonSource", "ParquetSource", "TableSource", "open_table"]
 
 _PARQUET_ROWS = 64  # read at a time
+_LONGEST_NAME = 1024  # longer is no file's name, but a mistake such as base64
 
 
 class TableSource:
@@ -60,31 +64,66 @@ class TableSource:
         if isinstance(row, str):
             return Request(source=source, row=index, question=None, error=row)
         image = row.get(self.options.image_column)
+        if isinstance(image, list | tuple) and len(image) == 1:
+            image = image[0]
         label = image if isinstance(image, str) else image.get("path") if isinstance(image, Mapping) else None
-        label = label and label.encode("utf-8", "backslashreplace").decode()
+        label = label.encode("utf-8", "backslashreplace").decode() if isinstance(label, str) else None
+        if label is not None and len(label) > _LONGEST_NAME:
+            label = shortened(label)
         question = None
         try:
             filled = self._prompt.fill(row)
             if not _is_utf8(filled):
                 raise ValueError("the question has half a character (a lone surrogate). Write the file again.")
             question = filled
-            if image is None or image == "":
+            if is_absent(image) or image == "":
                 raise ValueError(f"column {self.options.image_column!r} is empty in this row; expected a picture.")
         except ValueError as error:
             return Request(source=source, row=index, image=label, question=question, error=str(error))
         if isinstance(image, bytes):
             image = {"bytes": image, "path": None}
         opened = functools.partial(self._images.open, image)
-        return Request(source=source, row=index, image=label, question=question, picture=opened)
+        file = self._images.path_of(image)
+        return Request(source=source, row=index, image=label, file=file, question=question, picture=opened)
 
     def _check_columns(self, columns: Sequence[str]) -> None:
         for column in (self.options.image_column, *self._prompt.columns):
             if column not in columns:
-                raise ValueError(
-                    f"{self.name} has no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}."
-                )
+                advice = " Name that of the images with --image-column." if column == self.options.image_column else ""
+                shown = ", ".join(map(shortened, columns[:20])) or "none"
+                raise ValueError(f"{self.name} has no column {column!r}; it has {shown}.{advice}")
             if columns.count(column) > 1:
                 raise ValueError(f"{self.name} has several columns {column!r}; give each a name of its own.")
+
+
+class _Lines:
+    """The lines of a file, of which those of one record can be read again."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._waiting: deque[str] = deque()
+        self._record: list[str] = []
+        self._number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._waiting.popleft() if self._waiting else next(self._file)
+        self._record.append(line)
+        self._number += 1
+        return line
+
+    def begin_record(self) -> int:
+        """Let what was read go, and return the number of the next line, counting from 1."""
+        self._record.clear()
+        return self._number + 1
+
+    def again_from_second(self) -> None:
+        """Go back to the second line of the record."""
+        again = self._record[1:]
+        self._waiting.extendleft(reversed(again))
+        self._number -= len(again)
 
 
 class CsvSource(TableSource):
@@ -106,21 +145,29 @@ class CsvSource(TableSource):
         return self._count
 
     def _records(self) -> Iterator[list[str] | str]:
-        """Yield the fields of each line, or why it cannot be read; empty lines are passed over."""
+        """Yield the fields of each record, or why it cannot be read; empty lines are passed over.
+
+        A quote that is not closed takes in what follows. So after an error the record's first line is given up, and the
+        next one begins a record.
+        """
         delimiter = "\t" if self.name.lower().endswith(".tsv") else ","
         # Bytes that are no UTF-8 are kept apart, so that they spoil their own row only.
         with open(self.name, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            lines = csv.reader(file, delimiter=delimiter, strict=True)
+            lines = _Lines(file)
+            records = csv.reader(lines, delimiter=delimiter, strict=True)
             while True:
+                first = lines.begin_record()
                 try:
-                    fields = next(lines)
+                    fields = next(records)
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield f"the row is not valid CSV ({error}, line {lines.line_num})."
+                    yield f"the row is not valid CSV ({error}, line {first})."
+                    lines.again_from_second()
+                    records = csv.reader(lines, delimiter=delimiter, strict=True)
                     continue
                 if not all(map(_is_utf8, fields)):
-                    yield f"the row is not UTF-8 (line {lines.line_num}). Convert the file."
+                    yield f"the row is not UTF-8 (line {first}). Convert the file."
                 elif fields:
                     yield fields
 
@@ -142,6 +189,21 @@ class JsonSource(TableSource):
     def __init__(self, name: str, options: SourceOptions) -> None:
         super().__init__(name, options)
         self._rows = JsonRows(name)
+        self._check_keys()
+
+    def _check_keys(self) -> None:
+        """Refuse columns that no row has; in a table that is right the first one has all."""
+        missing = {self.options.image_column, *self._prompt.columns}
+        first: list[str] = []
+        for row in self._values():
+            if isinstance(row, str):
+                continue
+            first = first or [str(key) for key in row]
+            missing -= row.keys()
+            if not missing:
+                return
+        if first:
+            self._check_columns([column for column in first if column not in missing])
 
     def rows(self) -> int | None:
         """Return the number of rows, that which is cut off among them."""

@@ -10,14 +10,17 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from ..._image_files import check_dimensions
-from .requests import Request, printable
+from ...data.errors import shortened
+from .requests import Request, printable, reason_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .sources import SourceOptions
 
-__all__ = ["VideoFrames", "count_frames", "require_av", "video_requests"]
+__all__ = ["VideoFrames", "count_frames", "open_video", "require_av", "video_requests"]
+
+_FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg"
 
 
 def require_av() -> Any:
@@ -33,6 +36,19 @@ def require_av() -> Any:
     return av
 
 
+def open_video(file: str) -> Any:
+    """Return a file as a container of PyAV's.
+
+    To ffmpeg a name such as `10:30.mp4` is an address, and a file may be a list of others: so the name is said to be a
+    file's, and nothing but videos is opened, which name no other file.
+
+    Raises:
+        Exception: whatever PyAV raises.
+    """
+    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    return require_av().open(f"file:{file}", options=options)
+
+
 def count_frames(file: str, every: float) -> int | None:
     """Return about how many frames a video gives, from the duration that it states; None if it states none.
 
@@ -40,7 +56,7 @@ def count_frames(file: str, every: float) -> int | None:
     """
     av = require_av()
     try:
-        with av.open(file) as container:
+        with open_video(file) as container:
             stream = container.streams.video[0]
             if stream.duration is not None:
                 seconds = float(stream.duration * stream.time_base)
@@ -48,7 +64,7 @@ def count_frames(file: str, every: float) -> int | None:
                 seconds = container.duration / av.time_base
             else:
                 return None
-    except (OSError, ValueError, IndexError):
+    except Exception:  # PyAV's errors have no common class
         return 1
     return max(1, math.ceil(seconds / every))
 
@@ -58,14 +74,16 @@ def video_requests(file: str, options: "SourceOptions") -> Iterator[Request]:
     source = printable(file)
     try:
         frames = VideoFrames(file, options.every, options.do_exif_transpose)
-    except (OSError, ValueError) as error:
-        yield Request(source=source, question=options.prompt, error=f"the video {file!r} cannot be read: {error}")
+    except Exception as error:  # one video must not end the run, whatever a decoder raises
+        why = f"the video {shortened(file)} cannot be read: {reason_of(error)}"
+        yield Request(source=source, question=options.prompt, file=file, error=why)
         return
     for position, seconds in enumerate(frames.times):
         opened = functools.partial(frames.picture, position)
-        yield Request(source=source, question=options.prompt, picture=opened, time=round(seconds, 3))
+        yield Request(source=source, question=options.prompt, picture=opened, file=file, time=round(seconds, 3))
     if frames.damage:
-        yield Request(source=source, question=options.prompt, error=f"the video {file!r} {frames.damage}")
+        why = f"the video {shortened(file)} {frames.damage}"
+        yield Request(source=source, question=options.prompt, file=file, error=why)
 
 
 @dataclass(frozen=True)
@@ -125,9 +143,11 @@ class VideoFrames:
         wanted = self._wanted[position]
         try:
             frame = self._find(wanted)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             self._close()
-            raise ValueError(f"the frame at {self.times[position]:.3f} s cannot be decoded: {error}") from error
+            raise ValueError(
+                f"the frame at {self.times[position]:.3f} s cannot be decoded: {reason_of(error)}"
+            ) from error
         image: Image = frame.to_image()
         turn = int(getattr(frame, "rotation", 0) or 0) if self.do_exif_transpose else 0
         if position == len(self._wanted) - 1:
@@ -137,7 +157,7 @@ class VideoFrames:
     def _find(self, wanted: int) -> Any:
         """Return the first frame at or after a time."""
         if self._container is None:
-            self._container = require_av().open(self.file)
+            self._container = open_video(self.file)
             self._container.streams.video[0].thread_type = "AUTO"
             self._start()
         behind = self._at is None or wanted <= self._at
@@ -182,10 +202,12 @@ def _list_packets(file: str) -> _Index:
     times: list[int] = []
     keys: list[int] = []
     damage = None
-    with require_av().open(file) as container:
+    with open_video(file) as container:
         if not container.streams.video:
             raise ValueError("it has no pictures, only sound.")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ValueError("its codec is not known.")
         check_dimensions(stream.codec_context.width, stream.codec_context.height, f"the video {file!r}")
         unit, stated = stream.time_base, stream.frames
         try:
@@ -196,8 +218,8 @@ def _list_packets(file: str) -> _Index:
                 times.append(time)
                 if packet.is_keyframe:
                     keys.append(time)
-        except (OSError, ValueError) as error:
-            damage = f"is damaged after {len(times)} frames: {error}"
+        except Exception as error:
+            damage = f"is damaged after {len(times)} frames: {reason_of(error)}"
     if not times:
         raise ValueError(damage or "it has no frames.")
     if damage is None and len(times) < stated * 0.99 - 1:
