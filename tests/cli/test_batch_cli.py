@@ -150,3 +150,36 @@ def test_the_command_killed_at_20_moments(tmp_path) -> None:
     assert last.wait() == 1, last.stderr.read()
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not journal.exists()
+
+
+def test_names_reach_the_terminal_as_text(run, model, tmp_path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "x\x1b[2J\n9 rows in all\u202e.png").write_text("no picture")
+    out = tmp_path / "out.jsonl"
+    result = run("batch", photos, "-o", out, "-p", PROMPT, "-m", model, code=1)
+    assert len(result.stderr.splitlines()) == 3
+    assert "x\\x1b[2J\\n9 rows in all\\u202e.png: " in result.stderr
+    assert rows_of(out)[0]["source"] == str(photos / "x\x1b[2J\n9 rows in all\u202e.png")
+
+
+def test_sigterm_stops_and_says_how_to_go_on(run, model, photos, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.jsonl"
+    words = ("batch", photos, "-o", out, "-p", PROMPT, "-m", model, "--max-new-tokens", 2, "--batch-size", 1)
+    plain, calls, before = TransformersEngine.generate, [0], signal.getsignal(signal.SIGTERM)
+
+    def generate(self: Any, *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "generate", generate)
+        stopped = run(*words, code=143)
+    assert stopped.stderr == (
+        f"fastvlm: stopped after 2 rows. They are kept in {out}.journal; the same command goes on from there.\n"
+    )
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert run(*words).stderr.startswith(f"3 rows in {out} (2 of them done before")
+    assert len(rows_of(out)) == 3

@@ -511,3 +511,23 @@ def test_a_batch_names_the_row(checkpoint: Callable[[str], Path], write: Write) 
     collator = FastVLMDataCollator(FastVLMProcessor.from_pretrained(checkpoint("qwen2_tied")), max_length=8)
     with pytest.raises(SampleError, match=r"train.jsonl, row 0 \(line 1, id 'long'\): of its \d+ tokens max_length=8"):
         collator([dataset[0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("rows.json", b"\x1f\x8b\x08\x00", "is compressed with gzip; unpack it first"),
+        ("rows.json", b"BZh91AY", "is compressed with bzip2"),
+        ("rows.jsonl", b"\x28\xb5\x2f\xfd\x04", "is compressed with zstd"),
+        ("rows.zip", b"PK\x03\x04", "is a zip archive"),
+        ("rows.json", b"PAR1\x15", "is a Parquet file; let its name end in .parquet"),
+        ("rows.json", b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
+        ("rows.csv", b"image,q\na.png,x", "is a table; a row's turns need JSON or JSONL"),
+        ("rows.json", b'{\n  "data": [\n {"id": 1}\n ]\n}', "has one object over several lines; expected a JSON list"),
+        ("rows.json", b'{"data": [\n{"id": 1},\n{"id": 2}\n]}', "has one object over several lines"),
+    ],
+)
+def test_files_of_other_formats(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SampleError, match=expected):
+        data.load(tmp_path / name)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from transformers_fastvlm.serving.batch.journal import Journal, JournalError
-from transformers_fastvlm.serving.batch.outputs import require_format, subtitles, write_rows
+from transformers_fastvlm.serving.batch.outputs import require_format, state_of, subtitles, write_rows
 
 RUN: dict[str, Any] = {
     "model": "a",
@@ -137,7 +137,9 @@ def test_jsonl_replaces_the_file_only_when_it_is_whole(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk"):
         write_rows(out, rows(False))
     assert out.read_text() == "old"
-    write_rows(out, rows(True))
+    with pytest.raises(FileExistsError, match="is not replaced"):
+        write_rows(out, rows(True))
+    write_rows(out, rows(True), state_of(out))
     assert [json.loads(line) for line in out.read_bytes().splitlines()] == [{"a": "naïve\n"}, {"a": "\ud800"}]
     assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
 

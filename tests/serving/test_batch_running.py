@@ -258,3 +258,122 @@ def test_killed_at_any_moment(model, tmp_path) -> None:
 def test_killed_at_many_moments(model, tmp_path) -> None:
     found = kills(model, tmp_path, 20)
     assert found["different"] == [] and found["killed"] >= 10
+
+
+# Outputs
+
+
+def test_an_output_that_is_an_input_is_refused(run, engine, photos, tmp_path) -> None:
+    table = photos / "t.jsonl"
+    table.write_text('{"image": "00.png", "gold": 1}\n')
+    before = table.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(table)
+    os.link(table, tmp_path / "hard.jsonl")
+    for output in ("photos/t.jsonl", "photos/../photos/t.jsonl", "link.jsonl", "hard.jsonl"):
+        for restart in (False, True):
+            with pytest.raises(ValueError, match="would be written, but it is the input"):
+                run(table, output=output, restart=restart)
+    for name in ("new.jsonl.partial", "new.jsonl.journal"):
+        shutil.copy(photos / "00.png", tmp_path / name)
+        with pytest.raises(ValueError, match="would be written, but it is the input"):
+            run(tmp_path / name, output="new.jsonl", restart=True)
+        (tmp_path / name).unlink()
+    assert table.read_bytes() == before and engine.asked == []
+    assert not list(tmp_path.glob("**/*.journal"))
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_an_output_that_appears_is_not_replaced(run, engine, photos, tmp_path, already: bool) -> None:
+    out = tmp_path / "out.jsonl"
+    if already:
+        out.write_text("to be replaced")
+
+    def appear(done: int, total: int | None) -> None:
+        if done == 8:
+            out.write_text("mine")
+
+    with pytest.raises(FileExistsError, match="appeared, or was changed, since the run began"):
+        run(progress=appear, restart=already)
+    assert out.read_text() == "mine" and not (tmp_path / "out.jsonl.partial").exists()
+    with pytest.raises(FileExistsError, match="what was done is kept"):
+        run()
+    assert out.read_text() == "mine"
+    out.unlink()
+    assert (run().resumed_rows, engine.asked) == (8, [3, 3, 2])
+    assert len(rows_of(out)) == 8
+
+
+def test_killed_after_publishing_ends_as_if_not(run, engine, photos, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("transformers_fastvlm.serving.batch.journal.Journal.remove", lambda self: None)
+    run()
+    written = (tmp_path / "out.jsonl").read_bytes()
+    monkeypatch.undo()
+    assert run().resumed_rows == 8
+    assert (tmp_path / "out.jsonl").read_bytes() == written and not (tmp_path / "out.jsonl.journal").exists()
+
+
+def test_what_restart_may_replace_is_kept_over_a_stop(run, engine, photos, tmp_path) -> None:
+    (tmp_path / "out.jsonl").write_text("old")
+    engine.interrupt_at = 1
+    with pytest.raises(Interrupted):
+        run(restart=True)
+    engine.interrupt_at = None
+    assert (tmp_path / "out.jsonl").read_text() == "old"
+    assert run().resumed_rows == 3 and len(rows_of(tmp_path / "out.jsonl")) == 8
+
+
+def test_a_journal_without_a_batch_allows_nothing(run, engine, photos, tmp_path) -> None:
+    """Of a run with --restart that was killed while the model was loaded."""
+    (tmp_path / "out.jsonl").write_text("mine")
+    (tmp_path / "out.jsonl.journal").touch()
+    with pytest.raises(FileExistsError, match="exists already"):
+        run()
+    assert (tmp_path / "out.jsonl").read_text() == "mine" and engine.asked == []
+
+
+def test_a_link_is_written_through(run, engine, photos, tmp_path) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "out.jsonl"
+    link.symlink_to(tmp_path / "disk" / "real.jsonl")
+    engine.interrupt_at = 1
+    with pytest.raises(Interrupted) as stopped:
+        run()
+    assert stopped.value.journal == tmp_path / "disk" / "real.jsonl.journal"
+    engine.interrupt_at = None
+    assert run(output="disk/real.jsonl").resumed_rows == 3  # one run, by either name
+    (tmp_path / "disk" / "real.jsonl").unlink()
+    run()
+    assert link.is_symlink() and len(rows_of(tmp_path / "disk" / "real.jsonl")) == 8
+
+
+# Pictures that change
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a table"])
+@pytest.mark.parametrize("change", ["bytes", "time", "gone", "none"])
+def test_pictures_that_changed_are_noticed(run, engine, photos, tmp_path, kind: str, change: str) -> None:
+    source = photos
+    if kind == "a table":
+        source = photos / "rows.jsonl"
+        source.write_text("".join(f'{{"image": "{number:02}.png"}}\n' for number in range(8)))
+    engine.interrupt_at = 2
+    with pytest.raises(Interrupted):
+        run(source)
+    engine.interrupt_at = None
+    asked, later = photos / "01.png", photos / "07.png"
+    for file in (asked,) if change != "none" else (later,):
+        size = file.stat().st_size
+        if change == "gone":
+            file.unlink()
+        elif change == "time":
+            os.utime(file, (1, 1))
+        else:
+            file.write_bytes(bytes(size))
+    if change == "none":
+        assert run(source).resumed_rows == 6
+    else:
+        with pytest.raises(
+            ValueError, match=r"01.png' was changed since|01.png was changed|other content|files or rows"
+        ):
+            run(source)
+        assert (tmp_path / "out.jsonl.journal").exists()

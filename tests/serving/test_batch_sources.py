@@ -287,3 +287,96 @@ def test_batches_are_of_similar_length_and_always_the_same() -> None:
     same = [Request(source=str(n), question="x") for n in range(20)]
     assert [index for batch in plan(same, 6) for index, _ in batch] == list(range(20))
     assert [len(batch) for batch in plan(requests, 600)] == [600, 500]
+
+
+# Folders that are linked
+
+
+def test_linked_folders_are_entered_once(folder: Path) -> None:
+    disk = folder.parent / f"{folder.name} disk"
+    disk.mkdir()
+    Image.new("RGB", (17, 9)).save(disk / "far.png")
+    (folder / "disk").symlink_to(disk)
+    (folder / "again").symlink_to(folder / "sub")
+    (disk / "back").symlink_to(folder)
+    assert sorted(widths(requests_of(folder))) == [11, 12, 13, 14, 17]
+
+
+def test_what_is_no_regular_file_is_refused(folder: Path) -> None:
+    for name in ("rows.jsonl", "a.png", "a.mp4"):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        with pytest.raises(ValueError, match="is no regular file"):
+            requests_of(folder / name)
+
+
+# Columns
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", "img,q\nb.png,x\n"),
+        ("rows.jsonl", '{"img": "b.png", "q": "x"}\n{"img": "b.png", "q": "y"}\n'),
+        ("rows.json", '[{"img": "b.png", "q": "x"}, 5]'),
+    ],
+)
+def test_a_misspelt_column_stops_at_once(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=r"has no column 'image'; it has 'img', 'q'\. Name that .* --image-column"):
+        requests_of(folder / name, prompt="{q}")
+    with pytest.raises(ValueError, match=r"has no column 'question'; it has 'img', 'q'\.$"):
+        requests_of(folder / name, prompt="{question}", image_column="img")
+    found = requests_of(folder / name, prompt="{q}", image_column="img")
+    assert found[0].question == "x" and found[0].picture().width == 11
+
+
+def test_columns_that_a_later_row_has(folder: Path) -> None:
+    path = table(folder / "rows.jsonl", {"image": "b.png"}, "{", {"image": "b.png", "q": "x"})
+    first, second, third = requests_of(path, prompt="{q}")
+    assert "'q' of the prompt is empty" in first.error and "cut off" in second.error and third.error is None
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"q": float("nan")}, "'q' of the prompt is empty"),
+        ({"q": 7}, None),
+        ({"image": float("nan")}, "'image' is empty"),
+        ({"image": ["b.png"]}, None),
+        ({"image": ["b.png", "a.JPG"]}, r"an image is ['b.png', 'a.JPG'] (list)"),
+        ({"image": []}, "'image' is empty"),
+        ('{"image": "b.png", "image": "a.JPG", "q": "x"}', "has the key 'image' twice"),
+        ('{"image": "b.png", "q": ' + "1" * 5000 + "}", "a number of more digits"),
+        ({"image": "A" * 700_000}, "does not exist"),
+        ({"image": "sub\\c.webp"}, "It exists under the same name written with / for \\."),
+        ({"image": "cafe\u0301.png"}, "It exists under the same name written with composed accents."),
+    ],
+)
+def test_values_that_are_none(folder: Path, row: Any, error: str | None) -> None:
+    Image.new("RGB", (11, 9)).save(folder / "caf\u00e9.png")
+    row = row if isinstance(row, str) else {"image": "b.png", "q": "x", **row}
+    good = {"image": "b.png", "q": "x"}
+    requests = requests_of(table(folder / "rows.jsonl", good, row, good), prompt="{q}")
+    found = widths(requests)
+    assert found[0] == found[2] == 11
+    if error is None:
+        assert found[1] == 11
+    else:
+        assert error in found[1] and len(found[1]) < 600
+    assert all(len(request.image or "") < 100 for request in requests)
+
+
+def test_a_quote_that_is_not_closed_costs_its_row(folder: Path) -> None:
+    """The rows after it are as many and as whole as without it."""
+    (folder / "rows.csv").write_text("image,q\n" + "b.png,x\n" * 3 + 'b.png,"y\n' + "b.png,z\n" * 20_000)
+    found = find_sources([str(folder / "rows.csv")], SourceOptions(prompt="{q}"))
+    requests = list(found)
+    assert found.rows() == len(requests) == 20_004
+    assert [request.row for request in requests if request.error] == [3]
+    assert "not valid CSV" in requests[3].error and "line 5" in requests[3].error
+    (folder / "two.csv").write_text('image,q\nb.png,"y\nb.png,"two\nlines"\nb.png,z\n')
+    assert [request.question for request in requests_of(folder / "two.csv", prompt="{q}")] == [None, "two\nlines", "z"]

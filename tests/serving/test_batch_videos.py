@@ -151,3 +151,73 @@ def test_captions(tmp_path: Path) -> None:
     path.rename(tmp_path / "sub" / "other.mp4")
     with pytest.raises(ValueError, match="two videos have the same name"):
         run([other, tmp_path / "sub"], tmp_path / "same.jsonl", subtitles=tmp_path)
+
+
+def mutants(folder: Path) -> dict[str, bytes]:
+    """Return videos that ffmpeg refuses in other ways than by OSError, by what PyAV says of them."""
+    whole = film(folder / "whole.mkv", frames=4).read_bytes()
+    codec = whole.index(b"V_MPEG4")
+    other = film(folder / "whole.mp4", frames=4).read_bytes()
+    return {
+        "codec.mkv": whole[:codec] + b"V_NOPE4" + whole[codec + 7 :],
+        "head.mp4": other[: len(other) // 3],
+        "head.mkv": whole[:60],
+        "empty.mp4": b"",
+        "text.mp4": b"no video",
+    }
+
+
+def test_a_damaged_video_costs_its_row(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name, content in mutants(tmp_path).items():
+        (folder / name).write_bytes(content)
+    film(folder / "good.mp4", frames=4)
+    found = find_sources([str(folder)], SourceOptions(prompt="What?"))
+    assert found.rows() is None or found.rows() >= 6
+    requests = list(found)
+    good = [request for request in requests if request.source.endswith("good.mp4")]
+    assert [request.error for request in good] == [None] and number_of(good[0].picture()) == 0
+    wrong = {Path(request.source).name: request.error for request in requests if request.error}
+    assert wrong.keys() == mutants(tmp_path).keys()
+    assert all("cannot be read" in error for error in wrong.values())
+
+
+@pytest.mark.parametrize("failure", [EOFError, MemoryError, AttributeError, RuntimeError, OSError, ValueError])
+def test_whatever_a_decoder_raises_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
+) -> None:
+    path = str(film(tmp_path / "film.mp4", frames=4))
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise failure("of ffmpeg")
+
+    monkeypatch.setattr(av, "open", fails)
+    assert count_frames(path, 1) == 1
+    (request,) = find_sources([path], SourceOptions(prompt="What?"))
+    assert "cannot be read" in request.error and "of ffmpeg" in request.error
+
+
+@pytest.mark.parametrize(
+    "name", ["10:30.mp4", "concat:a.mp4", "data:x.mp4", "pipe:0.mp4", "subfile,,start,0,end,9,,:x.mp4", "a%20b?c#d.mp4"]
+)
+def test_a_name_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    film(tmp_path / "film.mp4", frames=4).rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for given in (name, str(tmp_path / name)):
+        (request,) = find_sources([given], SourceOptions(prompt="What?"))
+        assert request.error is None and number_of(request.picture()) == 0
+
+
+def test_a_video_reads_no_other_file(tmp_path: Path) -> None:
+    """A playlist, and a list of files, under the name of a video."""
+    film(tmp_path / "secret.mp4", frames=4)
+    for number, content in enumerate(
+        [
+            "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.mp4\n#EXT-X-ENDLIST\n",
+            "ffconcat version 1.0\nfile secret.mp4\n",
+        ]
+    ):
+        (tmp_path / f"{number}.mp4").write_text(content)
+        (request,) = find_sources([str(tmp_path / f"{number}.mp4")], SourceOptions(prompt="What?"))
+        assert "cannot be read" in request.error

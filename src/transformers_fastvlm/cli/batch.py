@@ -2,6 +2,8 @@
 """`fastvlm batch`: the same question about many pictures, answered into one file."""
 
 import enum
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["batch"]
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 class EngineName(enum.StrEnum):
@@ -124,18 +126,46 @@ def batch(
         batch_size=batch_size,
     )
     about = {"model": model, "engine": engine.value, **settings}
+    stopping = _Stopping()
     try:
-        with _Progress() as bar:
+        with stopping, _Progress() as bar:
             report = run_batch(
                 inputs, output, load, chosen, about=about, subtitles=srt, restart=restart, progress=bar.show
             )
     except Interrupted as error:
-        kept = f" They are kept in {output}.journal; the same command goes on from there." if error.rows else ""
+        kept = f" They are kept in {error.journal}; the same command goes on from there." if error.rows else ""
         notice(f"fastvlm: {one_line(error)}{kept}")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(stopping.code) from None
+    except KeyboardInterrupt:
+        notice("fastvlm: stopped before the first row.")
+        raise typer.Exit(stopping.code) from None
     _tell(report)
     if report.errors:
         raise typer.Exit(FAILURE)
+
+
+class _Stopping:
+    """Within, SIGTERM ends a run as Ctrl-C does, with an exit code of its own.
+
+    Attributes:
+        code: the exit code of a run that was stopped.
+    """
+
+    def __init__(self) -> None:
+        self.code = INTERRUPTED
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._stop)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _stop(self, *_: object) -> None:
+        self.code = TERMINATED
+        raise KeyboardInterrupt
 
 
 class _Progress:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .errors import FAILURE, UserError, notice, reports_errors
+from .errors import FAILURE, UserError, escaped, notice, reports_errors
 
 if TYPE_CHECKING:
     from ..data.check import Report
@@ -61,7 +61,7 @@ def check(
         int | None, typer.Option(min=1, help="Longest row of the run, in tokens; needs --model.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read beside this one.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, max=64, help="Processes that read beside this one.")] = 0,
     show: Annotated[int, typer.Option(min=0, help="Most rows to list; --json lists all.")] = 100,
     follow_symlinks: Annotated[
         bool, typer.Option("--follow-symlinks", help="Allow links that lead out of the image folder.")
@@ -107,11 +107,11 @@ def check(
         typer.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     else:
         for problem in report.problems[:show]:
-            typer.echo(str(problem))
+            typer.echo(escaped(str(problem)))
         if len(report.problems) > show:
             notice(f"{len(report.problems) - show:,} more rows are wrong; --show lists more, --json all.")
         for line in _summary(report, max_length):
-            typer.echo(line)
+            typer.echo(escaped(line))
     if not report.ok:
         raise typer.Exit(FAILURE)
 

@@ -2,6 +2,7 @@
 """How a verb fails: one clear line on standard error and an exit code, or with --debug the traceback."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,10 @@ import typer
 
 from .. import register
 
-__all__ = ["UserError", "notice", "one_line", "reports_errors"]
+__all__ = ["UserError", "escaped", "notice", "one_line", "reports_errors"]
 
+# Of C0 and C1, ends of lines, directions of writing, and halves of characters.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 INPUT_ERROR = 2
 FAILURE = 1
 
@@ -24,9 +27,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def escaped(text: str) -> str:
+    """Return a line with its control characters as escapes: names of files and rows come from others.
+
+    Printed as they are they would move the cursor, write the clipboard or forge further lines.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def notice(message: str) -> None:
     """Print a line on standard error."""
-    typer.echo(message, err=True)
+    typer.echo(escaped(message), err=True)
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:

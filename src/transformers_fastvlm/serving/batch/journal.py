@@ -5,9 +5,10 @@ The first line says what the run is, each further one holds the rows of one whol
 One that was cut off by a kill lacks its end and is dropped, so a batch is there entirely or not at all.
 """
 
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,21 @@ class Journal:
         path: of the file; it is created, or gone on with.
         run: what the run is: JSON values by name. A run that is gone on with must have the same.
         restart: throw away what the file holds.
+        replaces: state of the output that the run may replace, see `outputs.state_of`; what a run that is gone on with
+            was allowed to replace counts in place of it.
 
     Attributes:
         batches: how many are done.
         rows: how many those have.
+        replaces: as above.
 
     Raises:
         JournalError: the file is of another run, is damaged before its end, is no journal, or is in use.
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, Any], restart: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, run: Mapping[str, Any], restart: bool = False, replaces: Any = None) -> None:
+        self.path, self.replaces = path, replaces
         self.batches = self.rows = 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
         try:
@@ -47,17 +51,29 @@ class Journal:
             os.ftruncate(self._file, end)
             os.lseek(self._file, end, os.SEEK_SET)
             if end == 0:
-                self._append({"fastvlm_batch": FORMAT, "run": run})
+                self._append({"fastvlm_batch": FORMAT, "run": run, "replaces": replaces})
                 sync_folder(path.parent)
         except BaseException:
             self.close()
             raise
 
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        """Write the rows of the next batch; when this returns, they are on the disk."""
-        self._append({"batch": self.batches, "rows": rows})
+    def append(self, rows: list[dict[str, Any]], files: Sequence[Any] = ()) -> None:
+        """Write the rows of the next batch; when this returns, they are on the disk.
+
+        Args:
+            rows: of the batch.
+            files: states of the files that its pictures were in, see `outputs.state_of`.
+        """
+        self._append({"batch": self.batches, "rows": rows, "files": list(files)})
         self.batches += 1
         self.rows += len(rows)
+
+    def files(self) -> Iterator[list[Any]]:
+        """Yield the states of files that each batch was appended with."""
+        with open(self.path, "rb") as file:
+            file.readline()
+            for line in itertools.islice(file, self.batches):
+                yield json.loads(line).get("files", [])
 
     def in_order(self) -> Iterator[dict[str, Any]]:
         """Yield all rows, ordered by their `index`, which is taken out; only those of a few batches are in memory."""
@@ -110,6 +126,7 @@ class Journal:
         """Count what is done and return where the next line belongs; where nothing is done, that is the start."""
         size, end = os.fstat(self._file).st_size, 0
         differences: list[str] = []
+        replaces = None
         with open(self.path, "rb") as file:
             for line in file:
                 try:
@@ -120,6 +137,7 @@ class Journal:
                         self._take(value)
                     else:
                         differences = self._compare(value, run)
+                        replaces = value.get("replaces")
                 except JournalError:
                     raise
                 except (ValueError, KeyError, TypeError) as error:
@@ -136,6 +154,7 @@ class Journal:
                 f"{self.path.name} is of a run with {'; '.join(differences)}. Give what the run began with, or begin "
                 "again with --restart."
             )
+        self.replaces = replaces
         return end
 
     def _compare(self, value: dict[str, Any], run: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 """What a run leaves: JSONL, Parquet or subtitles, each written beside its place and moved there when it is whole."""
 
 import contextlib
+import filecmp
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import IO, Any
 
 from .journal import json_line, sync_folder
 
-__all__ = ["FORMATS", "require_format", "subtitles", "write_rows", "write_subtitles"]
+__all__ = ["FORMATS", "require_format", "state_of", "subtitles", "write_rows", "write_subtitles"]
 
 FORMATS = (".jsonl", ".parquet", ".srt")
 _ROWS_A_PART = 8192
@@ -28,30 +29,45 @@ def require_format(path: Path) -> None:
         raise ValueError(f"the output is {str(path)!r}; expected a name that ends in {', '.join(FORMATS)}.")
     if path.is_dir():
         raise ValueError(f"the output {str(path)!r} is a folder; expected the name of a file.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"the output {str(path)!r} is no regular file; expected the name of a file.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the output's folder {str(path.parent)!r} does not exist; make it first.")
     if path.suffix.lower() == ".parquet":
         _pyarrow()
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def state_of(path: str | os.PathLike[str]) -> list[int] | None:
+    """Return what changes when a file does: its size and modification time; None if there is no file."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any = None) -> None:
     """Write rows as JSONL or Parquet, by the suffix.
 
     Args:
-        path: of the file, which is replaced if it is there.
+        path: of the file.
         rows: all with the keys of `running.COLUMNS`, in that order.
+        replaces: the state of a file in its place that may be replaced, see `state_of`; None if there was none.
+
+    Raises:
+        FileExistsError: another file is there, which is left as it is, unless it holds just this.
     """
     if path.suffix.lower() == ".parquet":
-        _write_parquet(path, rows)
+        _write_parquet(path, rows, replaces)
         return
-    with _replacing(path) as file:
+    with _replacing(path, replaces) as file:
         for row in rows:
             file.write(json_line(row))
 
 
-def write_subtitles(path: Path, rows: Iterable[Mapping[str, Any]], every: float) -> None:
-    """Write the rows of one video as SRT; see `subtitles`."""
-    with _replacing(path) as file:
+def write_subtitles(path: Path, rows: Iterable[Mapping[str, Any]], every: float, replaces: Any = None) -> None:
+    """Write the rows of one video as SRT; see `subtitles` and `write_rows`."""
+    with _replacing(path, replaces) as file:
         for block in subtitles(rows, every):
             file.write(block.encode("utf-8", "backslashreplace"))
 
@@ -85,14 +101,24 @@ def _clock(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file beside `path` that takes its place at the end, on the disk, or goes away after an error."""
+def _replacing(path: Path, replaces: Any) -> Iterator[IO[bytes]]:
+    """Open a file beside `path` that takes its place at the end, on the disk, or goes away after an error.
+
+    Where `path` is a link, that is the place of what it leads to. What appeared there meanwhile is not replaced.
+    """
+    path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        # The same bytes are there where an earlier process was killed just after this.
+        if state_of(path) not in (None, replaces) and not filecmp.cmp(path, partial, shallow=False):
+            raise FileExistsError(
+                f"{str(path)!r} appeared, or was changed, since the run began, and is not replaced. Move it away and "
+                "give the same command again; what was done is kept."
+            )
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -100,7 +126,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
-def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any) -> None:
     pa, pq = _pyarrow()
     text, number, real = pa.string(), pa.int64(), pa.float64()
     types = {"row": number, "time": real, "prompt_tokens": number, "completion_tokens": number}
@@ -108,7 +134,7 @@ def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
     schema = pa.schema([(name, types.get(name, text)) for name in COLUMNS])
     remaining = iter(rows)
-    with _replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
+    with _replacing(path, replaces) as file, pq.ParquetWriter(file, schema) as writer:
         while part := list(itertools.islice(remaining, _ROWS_A_PART)):
             writer.write_table(pa.Table.from_pylist(part, schema=schema))
 

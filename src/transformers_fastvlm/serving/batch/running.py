@@ -8,13 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ...checkpoints.embedded import resolve_model
+from ...data.errors import shortened
 from ...engines.base import Answer, Conversation, Engine, Sampling
-from .journal import Journal
-from .outputs import require_format, write_rows, write_subtitles
-from .requests import Request, conversation_about, printable
+from .journal import Journal, JournalError
+from .outputs import require_format, state_of, write_rows, write_subtitles
+from .requests import Request, conversation_about, printable, reason_of
 from .sources import Inputs, SourceOptions, find_sources, fingerprint
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ _WINDOW = 512
 _MODEL_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model", ".bin")
 
 Batch = list[tuple[int, Request]]
+Opened: TypeAlias = "tuple[list[Any], list[Image | str | None]]"
 
 
 class Interrupted(Exception):
@@ -47,11 +49,12 @@ class Interrupted(Exception):
 
     Attributes:
         rows: how many are done.
+        journal: file that they are kept in.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, journal: Path) -> None:
         super().__init__(f"stopped after {rows:,} rows.")
-        self.rows = rows
+        self.rows, self.journal = rows, journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,8 @@ def run_batch(
     """Ask a question about each picture and write the answers to one file.
 
     A journal beside the output, with `.journal` added to its name, has every batch on the disk before the next one
-    begins. If it is there, the run goes on where that one stopped. It is removed when the output is whole.
+    begins. If it is there, the run goes on where that one stopped. It is removed when the output is whole. Of an output
+    that is a link, all that is about the file that it leads to.
 
     Args:
         inputs: files, folders, patterns and tables; see `find_sources`.
@@ -122,8 +126,9 @@ def run_batch(
         progress: called with the rows that are done, and about how many there are or None.
 
     Raises:
-        ValueError: options or inputs that cannot be used, or a journal of another run.
-        OSError: an input that does not exist, an output that exists, or a disk that is full.
+        ValueError: options or inputs that cannot be used, an output that is one of them, a journal of another run, or
+            pictures that were changed since it was written.
+        OSError: an input that does not exist, an output that exists or appeared meanwhile, or a disk that is full.
         ImportError: what reads or writes a format is not installed.
         Interrupted: KeyboardInterrupt came; what was done is kept.
     """
@@ -134,15 +139,20 @@ def run_batch(
     found = find_sources(inputs, options)
     beside = _subtitle_files(found, out, subtitles)
     journal_path = journal_of(out)
-    if out.exists() and not journal_path.exists() and not restart:
-        raise FileExistsError(f"{str(out)!r} exists already. Name another output, or replace it with --restart.")
-    journal = Journal(journal_path, _identity(found, options, about), restart)
+    written = dict.fromkeys([out, *beside.values()])
+    _refuse_inputs([*written, *map(_partial, written), journal_path], found)
+    states = {str(path): state for path in written if (state := state_of(path)) is not None}
+    if states and not journal_path.exists() and not restart:
+        raise _exists(next(iter(states)))
+    journal = Journal(journal_path, _identity(found, options, about), restart, states)
     try:
+        if states and not journal.batches and not restart:
+            raise _exists(next(iter(states)))  # the journal was of a run that had done nothing
         resumed = journal.rows
         try:
             _answer_all(found, load, options, journal, progress)
         except KeyboardInterrupt:
-            raise Interrupted(journal.rows) from None
+            raise Interrupted(journal.rows, journal_path) from None
         report = _write(out, journal, options, beside)
         journal.remove()
         return dataclasses.replace(report, resumed_rows=resumed, left_out=found.left_out)
@@ -155,8 +165,31 @@ def run_batch(
 
 
 def journal_of(output: Path) -> Path:
-    """Return where an output's journal is."""
-    return output.with_name(output.name + ".journal")
+    """Return where an output's journal is: beside it, or where it is a link beside the file that it leads to."""
+    real = Path(os.path.realpath(output))
+    return real.with_name(real.name + ".journal")
+
+
+def _partial(output: Path) -> Path:
+    real = Path(os.path.realpath(output))
+    return real.with_name(real.name + ".partial")
+
+
+def _exists(path: str) -> FileExistsError:
+    return FileExistsError(f"{path!r} exists already. Name another output, or replace it with --restart.")
+
+
+def _refuse_inputs(written: Sequence[Path], found: Inputs) -> None:
+    """Refuse outputs that are inputs, by whatever name or link.
+
+    Raises:
+        ValueError: one is.
+    """
+    there = [path for path in written if path.exists()]
+    for file in found.read_files() if there else ():
+        for path in there:
+            if os.path.exists(file) and os.path.samefile(path, file):
+                raise ValueError(f"{str(path)!r} would be written, but it is the input {file!r}. Name another output.")
 
 
 def _identity(found: Inputs, options: BatchOptions, about: dict[str, Any]) -> dict[str, Any]:
@@ -192,17 +225,37 @@ def _answer_all(
 ) -> None:
     total = found.rows()
     progress(journal.rows, total)
-    remaining = islice(plan(found, options.batch_size), journal.batches, None)
+    remaining = plan(found, options.batch_size)
+    _check_files(journal, islice(remaining, journal.batches))
     engine: Engine | None = None
     try:
-        for batch, opened in _ahead(remaining):
+        for batch, (states, opened) in _ahead(remaining):
             if engine is None:
                 engine = load()
-            journal.append(_answer(batch, opened, engine, options, journal.batches))
+            journal.append(_answer(batch, opened, engine, options, journal.batches), states)
             progress(journal.rows, total)
     finally:
         if engine is not None:
             engine.close()
+
+
+def _check_files(journal: Journal, done: Iterable[Batch]) -> None:
+    """Check that the pictures of the batches that are done are what they were.
+
+    Raises:
+        JournalError: one is not.
+    """
+    for batch, before in zip(done, journal.files(), strict=False):
+        for (_, request), state in zip(batch, before, strict=False):
+            if _state(request) != state:
+                raise JournalError(
+                    f"{shortened(request.file)} was changed since it was asked about, so that old and new answers "
+                    f"would mix. Put it back, or begin again with --restart; {journal.rows:,} rows are done."
+                )
+
+
+def _state(request: Request) -> Any:
+    return None if request.file is None else state_of(request.file)
 
 
 def plan(requests: Iterable[Request], batch_size: int) -> Iterator[Batch]:
@@ -218,10 +271,10 @@ def plan(requests: Iterable[Request], batch_size: int) -> Iterator[Batch]:
             yield window[start : start + batch_size]
 
 
-def _ahead(batches: Iterable[Batch]) -> "Iterator[tuple[Batch, list[Image | str | None]]]":
+def _ahead(batches: Iterable[Batch]) -> "Iterator[tuple[Batch, Opened]]":
     """Yield each batch with its pictures; those of the next are opened meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        waiting: tuple[Batch, Future[list[Image | str | None]]] | None = None
+        waiting: tuple[Batch, Future[Opened]] | None = None
         for batch in batches:
             following = (batch, pool.submit(_open_all, batch))
             if waiting is not None:
@@ -231,17 +284,17 @@ def _ahead(batches: Iterable[Batch]) -> "Iterator[tuple[Batch, list[Image | str 
             yield waiting[0], waiting[1].result()
 
 
-def _open_all(batch: Batch) -> "list[Image | str | None]":
-    """Return each request's picture, or why it cannot be opened."""
-    return [None if request.picture is None else _opened(request.picture) for _, request in batch]
+def _open_all(batch: Batch) -> "Opened":
+    """Return the state of each request's file, and its picture, or why it cannot be opened."""
+    states = [_state(request) for _, request in batch]
+    return states, [None if request.picture is None else _opened(request.picture) for _, request in batch]
 
 
 def _opened(picture: "Callable[[], Image]") -> "Image | str":
     try:
         return picture()
     except Exception as error:  # a damaged file must not end the run, whatever a decoder raises
-        text = " ".join(str(error).split())
-        return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
+        return reason_of(error)
 
 
 def _answer(
@@ -331,6 +384,7 @@ def _subtitle_files(found: Inputs, output: Path, folder: str | os.PathLike[str] 
 def _write(output: Path, journal: Journal, options: BatchOptions, subtitles: dict[str, Path]) -> Report:
     """Write what the journal holds to the output and the subtitles."""
     counts = {"rows": 0, "errors": 0, "cut": 0}
+    replaces = journal.replaces or {}
     examples: list[tuple[str, str]] = []
     captions: dict[str, list[dict[str, Any]]] = {name: [] for name in subtitles}
 
@@ -350,10 +404,10 @@ def _write(output: Path, journal: Journal, options: BatchOptions, subtitles: dic
         for _ in counted():
             pass
     else:
-        write_rows(output, counted())
+        write_rows(output, counted(), replaces.get(str(output)))
     for name, path in subtitles.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_subtitles(path, captions[name], options.every)
+        write_subtitles(path, captions[name], options.every, replaces.get(str(path)))
     return Report(
         output=output,
         **counts,
