@@ -131,9 +131,7 @@ class Preparation:
         self._check_texts(texts)
         data = [content or data_of(picture) for picture, content in zip(request.pictures, contents, strict=True)]
         images = iter(
-            decode(
-                request.pictures, data, self.settings.max_pixels, self.settings.do_exif_transpose, work.check
-            )
+            decode(request.pictures, data, self.settings.max_pixels, self.settings.do_exif_transpose, work.check)
         )
         conversation = [
             {
