@@ -35,6 +35,7 @@ def pixels() -> Tensor:
     return random_pixels(1, 256, 256)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @torch.no_grad()
 def test_cache_under_both_names(name: str, model: Any, pixels: Tensor) -> None:
@@ -47,6 +48,13 @@ def test_cache_under_both_names(name: str, model: Any, pixels: Tensor) -> None:
     for part in (model, model.model):
         with pytest.raises(ValueError, match="only one of cache and past_key_values"):
             part(IDS[:, -1:], cache=cache, past_key_values=cache)
+
+
+@pytest.mark.skipif(compat.CACHE == "past_key_values", reason="this version knows no other name")
+@torch.no_grad()
+def test_the_old_name_of_the_cache_is_deprecated(model: Any) -> None:
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+        model(IDS[:, :1], past_key_values=DynamicCache(config=model.config.text_config))
 
 
 def test_outputs_declare_no_cache_of_their_own() -> None:

@@ -7,6 +7,7 @@ LLaVA-NeXT's AnyRes, arXiv 2407.07895, section 3 (tiles). Written from the paper
 
 import copy
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -506,7 +507,12 @@ def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | No
     """Return the cache that was passed under one of its two names."""
     if cache is not None and past_key_values is not None:
         raise ValueError("Pass only one of cache and past_key_values: both name the cache of earlier tokens.")
-    return past_key_values if cache is None else cache
+    if past_key_values is None:
+        return cache
+    if compat.CACHE != "past_key_values" and not torch.compiler.is_compiling():
+        message = "`past_key_values` is deprecated since Transformers 5.24; pass the cache as `cache`."
+        warnings.warn(message, FutureWarning, stacklevel=3)
+    return past_key_values
 
 
 def _has_tokens(cache: Any) -> bool:
