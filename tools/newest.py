@@ -47,8 +47,11 @@ def main() -> None:
         report("no environment", [str(stop)])
         return
     versions, locked = installed(folder), environment.pins("dev")
-    differ = [f"{name} {versions[name]} (locked: {locked[name]})" for name in sorted(set(versions) & set(locked))
-              if versions[name] != locked[name]]
+    differ = [
+        f"{name} {versions[name]} (locked: {locked[name]})"
+        for name in sorted(set(versions) & set(locked))
+        if versions[name] != locked[name]
+    ]
     command = [environment.python_of(folder), "-m", "pytest", *tests]
     lines: list[str] = []
     with subprocess.Popen(command, cwd=environment.REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
