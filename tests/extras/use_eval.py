@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The extra eval: lmms-eval judges answers to one's own questions, and the report is written with its plot's package."""
+"""The extra eval: lmms-eval judges answers to one's own questions; the report is written, and its plot can be."""
 
 import json
 from pathlib import Path

@@ -7,7 +7,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 from using import ANSWER, IMAGE, QUESTION
 
-from transformers_fastvlm import tiny_checkpoint
+from transformers_fastvlm.checkpoints import tiny_checkpoint
 
 processor = AutoProcessor.from_pretrained(tiny_checkpoint())
 content = [{"type": "image", "image": Image.open(IMAGE).convert("RGB")}, {"type": "text", "text": QUESTION}]

@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 from using import IMAGE
 
-from transformers_fastvlm import tiny_checkpoint
+from transformers_fastvlm.checkpoints import tiny_checkpoint
 
 processor = AutoImageProcessor.from_pretrained(tiny_checkpoint(), backend="torchvision")
 assert type(processor).__name__ == "FastVLMImageProcessor", type(processor)
