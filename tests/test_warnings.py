@@ -68,7 +68,7 @@ def test_what_a_library_says_about_itself_is_shown() -> None:
 
 
 def outcome(function: types.FunctionType, *arguments: object) -> bool:
-    """Return whether a warning of `function` becomes an error under the suite's filters, which hold here as they are."""
+    """Return whether a warning of `function` becomes an error under the suite's filters, which hold here."""
     with warnings.catch_warnings(record=True) as shown:
         try:
             function(*arguments)

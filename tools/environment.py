@@ -58,7 +58,7 @@ def uv(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess[st
 
     Args:
         arguments: of uv.
-        capture: keep what it writes to standard error; it is shown otherwise.
+        capture: keep what it writes; it is shown otherwise.
 
     Raises:
         SystemExit: if pip cannot install uv.
@@ -68,15 +68,15 @@ def uv(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess[st
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != pin:
         shutil.rmtree(UV, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(UV)], check=True)
-        pip = [python_of(UV), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        if subprocess.run([*pip, "-r", str(LOCKS / "uv.txt")], check=False).returncode:
+        install = [python_of(UV), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        if subprocess.run([*install, "-r", str(LOCKS / "uv.txt")], check=False).returncode:
             raise SystemExit(
                 f"pip could not install {pin.strip()}, which makes the environments; see its message above."
             )
         stamp.write_text(pin, encoding="utf-8")
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
     command = [python_of(UV), "-m", "uv", *quiet, *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, stderr=subprocess.PIPE if capture else None, text=True, check=False)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=capture, text=True, check=False)
 
 
 def new_environment(folder: Path) -> None:

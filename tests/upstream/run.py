@@ -56,7 +56,9 @@ def source_distribution(version: str, cache: Path) -> Path:
     archive = cache / f"transformers-{version}.tar.gz"
     if not archive.exists():
         print(f"Fetching the source distribution of transformers {version}", flush=True)
-        fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
+        # Environments of the Makefile have no pip but for the one that holds uv.
+        python = sys.executable if importlib.util.find_spec("pip") else REPOSITORY / ".venvs" / "uv" / "bin" / "python"
+        fetch = [str(python), "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
         result = subprocess.run([*fetch, "--dest", str(cache), f"transformers=={version}"], check=False)
         if result.returncode or not archive.exists():
             raise SystemExit(
