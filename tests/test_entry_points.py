@@ -70,7 +70,7 @@ def test_a_vllm_that_lacks_something(
     """Nothing is said until somebody asks for a FastVLM, who learns why; and what works by then is used."""
     directory = checkpoint("qwen2_tied")
     with monkeypatch.context() as context:
-        context.delattr("vllm.renderers.registry.RENDERER_REGISTRY")
+        context.delattr(sys.modules["vllm.renderers.registry"], "RENDERER_REGISTRY")
         transformers_fastvlm_entry.vllm_plugin()
         assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
         assert capfd.readouterr() == ("", "")
