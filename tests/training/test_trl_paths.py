@@ -11,6 +11,7 @@ pytest.importorskip("trl", reason="needs TRL")
 pytest.importorskip("datasets", reason="needs datasets")
 import trl
 from datasets import Dataset
+from stepping import CHECKPOINTING
 from trl.trainer.utils import create_model_from_path
 
 import transformers_fastvlm
@@ -44,6 +45,7 @@ def test_sft_from_a_path(checkpoint: Callable[[str], Path], picture: Any, tmp_pa
         report_to=[],
         use_cpu=True,
         bf16=False,
+        **{CHECKPOINTING: False},
     )
     trainer = trl.SFTTrainer(str(checkpoint("qwen2_tied")), args=arguments, train_dataset=Dataset.from_list(rows))
     assert type(trainer.model) is FastVLMForConditionalGeneration
