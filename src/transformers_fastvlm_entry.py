@@ -68,8 +68,12 @@ def _try_again_when_asked() -> None:
     class _Late(PreTrainedConfig):
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-            _register_with_vllm()  # which puts the real configurations in the places of these
+            _register_with_vllm()
             from transformers import CONFIG_MAPPING
+
+            import transformers_fastvlm
+
+            transformers_fastvlm.register()  # puts the real configurations in the places of these
 
             return CONFIG_MAPPING[cls.model_type].from_dict(config_dict, **kwargs)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from test_registration import run
+from test_registration_order import run
 from transformers_fastvlm import FastVLMForConditionalGeneration, FastVLMProcessor
 
 

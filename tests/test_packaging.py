@@ -4,9 +4,11 @@
 import ast
 import configparser
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -86,20 +88,23 @@ def test_installed_metadata_is_of_this_checkout(setup_cfg: configparser.ConfigPa
     }
 
 
-def test_import_is_light() -> None:
-    """Importing the package registers it and pulls in neither PyTorch nor an optional package."""
-    heavy = "{'torch', 'torchvision', 'timm', 'accelerate', 'typer'}"
-    code = f"import sys, transformers_fastvlm; print(sorted({heavy} & set(sys.modules)))"
-    path = str(Path(transformers_fastvlm.__file__).parent.parent)
-    done = subprocess.run(
-        [sys.executable, *WARNINGS_ARE_ERRORS, "-c", f"import sys; sys.path.insert(0, {path!r}); {code}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
-    assert done.stderr == ""
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["generate", "--nonsense"]])
+def test_help_of_the_command_imports_no_torch(arguments: list[str]) -> None:
+    """Help and wrong options come at once; only a verb registers, which imports PyTorch."""
+    code = f"""
+        import atexit, sys
+        sys.argv = ["fastvlm", *{arguments!r}]
+        heavy = {{"torch", "torchvision", "transformers", "timm", "accelerate"}}
+        atexit.register(lambda: print("imported:", sorted(heavy & set(sys.modules)), file=sys.stderr))
+        import transformers_fastvlm_entry
+        assert "transformers_fastvlm" not in sys.modules
+        transformers_fastvlm_entry.command()
+    """
+    env = os.environ | {"PYTHONPATH": str(Path(transformers_fastvlm.__file__).parent.parent)}
+    command = [sys.executable, *WARNINGS_ARE_ERRORS, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
+    assert done.returncode == (2 if "--nonsense" in arguments else 0), done.stderr
+    assert done.stderr.splitlines()[-1] == "imported: []"
 
 
 def test_package_is_marked_as_typed() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What importing the package makes Transformers know; what order and failures do to it is in test_registration_order."""
+"""What importing the package makes Transformers know; order and failures are in test_registration_order."""
 
 import logging
 import pickle

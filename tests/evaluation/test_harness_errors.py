@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import transformers_fastvlm_entry
 from transformers_fastvlm.cli import app
 from transformers_fastvlm.evaluation import lmms_model
 
@@ -112,7 +113,7 @@ def test_lmms_eval_takes_the_model_from_the_entry_point() -> None:
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
     registry = ModelRegistryV2()
-    registry.register_manifest(lmms_model.manifest())
+    registry.register_manifest(transformers_fastvlm_entry.lmms_eval_manifest())
     found = registry.get_model_class("fastvlm")
     assert found is lmms_model.FastVLM and found.is_simple is False
 

@@ -2,6 +2,8 @@
 """`vllm serve DIR`, with nothing said about the model: chats, streams, bad requests, many clients at once."""
 
 import base64
+import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,7 +44,14 @@ def peer() -> Peer:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(tmp_path_factory.mktemp("server") / "log.txt") as one:
+    """Serves a directory with every file of Apple's repositories, whose code must not run."""
+    directory = tmp_path_factory.mktemp("server") / "FastVLM-0.5B"
+    shutil.copytree(tiny_checkpoint(), directory)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    code = {"AutoConfig": "llava_qwen.LlavaConfig", "AutoModelForCausalLM": "llava_qwen.LlavaQwen2ForCausalLM"}
+    (directory / "config.json").write_text(json.dumps(config | {"auto_map": code}))
+    (directory / "llava_qwen.py").write_text("raise RuntimeError('the code of the repository was run')\n")
+    with serving(directory.parent / "log.txt", model=str(directory)) as one:
         yield one.url
 
 
