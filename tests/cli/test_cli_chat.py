@@ -57,6 +57,17 @@ def test_keeps_the_history(checkpoint, golden, run, asked) -> None:
     assert len(answers) == 4 and answers[0].strip() == asked[1][2]["content"]
 
 
+def test_lines_that_are_not_utf8(checkpoint, run, asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("chat", "-m", checkpoint("qwen2_untied"), "--max-new-tokens", 4)
+    result = run(*words, stdin=b"What?\na\xffb\nAnd?\n", code=2)  # a pipe ends with the first error
+    assert result.stderr.splitlines()[-1].startswith("fastvlm: the prompt is not UTF-8") and len(asked) == 1
+
+    monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False)
+    result = run(*words, stdin=b"a\xffb\nAnd?\n")
+    assert "the prompt is not UTF-8" in result.stderr
+    assert [summary(conversation) for conversation in asked[1:]] == [["u And?"]]
+
+
 def test_answers_as_generate_does(checkpoint, golden, run) -> None:
     words = (golden / "images" / "wide_rgb.png", "-m", checkpoint("llama"), "--max-new-tokens", 5)
     assert run("chat", *words, stdin="What is it?").stdout == run("generate", *words, "-p", "What is it?").stdout

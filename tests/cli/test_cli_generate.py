@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from transformers_fastvlm import FastVLMForConditionalGeneration
 from transformers_fastvlm.cli.options import DtypeName
 from transformers_fastvlm.cli.pictures import question
 from transformers_fastvlm.cli.session import Sampling, Session, _Stream, load
@@ -310,6 +311,45 @@ def test_refuses_options(model, run, fails) -> None:
     for option, value in (("--size", 192), ("--temperature", -1), ("--num-beams", 0), ("--dtype", "int8")):
         assert option in run(*options, option, value, code=2).stderr
     assert "--prompt" in run("generate", "-m", model, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--temperature", "inf"), "inf is not a number from 0 (greedy) to 2."),
+        (("--temperature", "nan"), "nan is not a number from 0 (greedy) to 2."),
+        (("--temperature", "2.5"), "2.5 is not a number from 0 (greedy) to 2."),
+        (("--temperature", "-0.1"), "-0.1 is not a number from 0 (greedy) to 2."),
+        (("--temperature", "1", "--seed", "99999999999999999999"), "'--seed'"),
+        (("--temperature", "1", "--seed", "-1"), "'--seed'"),
+        (("--temperature", "1e-45", "--seed", "1"), "--seed has no effect at --temperature 1e-45"),
+        (("--system", "\udcff"), "the text is not UTF-8"),
+        (("-p", "a\udcff"), "the text is not UTF-8"),
+    ],
+)
+def test_refuses_values(model, run, words: tuple[str, ...], message: str) -> None:
+    shown = run("generate", "-p", "?", "-m", model, *words, code=2)
+    assert message in " ".join(shown.stderr.replace("│", " ").split()) and shown.stdout == ""
+
+
+@pytest.mark.parametrize("temperature", ["5e-324", "1e-45", "1e-5"])
+def test_a_temperature_near_0_is_greedy(model, run, temperature: str) -> None:
+    words = ("generate", "-p", QUESTION, "-m", model, "--max-new-tokens", 8)
+    assert run(*words, "--temperature", temperature).stdout == run(*words).stdout
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_interrupting_an_answer_ends_with_130(model, run, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    hi = AutoTokenizer.from_pretrained(model)("hi").input_ids
+
+    def generate(self: object, streamer: _Stream, **_: object) -> None:
+        for tokens in ([[1, 2]], *([token] for token in hi)):
+            streamer.put(torch.tensor(tokens))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FastVLMForConditionalGeneration, "generate", generate)
+    shown = run("generate", "-p", "?", "-m", model, *(["--json"] if as_json else []), code=130).stdout
+    assert (json.loads(shown)["stopped"] == "interrupted") if as_json else shown == "hi\n"
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "README.md"])

@@ -65,6 +65,21 @@ def test_lines_are_broken_between_words() -> None:
     assert info._wrapped(lines, 100) == lines
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "3", '"text"', "[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000]
+)
+@pytest.mark.parametrize("verb", ["info", "generate", "convert"])
+def test_a_config_that_is_no_object(copy_of, fails, tmp_path, verb: str, content: str) -> None:
+    model = copy_of("qwen2_tied")
+    (model / "config.json").write_text(content)
+    words = {
+        "info": (model,),
+        "generate": ("-p", "?", "-m", model),
+        "convert": (model, tmp_path / "out", "--to", "apple"),
+    }
+    assert f"config.json of '{model}' is no JSON object" in fails(verb, *words[verb])
+
+
 def test_untied_head(checkpoint, run) -> None:
     facts = json.loads(run("info", checkpoint("qwen2_untied"), "--json").stdout)
     model = FastVLMForConditionalGeneration.from_pretrained(checkpoint("qwen2_untied"))

@@ -139,6 +139,7 @@ def test_refuses_before_the_model_runs(engine, pictures, tmp_path, monkeypatch: 
         bad = {
             "1 places": ask("What is <image>?"),
             "2 places": ask("What is <image>?", pictures[0]),
+            "not UTF-8": ask("What\udcff?"),
             "truncated": ask(QUESTION, cut),
             "values from": ask(QUESTION, Image.new("F", (8, 8), 7.0)),
             "expected type text": [{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}],
@@ -146,10 +147,35 @@ def test_refuses_before_the_model_runs(engine, pictures, tmp_path, monkeypatch: 
         for message, conversation in bad.items():
             with pytest.raises(ValueError, match=f"^Conversation 1: .*{message}"):
                 engine.generate([good, conversation], SHORT)
-    for name, value in (("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("stop", ("",))):
-        with pytest.raises(ValueError, match=name):
-            engine.generate([good], Sampling(**{name: value}))
     assert engine.generate([], SHORT) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -1.0),
+        ("temperature", 2.5),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("stop", ("",)),
+    ],
+)
+def test_refuses_sampling(engine, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} "):
+        engine.generate([ask(QUESTION)], Sampling(**{name: value}))
+
+
+def test_a_temperature_near_0_is_greedy(engine) -> None:
+    greedy, cold = (
+        engine.generate([ask(QUESTION)], Sampling(max_new_tokens=8, temperature=temperature, seed=2**64 - 1))
+        for temperature in (0.0, 1e-45)
+    )
+    assert greedy == cold
 
 
 def test_loads_as_it_is_told(model, tmp_path) -> None:

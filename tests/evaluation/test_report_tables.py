@@ -212,6 +212,14 @@ def test_command(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "a run is named twice" in result.stderr
 
 
+def test_without_matplotlib_the_rest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers_fastvlm.cli.eval_report.find_spec", lambda name: None)
+    write_run(tmp_path / "a", run_of({"ai2d": shares(340, 500)}))
+    result = CliRunner().invoke(app, ["eval-report", str(tmp_path / "a"), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0 and "no plot: it needs matplotlib" in result.stderr
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"report.json", "report.md", "answers.html"}
+
+
 def test_own_runs_without_a_size_say_so(tmp_path: Path) -> None:
     write_run(tmp_path / "a", run_of({"ai2d": shares(1, 2)}, model="mine"))
     result = CliRunner().invoke(app, ["eval-report", str(tmp_path / "a")])

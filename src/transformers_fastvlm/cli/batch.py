@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .errors import FAILURE, notice, one_line, reports_errors
+from .errors import FAILURE, INTERRUPTED, TERMINATED, notice, one_line, reports_errors
 
 if TYPE_CHECKING:
     from ..engines.base import Engine
     from ..serving.batch import Report
 
 __all__ = ["batch"]
-
-INTERRUPTED, TERMINATED = 130, 143
 
 
 class EngineName(enum.StrEnum):
@@ -46,7 +44,10 @@ def batch(
     prompt: Annotated[
         str,
         typer.Option(
-            "--prompt", "-p", help="What to ask of each picture. {column} in it stands for a value of a table's row."
+            "--prompt",
+            "-p",
+            callback=options.utf8,
+            help="What to ask of each picture. {column} in it stands for a value of a table's row.",
         ),
     ],
     model: options.Model = options.DEFAULT_MODEL,

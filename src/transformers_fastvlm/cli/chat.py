@@ -53,6 +53,8 @@ def chat(
     session = load(model, device, dtype, size)
     session.sampling = sampling
     interactive = sys.stdin.isatty()
+    if reconfigure := getattr(sys.stdin, "reconfigure", None):
+        reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused, and the chat goes on
     if interactive:
         notice(_HELP)
     talk = _Conversation(session, system, first, do_exif_transpose)
@@ -127,7 +129,11 @@ class _Conversation:
         notice(f"picture {len(self.pictures)} of the next question: {name}")
 
     def _ask(self, text: str) -> None:
+        from ..engines.prompts import is_utf8
         from .session import remark
+
+        if not is_utf8(text):
+            raise UserError("the prompt is not UTF-8; convert it, or set the terminal to UTF-8.")
 
         messages = [*self.messages, {"role": "user", "content": question(text, self.pictures)}]
         answer = self.session.answer(messages, lambda piece: typer.echo(piece, nl=False))

@@ -16,6 +16,8 @@ __all__ = ["UserError", "escaped", "notice", "one_line", "reports_errors"]
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 INPUT_ERROR = 2
 FAILURE = 1
+INTERRUPTED, TERMINATED = 130, 143
+"""Ends by SIGINT and SIGTERM, as shells count them."""
 
 
 class UserError(Exception):
@@ -61,7 +63,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             notice(f"fastvlm: {one_line(error)}")
             raise typer.Exit(INPUT_ERROR) from error
         except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+            raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:

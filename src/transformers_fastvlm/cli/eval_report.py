@@ -61,7 +61,8 @@ def eval_report(
     from ..evaluation.results import read_run, write_lines
 
     if out is not None and plot and find_spec("matplotlib") is None:
-        raise UserError('the plot needs matplotlib: pip install "transformers-fastvlm[bench]", or --no-plot.')
+        plot = False
+        notice('no plot: it needs matplotlib: pip install "transformers-fastvlm[eval]".')
     loaded = [read_run(directory) for directory in runs]
     names = run_names(loaded, [str(directory) for directory in runs])
     if len(set(names)) < len(names):

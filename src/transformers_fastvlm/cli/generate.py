@@ -2,13 +2,16 @@
 """`fastvlm generate`: one answer about pictures, or to a text alone."""
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
-from .errors import reports_errors
+from .errors import INTERRUPTED, reports_errors
 from .pictures import question, read_pictures
+
+if TYPE_CHECKING:
+    from .session import Answer
 
 __all__ = ["generate"]
 
@@ -18,7 +21,10 @@ def generate(
     prompt: Annotated[
         str,
         typer.Option(
-            "--prompt", "-p", help="What to ask. `<image>` in it, once for each picture, says where the pictures go."
+            "--prompt",
+            "-p",
+            callback=options.utf8,
+            help="What to ask. `<image>` in it, once for each picture, says where the pictures go.",
         ),
     ],
     images: Annotated[
@@ -49,7 +55,7 @@ def generate(
 
     Example: fastvlm generate street.jpg -p "What number is on the sign?"
     """
-    from .session import Sampling, load, remark
+    from .session import Sampling, load
 
     names = images or []
     sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
@@ -63,7 +69,7 @@ def generate(
     if not as_json:
         answer = session.answer(conversation, lambda text: typer.echo(text, nl=False))
         typer.echo()
-        remark(answer)
+        _end(answer)
         return
     answer = session.answer(conversation)
     result = {
@@ -94,4 +100,13 @@ def generate(
         },
     }
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    _end(answer)
+
+
+def _end(answer: "Answer") -> None:
+    """Say how the answer ended; half an answer must not look like a whole one to a script."""
+    from .session import remark
+
     remark(answer)
+    if answer.stopped == "interrupted":
+        raise typer.Exit(INTERRUPTED)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..engines.base import MAX_TEMPERATURE
+
 __all__ = [
     "AsJson",
     "Debug",
@@ -46,6 +48,22 @@ def _multiple_of_64(size: int | None) -> int | None:
     return size
 
 
+def _temperature(value: float) -> float:
+    if not 0 <= value <= MAX_TEMPERATURE:  # false for nan as well, which no minimum of an option refuses
+        raise typer.BadParameter(f"{value} is not a number from 0 (greedy) to {MAX_TEMPERATURE:g}.")
+    return value
+
+
+def utf8(text: str | None) -> str | None:
+    """Refuse a text of the command line whose bytes are not UTF-8."""
+    if text is not None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise typer.BadParameter("the text is not UTF-8; convert it, or set the terminal to UTF-8.") from error
+    return text
+
+
 NAMES = (
     "Directory of a checkpoint, its name on the Hugging Face hub, or tiny, the test model that ships with the package."
 )
@@ -66,14 +84,15 @@ Size = Annotated[
         "shows more detail. Default: what the checkpoint was trained for.",
     ),
 ]
-System = Annotated[str | None, typer.Option(help="System message in place of the chat template's own.")]
+System = Annotated[str | None, typer.Option(callback=utf8, help="System message in place of the chat template's own.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[
     float,
     typer.Option(
-        min=0.0,
-        help="0 always takes the likeliest token, so the same question gets the same answer; above 0 samples. "
-        "Apple's own script samples at 0.2.",
+        metavar="FLOAT",
+        callback=_temperature,
+        help="From 0 to 2. 0 always takes the likeliest token, so the same question gets the same answer; above 0 "
+        "samples. Apple's own script samples at 0.2.",
     ),
 ]
 TopP = Annotated[
@@ -81,7 +100,7 @@ TopP = Annotated[
     typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that reach this probability together."),
 ]
 NumBeams = Annotated[int, typer.Option(min=1, help="Beams of a beam search; above 1 the answer comes all at once.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling, to get an answer again.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling, to get an answer again.")]
 ExifTranspose = Annotated[
     bool,
     typer.Option(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..engines.base import MIN_TEMPERATURE
 from .errors import UserError, notice
 from .options import DtypeName
 from .sources import check_loadable, licence_notice, read_config
@@ -32,8 +33,11 @@ class Sampling:
     def check(self) -> None:
         """Raise UserError if an option would have no effect."""
         for name, value in (("--top-p", self.top_p), ("--seed", self.seed)):
-            if value is not None and not self.temperature:
-                raise UserError(f"{name} has no effect at --temperature 0, which never samples. Give a temperature.")
+            if value is not None and self.temperature < MIN_TEMPERATURE:
+                raise UserError(
+                    f"{name} has no effect at --temperature {self.temperature:g}, which never samples. Give a "
+                    "temperature, such as 0.2."
+                )
         if self.top_p == 0:
             raise UserError("--top-p is 0, which leaves no token to sample; expected above 0 and up to 1.")
 
@@ -143,7 +147,7 @@ class Session:
         chosen = self.sampling
         # Set on the model: generate() takes a None as "not given", and falls back to the checkpoint's temperature.
         config = self.model.generation_config
-        config.do_sample = chosen.temperature > 0
+        config.do_sample = chosen.temperature >= MIN_TEMPERATURE
         config.temperature = chosen.temperature if config.do_sample else None
         config.top_p = chosen.top_p
         if not config.do_sample:

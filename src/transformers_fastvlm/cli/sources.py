@@ -41,11 +41,18 @@ def read_config(model: str) -> dict[str, Any]:
     else:
         _skip_an_unreachable_hub()
     try:
-        config: dict[str, Any] = PreTrainedConfig.get_config_dict(model)[0]
+        config: Any = PreTrainedConfig.get_config_dict(model)[0]
     except OSError as error:
         if os.path.isdir(model):
             raise
         raise _unreachable(model) from error
+    except (AttributeError, TypeError, RecursionError):  # Transformers takes whatever JSON it finds for an object
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"config.json of {model!r} is no JSON object (or is nested too deep); expected that of a FastVLM "
+            "checkpoint. Copy the checkpoint again."
+        )
     return config
 
 

@@ -2,7 +2,7 @@
 """Tables on standard output."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import typer
 
@@ -11,21 +11,41 @@ __all__ = ["print_table"]
 _PLAIN_WIDTH = 160
 """Columns of a table that does not go to a terminal."""
 
+_ANY_WIDTH = 10_000
+"""Wide enough for every table, to measure how wide it is."""
+
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table whose first column is aligned left and whose others are aligned right."""
+    """Print a table whose first column is aligned left and whose others are aligned right.
+
+    On a terminal that is too narrow for it each row is a list of its own, a line for each column: a number of which
+    letters are cut off says something else.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    # typer.echo and not Console.print, so that the output can be redirected and tested as that of other verbs.
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, color_system=None)
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
-    # typer.echo and not Console.print, so that the output can be redirected and tested as that of other verbs.
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, color_system=None)
+    if console.measure(table, options=console.options.update(width=_ANY_WIDTH)).maximum > console.width:
+        typer.echo("\n".join(_lists(title, columns, rows)))
+        return
     with console.capture() as capture:
         console.print(table)
     typer.echo("\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines()))
+
+
+def _lists(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table as one list for each row."""
+    label = max(map(len, columns))
+    yield title
+    for row in rows:
+        yield ""
+        for column, value in zip(columns, row, strict=True):
+            yield f"  {column:<{label}}  {value}".rstrip()

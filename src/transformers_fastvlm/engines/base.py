@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-__all__ = ["Answer", "Conversation", "Engine", "Sampling"]
+__all__ = ["MAX_SEED", "MAX_TEMPERATURE", "MIN_TEMPERATURE", "Answer", "Conversation", "Engine", "Sampling"]
+
+MIN_TEMPERATURE = 1e-4
+"""Below it sampling is greedy: logits divided by less overflow, and the likeliest token has all the probability."""
+
+MAX_TEMPERATURE = 2.0
+"""As in OpenAI's API; answers are noise long before."""
+
+MAX_SEED = 2**64 - 1
+"""The largest that PyTorch's generators take."""
 
 # Messages in Transformers' form:
 # {"role": ..., "content": [{"type": "image", "image": PIL image}, {"type": "text", ...}]}.
@@ -18,9 +27,9 @@ class Sampling:
 
     Args:
         max_new_tokens: tokens at which an answer is cut off.
-        temperature: 0 is greedy; larger is more varied.
+        temperature: from 0 to 2. Below 1e-4 is greedy; larger is more varied.
         top_p: sample from the most probable tokens with this total probability, in (0, 1].
-        seed: makes sampling repeatable on the same machine with the same versions.
+        seed: makes sampling repeatable on the same machine with the same versions; from 0 to 2**64 - 1.
         stop: texts at which an answer ends; they are not part of it.
     """
 
@@ -29,6 +38,11 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the likeliest one."""
+        return self.temperature < MIN_TEMPERATURE
 
 
 @dataclass(frozen=True, kw_only=True)

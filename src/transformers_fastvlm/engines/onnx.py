@@ -258,7 +258,7 @@ def _processor(model: OnnxModel) -> FastVLMProcessor:
 
 def _choose(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
     """Return the next token: the likeliest, or one drawn at the temperature among the likeliest that reach top_p."""
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / sampling.temperature
     probabilities = np.exp(scaled - scaled.max())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every engine does before the model runs: conversations become prompts, or errors that say what is wrong."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,11 @@ from PIL import Image
 from .._image_files import load_pixels, oriented
 from .._image_inputs import pil_to_rgb
 from ..tokens import IMAGE_TOKEN
-from .base import Conversation, Sampling
+from .base import MAX_SEED, MAX_TEMPERATURE, Conversation, Sampling
 
-__all__ = ["Prompt", "check_sampling", "read_prompts", "tokenizer_options"]
+__all__ = ["Prompt", "check_sampling", "is_utf8", "read_prompts", "tokenizer_options"]
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 # Pillow converts these to RGB whatever they hold.
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -39,8 +42,12 @@ def check_sampling(sampling: Sampling) -> None:
     """Raise ValueError for an option out of its range."""
     if sampling.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {sampling.max_new_tokens}; expected 1 or more.")
-    if sampling.temperature < 0:
-        raise ValueError(f"temperature is {sampling.temperature}; expected 0 (greedy) or more.")
+    if not 0 <= sampling.temperature <= MAX_TEMPERATURE:  # false for nan as well
+        raise ValueError(
+            f"temperature is {sampling.temperature}; expected a number from 0 (greedy) to {MAX_TEMPERATURE:g}."
+        )
+    if sampling.seed is not None and not 0 <= sampling.seed <= MAX_SEED:
+        raise ValueError(f"seed is {sampling.seed}; expected a whole number from 0 to 2**64 - 1.")
     if not 0 < sampling.top_p <= 1:
         raise ValueError(f"top_p is {sampling.top_p}; expected above 0 and up to 1.")
     if "" in sampling.stop:
@@ -72,6 +79,11 @@ def read_prompts(
     return prompts
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
+    return not _SURROGATES.search(text)
+
+
 def tokenizer_options(tokenizer: Any, text: str) -> dict[str, bool]:
     """Return the option that keeps a tokenizer from writing a second token of the beginning before a rendered text."""
     starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
@@ -83,6 +95,8 @@ def _prompt(processor: Any, conversation: Conversation, context: int | None, max
     turns = getattr(processor.image_processor, "do_exif_transpose", True)
     images = [image for message in conversation for image in _pictures(message, turns)]
     text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    if not is_utf8(text):
+        raise ValueError("the text has bytes that are not UTF-8. Decode it by the encoding that it is in.")
     places = text.count(IMAGE_TOKEN)
     if places != len(images):
         raise ValueError(

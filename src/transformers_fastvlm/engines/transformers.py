@@ -92,7 +92,7 @@ class TransformersEngine:
         On the model: generate() takes a None as "not given", and falls back to the checkpoint's temperature.
         """
         config = self.model.generation_config
-        config.do_sample = sampling.temperature > 0
+        config.do_sample = not sampling.greedy
         config.temperature = sampling.temperature if config.do_sample else None
         config.top_p = sampling.top_p if config.do_sample else None
         config.top_k = 0 if config.do_sample else None

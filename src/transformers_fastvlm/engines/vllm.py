@@ -123,7 +123,7 @@ class VllmEngine:
             return []
         params = SamplingParams(
             max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
+            temperature=0.0 if sampling.greedy else sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed,
             stop=list(sampling.stop),
