@@ -2,21 +2,27 @@
 """The process of `fastvlm serve`: how it starts, and how it ends."""
 
 import json
+import os
 import shutil
 import signal
+import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("openai", reason="openai is not installed")
 
-from http_running import PATIENCE, Process, asks, request_bytes, until
+from http_running import PATIENCE, Process, Running, asks, load_tiny, request_bytes, running, until
 
 from transformers_fastvlm.checkpoints import tiny_checkpoint
+from transformers_fastvlm.serving.http import Settings, listen, serve
 
 TOKENS = 150
 
@@ -65,6 +71,44 @@ def test_sigterm_finishes_what_was_taken_on(process: Process) -> None:
     log = [line for line in process.lines if "POST" in line]
     assert len(log) == 7 and sum(" 200 " in line for line in log) == 6
     assert not any("picture" in line or "WARN" in line or "Traceback" in line for line in process.lines)
+
+
+def test_a_model_that_ended_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(*load_tiny()) as server:
+        worker = server.service.worker
+        monkeypatch.setattr(worker, "_answer", lambda jobs: (_ for _ in ()).throw(SystemExit))
+        status, answer, _ = server.post(asks())
+        assert status == 500 and answer["error"]["code"] == "internal_error"
+        until(lambda: not worker.is_alive)
+        assert server.get("/health")[:2] == (503, {"status": "failed", "requests": 0})
+        status, answer, _ = server.post(asks())
+        assert status == 503 and answer["error"]["code"] == "model_failed"
+
+
+def test_serving_leaves_the_process_as_it_was() -> None:
+    model, processor = load_tiny()
+
+    def state() -> list[Any]:
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return [Image.MAX_IMAGE_PIXELS, set(threading.enumerate()), handlers, list(warnings.filters)]
+
+    before = state()
+    seen: list[Any] = []
+
+    def ready(url: str) -> None:
+        threading.Thread(target=use, args=(url,)).start()
+
+    def use(url: str) -> None:
+        try:
+            seen.append((Image.MAX_IMAGE_PIXELS, Running(None, url).post(asks(max_tokens=1))[0]))  # type: ignore[arg-type]
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with listen("127.0.0.1", 0) as bound:
+        serve(model, processor, Settings(name="tiny", max_pixels=1000), bound, ready)
+    assert seen == [(1000, 200)]
+    until(lambda: set(threading.enumerate()) <= before[1])  # that of the client
+    assert state() == before
 
 
 def test_a_second_signal_ends_at_once(process: Process) -> None:

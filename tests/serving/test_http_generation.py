@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import transformers_fastvlm  # noqa: F401
+from transformers_fastvlm.serving.http import generation
 from transformers_fastvlm.serving.http.generation import Job, Worker
 
 PATIENCE = 600
@@ -138,6 +139,103 @@ def test_a_failure_is_the_request_s_own(worker: Worker, model_and_processor: tup
     assert isinstance(failing.wait().error, ValueError)
     assert "1 requests failed" in caplog.text
     assert ask(worker, Asked(good))[0][2] is not None
+
+
+def test_a_failure_is_not_that_of_others_in_its_batch(worker: Worker, model_and_processor: tuple[Any, Any]) -> None:
+    first, second, third, _ = prompts(model_and_processor[1])
+    without_image = {name: second[name] for name in ("input_ids", "attention_mask")}
+    bad, good = Asked(without_image), [Asked(first, stream=True), Asked(third)]
+    for one in (good[0], bad, good[1]):
+        worker.submit(one.job)
+    worker.start()
+    assert isinstance(bad.wait().error, ValueError)
+    answers = [one.wait().answers[0].text for one in good]
+    assert [one.job.error for one in good] == [None, None]
+    assert answers == [ask(worker, Asked(one))[0][0] for one in (first, third)]
+
+
+def test_an_answer_that_is_begun_again_says_nothing_twice(
+    worker: Worker, model_and_processor: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = prompts(model_and_processor[1])[:2]
+    watch, steps = generation._Watch.__call__, []
+
+    def fails_once(self: Any, *arguments: Any, **options: Any) -> Any:
+        steps.append(len(self.rows))
+        found = watch(self, *arguments, **options)
+        if steps.count(2) == 6 and len(self.rows) == 2:
+            raise MemoryError("in the middle")
+        return found
+
+    monkeypatch.setattr(generation._Watch, "__call__", fails_once)
+    together = [Asked(one, stream=True) for one in inputs]
+    rows = ask(worker, *together)
+    assert steps.count(1) > 0
+    for one, (text, _, _) in zip(together, rows, strict=True):
+        assert "".join(piece for _, piece in one.job.pieces) == text
+    assert rows == [ask(worker, Asked(one))[0] for one in inputs]
+
+
+def test_a_listener_that_raises_harms_nobody(worker: Worker, model_and_processor: tuple[Any, Any]) -> None:
+    inputs = prompts(model_and_processor[1])[1]
+    heard = threading.Event()
+
+    def changed() -> None:
+        heard.set()
+        raise RuntimeError("the event loop is closed")
+
+    worker.submit(Job(inputs=inputs, max_tokens=TOKENS, changed=changed, stream=True))
+    assert len(ask(worker, Asked(inputs))) == 1
+    assert heard.is_set() and worker.is_alive
+
+
+def test_a_thread_that_ends_leaves_nobody_waiting(worker: Worker, model_and_processor: tuple[Any, Any]) -> None:
+    inputs = prompts(model_and_processor[1])[1]
+    worker._answer = lambda jobs: (_ for _ in ()).throw(SystemExit)  # what no request can be the reason of
+    begun, waiting = Asked(inputs, temperature=1.0), Asked(inputs)
+    for one in (begun, waiting):
+        worker.submit(one.job)
+    assert not worker.is_alive
+    worker.start()
+    assert "thread has ended" in str(begun.wait().error) and "thread has ended" in str(waiting.wait().error)
+    assert not worker.is_alive
+    late = Asked(inputs)
+    worker.submit(late.job)
+    assert "thread has ended" in str(late.wait().error)
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this PyTorch does not tell a lost device")
+def test_a_lost_device_ends_the_thread(worker: Worker, model_and_processor: tuple[Any, Any]) -> None:
+    worker._answer = lambda jobs: (_ for _ in ()).throw(torch.AcceleratorError("device-side assert triggered", 710))
+    asked = Asked(prompts(model_and_processor[1])[1])
+    worker.submit(asked.job)
+    worker.start()
+    assert asked.wait().error is not None
+    worker._thread.join(PATIENCE)
+    assert not worker.is_alive
+
+
+def test_images_of_a_batch_are_bounded(
+    worker: Worker, model_and_processor: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.batch_size = 3
+    _, one, two, _ = prompts(model_and_processor[1])
+    images: list[list[int]] = []
+    answer = worker._answer
+    monkeypatch.setattr(worker, "_answer", lambda jobs: (images.append([job.images for job in jobs]), answer(jobs)))
+    ask(worker, *(Asked(inputs, max_tokens=1) for inputs in (two, one, one, two, two)))
+    assert images == [[2, 1], [1, 2], [2]]
+
+
+def test_the_process_is_as_before(model_and_processor: tuple[Any, Any]) -> None:
+    model = model_and_processor[0]
+    config, state = model.generation_config, torch.random.get_rng_state()
+    one = Worker(*model_and_processor, batch_size=8)
+    inputs = prompts(model_and_processor[1])[1]
+    ask(one, Asked(inputs, temperature=1.0, seed=3), Asked(inputs, temperature=1.0), Asked(inputs))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    one.close()
+    assert model.generation_config is config
 
 
 def test_pictures_are_let_go_with_the_answer(worker: Worker, model_and_processor: tuple[Any, Any]) -> None:

@@ -137,6 +137,9 @@ class Service:
         """Refuse a request where there is no room for it: so memory is bounded, whatever clients send."""
         if self.draining:
             raise ApiError(503, "The server is about to end; ask another one, or later.", code="shutting_down")
+        if not self.worker.is_alive:
+            message = "The model's thread has ended; the server's log says why. It has to be started again."
+            raise ApiError(503, message, code="model_failed")
         if self.active >= self.settings.max_requests:
             batches = math.ceil(self.active / self.settings.batch_size)
             seconds = min(max(1, math.ceil(batches * self.worker.batch_seconds)), _MAX_RETRY_SECONDS)
@@ -217,8 +220,8 @@ def create_app(service: Service) -> Any:
 
     @app.get("/health")
     async def health() -> Response:
-        status = "ending" if service.draining else "ok"
-        return JSONResponse({"status": status, "requests": service.active}, 503 if service.draining else 200)
+        status = "ending" if service.draining else "ok" if service.worker.is_alive else "failed"
+        return JSONResponse({"status": status, "requests": service.active}, 200 if status == "ok" else 503)
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:

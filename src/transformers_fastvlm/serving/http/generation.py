@@ -20,6 +20,9 @@ from .text import AnswerText
 
 __all__ = ["Job", "Worker"]
 
+# An error of the device itself, such as a failed assertion in a kernel: nothing can be computed there any more.
+_LOST_DEVICE = getattr(torch, "AcceleratorError", ())
+
 logger = logging.getLogger(__name__)
 
 
@@ -67,13 +70,25 @@ class Job:
         return int(self.inputs["input_ids"].shape[1])
 
     @property
+    def images(self) -> int:
+        return len(self.inputs.get("num_tiles", self.inputs.get("pixel_values", ())))
+
+    @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
     def end(self, error: BaseException | None = None) -> None:
         """Say that nothing more will come."""
         self.error, self.done = error, True
-        self.changed()
+        self.tell()
+
+    def tell(self) -> None:
+        """Call `changed`. Where that raises, nobody listens any more; the model's thread and others go on."""
+        try:
+            self.changed()
+        except Exception:
+            logger.exception("a request's listener failed")
+            self.cancelled = True
 
 
 class Row:
@@ -83,13 +98,17 @@ class Row:
         text: of it, so far.
         tokens: their number, that which ended it included.
         reason: "stop" or "length"; None while it goes on, and where nobody wanted the rest.
+
+    Args:
+        before: text that an earlier attempt handed out as pieces; this one has to begin with it.
     """
 
-    def __init__(self, job: Job, index: int, tokenizer: Any, ends: frozenset[int]) -> None:
+    def __init__(self, job: Job, index: int, tokenizer: Any, ends: frozenset[int], before: str = "") -> None:
         # A cycle of the two would keep the prompt's pictures until Python happens to look for cycles.
         self.job: Job = weakref.proxy(job)
         self.index, self._ends = index, ends
         self._decoding = AnswerText(tokenizer, job.stop)
+        self._before, self._said = before, len(before)
         self.text, self.tokens = "", 0
         self.reason: str | None = None
 
@@ -114,9 +133,13 @@ class Row:
 
     def _say(self, piece: str) -> None:
         self.text += piece
-        if piece and self.job.stream:
-            self.job.pieces.append((self.index, piece))
-            self.job.changed()
+        length = min(len(self._before), len(self.text))
+        if self.text[:length] != self._before[:length]:
+            raise RuntimeError("the answer alone is not the one that was begun together with others")
+        if self.job.stream and len(self.text) > self._said:
+            self.job.pieces.append((self.index, self.text[self._said :]))
+            self._said = len(self.text)
+            self.job.tell()
 
 
 class _Watch(StoppingCriteria):
@@ -137,7 +160,7 @@ class Worker:
     Waiting greedy requests are answered together, each ending by itself; their tokens are those of single answers, but
     that sums in another order differ in their last bits. Requests that sample are answered one at a time, since they
     share a generator of random numbers. A request that is alone reuses what its prompt has in common with the last
-    such one (`PromptCache`).
+    such one (`PromptCache`). Where answering several fails, each is answered alone, so that none fails for another.
 
     Args:
         model: `FastVLMForConditionalGeneration`, on its device, for this worker alone.
@@ -158,7 +181,7 @@ class Worker:
         self._config = config
         self._queue: deque[Job] = deque()
         self._news = threading.Condition()
-        self._closed = False
+        self._closed = self._ended = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.batch_seconds = 1.0  # of a batch, as a moving average
 
@@ -166,11 +189,19 @@ class Worker:
         """Begin to answer."""
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether jobs are answered. The thread ends by `close`, or by what no request may be the reason of."""
+        return self._thread.is_alive() and not self._ended
+
     def submit(self, job: Job) -> None:
-        """Put a job at the end of the queue."""
+        """Put a job at the end of the queue; it fails at once where the thread has ended."""
         with self._news:
-            self._queue.append(job)
-            self._news.notify()
+            if not self._ended:
+                self._queue.append(job)
+                self._news.notify()
+                return
+        job.end(_ended())
 
     def cancel(self, job: Job) -> None:
         """Leave a job undone: at once if it waits, at the next token if it runs."""
@@ -188,21 +219,52 @@ class Worker:
             self._thread.join()
 
     def _run(self) -> None:
-        while jobs := self._next():
-            start = time.monotonic()
-            error: BaseException | None = None
-            try:
-                self._answer(jobs)
-            except Exception as failure:
-                logger.exception("%d requests failed", len(jobs))
-                error = failure
-                error.__traceback__ = None  # would keep the tensors of the failed batch
+        before = self.model.generation_config
+        try:
+            while jobs := self._next():
+                start = time.monotonic()
+                try:
+                    self._answer_or_fail(jobs)
+                finally:
+                    for job in jobs:
+                        if not job.done:
+                            job.end(_ended())
+                self.batch_seconds += 0.2 * (time.monotonic() - start - self.batch_seconds)
+                del jobs, job  # nothing of them is kept while this thread waits
+        except BaseException:
+            logger.exception("the model's thread has ended; no request is answered any more")
+        finally:
+            with self._news:
+                self._ended = True
+                left = list(self._queue)
+                self._queue.clear()
+            for job in left:
+                job.end(_ended())
+            self.model.generation_config = before
+
+    def _answer_or_fail(self, jobs: list[Job]) -> None:
+        """Answer jobs together, and each alone where that fails."""
+        error = self._attempt(jobs)
+        if error is None or len(jobs) == 1:
             for job in jobs:
                 job.end(error)
-            if error is not None and torch.cuda.is_available():
+            return
+        for job in jobs:
+            job.end(None if job.cancelled else self._attempt([job]))
+
+    def _attempt(self, jobs: list[Job]) -> Exception | None:
+        """Answer jobs; return what went wrong."""
+        try:
+            self._answer(jobs)
+        except Exception as failure:
+            logger.exception("%d requests failed", len(jobs))
+            if isinstance(failure, _LOST_DEVICE):
+                raise  # what comes after it would fail too
+            failure.__traceback__ = None  # would keep the tensors of the failed batch
+            if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.batch_seconds += 0.2 * (time.monotonic() - start - self.batch_seconds)
-            del jobs, job, error  # nothing of them is kept while this thread waits
+            return failure
+        return None
 
     def _next(self) -> list[Job]:
         """Wait for jobs and return those to be answered together; none at the end."""
@@ -213,8 +275,12 @@ class Worker:
                 return []
             jobs = [self._queue.popleft()]
             if jobs[0].is_greedy:
-                jobs += [job for job in self._queue if job.is_greedy][: self.batch_size - 1]
-                for job in jobs[1:]:
+                room = self.batch_size - jobs[0].images  # images are encoded at once, so they are bounded too
+                for job in [job for job in self._queue if job.is_greedy]:
+                    if len(jobs) == self.batch_size or job.images > room:
+                        break
+                    room -= job.images
+                    jobs.append(job)
                     self._queue.remove(job)
         now = time.monotonic()
         for job in jobs:
@@ -224,10 +290,17 @@ class Worker:
     def _answer(self, jobs: list[Job]) -> None:
         rows = []
         for job in jobs:
-            job.answers = [Row(job, index, self._tokenizer, self._ends) for index in range(job.rows)]
+            said = [row.text if job.stream else "" for row in job.answers] or [""] * job.rows
+            job.answers = [Row(job, index, self._tokenizer, self._ends, text) for index, text in enumerate(said)]
             rows += job.answers
         first = jobs[0]
-        self._choose(first)
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=not first.is_greedy):
+            self._choose(first)
+            self._generate(jobs, rows)
+
+    def _generate(self, jobs: list[Job], rows: list[Row]) -> None:
+        first = jobs[0]
         options: dict[str, Any] = {
             "max_new_tokens": max(job.max_tokens for job in jobs),
             "stopping_criteria": StoppingCriteriaList([_Watch(rows)]),
@@ -256,6 +329,10 @@ class Worker:
             config.top_k = config.top_k or 0  # for None generate() would take 50
             torch.seed() if job.seed is None else torch.manual_seed(job.seed)
         self.model.generation_config = config
+
+
+def _ended() -> RuntimeError:
+    return RuntimeError("the model's thread has ended")
 
 
 def _together(prompts: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(model: Any, processor: Any, settings: Settings, bound: socket.socket, ready: Callable[[str], None]) -> None:
     """Answer requests until a signal (SIGTERM, or Ctrl-C) ends it; a second one ends the process at once.
 
-    Sets the process's log of requests and, since pictures come from strangers, its limit of pixels.
+    While it answers, the process has its log of requests and, since pictures come from strangers, its limit of pixels.
 
     Args:
         model: `FastVLMForConditionalGeneration`, on its device, in evaluation mode.
@@ -72,10 +72,13 @@ def serve(model: Any, processor: Any, settings: Settings, bound: socket.socket, 
         ImportError: FastAPI or uvicorn is not installed.
     """
     server = server_of(Service(model, processor, settings), bound, ready)
-    Image.MAX_IMAGE_PIXELS = settings.max_pixels
-    with _logging(), warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        server.run(sockets=[bound])
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, settings.max_pixels
+    try:
+        with _logging(), warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            server.run(sockets=[bound])
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def server_of(service: Service, bound: socket.socket, ready: Callable[[str], None]) -> Any:
