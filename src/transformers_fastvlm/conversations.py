@@ -6,16 +6,21 @@ Used by the processor; nothing here knows of tokenizers or models.
 
 import dataclasses
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
 
 __all__ = [
     "DEFAULT_VIDEO_FRAMES",
     "MAX_VIDEO_FRAMES",
+    "RENDERING",
     "answer_mask",
     "image_sources",
     "is_message",
     "plain_message",
+    "render_with_spans",
     "spread",
 ]
 
@@ -23,6 +28,13 @@ DEFAULT_VIDEO_FRAMES = 8
 """Frames taken from a video in a message unless `num_frames` says otherwise."""
 MAX_VIDEO_FRAMES = 32
 """Most frames taken from one video: 8192 tokens at 1024 pixels, as many as the published models were trained on."""
+
+RENDERING = threading.RLock()
+"""Held by whoever renders for masks or labels and encodes the result.
+
+Transformers keeps one compiled template a process, which before 5.24 notes the spans of one rendering at a time, and a
+tokenizer's padding is a state of the tokenizer.
+"""
 
 _IMAGE_SOURCES = ("image", "url", "path", "base64")
 _VIDEO_SOURCES = ("video", "path", "url")
@@ -52,6 +64,28 @@ def plain_message(message: Any, num_frames: int = DEFAULT_VIDEO_FRAMES) -> dict[
     if not isinstance(content, list | tuple):
         return dict(plain)
     return {**plain, "content": [plain for part in content for plain in _plain_parts(part, num_frames)]}
+
+
+def render_with_spans(
+    chats: Sequence[Any], template: str, **variables: Any
+) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    """Render conversations; return each text and the spans of it that stand in generation blocks. For any threads.
+
+    Args:
+        chats: conversations, each a list of messages.
+        template: in Jinja.
+        variables: of the template, such as the names of special tokens.
+    """
+    # A comment makes it another template than that of threads which render without masks, and leaves the text as it is:
+    # Jinja takes off the newline at the end itself, and + keeps blanks before a comment.
+    with RENDERING:
+        texts, spans = render_jinja_template(
+            conversations=list(chats),
+            chat_template=template.removesuffix("\n") + "{#+ with spans #}",
+            return_assistant_tokens_mask=True,
+            **variables,
+        )
+    return texts, spans
 
 
 def image_sources(message: Mapping[str, Any]) -> list[Any]:

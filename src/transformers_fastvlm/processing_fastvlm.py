@@ -15,11 +15,18 @@ from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedConfig
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from . import anyres, compat
 from .configuration_fastvlm import FastVLMConfig
-from .conversations import DEFAULT_VIDEO_FRAMES, answer_mask, image_sources, is_message, plain_message
+from .conversations import (
+    DEFAULT_VIDEO_FRAMES,
+    RENDERING,
+    answer_mask,
+    image_sources,
+    is_message,
+    plain_message,
+    render_with_spans,
+)
 from .image_processing_pil_fastvlm import FastVLMImageProcessorPil
 from .tokens import IMAGE_TOKEN
 
@@ -316,24 +323,20 @@ class FastVLMProcessor(ProcessorMixin):
         """
         if not isinstance(template, str):
             raise ValueError("This processor has no chat template of that name, so a conversation cannot be rendered.")
-        prompts, spans = render_jinja_template(
-            conversations=chats,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **kwargs},
-        )
+        prompts, spans = render_with_spans(chats, template, **{**self.tokenizer.special_tokens_map, **kwargs})
         bos = self.tokenizer.bos_token
         if bos is not None and prompts[0].startswith(bos):
             processor_kwargs["add_special_tokens"] = False
         sources = [[source for message in chat for source in image_sources(message)] for chat in chats]
         images = processor_kwargs.pop("images", None) or sources
-        inputs: BatchFeature = self(
-            text=prompts,
-            images=images,
-            **processor_kwargs,
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-        )
+        with RENDERING:
+            inputs: BatchFeature = self(
+                text=prompts,
+                images=images,
+                **processor_kwargs,
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+            )
         offsets = _as_lists(inputs.pop("offset_mapping"))
         replaced = inputs.pop("text_replacement_offsets", None) or [[] for _ in prompts]
         inputs["assistant_masks"] = [answer_mask(*row) for row in zip(offsets, replaced, spans, strict=True)]

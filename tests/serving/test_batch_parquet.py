@@ -13,7 +13,7 @@ pa = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow, of the extra 
 pq = pytest.importorskip("pyarrow.parquet", reason="Parquet needs pyarrow, of the extra batch")
 
 from transformers_fastvlm.serving.batch import COLUMNS, SourceOptions  # noqa: E402
-from transformers_fastvlm.serving.batch.outputs import write_rows  # noqa: E402
+from transformers_fastvlm.serving.batch.outputs import state_of, write_rows  # noqa: E402
 from transformers_fastvlm.serving.batch.sources import find_sources  # noqa: E402
 
 
@@ -96,7 +96,7 @@ def test_writes(tmp_path: Path) -> None:
         "prompt_tokens": "int64",
         "completion_tokens": "int64",
     }
-    write_rows(out, (empty | {"source": str(n)} for n in range(20_000)))
+    write_rows(out, (empty | {"source": str(n)} for n in range(20_000)), state_of(out))
     assert pq.read_table(out)["source"].to_pylist() == [str(n) for n in range(20_000)]
     with pytest.raises(pa.ArrowException):
         write_rows(out, iter([empty | {"row": "no number"}]))

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from transformers_fastvlm.data.fingerprints import fingerprint
 from transformers_fastvlm.serving.batch import SourceOptions
 from transformers_fastvlm.serving.batch.requests import PromptTemplate, Request, conversation_about
 from transformers_fastvlm.serving.batch.running import plan
-from transformers_fastvlm.serving.batch.sources import find_sources, fingerprint
+from transformers_fastvlm.serving.batch.sources import find_sources
 
 PROMPT = "What is it?"
 
@@ -112,15 +113,21 @@ def test_fingerprint_of_a_large_file(tmp_path: Path) -> None:
     file = tmp_path / "large"
     with open(file, "wb") as sparse:
         sparse.truncate(2**26 + 100)
-    before = fingerprint(file)
-    assert fingerprint(file) == before
+    before, whole = fingerprint(file, 2**26), fingerprint(file)
+    assert fingerprint(file, 2**26) == before
     with open(file, "r+b") as sparse:
         sparse.seek(-3, os.SEEK_END)
         sparse.write(b"end")
-    changed = fingerprint(file)
+    changed = fingerprint(file, 2**26)
+    assert fingerprint(file) != whole
     with open(file, "ab") as sparse:
         sparse.write(b"\0")
-    assert len({before, changed, fingerprint(file)}) == 3
+    assert len({before, changed, fingerprint(file, 2**26)}) == 3
+    middle = fingerprint(file)
+    with open(file, "r+b") as sparse:
+        sparse.seek(2**16 + 1000)
+        sparse.write(b"x" * 12_000)
+    assert fingerprint(file) != middle
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_disk_full_while_saving_leaves_the_checkpoint_before(recipe: MakeRecipe,
             run(made, report=fill_the_disk)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "recipe.yaml"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "recipe.yaml", "rows.json"]
     FastVLMForConditionalGeneration.from_pretrained(out / "checkpoint-2")
     FastVLMProcessor.from_pretrained(out / "checkpoint-2")
     run(made, resume=True)
@@ -147,7 +147,7 @@ def test_a_disk_that_is_really_full(recipe: MakeRecipe, small_disk: Callable[[in
     made = recipe(output_dir=str(out), model={"image_size": 64})
     with pytest.raises(OSError, match=r"The checkpoint of step 4 could not be written.*checkpoint-2, from before"):
         run(made)
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "recipe.yaml"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "recipe.yaml", "rows.json"]
     small_disk(64)
     run(made, resume=True)
     run(recipe(output_dir=str(tmp_path / "whole"), model={"image_size": 64}))
@@ -168,7 +168,7 @@ def test_disk_full_at_the_end_leaves_nothing_that_looks_finished(recipe: MakeRec
             run(made, report=fill_the_disk)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in out.iterdir()] == ["recipe.yaml"]
+    assert sorted(path.name for path in out.iterdir()) == ["recipe.yaml", "rows.json"]
 
 
 def test_a_checkpoint_that_a_plain_trainer_left_half_written_is_passed_over(tmp_path: Path) -> None:
@@ -192,3 +192,55 @@ def test_checkpoints_load_with_the_auto_classes(recipe: MakeRecipe, tmp_path: Pa
         assert model.config.image_token_id == processor.image_token_id
     stored = weights(tmp_path / "out" / "checkpoint-2")
     assert "model.mm_projector.0.weight" in stored  # Apple's names
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (1, None, {3, 7}),
+        (2, None, {2, 3, 7}),
+        (1, 1, {1, 3, 7}),
+        (2, 1, {1, 3, 7}),
+        (None, None, {1, 2, 3, 7}),
+        (9, None, {1, 2, 3, 7}),
+    ],
+)
+def test_rotation_goes_by_step(limit: int | None, best: int | None, left: set[int], tmp_path: Path) -> None:
+    """Whatever the clock says: the first checkpoint is an hour ahead. A later one is of a run that went another way."""
+    from types import SimpleNamespace
+
+    from transformers_fastvlm.training import FastVLMTrainer
+
+    now = os.stat(tmp_path).st_mtime
+    for step in (1, 2, 3, 7):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        os.utime(tmp_path / f"checkpoint-{step}", (now - 3600 * step, now - 3600 * step))
+    (tmp_path / "checkpoint-0").mkdir()  # the user's own
+    (tmp_path / "checkpoint-0" / "notes.txt").touch()
+    state = SimpleNamespace(global_step=3, best_model_checkpoint=best and str(tmp_path / f"checkpoint-{best}"))
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(save_total_limit=limit), state=state)
+    FastVLMTrainer._rotate(trainer, tmp_path)
+    assert {int(path.name.removeprefix("checkpoint-")) for path in tmp_path.iterdir()} == {0, *left}
+
+
+def test_other_rows_are_named_when_a_run_is_resumed(recipe: MakeRecipe, rows_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    rows = json.loads(rows_file.read_text())
+    file.write_text(json.dumps(rows))
+    made = recipe(model={"image_size": 64}, data={"source": str(file)}, arguments={"max_steps": 2, "save_steps": 1})
+    run(made)
+    for name in ("config.json",):
+        (tmp_path / "out" / name).unlink()  # as if it were not finished
+
+    def told() -> list[str]:
+        lines: list[str] = []
+        run(made, resume=True, dry_run=True, report=lines.append)
+        return [line for line in lines if line.startswith("changed since the run began")]
+
+    assert told() == []
+    rows[0]["conversations"][1]["value"] += "!"
+    file.write_text(json.dumps(rows))
+    assert [line.partition(";")[0] for line in told()] == ["changed since the run began: data.source had other rows"]
+    file.write_text(json.dumps(rows[:-1]))
+    assert "data.source had 12 rows, has 11" in told()[0]

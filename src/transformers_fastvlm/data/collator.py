@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..conversations import RENDERING, render_with_spans
 from ..tokens import IMAGE_TOKEN
 from .errors import LengthError, SampleError, shortened
 from .fields import SYSTEM_KEYS, images_of
@@ -43,6 +43,8 @@ class FastVLMDataCollator:
       tokens;
     - `pixel_values`: (total tiles, 3, height, width), float32; absent where no row has an image;
     - `image_sizes`, `num_tiles`: for AnyRes, as the image processor gives them.
+
+    Threads may share it, and each other's processor.
 
     Args:
         processor: a `FastVLMProcessor`; its template, image size and tokenizer are used as they are.
@@ -134,13 +136,14 @@ class FastVLMDataCollator:
         texts, spans = self._rendered(chats)
         tokenizer = self.processor.tokenizer
         bos = tokenizer.bos_token
-        encoded = tokenizer(
-            texts,
-            add_special_tokens=bos is None or not texts[0].startswith(bos),
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
+        with RENDERING:  # others pad
+            encoded = tokenizer(
+                texts,
+                add_special_tokens=bos is None or not texts[0].startswith(bos),
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,
+            )
         rows = []
         for ids, offsets, learned, lengths in zip(
             encoded["input_ids"], encoded["offset_mapping"], spans, tokens, strict=True
@@ -161,13 +164,8 @@ class FastVLMDataCollator:
             answers = [chat[-1]["content"] for chat in chats]
             texts = [f"{IMAGE_TOKEN}{answer}\n" for answer in answers]
             return texts, [[(len(IMAGE_TOKEN), len(text))] for text in texts]
-        texts, spans = render_jinja_template(
-            conversations=[list(chat) for chat in chats],
-            chat_template=self._template,
-            return_assistant_tokens_mask=True,
-            **self.processor.tokenizer.special_tokens_map,
-        )
-        return texts, spans
+        assert self._template is not None
+        return render_with_spans(list(map(list, chats)), self._template, **self.processor.tokenizer.special_tokens_map)
 
     def _checked(self, sample: Mapping[str, Any], number: int) -> tuple[list[dict[str, str]], list[Any]]:
         """Return the messages of a sample in the one form, and its images."""

@@ -90,8 +90,8 @@ def parquet_rows(files: Sequence[str], name: str) -> Rows:
     """
     opened = _opened(files)
     if files[0].lower().endswith(".arrow"):
-        return HubRows(opened[0] if len(opened) == 1 else package(name).concatenate_datasets(opened), name)
-    rows: list[Rows] = [HubRows(one, file) for one, file in zip(opened, files, strict=True)]
+        return HubRows(opened[0] if len(opened) == 1 else package(name).concatenate_datasets(opened), name, files)
+    rows: list[Rows] = [HubRows(one, file, [file]) for one, file in zip(opened, files, strict=True)]
     return rows[0] if len(rows) == 1 else JoinedRows(rows)
 
 

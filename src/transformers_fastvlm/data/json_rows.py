@@ -7,6 +7,8 @@ workers of a data loader.
 
 import json
 import os
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .errors import Place, SampleError, shortened
+from .fingerprints import fingerprint
 
 __all__ = ["JsonRows"]
 
@@ -51,7 +54,8 @@ class JsonRows:
         self.path = Path(path)
         self.damage: SampleError | None = None
         self._line_numbers: np.ndarray | None = None
-        self._open: tuple[int, BinaryIO] | None = None
+        self._lock = threading.Lock()
+        self._descriptor: int | None = None
         with open(self.path, "rb") as file:
             head = file.read(4096)
             if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -104,20 +108,25 @@ class JsonRows:
         return Place(str(self.path), row, line, sample_id)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_descriptor")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock(), _descriptor=None)
 
     def _read(self, start: int, size: int) -> bytes:
-        # A handle that was inherited by fork would share its position with the parent's.
-        if self._open is None or self._open[0] != os.getpid():
-            self._open = (os.getpid(), open(self.path, "rb"))  # noqa: SIM115
-        file = self._open[1]
-        file.seek(start)
-        return file.read(size)
+        """Return bytes of the file; for any number of threads, and of processes that inherited the file, at once."""
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                weakref.finalize(self, os.close, self._descriptor)
+            if not hasattr(os, "pread"):  # Windows: one position for all
+                os.lseek(self._descriptor, start, os.SEEK_SET)
+                return os.read(self._descriptor, size)
+        return os.pread(self._descriptor, size, start)
 
-    def __del__(self) -> None:
-        handle = getattr(self, "_open", None)
-        if handle is not None and handle[0] == os.getpid():
-            handle[1].close()
+    def digest(self) -> str:
+        """Return a digest of the whole file."""
+        return fingerprint(self.path)
 
     def _why(self, error: Exception, content: bytes) -> str:
         if isinstance(error, UnicodeDecodeError):

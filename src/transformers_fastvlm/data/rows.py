@@ -11,9 +11,11 @@ from typing import Any, Protocol
 
 from .errors import Place, SampleError
 from .fields import SYSTEM_KEYS
+from .fingerprints import fingerprint, joined
 
 __all__ = ["HubRows", "JoinedRows", "ListRows", "Rows"]
 
+_WHOLE = 2**30  # bytes of a file that are read to tell whether it changed
 _WORDS = ("id", "conversations", "messages", *SYSTEM_KEYS)
 
 
@@ -37,6 +39,9 @@ class Rows(Protocol):
     def place(self, row: int, sample_id: str | None = None) -> Place:
         """Return how a row is named."""
 
+    def digest(self) -> str:
+        """Return what is another one where the rows are others, as far as that can be told; images do not count."""
+
 
 class HubRows:
     """Rows of a `datasets.Dataset`, whose images stay undecoded.
@@ -47,8 +52,9 @@ class HubRows:
 
     damage: SampleError | None = None
 
-    def __init__(self, dataset: Any, name: str) -> None:
-        self.name = name
+    def __init__(self, dataset: Any, name: str, files: Sequence[str] = ()) -> None:
+        self.name, self._files = name, list(files)
+        self._made = str(getattr(dataset, "_fingerprint", ""))
         self._all = dataset.with_format("arrow")
         columns = [column for column in dataset.column_names if column in _WORDS]
         self._words = self._all.select_columns(columns)
@@ -66,6 +72,10 @@ class HubRows:
     def place(self, row: int, sample_id: str | None = None) -> Place:
         """Return how a row is named."""
         return Place(self.name, row, None, sample_id)
+
+    def digest(self) -> str:
+        """Return a digest of the files, or what the package datasets says of how the rows were made."""
+        return joined(fingerprint(file, _WHOLE) for file in self._files) if self._files else self._made
 
     def _read(self, table: Any, row: int) -> Mapping[str, Any]:
         values: Mapping[str, Any] = table[row : row + 1].to_pylist()[0]
@@ -97,6 +107,10 @@ class JoinedRows:
         part, inside = self._located(row)
         return part.place(inside, sample_id)
 
+    def digest(self) -> str:
+        """Return a digest of all parts."""
+        return joined(part.digest() for part in self._parts)
+
     def _located(self, row: int) -> tuple[Rows, int]:
         number = bisect_right(self._ends, row)
         return self._parts[number], row - (self._ends[number - 1] if number else 0)
@@ -127,3 +141,7 @@ class ListRows:
     def place(self, row: int, sample_id: str | None = None) -> Place:
         """Return how a row is named."""
         return Place(self.name, row, None, sample_id)
+
+    def digest(self) -> str:
+        """Return nothing: rows in memory are the caller's."""
+        return ""

@@ -5,6 +5,7 @@ A sample is `{"messages": [{"role", "content"}, â€¦], "images": [Pillow image, â
 a user's content has one "<image>" for each picture, in order, and `place` names the row in errors.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset
 
 from .errors import ImageError, Place, SampleError, shortened
 from .fields import images_of
+from .fingerprints import joined
 from .folders import folder_rows, parquet_rows
 from .image_files import ImageFolder
 from .json_rows import JsonRows
@@ -107,6 +109,14 @@ class SampleDataset(Dataset):
             return messages_and_sources(raw)[0]
         except ValueError as error:
             raise SampleError(str(error), part.rows.place(row, _id_of(raw))) from error
+
+    def digest(self) -> str:
+        """Return what is another one where the samples are others: other rows, or in another order.
+
+        The content of images does not count. All files of rows are read.
+        """
+        chosen = "" if self._index is None else hashlib.sha256(self._index.tobytes()).hexdigest()
+        return joined([*(part.rows.digest() for part in self._parts), chosen])
 
     def image_folder(self, index: int) -> ImageFolder:
         """Return what opens the images of a sample."""

@@ -21,7 +21,7 @@ from .trainer import FastVLMTrainer, last_checkpoint
 
 __all__ = ["RECIPE_FILE", "run"]
 
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, ROWS_FILE = "recipe.yaml", "rows.json"
 
 
 def run(
@@ -78,6 +78,8 @@ def run(
     if tell is not _silent:
         for line in summary(recipe, arguments, model, train, evaluation, collator):
             tell(line)
+    rows = {"data.source": _rows_of(train), "data.eval_source": _rows_of(evaluation)}
+    changes += _changed_rows(out, rows) if resume else []
     for line in changes:
         tell(f"changed since the run began: {line}")
     if checkpoint is not None:
@@ -87,6 +89,7 @@ def run(
     if arguments.should_save:
         out.mkdir(parents=True, exist_ok=True)
         (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        (out / ROWS_FILE).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     trainer = FastVLMTrainer(
         model=model,
         args=arguments,
@@ -154,6 +157,30 @@ def _changes(out: Path, recipe: Recipe) -> list[str]:
         for key, (old, new) in _flat_pairs(before, now).items()
         if old != new and key not in ("name", "description", "output_dir")
     ]
+
+
+def _rows_of(dataset: Any) -> dict[str, Any] | None:
+    """Return the number of samples and a digest of their rows; None for a stream, or where there are none."""
+    if not hasattr(dataset, "__len__"):
+        return None
+    digest = getattr(getattr(dataset, "captions", dataset), "digest", None)
+    return {"rows": len(dataset), "digest": None if digest is None else digest()}
+
+
+def _changed_rows(out: Path, rows: dict[str, Any]) -> list[str]:
+    """Return which rows are others than when the run in `out` began."""
+    try:
+        before = json.loads((out / ROWS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []  # of a run that never began, or of an earlier version
+    lines = []
+    for key, now in rows.items():
+        was = before.get(key) if isinstance(before, dict) else None
+        if was is None or now is None or was == now:
+            continue
+        how = f"{was['rows']:,} rows, has {now['rows']:,}" if was["rows"] != now["rows"] else "other rows"
+        lines.append(f"{key} had {how}; the order of what is left follows from the new ones")
+    return lines
 
 
 def _flat_pairs(first: Any, second: Any, key: str = "") -> dict[str, tuple[Any, Any]]:

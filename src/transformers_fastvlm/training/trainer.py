@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from ..checkpoints.directories import sync_tree
 from ..checkpoints.files import sync_directory
@@ -96,12 +95,19 @@ class FastVLMTrainer(Trainer):
             self._publish(staging, folder / name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            self._rotate(folder)
+
+    def _rotate(self, folder: Path) -> None:
+        """Delete the oldest checkpoints by step that are too many; never this one, the best, a later one, or a link."""
+        limit = self.args.save_total_limit
+        if limit is None or limit < 1:
+            return
+        step = self.state.global_step
+        kept = {f"checkpoint-{step}", Path(self.state.best_model_checkpoint or "").name}
+        there = [(number, path) for number, path in _checkpoints(folder) if number <= step and not path.is_symlink()]
+        others = sorted((number, path) for number, path in there if path.name not in kept)
+        for _, path in others[: max(0, len(there) - limit)]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _remove_staging(self, staging: Path) -> None:
         """Remove what an interrupted run left."""
@@ -148,6 +154,7 @@ class FastVLMTrainer(Trainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=self.args.dataloader_drop_last,
         )
+        self.remove_callback(_TellEpoch)  # of an earlier call
         self.add_callback(_TellEpoch(sampler))
         return sampler
 
@@ -187,12 +194,18 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
     `FastVLMTrainer` leaves no others; a plain `Trainer` that was killed while saving does.
     """
+    found = _checkpoints(Path(directory))
+    return max(found)[1] if found else None
+
+
+def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """Return the steps and folders of the checkpoints that are whole."""
     found = []
-    for path in Path(directory).glob("checkpoint-*"):
+    for path in directory.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
         if match and _is_whole(path):
             found.append((int(match.group(1)), path))
-    return max(found)[1] if found else None
+    return found
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ...checkpoints.embedded import resolve_model
 from ...data.errors import shortened
+from ...data.fingerprints import fingerprint
 from ...engines.base import Answer, Conversation, Engine, Sampling
 from .journal import Journal, JournalError
 from .outputs import require_format, state_of, write_rows, write_subtitles
 from .requests import Request, conversation_about, printable, reason_of
-from .sources import Inputs, SourceOptions, find_sources, fingerprint
+from .sources import Inputs, SourceOptions, find_sources
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +39,7 @@ COLUMNS = (
 """What each row of the output has."""
 
 _WINDOW = 512
+_WHOLE_MODEL_FILES = 2**26
 _MODEL_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model", ".bin")
 
 Batch = list[tuple[int, Request]]
@@ -206,7 +208,7 @@ def _model_files(model: str) -> dict[str, str]:
     model = resolve_model(model)
     if os.path.isdir(model):
         files = sorted(path for path in Path(model).iterdir() if path.suffix in _MODEL_FILES and path.is_file())
-        return {path.name: fingerprint(path) for path in files}
+        return {path.name: fingerprint(path, _WHOLE_MODEL_FILES) for path in files}
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 

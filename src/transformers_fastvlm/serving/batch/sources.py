@@ -218,21 +218,6 @@ def is_video(file: str) -> bool:
     return file.lower().endswith(VIDEOS)
 
 
-def fingerprint(path: str | os.PathLike[str], blocks: int = 256) -> str:
-    """Return a digest of a file: all of it up to 64 MiB, of a larger one its size and evenly spread blocks."""
-    size, block = os.path.getsize(path), 2**16
-    digest = hashlib.sha256(b"%d\n" % size)
-    with open(path, "rb") as file:
-        if size <= 2**26:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-        else:
-            for index in range(blocks):
-                file.seek((size - block) * index // (blocks - 1))
-                digest.update(file.read(block))
-    return digest.hexdigest()
-
-
 @functools.cache
 def _picture_suffixes() -> tuple[str, ...]:
     from PIL import Image

@@ -14,10 +14,11 @@ from typing import Any, TextIO
 
 from ...data.errors import shortened
 from ...data.fields import is_absent
+from ...data.fingerprints import fingerprint
 from ...data.image_files import ImageFolder
 from ...data.json_rows import JsonRows
 from .requests import PromptTemplate, Request, printable
-from .sources import SourceOptions, fingerprint
+from .sources import SourceOptions
 
 __all__ = ["CsvSource", "JsonSource", "ParquetSource", "TableSource", "open_table"]
 
