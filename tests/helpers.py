@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small functions that several test modules need."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,8 @@ def expand(ids: list[int], lengths: list[int], image_token_id: int, fill: int | 
 def random_pixels(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     """Return reproducible pixel values (count, 3, height, width) in 0 to 1."""
     return torch.rand((count, 3, height, width), generator=torch.Generator().manual_seed(seed))
+
+
+def own_words(stderr: str) -> str:
+    """Return what a process wrote to standard error, without what PyTorch logs of another package's calls."""
+    return re.sub(r"^W\d{4} .*\btorch/.*\n", "", stderr, flags=re.MULTILINE)

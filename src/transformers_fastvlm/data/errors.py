@@ -15,7 +15,11 @@ _FROM_WORKER = re.compile(r"Caught \w+ in .*worker.*\.\n(?:.*\n)*[\w.]*\.data\.e
 
 
 def shortened(value: Any) -> str:
-    """Return a value as messages show it: its repr, 80 characters at most."""
+    """Return a value as messages show it: its repr, 80 characters at most, of a long text the beginning and the end."""
+    if isinstance(value, str | bytes) and len(value) > _LONGEST - 3:
+        head, tail = repr(value[:40]), repr(value[-30:])
+        if len(head) + len(tail) <= _LONGEST:
+            return f"{head[:-1]}...{tail[tail.index(tail[-1]) + 1 :]}"
     shown = repr(value[: _LONGEST + 1] if isinstance(value, str | bytes) else value)
     return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."
 
