@@ -24,15 +24,17 @@ demo: .venv/installed-package ## answer questions about an image, offline
 
 # The tests of servers and of the web page need packages of their own: test-serving. Gradio leaves event loops to the
 # garbage collector, which pytest takes for an error of whatever test comes then: the page has a process of its own.
-SUITE := --ignore=tests/serving --ignore=tests/export --ignore-glob='*/test_harness_*.py' -n auto
+SUITE := --ignore=tests/serving --ignore=tests/cli/test_serve.py --ignore=tests/export \
+	--ignore-glob='*/test_harness_*.py' -n auto
 
 # What calls Transformers or is called by it: Auto classes, configurations, processors, models, generate() and its cache,
 # loading and saving, Trainer. The rest (kernels, data, recipes, reports, the command line's words) would give the same
 # results on another version, or fails here too.
-CORE := $(addprefix tests/, test_registration.py test_configuration.py test_processing.py test_image_processing_pil.py \
+CORE := $(addprefix tests/, test_registration.py test_registration_order.py test_configuration.py test_processing.py test_image_processing_pil.py \
 	test_image_processing_torchvision.py test_modeling_fastvlm.py test_generation.py test_in_tree_rules.py \
 	checkpoints/test_layouts.py checkpoints/test_native.py engines inference/test_prompt_cache.py \
-	inference/test_fusing.py training/test_trainer.py)
+	inference/test_fusing.py training/test_trainer.py \
+	training/test_plain_trainer.py)
 
 # Where an optional package may be used without having been asked for: the core, the command line, data, the pages.
 MINIMAL := $(CORE) $(addprefix tests/, test_tiny.py test_demo.py test_readme.py test_packaging.py data) \
@@ -95,7 +97,7 @@ test-extras: .venv/installed-dev ## install each extra alone, in today's version
 
 .PHONY: test-serving
 test-serving: .venvs/serving/installed .venvs/vllm/installed $(CHROMIUM) ## test the servers, the web page and vLLM
-	.venvs/serving/bin/python -m pytest tests/serving --ignore-glob='*/test_vllm_*.py' \
+	.venvs/serving/bin/python -m pytest tests/serving tests/cli/test_serve.py --ignore-glob='*/test_vllm_*.py' \
 		--ignore=tests/serving/test_page_browser.py $(PYTEST_ARGS)
 	.venvs/serving/bin/python -m pytest tests/serving/test_page_browser.py $(PYTEST_ARGS)
 	.venvs/vllm/bin/python -m pytest tests/serving/test_vllm_*.py $(PYTEST_ARGS)

@@ -107,7 +107,7 @@ def by_evaluation(path: Path, content: bytes, turns: bool) -> Any:
 
 
 def by_server(path: Path, content: bytes, turns: bool) -> Any:
-    (image,) = http_images.decode([Picture("data:", "messages[0]")], [content], 10**6, turns)
+    (image,) = http_images.decode([Picture("data:", "messages[0]")], [content], 10**6, turns, lambda: None)
     return image
 
 

@@ -51,6 +51,7 @@ DEPENDENCIES_OF_UNIT = {
     "cli": {"rich", "typer"},
     "compat": {"packaging"},
     "image_processing_fastvlm": {"torchvision"},
+    "serving": {"h11", "uvicorn"},  # of http/transport, which a starting server imports
     "training": {"yaml"},
     "vllm_plugin": {"vllm"},  # which is what imports it
 }
