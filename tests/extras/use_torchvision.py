@@ -3,12 +3,11 @@
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
 from using import IMAGE
 
+from transformers_fastvlm import FastVLMImageProcessor
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 
-processor = AutoImageProcessor.from_pretrained(tiny_checkpoint(), backend="torchvision")
-assert type(processor).__name__ == "FastVLMImageProcessor", type(processor)
+processor = FastVLMImageProcessor.from_pretrained(tiny_checkpoint())
 pixels = processor(Image.open(IMAGE).convert("RGB"), return_tensors="pt")["pixel_values"]
 assert torch.isfinite(pixels).all() and pixels.shape[1] == 3

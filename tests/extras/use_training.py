@@ -13,6 +13,7 @@ turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "va
 Path("train.json").write_text(json.dumps([{"image": str(IMAGE), "conversations": turns}] * 4))
 fastvlm(
     *("train", "finetune", "model.path=tiny", "data.source=train.json", f"data.image_folder={IMAGE.parent}"),
-    *("output_dir=out", "train.global_batch_size=2", "arguments.max_steps=2"),
+    *("output_dir=out", "train.global_batch_size=2", "arguments.per_device_train_batch_size=2"),
+    "arguments.max_steps=2",
 )
 assert fastvlm("generate", str(IMAGE), "-p", QUESTION, "-m", "out").strip()

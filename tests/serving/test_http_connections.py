@@ -166,7 +166,7 @@ def test_a_body_below_the_least_rate_is_given_up(
         while not select.select([connection], [], [], 0.1)[0]:
             assert time.monotonic() < end
             connection.sendall(b"{")
-        answer = connection.recv(65536)
+        answer = received(connection)
         assert answer.startswith(b"HTTP/1.1 408 ") and b"more slowly than 1000 bytes a second" in answer
 
 

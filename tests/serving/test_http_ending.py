@@ -21,6 +21,7 @@ pytest.importorskip("openai", reason="openai is not installed")
 
 from http_running import PATIENCE, Process, Running, asks, load_tiny, request_bytes, running, until
 
+from helpers import own_words
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.serving.http import Settings, listen, serve
 
@@ -126,7 +127,8 @@ def test_tiny_starts_without_a_warning_and_names_itself() -> None:
     process = Process("-m", "tiny", "--api-key", "secret")
     try:
         server = process.wait_until_ready()
-        assert process.lines == [f"fastvlm: tiny (cpu, bfloat16) answers at {server.url}/v1; Ctrl-C ends it."]
+        said = own_words("\n".join(process.lines) + "\n")
+        assert said == f"fastvlm: tiny (cpu, bfloat16) answers at {server.url}/v1; Ctrl-C ends it.\n"
         with server.client(api_key="secret") as client:
             assert client.models.retrieve("tiny").id == "tiny"
         busy = Process("-m", "tiny", "--port", str(server.port))
