@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample answers are written down while a run evaluates, and change nothing of it."""
 
+import io
 import json
 import random
 from collections.abc import Callable
@@ -86,3 +87,35 @@ def test_answers_reach_tensorboard(recipe: MakeRecipe, rows_file: Path, tmp_path
     assert "train/loss" in events.Tags()["scalars"]
     [event] = events.Tensors("samples/0/text_summary")
     assert b"What number is on it?" in event.tensor_proto.string_val[0] and event.step == 1
+
+
+def test_on_a_terminal_lines_stand_above_the_bar(
+    recipe: MakeRecipe, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("sys.stdout", terminal)
+    reported: list[str] = []
+
+    def report(line: str) -> None:
+        reported.append(line)
+        terminal.write(line + "\n")
+
+    made = recipe(
+        model={"image_size": 64},
+        data={"eval_source": str(rows_file), "eval_options": {"limit": 2}},
+        train={"sample_answers": 1},
+        arguments={"max_steps": 2, "eval_steps": 2, "save_strategy": "no", "disable_tqdm": False},
+    )
+    run(made, report=report)
+    shown = terminal.getvalue()
+    assert "2/2" in shown and "{'" not in shown
+    logged = [line for line in reported if line.startswith("step ")]
+    assert len([line for line in logged if "loss" in line]) >= 2 and any("(expected" in line for line in logged)
+    for line in logged:
+        before = shown[: shown.index(line + "\n")]
+        assert before.endswith(("\n", "\r", "\x1b[A")), (line, before[-80:])  # the start of a line

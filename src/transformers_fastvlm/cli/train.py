@@ -77,8 +77,7 @@ def train(
     for line in _licences(loaded):
         if is_main:
             notice(line)
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()  # of files that are read and written; the training's own is another
     with contextlib.redirect_stdout(sys.stderr), _advises(debug):  # what Trainer prints is not the answer
         out = run(loaded, resume=resume, dry_run=dry_run, report=notice)
     if is_main and not dry_run:

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ProgressCallback
 
 from ..tokens import IMAGE_TOKEN
 
-__all__ = ["SAMPLES_FILE", "LogLines", "SampleAnswers", "iter_rows", "untouched"]
+__all__ = ["SAMPLES_FILE", "LinesAboveBar", "LogLines", "SampleAnswers", "iter_rows", "untouched"]
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -126,6 +127,27 @@ class LogLines(TrainerCallback):
             left = (time.monotonic() - since) / done * (state.max_steps - state.global_step)
             numbers.append(f"{int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02} left")
         self.report(f"step {state.global_step}/{state.max_steps}: {', '.join(numbers)}")
+
+
+class LinesAboveBar(ProgressCallback):
+    """A progress bar whose run reports lines: they stand above it, each on its own.
+
+    Args:
+        report: writes a line to the terminal.
+    """
+
+    def __init__(self, report: Any) -> None:
+        super().__init__()
+        self._report = report
+
+    def report(self, line: str) -> None:
+        """Write a line above the bar."""
+        bars = [bar for bar in (self.training_bar, self.prediction_bar) if bar is not None]
+        with bars[0].external_write_mode() if bars else contextlib.nullcontext():
+            self._report(line)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Print nothing: `LogLines` does."""
 
 
 def iter_rows(dataset: Any) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .arguments import training_arguments
-from .callbacks import LogLines, SampleAnswers
+from .callbacks import LinesAboveBar, LogLines, SampleAnswers
 from .exporting import export, is_finished
 from .loading import load_data, load_model, prepare_encoder
 from .parts import set_trainable
@@ -114,11 +114,13 @@ def _silent(line: str) -> None:
 
 
 def _add_callbacks(trainer: FastVLMTrainer, recipe: Recipe, tell: Callable[[str], None]) -> None:
-    # A bar is for eyes; a log file gets lines.
+    # A bar is for eyes; lines are for both.
     trainer.remove_callback(PrinterCallback)
-    if not sys.stderr.isatty():
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LogLines(tell))
+    if trainer.pop_callback(ProgressCallback) is not None and sys.stderr.isatty():
+        bar = LinesAboveBar(tell)
+        trainer.add_callback(bar)
+        tell = bar.report
+    trainer.add_callback(LogLines(tell))
     if trainer.eval_dataset is not None and recipe.train.sample_answers:
         answers = SampleAnswers(
             trainer.processing_class,
