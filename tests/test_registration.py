@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import transformers
+from packaging.version import Version
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -39,6 +40,10 @@ def apple_directory(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     return directory
 
 
+# What text-generation pipelines of Transformers before 5.20 say of every model.
+OF_OLD_PIPELINES = ("Both `max_new_tokens`", "Passing `generation_config` together", "Ignoring clean_up_tokenization")
+
+
 @pytest.fixture
 def no_remark() -> Iterator[None]:
     """Fails a test in which Transformers logs a warning or more."""
@@ -52,6 +57,8 @@ def no_remark() -> Iterator[None]:
     logging.getLogger("transformers").addHandler(listener)
     yield
     logging.getLogger("transformers").removeHandler(listener)
+    if Version(transformers.__version__) < Version("5.20"):
+        heard = [message for message in heard if not message.startswith(OF_OLD_PIPELINES)]
     assert heard == []
 
 

@@ -7,5 +7,5 @@ import timm
 from using import fastvlm
 
 assert timm.is_model("vit_large_patch14_clip_336")
-fastvlm("bench", "tiny", "--repetitions", "1", "--warmup", "0", "--new-tokens", "2", "--plots", "plots")
+fastvlm("bench", "tiny", "--repetitions", "1", "--warmup", "0", "--new-tokens", "4", "--plots", "plots")
 assert any(Path("plots").iterdir())
