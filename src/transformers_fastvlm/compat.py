@@ -37,6 +37,11 @@ CACHE = next((name for name in CACHE_NAMES if name in _takes(GenerationMixin.pre
 """The name that generate() uses. Becomes "cache" when support for Transformers < 5.24 ends."""
 
 
+PAGES_COME_AS_CACHE = CACHE == "past_key_values"
+"""Delete with support for Transformers < 5.24, whose continuous batching passes its paged cache as `cache`, for the
+attention functions and not for the layers."""
+
+
 def cache_argument(language_model: Any) -> str:
     """Return the name under which a language model takes its cache.
 

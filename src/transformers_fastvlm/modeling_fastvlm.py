@@ -471,6 +471,8 @@ class FastVLMModel(FastVLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         cache = _one_cache(cache, past_key_values)
+        if compat.PAGES_COME_AS_CACHE and not isinstance(cache, Cache | None):
+            kwargs["cache"], cache = cache, None
         images = (mm_encoder_outputs or {}).get("image")
         if images is not None and pixel_values is not None:
             raise ValueError("Pass only one of pixel_values and mm_encoder_outputs: both hold the images.")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.transformers import (
     MultiModalDummyInputsBuilder,
     MultiModalProcessingInfo,
@@ -13,6 +14,7 @@ from vllm.model_executor.models.transformers import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.platforms import current_platform
 
 __all__ = ["FastVLMForConditionalGeneration"]
 
@@ -47,3 +49,21 @@ class FastVLMForConditionalGeneration(TransformersMultiModalForCausalLM):
         encoder, self.model.vision_tower = self.model.vision_tower, nn.Identity()
         super().recursive_replace()
         self.model.vision_tower = encoder
+        if self.quant_config is not None and current_platform.is_cpu():
+            for module in self.model.language_model.modules():
+                if isinstance(module, LinearBase):
+                    module.register_forward_pre_hook(_without_batch)
+                    module.register_forward_hook(_with_batch)
+
+
+def _without_batch(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Take away the batch of one of Transformers' layers: vLLM's 8-bit product for CPUs with AMX wants matrices."""
+    hidden = arguments[0]
+    return (hidden.squeeze(0) if hidden.ndim == 3 else hidden, *arguments[1:])
+
+
+def _with_batch(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+    """Put the batch of one back."""
+    if isinstance(output, tuple):
+        return (_with_batch(module, arguments, output[0]), *output[1:])
+    return output.unsqueeze(0) if output.ndim == 2 else output
