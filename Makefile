@@ -59,6 +59,9 @@ format: .venv/installed-dev ## rewrite the sources in the project's format
 docs: .venv/installed-dev ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
+.PHONY: wheel
+wheel: dist/built ## build the wheel and the source distribution into dist/
+
 .PHONY: test-wheel
 test-wheel: .venvs/wheel/installed ## install the built wheel with plain pip and use it
 	.venvs/wheel/bin/python -I tools/check_wheel.py dist
