@@ -41,6 +41,15 @@ def picture(golden: Path) -> str:
     return str(golden / "images" / "wide_rgb.png")
 
 
+def test_the_model_is_left_as_it_was(parts: tuple[Any, Any]) -> None:
+    config = parts[0].generation_config
+    before = config.to_dict()
+    one = Answerer(*parts, temperature=1.5)
+    assert parts[0].generation_config.temperature == 1.5
+    one.close()
+    assert parts[0].generation_config is config and config.to_dict() == before
+
+
 def opened(file: str) -> Image.Image:
     with Image.open(file) as image:
         return image.copy()

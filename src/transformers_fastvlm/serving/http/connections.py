@@ -296,7 +296,8 @@ async def unless_gone(leaving: asyncio.Future[None], work: Coroutine[Any, Any, T
             raise Gone
         return task.result()
     finally:
-        task.cancel()
+        if task.cancel():
+            await asyncio.wait({task})  # until it has told its thread
 
 
 def sender(send: Send, timeout: float, give_up: Callable[[], None]) -> Send:

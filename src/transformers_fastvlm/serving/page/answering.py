@@ -104,7 +104,8 @@ class Answerer:
         self.context = processor.context_length
         self.processor = copy.copy(processor)
         self.processor.context_length = None
-        config = model.generation_config
+        self._config_before = model.generation_config
+        model.generation_config = config = copy.deepcopy(model.generation_config)
         config.do_sample = temperature > 0
         config.temperature = temperature if config.do_sample else None
         if not config.do_sample:
@@ -143,6 +144,7 @@ class Answerer:
     def close(self) -> None:
         """Take no more questions, and wait for the one that is being answered."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self.model.generation_config = self._config_before
 
     # In the model's thread
 
