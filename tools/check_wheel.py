@@ -162,6 +162,9 @@ def check_use(work: Path) -> None:
     expect("greedy tokens of a golden checkpoint", answer, ["greedy " + " ".join(map(str, greedy))])
     command = Path(sysconfig.get_path("scripts")) / "fastvlm"
     usage = run([command, "--help"], work)
+    sign = REPOSITORY / "examples" / "images" / "sign.png"
+    said = run([command, "generate", sign, "--model", "tiny", "-p", "What number is written?"], work).strip()
+    expect("fastvlm generate --model tiny", said, "628")
     expect("fastvlm --help", [verb for verb in ("generate", "chat", "info", "convert") if verb not in usage], [])
 
 
