@@ -6,6 +6,7 @@ them each time, so nothing is kept that an interrupted or failed import could le
 again. This module itself is light; `register()` imports torch and the model.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -93,12 +94,13 @@ def _register_models() -> None:
 
 
 def _register_processors(image_processors: dict[str, type]) -> None:
-    from transformers.models.auto import image_processing_auto
     from transformers.models.auto.processing_auto import AutoProcessor
 
     from .configuration_fastvlm import FastVLMConfig
     from .processing_fastvlm import FastVLMProcessor
 
+    # As an attribute of its parent it is, in Transformers 5.16 without torchvision, a stand-in that refuses everything.
+    image_processing_auto = importlib.import_module("transformers.models.auto.image_processing_auto")
     image_processing_auto.AutoImageProcessor.register(
         FastVLMConfig, image_processor_classes=image_processors, exist_ok=True
     )
