@@ -24,7 +24,9 @@ demo: .venv/installed-package ## answer questions about an image, offline
 
 # The tests of servers and of the web page need packages of their own: test-serving. Gradio leaves event loops to the
 # garbage collector, which pytest takes for an error of whatever test comes then: the page has a process of its own.
-SUITE := --ignore=tests/serving --ignore=tests/cli/test_serve.py --ignore=tests/export \
+SERVING := tests/batch tests/demo tests/server tests/cli/test_serve.py
+BROWSER := tests/demo/test_page_browser.py
+SUITE := $(SERVING:%=--ignore=%) --ignore=tests/vllm_plugin --ignore=tests/export \
 	--ignore-glob='*/test_harness_*.py' -n auto
 
 # What calls Transformers or is called by it: Auto classes, configurations, processors, models, generate() and its cache,
@@ -100,10 +102,9 @@ test-extras: .venv/installed-dev ## install each extra alone, in today's version
 
 .PHONY: test-serving
 test-serving: .venvs/serving/installed .venvs/vllm/installed $(CHROMIUM) ## test the servers, the web page and vLLM
-	.venvs/serving/bin/python -m pytest tests/serving tests/cli/test_serve.py --ignore-glob='*/test_vllm_*.py' \
-		--ignore=tests/serving/test_page_browser.py $(PYTEST_ARGS)
-	.venvs/serving/bin/python -m pytest tests/serving/test_page_browser.py $(PYTEST_ARGS)
-	.venvs/vllm/bin/python -m pytest tests/serving/test_vllm_*.py $(PYTEST_ARGS)
+	.venvs/serving/bin/python -m pytest $(SERVING) --ignore=$(BROWSER) $(PYTEST_ARGS)
+	.venvs/serving/bin/python -m pytest $(BROWSER) $(PYTEST_ARGS)
+	.venvs/vllm/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
 
 .PHONY: test-export
 test-export: .venvs/export/installed tests/export/javascript/node_modules/installed $(CHROMIUM) ## export and run the results in their own runtimes
@@ -141,13 +142,11 @@ bench-gpu: ## compare speed with other models on a CUDA machine, in GPU_PYTHON; 
 
 .PHONY: soak
 soak: .venv/installed-dev .venvs/serving/installed .venvs/vllm/installed .venvs/export/installed tests/export/javascript/node_modules/installed .venvs/eval/installed .venvs/eval-vllm/installed ## run the long tests: kills at many moments, large data, load
-	$(BIN)/python -m pytest -m soak --ignore=tests/serving --ignore=tests/export --ignore-glob='*/test_harness_*.py' \
-		$(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m soak $(filter-out -n auto,$(SUITE)) $(PYTEST_ARGS)
 	.venvs/eval/bin/python -m pytest -m soak $(HARNESS) $(PYTEST_ARGS)
 	.venvs/eval-vllm/bin/python -m pytest -m soak $(HARNESS_VLLM) $(PYTEST_ARGS)
-	.venvs/serving/bin/python -m pytest -m soak tests/serving --ignore-glob='*/test_vllm_*.py' \
-		--ignore=tests/serving/test_page_browser.py $(PYTEST_ARGS)
-	.venvs/vllm/bin/python -m pytest -m soak tests/serving/test_vllm_*.py $(PYTEST_ARGS)
+	.venvs/serving/bin/python -m pytest -m soak $(SERVING) --ignore=$(BROWSER) $(PYTEST_ARGS)
+	.venvs/vllm/bin/python -m pytest -m soak tests/vllm_plugin $(PYTEST_ARGS)
 	.venvs/export/bin/python -m pytest -m soak tests/export $(PYTEST_ARGS)
 
 TINY_WORK ?= .cache/train-tiny

@@ -46,7 +46,7 @@ def write(
     """
     import torch
 
-    from transformers_fastvlm.benchmarking.machine import machine, versions
+    from transformers_fastvlm.bench.machine import machine, versions
 
     found = versions()
     for package in packages:

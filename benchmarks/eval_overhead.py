@@ -27,8 +27,8 @@ from _results import parser, write
 
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.data.scenes import SceneDataset
+from transformers_fastvlm.evaluation.eval_run import EvaluationOptions, evaluate
 from transformers_fastvlm.evaluation.own_data import OwnData
-from transformers_fastvlm.evaluation.running import EvaluationOptions, evaluate
 from transformers_fastvlm.evaluation.tasks import import_harness
 
 HELD_OUT_SERIES = 2026

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from transformers_fastvlm.benchmarking.machine import machine, versions
+from transformers_fastvlm.bench.machine import machine, versions
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.engines import Sampling, load_engine
-from transformers_fastvlm.engines.onnx import OnnxEngine
+from transformers_fastvlm.engines.onnx_engine import OnnxEngine
 from transformers_fastvlm.export import TARGETS, Export, export
 
 HELD_OUT_SERIES = 2026

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from transformers_fastvlm import FastVLMConfig
-from transformers_fastvlm.benchmarking.machine import machine, versions
-from transformers_fastvlm.benchmarking.measuring import spread
-from transformers_fastvlm.benchmarking.weights import random_model
+from transformers_fastvlm.bench.machine import machine, versions
+from transformers_fastvlm.bench.measuring import spread
+from transformers_fastvlm.bench.random_weights import random_model
 from transformers_fastvlm.export.onnx_graphs import save_graph, vision_graph
 from transformers_fastvlm.inference import fuse
 

@@ -4,7 +4,7 @@
     python benchmarks/preprocessing.py [--width 4000] [--height 3000] [--size 1024] [--repetitions 9] [--threads N]
         [--batches 1 8] [--torchvision] [--note TEXT] [--out benchmarks/results/preprocessing.json]
 
-The picture is drawn by `transformers_fastvlm.benchmarking.make_photo`, the same on every machine. The steps are
+The picture is drawn by `transformers_fastvlm.bench.make_photo`, the same on every machine. The steps are
 measured in turns, each by wall and by processor time; on a machine that others use too, processor time is the one to
 look at. `whole` is what the image processor does with a path, `decoded` with a picture that is in memory already.
 """
@@ -23,8 +23,8 @@ import torch
 from PIL import Image, features
 
 from transformers_fastvlm import FastVLMImageProcessorPil
-from transformers_fastvlm.benchmarking import photo_jpeg
-from transformers_fastvlm.benchmarking.measuring import spread
+from transformers_fastvlm.bench import photo_jpeg
+from transformers_fastvlm.bench.measuring import spread
 
 WARMUP = 2
 

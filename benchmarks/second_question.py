@@ -23,8 +23,8 @@ import torch
 from transformers import AutoTokenizer
 
 from transformers_fastvlm import FastVLMConfig, FastVLMImageProcessorPil, FastVLMProcessor
-from transformers_fastvlm.benchmarking.photo import make_photo
-from transformers_fastvlm.benchmarking.weights import random_model
+from transformers_fastvlm.bench.photo import make_photo
+from transformers_fastvlm.bench.random_weights import random_model
 from transformers_fastvlm.data.scenes.tokenizer import write_tokenizer
 from transformers_fastvlm.inference import PromptCache
 from transformers_fastvlm.kernels import speed_up_linear_layers

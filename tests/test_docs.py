@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import transformers_fastvlm
-from transformers_fastvlm import FastViTHDConfig, FastVLMConfig, anyres, checkpoints, data, registration, training
+from transformers_fastvlm import FastViTHDConfig, FastVLMConfig, checkpoints, data, registration, training
+from transformers_fastvlm.images import anyres
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -36,7 +36,7 @@ class _Registry(SimpleNamespace):
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stand-ins for the modules of vLLM, which has an environment of its own; tests/serving runs the real one."""
+    """Stand-ins for the modules of vLLM, which has an environment of its own; tests/vllm_plugin runs the real one."""
     registry = _Registry(models={}, renderers={}, tokenizers={})
     contents = {
         "vllm": {"ModelRegistry": registry},

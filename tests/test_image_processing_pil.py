@@ -27,10 +27,10 @@ from transformers_fastvlm import (
     FastViTHDConfig,
     FastVLMConfig,
     FastVLMImageProcessorPil,
-    _image_processing_common,
-    _image_resizing,
+    image_processing_common,
     image_processing_pil_fastvlm,
 )
+from transformers_fastvlm.images import resizing
 
 GOLDEN = Path(__file__).parent / "golden"
 REFERENCE = json.loads((GOLDEN / "preprocess.json").read_text())
@@ -82,10 +82,10 @@ def test_resizing_does_not_depend_on_the_order_that_pillow_chooses() -> None:
     by_columns = tall.resize((100, 64), 3).resize((64, 64), 3)
     by_rows = tall.resize((64, 900), 3).resize((64, 64), 3)
     assert by_columns.tobytes() != by_rows.tobytes()
-    assert _image_resizing.resize(tall, 64, 64, 3).tobytes() == by_columns.tobytes()
+    assert resizing.resize(tall, 64, 64, 3).tobytes() == by_columns.tobytes()
     wide = tall.transpose(Image.Transpose.TRANSPOSE)
     expected = wide.resize((64, 100), 3).resize((64, 64), 3)
-    assert _image_resizing.resize(wide, 64, 64, 3).tobytes() == expected.tobytes()
+    assert resizing.resize(wide, 64, 64, 3).tobytes() == expected.tobytes()
 
 
 # Outputs and options
@@ -354,7 +354,7 @@ def test_addresses(processor: FastVLMImageProcessorPil, tmp_path: Path, monkeypa
             processor(f"{address}/empty.png")
         with pytest.raises(ValueError, match="not an image of a format"):
             processor(f"{address}/page.html")
-        monkeypatch.setattr("transformers_fastvlm._image_inputs.MAX_DOWNLOAD_BYTES", 100)
+        monkeypatch.setattr("transformers_fastvlm.images.reading.MAX_DOWNLOAD_BYTES", 100)
         with pytest.raises(ValueError, match="larger than 100 bytes"):
             processor(f"{address}/image.png")
     with pytest.raises(ConnectionError, match="Check the address and the network"):
@@ -366,7 +366,7 @@ def test_addresses(processor: FastVLMImageProcessorPil, tmp_path: Path, monkeypa
 
 @pytest.fixture
 def four_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_image_processing_common, "_cpus", lambda: 4)
+    monkeypatch.setattr(image_processing_common, "_cpus", lambda: 4)
 
 
 def paths_of(pictures: list[Image.Image], folder: Path) -> list[Path]:
@@ -385,7 +385,7 @@ def test_batches_in_parallel(mode: str, tmp_path: Path, monkeypatch: pytest.Monk
     batches.append([[*pictures[:3]], [[str(path) for path in batches[1][3:]]]])
     batches.append([pictures[0]] * 7)
     in_turn = [processor(batch, return_tensors="np") for batch in batches]
-    monkeypatch.setattr(_image_processing_common, "_cpus", lambda: 4)
+    monkeypatch.setattr(image_processing_common, "_cpus", lambda: 4)
     for batch, expected in zip(batches, in_turn, strict=True):
         found = processor(batch, return_tensors="np")
         assert set(found) == set(expected)
@@ -414,18 +414,18 @@ def test_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             started.append(threads)
             super().__init__(threads)
 
-    monkeypatch.setattr(_image_processing_common, "ThreadPoolExecutor", Pool)
-    in_parallel = _image_processing_common.in_parallel
+    monkeypatch.setattr(image_processing_common, "ThreadPoolExecutor", Pool)
+    in_parallel = image_processing_common.in_parallel
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         assert in_parallel(str, [1, 2]) == ["1", "2"] and not started
         torch.set_num_threads(10_000)
-        cpus = _image_processing_common._cpus()
+        cpus = image_processing_common._cpus()
         assert cpus <= (os.cpu_count() or 1)
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setattr(_image_processing_common, "_cpus", lambda: 3)
+    monkeypatch.setattr(image_processing_common, "_cpus", lambda: 3)
     assert in_parallel(str, range(5)) == list("01234") and started == [3]
     assert in_parallel(str, range(2)) == ["0", "1"] and started == [3, 2]
     assert in_parallel(str, range(5), 1) == list("01234") and in_parallel(str, [1]) == ["1"] and len(started) == 2
@@ -458,13 +458,13 @@ def test_pictures_that_read_one_file_are_decoded_in_turn(
             tar.add(path, path.name)
     with tarfile.open(tmp_path / "all.tar") as tar:
         members = [Image.open(tar.extractfile(path.name)) for path in paths]  # type: ignore[arg-type]
-        assert not _image_processing_common._independent(members)
+        assert not image_processing_common._independent(members)
         assert np.array_equal(pixels_of(processor, members), pixels_of(processor, pictures))
     with Image.open(paths[0]) as lazy:
-        assert not _image_processing_common._independent([lazy, lazy])
+        assert not image_processing_common._independent([lazy, lazy])
         assert np.array_equal(pixels_of(processor, [lazy] * 4), pixels_of(processor, [pictures[0]] * 4))
     with Image.open(paths[0]) as first, Image.open(paths[1]) as second:
-        assert _image_processing_common._independent([first, second, np.zeros(3), torch.zeros(3)])
+        assert image_processing_common._independent([first, second, np.zeros(3), torch.zeros(3)])
 
 
 # What is refused
@@ -574,7 +574,7 @@ def test_no_image_at_all(processor: FastVLMImageProcessorPil, image: Any) -> Non
 
 
 @pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
-@pytest.mark.parametrize("resize", [_image_resizing.pad_to_square, _image_resizing.crop_to_square])
+@pytest.mark.parametrize("resize", [resizing.pad_to_square, resizing.crop_to_square])
 def test_the_partial_pass_equals_pillow(resize: Any, resample: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     shapes = [(1, 1), (1, 90), (90, 1), (300, 7), (7, 300), (100, 99), (99, 100), (400, 130), (130, 400), (64, 200)]
@@ -582,9 +582,9 @@ def test_the_partial_pass_equals_pillow(resize: Any, resample: int, monkeypatch:
         mode, channels = (("RGB", 3), ("L", 1), ("RGBX", 4))[index % 3]
         noise = (rng.integers(0, 2, (height, width, channels)) * 255).astype(np.uint8)
         image = Image.frombytes(mode, (width, height), noise.tobytes())
-        monkeypatch.setattr(_image_resizing, "MAX_CANVAS_PIXELS", 2**26)
+        monkeypatch.setattr(resizing, "MAX_CANVAS_PIXELS", 2**26)
         whole = resize(image, 64, resample)
-        monkeypatch.setattr(_image_resizing, "MAX_CANVAS_PIXELS", 0)
+        monkeypatch.setattr(resizing, "MAX_CANVAS_PIXELS", 0)
         assert resize(image, 64, resample).tobytes() == whole.tobytes(), (width, height, mode)
 
 
@@ -626,8 +626,8 @@ def test_bands_of_a_tall_picture_are_the_whole(shape: tuple[int, int]) -> None:
     canvas.paste(image, ((height - width) // 2, 0))
     for resample in (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS):
         for side in (64, 832):
-            found = _image_resizing.pad_to_square(image, side, resample)
-            assert found.tobytes() == _image_resizing.resize(canvas, side, side, resample).tobytes()
+            found = resizing.pad_to_square(image, side, resample)
+            assert found.tobytes() == resizing.resize(canvas, side, side, resample).tobytes()
 
 
 def test_limits_of_extreme_shapes(processor: FastVLMImageProcessorPil) -> None:

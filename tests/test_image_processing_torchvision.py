@@ -18,9 +18,9 @@ from transformers.utils.import_utils import BACKENDS_MAPPING
 from transformers_fastvlm import (
     FastVLMImageProcessor,
     FastVLMImageProcessorPil,
-    _image_resizing,
     image_processing_fastvlm,
 )
+from transformers_fastvlm.images import resizing
 
 GOLDEN = Path(__file__).parent / "golden"
 REFERENCE = json.loads((GOLDEN / "preprocess.json").read_text())
@@ -80,7 +80,7 @@ def test_sharp_edges_are_close_to_pillows(shape: tuple[int, int], mode: str, dev
 @pytest.mark.parametrize("mode", ["pad", "square"])
 @pytest.mark.parametrize("shape", [(40_000, 40), (40, 40_000), (2000, 40), (40, 2000)])
 def test_panoramas(shape: tuple[int, int], mode: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (image_processing_fastvlm, _image_resizing):
+    for module in (image_processing_fastvlm, resizing):
         monkeypatch.setattr(module, "MAX_CANVAS_PIXELS", 2**22)
     ours, reference = both(picture(*shape), None, device, size=128, image_aspect_ratio=mode)
     mean, largest = grey_levels(ours.pixel_values, reference.pixel_values)

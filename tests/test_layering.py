@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parent.parent / "src" / PACKAGE
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("benchmarking", "evaluation", "export", "serving", "training"),
+    ("batch", "bench", "demo", "evaluation", "export", "server", "training"),
     ("data", "engines"),
     ("vllm_plugin",),
     ("",),
@@ -25,21 +25,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("modeling_fastvlm", "processing_fastvlm"),
     ("image_processing_fastvlm", "modeling_fastvithd"),
     ("image_processing_pil_fastvlm",),
-    ("_image_processing_common",),
-    ("_image_inputs", "_image_resizing"),
-    ("_image_files",),
+    ("image_processing_common",),
     ("configuration_fastvlm",),
-    ("anyres", "compat", "conversations", "kernels", "tensor_names", "tokens"),
+    ("images",),
+    ("compat", "conversations", "kernels", "tensor_names", "tokens"),
     ("_optional", "_version"),
 )
-# Neither side imports anything of the other, whatever the layers.
+# Neither side imports anything of the other, whatever the layers. Of images/ the model may know AnyRes alone.
+ANYRES = f"{PACKAGE}.images.anyres"
 MODELING = {"kernels", "modeling_fastvithd", "modeling_fastvlm"}
 PROCESSING = {
-    "_image_files",
-    "_image_inputs",
-    "_image_processing_common",
-    "_image_resizing",
     "conversations",
+    "image_processing_common",
     "image_processing_fastvlm",
     "image_processing_pil_fastvlm",
     "processing_fastvlm",
@@ -51,7 +48,7 @@ DEPENDENCIES_OF_UNIT = {
     "cli": {"rich", "typer"},
     "compat": {"packaging"},
     "image_processing_fastvlm": {"torchvision"},
-    "serving": {"h11", "uvicorn"},  # of http/transport, which a starting server imports
+    "server": {"h11", "uvicorn"},  # of transport, which a starting server imports
     "training": {"yaml"},
     "vllm_plugin": {"vllm"},  # which is what imports it
 }
@@ -120,6 +117,7 @@ def violations(root: Path) -> list[str]:
                 if unit == target or unit not in RANK or target not in RANK:
                     continue
                 crosses = {unit, target} & MODELING and {unit, target} & PROCESSING
+                crosses = crosses or (unit in MODELING and target == "images" and not name.startswith(ANYRES))
                 if crosses or RANK[target] >= RANK[unit]:
                     found.append(f"{place}: {unit or 'the package'} must not import {target or 'the package'}")
             elif runs_on_import and top not in sys.stdlib_module_names:
@@ -156,10 +154,12 @@ def test_layers_name_each_unit_once() -> None:
     ("file", "source", "expected"),
     [
         ("modeling_fastvlm.py", "from .processing_fastvlm import FastVLMProcessor", "must not import processing"),
+        ("modeling_fastvlm.py", "from .images import reading", "must not import images"),
+        ("modeling_fastvlm.py", "from .images import anyres", None),
         ("processing_fastvlm.py", "from . import modeling_fastvlm", "must not import modeling"),
         ("processing_fastvlm.py", "from .modeling_fastvithd import X", "must not import modeling_fastvithd"),
         ("configuration_fastvlm.py", "import transformers_fastvlm.checkpoints.tables", "must not import checkpoints"),
-        ("anyres.py", "from transformers_fastvlm import FastVLMConfig", "must not import the package"),
+        ("images/anyres.py", "from transformers_fastvlm import FastVLMConfig", "must not import the package"),
         ("training/loop.py", "from ..evaluation import vqa", "must not import evaluation"),
         ("training/__init__.py", "from ..evaluation import vqa", "must not import evaluation"),
         ("checkpoints/apple.py", "def f():\n    from ..inference.fuse import fuse", "must not import inference"),
@@ -174,7 +174,7 @@ def test_layers_name_each_unit_once() -> None:
 )
 def test_the_check_itself(tmp_path: Path, file: str, source: str, expected: str | None) -> None:
     root = tmp_path / PACKAGE
-    for name in ("", "checkpoints", "evaluation", "inference", "training"):
+    for name in ("", "checkpoints", "evaluation", "images", "inference", "training"):
         (root / name).mkdir()
         (root / name / "__init__.py").touch()
     for name in ("processing_fastvlm", "modeling_fastvlm", "modeling_fastvithd"):

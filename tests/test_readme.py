@@ -38,7 +38,7 @@ PROGRAMS = {
     "training.md": "tests/training/test_training_docs.py",
     "training-scale.md": "tests/training/test_lora_docs.py",
     "export.md": "tests/export/test_onnx_docs.py",
-    "serve.md": "tests/serving/test_http_docs.py",
+    "serve.md": "tests/server/test_http_docs.py",
 }
 """Pages whose blocks `<!-- test with PACKAGE -->` run in a test of their own, with more files than are here."""
 OTHERS = ("data.md",)

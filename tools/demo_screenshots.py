@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_fastvlm.checkpoints import tiny_checkpoint
-from transformers_fastvlm.serving.page import Page
+from transformers_fastvlm.demo import Page
 
 SLOW = 240_000  # milliseconds
 MOST_BYTES = 150_000

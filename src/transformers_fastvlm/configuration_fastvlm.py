@@ -20,7 +20,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from . import anyres
+from .images import anyres
 from .tokens import image_token_id_of
 
 NUM_STAGES = 5

@@ -14,8 +14,16 @@ from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
 from transformers.processing_utils import Unpack
 from transformers.utils import TensorType, is_torch_available, is_torch_tensor, requires_backends
 
-from ._image_files import check_dimensions, load_pixels, oriented
-from ._image_inputs import (
+from .image_processing_common import (
+    FastVLMImageProcessorKwargs,
+    FastVLMImageProcessorMixin,
+    check_one_shape,
+    check_unresized,
+    per_channel,
+)
+from .images.anyres import best_resolution, fitted_size
+from .images.decoding import check_dimensions, load_pixels, oriented
+from .images.reading import (
     array_to_uint8,
     channel_axis,
     check_float_range,
@@ -24,15 +32,7 @@ from ._image_inputs import (
     pil_as_is,
     pil_to_rgb,
 )
-from ._image_processing_common import (
-    FastVLMImageProcessorKwargs,
-    FastVLMImageProcessorMixin,
-    check_one_shape,
-    check_unresized,
-    per_channel,
-)
-from ._image_resizing import MAX_CANVAS_PIXELS, crop_to_square, pad_to_square, vertical_first
-from .anyres import best_resolution, fitted_size
+from .images.resizing import MAX_CANVAS_PIXELS, crop_to_square, pad_to_square, vertical_first
 
 if is_torch_available():
     import torch

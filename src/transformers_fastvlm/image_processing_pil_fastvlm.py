@@ -14,9 +14,7 @@ from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
 from transformers.processing_utils import Unpack
 from transformers.utils import TensorType, is_torch_tensor
 
-from ._image_files import load_pixels, oriented
-from ._image_inputs import array_to_pil, check_rescaled, pil_as_is, pil_to_rgb
-from ._image_processing_common import (
+from .image_processing_common import (
     FastVLMImageProcessorKwargs,
     FastVLMImageProcessorMixin,
     check_one_shape,
@@ -24,8 +22,10 @@ from ._image_processing_common import (
     in_parallel,
     per_channel,
 )
-from ._image_resizing import crop_to_square, cut_into_tiles, pad_to_square
-from .anyres import best_resolution
+from .images.anyres import best_resolution
+from .images.decoding import load_pixels, oriented
+from .images.reading import array_to_pil, check_rescaled, pil_as_is, pil_to_rgb
+from .images.resizing import crop_to_square, cut_into_tiles, pad_to_square
 
 __all__ = ["FastVLMImageProcessorPil"]
 

@@ -27,8 +27,9 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from . import anyres, compat, kernels
+from . import compat, kernels
 from .configuration_fastvlm import HUB_KEYS, FastVLMConfig
+from .images import anyres
 from .kernels.quantized import speed_up_quantized_layers
 from .modeling_fastvithd import FastViTHDModel
 from .tensor_names import rename_state

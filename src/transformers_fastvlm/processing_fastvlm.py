@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedConfig
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 
-from . import anyres, compat
+from . import compat
 from .configuration_fastvlm import FastVLMConfig
 from .conversations import (
     DEFAULT_VIDEO_FRAMES,
@@ -28,6 +28,7 @@ from .conversations import (
     render_with_spans,
 )
 from .image_processing_pil_fastvlm import FastVLMImageProcessorPil
+from .images import anyres
 from .tokens import IMAGE_TOKEN
 
 __all__ = ["FastVLMProcessor", "chat_template_for"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import own_words
-from transformers_fastvlm.benchmarking.photo import make_photo
+from transformers_fastvlm.bench.photo import make_photo
 
 Run = Callable[..., Any]
 

@@ -11,7 +11,7 @@ import typer
 
 from helpers import WARNINGS_ARE_ERRORS, own_words
 from transformers_fastvlm import __version__
-from transformers_fastvlm.cli import errors
+from transformers_fastvlm.cli import cli_errors
 
 VERBS = (
     *("generate", "chat", "info", "convert", "export", "new", "train", "merge", "data"),
@@ -63,7 +63,7 @@ def test_without_a_verb_shows_help(run) -> None:
 
 
 def test_errors_of_the_program_are_one_line_unless_debug(capsys: pytest.CaptureFixture[str]) -> None:
-    @errors.reports_errors
+    @cli_errors.reports_errors
     def broken(debug: bool) -> None:
         raise KeyError("lost")
 
@@ -78,7 +78,7 @@ def test_errors_of_the_program_are_one_line_unless_debug(capsys: pytest.CaptureF
 def test_out_of_memory_says_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
-    @errors.reports_errors
+    @cli_errors.reports_errors
     def large() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMuch more text.")
 
@@ -89,7 +89,7 @@ def test_out_of_memory_says_what_helps(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_interrupting_ends_quietly() -> None:
-    @errors.reports_errors
+    @cli_errors.reports_errors
     def interrupted() -> None:
         raise KeyboardInterrupt
 
@@ -99,5 +99,5 @@ def test_interrupting_ends_quietly() -> None:
 
 
 def test_debug_lets_the_exception_through(run) -> None:
-    with pytest.raises(errors.UserError):
+    with pytest.raises(cli_errors.UserError):
         raise run("info", "no/such/dir", "--debug", code=1).exception

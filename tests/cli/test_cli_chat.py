@@ -11,7 +11,7 @@ from PIL import Image
 
 from transformers_fastvlm import FastViTHDModel, FastVLMModel
 from transformers_fastvlm.cli import chat
-from transformers_fastvlm.cli.errors import UserError
+from transformers_fastvlm.cli.cli_errors import UserError
 from transformers_fastvlm.cli.session import Session
 
 

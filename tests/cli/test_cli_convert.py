@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from transformers_fastvlm.cli import sources
+from transformers_fastvlm.cli import model_sources
 
 
 def test_there_and_back(checkpoint, tmp_path, run) -> None:
@@ -30,8 +30,8 @@ def test_says_what_was_left_out(copy_of, tmp_path, run) -> None:
 
 
 def test_from_the_hub(checkpoint, tmp_path, run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "read_config", lambda model: {})
-    monkeypatch.setattr(sources, "licence_of", lambda model: None)
+    monkeypatch.setattr(model_sources, "read_config", lambda model: {})
+    monkeypatch.setattr(model_sources, "licence_of", lambda model: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(checkpoint("qwen2_tied")))
     assert "from apple to transformers" in run("convert", "a/b", tmp_path / "out", "--to", "transformers").stdout
 

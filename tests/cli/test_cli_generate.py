@@ -16,8 +16,8 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from transformers_fastvlm import FastVLMForConditionalGeneration
+from transformers_fastvlm.cli.cli_images import question
 from transformers_fastvlm.cli.options import DtypeName
-from transformers_fastvlm.cli.pictures import question
 from transformers_fastvlm.cli.session import Sampling, Session, _Stream, load
 
 QUESTION = "Describe the image."
@@ -133,7 +133,7 @@ def test_images_are_turned_by_exif(model, tmp_path, ask) -> None:
             conversation, tokenize=True, return_dict=True, return_tensors="pt"
         ).pixel_values
 
-    from transformers_fastvlm.cli.pictures import read_pictures
+    from transformers_fastvlm.cli.cli_images import read_pictures
 
     for name, turns in (("turned", True), ("turned", False), ("plain", True)):
         pictures = read_pictures([str(tmp_path / f"{name}.png")], turns)

@@ -10,8 +10,8 @@ import torch
 from transformers_fastvlm import FastVLMConfig, FastVLMForConditionalGeneration
 from transformers_fastvlm.checkpoints import convert
 from transformers_fastvlm.cli import info
-from transformers_fastvlm.cli.errors import UserError
-from transformers_fastvlm.cli.sources import licence_of
+from transformers_fastvlm.cli.cli_errors import UserError
+from transformers_fastvlm.cli.model_sources import licence_of
 
 
 def test_json(checkpoint, run) -> None:

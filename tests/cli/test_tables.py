@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from transformers_fastvlm.cli.tables import print_table
+from transformers_fastvlm.cli.text_tables import print_table
 
 COLUMNS = ("model", "px", "dtype", "tokens", "first token", "tokens/s")
 ROWS = [

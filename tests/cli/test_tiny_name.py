@@ -20,8 +20,8 @@ NUMBER = "What number is written?"
 # The packages of these are not in this environment: their own tests run them with `tiny`.
 ELSEWHERE = {
     "bench": "tests/cli/test_bench.py",
-    "serve": "tests/serving/test_http_ending.py",
-    "demo": "tests/serving/test_page_command.py",
+    "serve": "tests/server/test_http_ending.py",
+    "demo": "tests/demo/test_page_command.py",
     "eval": "tests/evaluation/test_harness_errors.py",
     "eval-report": None,  # reads results, no model
 }
@@ -132,7 +132,7 @@ def _merged(files: dict[str, Path], **options: Any) -> Any:
 
 def _recipe(**model: Any) -> Any:
     from transformers_fastvlm.training import Recipe
-    from transformers_fastvlm.training.loading import load_model
+    from transformers_fastvlm.training.part_loading import load_model
 
     return load_model(Recipe.from_dict({"model": model, "train": {"learning_rate": 1e-4}}))[0]
 
@@ -166,8 +166,8 @@ def _encoder(files: dict[str, Path]) -> Any:
 def _measured(files: dict[str, Path]) -> Any:
     import torch
 
-    from transformers_fastvlm.benchmarking.cases import Options, cases
-    from transformers_fastvlm.benchmarking.subjects import build
+    from transformers_fastvlm.bench.cases import Options, cases
+    from transformers_fastvlm.bench.subjects import build
 
     options = Options(models=("tiny",), against=("tiny",))
     case, other = cases(options)
@@ -178,7 +178,7 @@ def _measured(files: dict[str, Path]) -> Any:
 
 
 def _identity(files: dict[str, Path]) -> None:
-    from transformers_fastvlm.evaluation.journal import model_identity
+    from transformers_fastvlm.evaluation.eval_journal import model_identity
 
     assert model_identity("tiny") == model_identity(str(tiny_checkpoint()))
 

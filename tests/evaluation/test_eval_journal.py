@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from transformers_fastvlm.evaluation.journal import AnswerJournal, Journalled, answer_key, model_identity
+from transformers_fastvlm.evaluation.eval_journal import AnswerJournal, Journalled, answer_key, model_identity
 
 
 def answer(text: str) -> Journalled:

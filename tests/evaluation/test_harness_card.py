@@ -15,8 +15,8 @@ from PIL import Image
 
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.checkpoints.published import MODEL_CARD_TASKS
+from transformers_fastvlm.evaluation.eval_run import EvaluationOptions, evaluate
 from transformers_fastvlm.evaluation.results import read_run
-from transformers_fastvlm.evaluation.running import EvaluationOptions, evaluate
 from transformers_fastvlm.evaluation.tasks import CARD_METRICS, expand
 
 pytest.importorskip("lmms_eval", reason="the tasks are lmms-eval's")

@@ -18,9 +18,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.engines.base import Answer, Sampling
+from transformers_fastvlm.evaluation.eval_run import JOURNAL, EvaluationOptions, evaluate
 from transformers_fastvlm.evaluation.own_data import OwnData
 from transformers_fastvlm.evaluation.results import EvaluationRun, read_run
-from transformers_fastvlm.evaluation.running import JOURNAL, EvaluationOptions, evaluate
 
 pytest.importorskip("lmms_eval", reason="the harness is lmms-eval")
 pytestmark = pytest.mark.filterwarnings("default")

@@ -12,8 +12,8 @@ pytest.importorskip("lmms_eval", reason="the harness is lmms-eval")
 
 from harness_running import fastvlm, finish, kill_after, write_scenes
 
+from transformers_fastvlm.evaluation.eval_run import JOURNAL
 from transformers_fastvlm.evaluation.results import EvaluationRun, read_run
-from transformers_fastvlm.evaluation.running import JOURNAL
 
 pytestmark = pytest.mark.filterwarnings("default")
 

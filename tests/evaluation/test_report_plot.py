@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from transformers_fastvlm.evaluation.plots import write_plot
+from transformers_fastvlm.evaluation.eval_plots import write_plot
 from transformers_fastvlm.evaluation.report import make_report
 from transformers_fastvlm.evaluation.results import EvaluationRun, Sample, TaskResult
 

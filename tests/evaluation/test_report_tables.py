@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from transformers_fastvlm.checkpoints.published import MODEL_CARD, MODEL_CARD_TASKS, published_size
 from transformers_fastvlm.cli import app
 from transformers_fastvlm.evaluation.bootstrap import interval, resampled_means
-from transformers_fastvlm.evaluation.plots import plot_points
+from transformers_fastvlm.evaluation.eval_plots import plot_points
 from transformers_fastvlm.evaluation.report import make_report, markdown, notes, run_names, tables
 from transformers_fastvlm.evaluation.results import EvaluationRun, Sample, TaskResult, write_run
 

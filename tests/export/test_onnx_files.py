@@ -27,7 +27,7 @@ from onnx_cases import (  # noqa: E402
 
 from transformers_fastvlm import FastVLMForConditionalGeneration  # noqa: E402
 from transformers_fastvlm.engines.base import Sampling  # noqa: E402
-from transformers_fastvlm.engines.onnx import FILE_SUFFIX, OnnxEngine, OnnxModel  # noqa: E402
+from transformers_fastvlm.engines.onnx_engine import FILE_SUFFIX, OnnxEngine, OnnxModel  # noqa: E402
 from transformers_fastvlm.export import export  # noqa: E402
 from transformers_fastvlm.export.reference import relative_error  # noqa: E402
 

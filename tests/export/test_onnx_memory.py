@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime", reason="the export to ONNX is an extra")
 pytest.importorskip("onnxscript", reason="the export to ONNX is an extra")
 
 from transformers_fastvlm import FastVLMConfig
-from transformers_fastvlm.benchmarking.weights import random_model
+from transformers_fastvlm.bench.random_weights import random_model
 from transformers_fastvlm.tokens import image_token_id_of
 
 # The size of pictures changes neither weights nor graphs, and a small one keeps the test short.

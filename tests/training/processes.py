@@ -19,7 +19,7 @@ import torch.multiprocessing
 
 from transformers_fastvlm.training import FastVLMTrainer, launch_config, load_recipe, run
 
-PRELOADED = ["transformers_fastvlm.training.running", "transformers_fastvlm.data", "accelerate", "processes"]
+PRELOADED = ["transformers_fastvlm.training.train_run", "transformers_fastvlm.data", "accelerate", "processes"]
 
 
 def environment_of(name: str) -> dict[str, str]:

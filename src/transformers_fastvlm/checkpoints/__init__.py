@@ -5,16 +5,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint_source import Layout, detect_layout
     from .conversion import Conversion, convert
     from .embedded import tiny_checkpoint
     from .projector import load_projector
-    from .source import Layout, detect_layout
 
 _MODULE_OF = {
     "Conversion": "conversion",
-    "Layout": "source",
+    "Layout": "checkpoint_source",
     "convert": "conversion",
-    "detect_layout": "source",
+    "detect_layout": "checkpoint_source",
     "load_projector": "projector",
     "tiny_checkpoint": "embedded",
 }

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..tokens import IMAGE_TOKEN, image_token_id_of
+from .checkpoint_source import Checkpoint, Layout, read_checkpoint
 from .configs import apple_config, native_config, native_processor_files
 from .directories import new_directory
 from .embedded import resolve_model
 from .files import read_json, write_directory, write_json, write_tensors
 from .layouts import to_apple_name, to_our_name
 from .native import EXTRA_FILE, NOT_IN_NATIVE, to_native_name
-from .source import Checkpoint, Layout, read_checkpoint
 
 __all__ = ["DROPPED_FILES", "DROPPED_FROM", "Conversion", "convert"]
 

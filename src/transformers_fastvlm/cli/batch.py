@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .errors import FAILURE, INTERRUPTED, TERMINATED, notice, one_line, reports_errors
+from .cli_errors import FAILURE, INTERRUPTED, TERMINATED, notice, one_line, reports_errors
 
 if TYPE_CHECKING:
+    from ..batch import Report
     from ..engines.base import Engine
-    from ..serving.batch import Report
 
 __all__ = ["batch"]
 
@@ -90,10 +90,10 @@ def batch(
 
     Example: fastvlm batch photos -o captions.jsonl -p "Describe the picture."
     """
+    from ..batch import BatchOptions, Interrupted, run_batch
     from ..engines.base import Sampling
-    from ..serving.batch import BatchOptions, Interrupted, run_batch
+    from .model_sources import check_loadable, licence_notice, read_config
     from .session import Sampling as Chosen
-    from .sources import check_loadable, licence_notice, read_config
 
     Chosen(max_new_tokens, temperature, top_p, 1, seed).check()
     settings: dict[str, Any] = {"dtype": dtype.value, "device": device, "size": size}

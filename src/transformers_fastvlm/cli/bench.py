@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .errors import UserError, notice, reports_errors
-from .tables import print_table
+from .cli_errors import UserError, notice, reports_errors
+from .text_tables import print_table
 
 __all__ = ["bench"]
 
@@ -83,7 +83,7 @@ def bench(
     if plots is not None:
         _check_matplotlib()
 
-    from ..benchmarking import Options, run, run_encoders, write_plots
+    from ..bench import Options, run, run_encoders, write_plots
 
     place = _device(device)
     chosen = Options(

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .errors import UserError, notice, one_line, reports_errors
-from .pictures import STDIN, question, read_picture, read_pictures
+from .cli_errors import UserError, notice, one_line, reports_errors
+from .cli_images import STDIN, question, read_picture, read_pictures
 
 __all__ = ["chat"]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .errors import notice, reports_errors
+from .cli_errors import notice, reports_errors
 
 __all__ = ["convert"]
 
@@ -46,7 +46,7 @@ def convert(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..checkpoints import convert as convert_checkpoint
-    from .sources import RESEARCH_ONLY, licence_of, local_files
+    from .model_sources import RESEARCH_ONLY, licence_of, local_files
 
     directory = local_files(source)
     console = Console(stderr=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .errors import FAILURE, UserError, escaped, notice, reports_errors
+from .cli_errors import FAILURE, UserError, escaped, notice, reports_errors
 
 if TYPE_CHECKING:
     from ..data.check import Report
@@ -120,7 +120,7 @@ def _processor(model: str) -> Any:
     """Return the processor of a checkpoint."""
     from .. import FastVLMProcessor
     from ..checkpoints.embedded import resolve_model
-    from .sources import check_loadable, read_config
+    from .model_sources import check_loadable, read_config
 
     check_loadable(model, read_config(model))
     return FastVLMProcessor.from_pretrained(resolve_model(model))

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .errors import UserError, notice, reports_errors
+from .cli_errors import UserError, notice, reports_errors
 
 __all__ = ["demo"]
 
@@ -40,9 +40,9 @@ def demo(
     Example: fastvlm demo --model tiny
     """
     from ..checkpoints.embedded import resolve_model, tiny_checkpoint
-    from ..serving.page import Page, check_gradio
+    from ..demo import Page, check_gradio
+    from .model_sources import licence_notice, read_config
     from .session import load
-    from .sources import licence_notice, read_config
 
     check_gradio()
     session = load(model, device, dtype, size)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .errors import UserError, notice, reports_errors
+from .cli_errors import UserError, notice, reports_errors
 
 if TYPE_CHECKING:
     from ..evaluation.results import EvaluationRun
@@ -83,9 +83,9 @@ def evaluate(
     Example: fastvlm eval apple/FastVLM-0.5B --tasks chartqa,docvqa_val --out results
     """
     from ..engines import ENGINES
-    from ..evaluation.running import EvaluationOptions
-    from ..evaluation.running import evaluate as run_evaluation
-    from .sources import check_loadable, licence_notice, read_config
+    from ..evaluation.eval_run import EvaluationOptions
+    from ..evaluation.eval_run import evaluate as run_evaluation
+    from .model_sources import check_loadable, licence_notice, read_config
 
     if engine not in ENGINES:
         raise UserError(f"--engine is {engine!r}; expected one of {', '.join(ENGINES)}.")

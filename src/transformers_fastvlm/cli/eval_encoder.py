@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .errors import UserError, notice, reports_errors
-from .sources import check_loadable, licence_notice, read_config
-from .tables import print_table
+from .cli_errors import UserError, notice, reports_errors
+from .model_sources import check_loadable, licence_notice, read_config
+from .text_tables import print_table
 
 __all__ = ["eval_encoder"]
 
@@ -78,7 +78,7 @@ def eval_encoder(
 
     import torch
 
-    from ..engines.loading import find_device
+    from ..engines.model_loading import find_device
     from ..evaluation.encoder import METHODS, judge_encoder
 
     unknown = [word for word in methods if word not in METHODS]

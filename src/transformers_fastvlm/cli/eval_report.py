@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from . import options
-from .errors import UserError, notice, reports_errors
-from .tables import print_table
+from .cli_errors import UserError, notice, reports_errors
+from .text_tables import print_table
 
 __all__ = ["eval_report"]
 
@@ -55,8 +55,8 @@ def eval_report(
     Example: fastvlm eval-report results/mine results/int8 --card 0.5B --out report
     """
     from ..checkpoints.published import published_size
+    from ..evaluation.eval_plots import plot_points, write_plot
     from ..evaluation.page import write_page
-    from ..evaluation.plots import plot_points, write_plot
     from ..evaluation.report import make_report, markdown, notes, run_names, tables
     from ..evaluation.results import read_run, write_lines
 

@@ -8,7 +8,7 @@ import typer
 
 from ..export.targets import TARGETS
 from . import options
-from .errors import notice, reports_errors
+from .cli_errors import notice, reports_errors
 
 __all__ = ["export"]
 
@@ -59,9 +59,9 @@ def export(
     """
     from ..checkpoints.embedded import resolve_model
     from ..export import export as export_model
-    from ..export.source import RESEARCH_ONLY, Source
-    from .errors import UserError
-    from .sources import check_loadable, local_files, read_config
+    from ..export.export_source import RESEARCH_ONLY, Source
+    from .cli_errors import UserError
+    from .model_sources import check_loadable, local_files, read_config
 
     sizes = []
     for word in _comma_separated(size):

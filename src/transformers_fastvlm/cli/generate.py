@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .errors import INTERRUPTED, reports_errors
-from .pictures import question, read_pictures
+from .cli_errors import INTERRUPTED, reports_errors
+from .cli_images import question, read_pictures
 
 if TYPE_CHECKING:
     from .session import Answer

@@ -16,8 +16,8 @@ import typer
 from ..checkpoints.embedded import resolve_model
 from ..checkpoints.licences import APPLES, RESEARCH_ONLY, may_be_apples
 from . import options
-from .errors import UserError, reports_errors
-from .sources import check_loadable, licence_of, read_config
+from .cli_errors import UserError, reports_errors
+from .model_sources import check_loadable, licence_of, read_config
 
 __all__ = ["info"]
 
@@ -189,7 +189,7 @@ def _image_processing(config: Any) -> dict[str, Any]:
 
 def _tokens(config: Any) -> dict[str, int]:
     """Return tokens by resolution: "512" is --size 512; for AnyRes "1024x2048" is a picture of that size."""
-    from ..anyres import num_image_tokens
+    from ..images.anyres import num_image_tokens
 
     tile = config.vision_config.image_size
     if config.image_aspect_ratio != "anyres":

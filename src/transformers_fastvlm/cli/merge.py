@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from . import options
+from .cli_errors import notice, reports_errors
 from .convert import LayoutName
-from .errors import notice, reports_errors
 
 __all__ = ["merge"]
 
@@ -50,7 +50,7 @@ def merge(
     from transformers.utils import logging
 
     from ..training import merge_adapter
-    from .sources import RESEARCH_ONLY, licence_of
+    from .model_sources import RESEARCH_ONLY, licence_of
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .errors import UserError, notice, reports_errors
+from .cli_errors import UserError, notice, reports_errors
 
 __all__ = ["new"]
 
@@ -47,7 +47,7 @@ def new(
     Example: fastvlm new OUT --vision apple/FastVLM-0.5B --language-model Qwen/Qwen3-0.6B
     """
     from ..training import describe_parts, new_model, save_model
-    from .sources import licence_notice, read_config
+    from .model_sources import licence_notice, read_config
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty directory. Choose a new one; nothing is overwritten.")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .errors import UserError, notice, reports_errors
+from .cli_errors import UserError, notice, reports_errors
 
 __all__ = ["serve"]
 
@@ -92,8 +92,8 @@ def serve(
 
     Example: fastvlm serve -m tiny
     """
-    from ..serving.http import Settings, listen
-    from ..serving.http import serve as run
+    from ..server import Settings, listen
+    from ..server import serve as run
     from .session import load
 
     settings = Settings(

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..engines.base import MIN_TEMPERATURE
-from .errors import UserError, notice
+from .cli_errors import UserError, notice
+from .model_sources import check_loadable, licence_notice, read_config
 from .options import DtypeName
-from .sources import check_loadable, licence_notice, read_config
 
 __all__ = ["Answer", "Sampling", "Session", "load", "remark"]
 
@@ -231,7 +231,7 @@ def load(model: str, device: str = "auto", dtype: DtypeName = DtypeName.auto, si
 
     from transformers.utils import logging
 
-    from ..engines.loading import find_device, load_model
+    from ..engines.model_loading import find_device, load_model
 
     place = find_device(device, "--device")
     if not sys.stderr.isatty():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .errors import FAILURE, UserError, notice, reports_errors
+from .cli_errors import FAILURE, UserError, notice, reports_errors
 
 if TYPE_CHECKING:
     from ..training import Recipe
@@ -90,7 +90,7 @@ def _licences(recipe: "Recipe") -> Iterator[str]:
     Raises:
         UserError: a source that is not there, or `model.path` is of another kind of model.
     """
-    from .sources import check_loadable, licence_notice, read_config
+    from .model_sources import check_loadable, licence_notice, read_config
 
     new = recipe.model.new or {}
     named = (recipe.model.path, new.get("vision"), new.get("language_model"))

@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from .batching import ModalityLengthSampler, grouped_sampler, row_lengths
     from .check import Report, check_dataset
     from .collator import FastVLMDataCollator
-    from .errors import ImageError, LengthError, SampleError
+    from .sample_errors import ImageError, LengthError, SampleError
     from .samples import SampleDataset, load
 
 _MODULE_OF = {
     "FastVLMDataCollator": "collator",
-    "ImageError": "errors",
-    "LengthError": "errors",
+    "ImageError": "sample_errors",
+    "LengthError": "sample_errors",
     "ModalityLengthSampler": "batching",
     "Report": "check",
     "SampleDataset": "samples",
-    "SampleError": "errors",
+    "SampleError": "sample_errors",
     "check_dataset": "check",
     "grouped_sampler": "batching",
     "load": "samples",

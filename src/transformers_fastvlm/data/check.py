@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .collator import FastVLMDataCollator
-from .errors import SampleError, shortened
-from .fields import unread_keys
+from .row_fields import unread_keys
+from .sample_errors import SampleError, shortened
 from .samples import SampleDataset, open_part, parse_row, source_name
 
 __all__ = ["Inspected", "Problem", "Report", "check_dataset", "inspect_rows"]

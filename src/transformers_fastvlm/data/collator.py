@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..conversations import RENDERING, render_with_spans
 from ..tokens import IMAGE_TOKEN
-from .errors import LengthError, SampleError, shortened
-from .fields import SYSTEM_KEYS, images_of
 from .messages import check_messages, messages_and_sources
+from .row_fields import SYSTEM_KEYS, images_of
+from .sample_errors import LengthError, SampleError, shortened
 
 __all__ = ["CONVERSATIONS", "IGNORED", "FastVLMDataCollator"]
 

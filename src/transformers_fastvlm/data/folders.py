@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .._optional import needs
-from .errors import shortened
 from .json_rows import JsonRows
 from .rows import HubRows, JoinedRows, Rows
+from .sample_errors import shortened
 
 __all__ = ["ALL_SPLITS", "arrow_datasets", "files_below", "folder_rows", "is_within", "package", "parquet_rows"]
 

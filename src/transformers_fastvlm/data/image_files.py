@@ -16,10 +16,10 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from .._image_files import check_dimensions, load_pixels, load_stored, oriented, stands_on_its_side
-from .._image_inputs import pil_to_rgb
-from .errors import ImageError, SampleError, shortened
+from ..images.decoding import check_dimensions, load_pixels, load_stored, oriented, stands_on_its_side
+from ..images.reading import pil_to_rgb
 from .folders import is_within
+from .sample_errors import ImageError, SampleError, shortened
 
 __all__ = ["ImageFolder", "image_bytes"]
 

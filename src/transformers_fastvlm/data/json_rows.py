@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .errors import Place, SampleError, shortened
 from .fingerprints import fingerprint
+from .sample_errors import Place, SampleError, shortened
 
 __all__ = ["JsonRows"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..conversations import image_sources, plain_message
 from ..tokens import IMAGE_TOKEN
-from .errors import shortened
-from .fields import system_of
+from .row_fields import system_of
+from .sample_errors import shortened
 
 __all__ = ["check_messages", "messages_and_sources"]
 

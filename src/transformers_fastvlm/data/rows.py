@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
-from .errors import Place, SampleError
-from .fields import SYSTEM_KEYS
 from .fingerprints import fingerprint, joined
+from .row_fields import SYSTEM_KEYS
+from .sample_errors import Place, SampleError
 
 __all__ = ["HubRows", "JoinedRows", "ListRows", "Rows"]
 

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from .errors import ImageError, Place, SampleError, shortened
-from .fields import images_of
 from .fingerprints import joined
 from .folders import folder_rows, parquet_rows
 from .image_files import ImageFolder
 from .json_rows import JsonRows
 from .messages import check_messages, messages_and_sources
+from .row_fields import images_of
 from .rows import HubRows, ListRows, Rows
+from .sample_errors import ImageError, Place, SampleError, shortened
 
 __all__ = ["Part", "SampleDataset", "load", "open_part", "parse_row", "sample_of", "source_name"]
 

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import ImageError, Place, shortened
 from .folders import arrow_datasets, package
 from .image_files import ImageFolder
+from .sample_errors import ImageError, Place, shortened
 
 __all__ = ["SAMPLE_KEYS", "as_datasets", "open_dataset", "open_stream"]
 

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .base import Answer, Conversation, Engine, Sampling
-    from .onnx import OnnxEngine
-    from .transformers import TransformersEngine
-    from .vllm import VllmEngine
+    from .onnx_engine import OnnxEngine
+    from .transformers_engine import TransformersEngine
+    from .vllm_engine import VllmEngine
 
 _MODULE_OF = {
     "Answer": "base",
     "Conversation": "base",
     "Engine": "base",
-    "OnnxEngine": "onnx",
+    "OnnxEngine": "onnx_engine",
     "Sampling": "base",
-    "TransformersEngine": "transformers",
-    "VllmEngine": "vllm",
+    "TransformersEngine": "transformers_engine",
+    "VllmEngine": "vllm_engine",
 }
 
 ENGINES = ("transformers", "vllm", "onnx")
@@ -51,15 +51,15 @@ def load_engine(name: str, model: str, **options: Any) -> "Engine":
         OSError: there is no such checkpoint, or its files are damaged.
     """
     if name == "transformers":
-        from .transformers import TransformersEngine
+        from .transformers_engine import TransformersEngine
 
         return TransformersEngine(model, **options)
     if name == "vllm":
-        from .vllm import VllmEngine
+        from .vllm_engine import VllmEngine
 
         return VllmEngine(model, **options)
     if name == "onnx":
-        from .onnx import OnnxEngine
+        from .onnx_engine import OnnxEngine
 
         return OnnxEngine(model, **options)
     raise ValueError(f"engine is {name!r}; expected one of {', '.join(ENGINES)}.")

@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from .._image_files import load_pixels, oriented
-from .._image_inputs import pil_to_rgb
+from ..images.decoding import load_pixels, oriented
+from ..images.reading import pil_to_rgb
 from ..tokens import IMAGE_TOKEN
 from .base import MAX_SEED, MAX_TEMPERATURE, Conversation, Sampling
 

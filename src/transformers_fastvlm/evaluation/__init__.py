@@ -8,11 +8,11 @@ __all__ = ["METRICS", "EvaluationOptions", "EvaluationRun", "Sample", "TaskResul
 
 _MODULE_OF = {
     "METRICS": "metrics",
-    "EvaluationOptions": "running",
+    "EvaluationOptions": "eval_run",
     "EvaluationRun": "results",
     "Sample": "results",
     "TaskResult": "results",
-    "evaluate": "running",
+    "evaluate": "eval_run",
     "read_run": "results",
     "score": "metrics",
 }

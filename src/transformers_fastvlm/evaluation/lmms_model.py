@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engines.base import Conversation, Engine, Sampling
 from ..tokens import IMAGE_TOKEN
-from .journal import AnswerJournal, Journalled, answer_key, model_identity
+from .eval_journal import AnswerJournal, Journalled, answer_key, model_identity
 
 __all__ = ["FastVLM"]
 

@@ -13,12 +13,12 @@ from typing import Any
 from PIL import Image
 
 from .._optional import needs
-from ..data.errors import ImageError, SampleError, shortened
-from ..data.fields import images_of, is_absent
 from ..data.folders import ALL_SPLITS, folder_rows, parquet_rows
 from ..data.image_files import ImageFolder, image_bytes
 from ..data.json_rows import JsonRows
+from ..data.row_fields import images_of, is_absent
 from ..data.rows import Rows
+from ..data.sample_errors import ImageError, SampleError, shortened
 from .metrics import check_answers, score
 from .tasks import EXTRA
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .._image_inputs import pil_to_rgb
 from ..data.image_files import ImageFolder
+from ..images.reading import pil_to_rgb
 from .page_parts import SCRIPT, STYLE
 from .results import IMAGES, EvaluationRun, Sample, write_lines
 

@@ -5,18 +5,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .running import Export, export
-    from .source import Source
+    from .export_run import Export, export
+    from .export_source import Source
     from .targets import TARGETS, ExportOptions, Report, Target
 
 _MODULE_OF = {
-    "Export": "running",
+    "Export": "export_run",
     "ExportOptions": "targets",
     "Report": "targets",
-    "Source": "source",
+    "Source": "export_source",
     "TARGETS": "targets",
     "Target": "targets",
-    "export": "running",
+    "export": "export_run",
 }
 
 __all__ = ["Export", "ExportOptions", "Report", "Source", "TARGETS", "Target", "export"]

@@ -15,10 +15,10 @@ from torch import Tensor
 from ..checkpoints.configs import apple_config
 from ..checkpoints.files import read_json, write_json
 from .coreml import PACKAGE, convert_encoder
+from .export_source import Source
 from .mlx import check_language_model, save_tokenizer
 from .mlx_weights import quantization_of, read_weights, write_weights
 from .reference import merged_model, picture_size, relative_error
-from .source import Source
 from .targets import ExportOptions, Report
 
 __all__ = ["app_name", "write"]

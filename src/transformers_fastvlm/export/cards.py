@@ -3,7 +3,7 @@
 
 from .. import __version__
 from ..checkpoints.licences import APPLES
-from .source import RESEARCH_ONLY, Source
+from .export_source import RESEARCH_ONLY, Source
 from .targets import Report, Target
 
 __all__ = ["model_card"]

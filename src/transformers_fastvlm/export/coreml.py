@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from .. import FastViTHDModel
 from ..inference import fuse
 from .coreml_check import check_interface, evaluate
+from .export_source import RESEARCH_ONLY, Source
 from .reference import picture, picture_size, relative_error
-from .source import RESEARCH_ONLY, Source
 from .targets import ExportOptions, Report
 
 __all__ = ["PACKAGE", "convert_encoder", "quiet", "write"]

@@ -21,10 +21,10 @@ from transformers.cache_utils import Cache, StaticLayer
 from .. import compat
 from ..checkpoints.files import write_json
 from ..inference import fuse
+from .export_source import Source
 from .mlx import save_tokenizer
 from .programs import TokenEmbedding, VisionEncoder
 from .reference import Reference, picture_size, reference, relative_error
-from .source import Source
 from .targets import ExportOptions, Report
 
 __all__ = ["SETTINGS", "StaticDecoder", "write"]

@@ -20,9 +20,9 @@ from torch import Tensor
 from ..checkpoints.configs import apple_config
 from ..checkpoints.files import write_json
 from ..configuration_fastvlm import FastViTHDConfig
+from .export_source import Source
 from .mlx_weights import quantization_of, write_weights
 from .reference import Reference, merged_model, picture_size, reference, relative_error
-from .source import Source
 from .targets import ExportOptions, Report
 
 __all__ = [

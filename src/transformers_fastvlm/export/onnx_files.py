@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoints.configs import apple_config, native_processor_files
 from ..checkpoints.files import read_json, write_json
 from ..processing_fastvlm import chat_template_for
-from .source import Source
+from .export_source import Source
 
 __all__ = ["javascript_template", "write_files"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.scenes import SceneDataset
 from ..image_processing_pil_fastvlm import FastVLMImageProcessorPil
-from .source import Source
+from .export_source import Source
 
 __all__ = ["Reference", "merged_model", "picture", "picture_size", "prompt_ids", "reference", "relative_error"]
 

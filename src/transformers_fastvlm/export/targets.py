@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from .source import Source
+    from .export_source import Source
 
 __all__ = ["TARGETS", "ExportOptions", "Report", "Target", "Writer"]
 
@@ -111,7 +111,7 @@ class Target:
 TARGETS: dict[str, Target] = {
     "onnx": Target(
         summary="ONNX for onnxruntime and transformers.js",
-        module="onnx",
+        module="onnx_export",
         precisions=("float32", "float16", "q8", "q4", "q4f16"),
         several_precisions=True,
         sizes="one",
@@ -148,9 +148,11 @@ TARGETS: dict[str, Target] = {
         extra="executorch",
         packages=("executorch",),
     ),
-    "apple": Target(summary="Apple's layout, for Apple's scripts", module="layouts", function="write_apple"),
+    "apple": Target(summary="Apple's layout, for Apple's scripts", module="layout_targets", function="write_apple"),
     "native": Target(
-        summary="fast_vlm, which Transformers loads without this package", module="layouts", function="write_native"
+        summary="fast_vlm, which Transformers loads without this package",
+        module="layout_targets",
+        function="write_native",
     ),
 }
 """Every target by its name in `fastvlm export`."""

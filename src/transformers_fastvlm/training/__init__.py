@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .models import new_model, save_model
     from .parts import PARTS, describe_parts, parameter_groups, set_trainable
     from .recipes import Recipe, list_recipes, load_recipe
-    from .running import run
+    from .train_run import run
     from .trainer import FastVLMTrainer
 
 _MODULE_OF = {
@@ -32,7 +32,7 @@ _MODULE_OF = {
     "new_model": "models",
     "parameter_groups": "parts",
     "quantization_config": "lora",
-    "run": "running",
+    "run": "train_run",
     "save_model": "models",
     "set_trainable": "parts",
 }

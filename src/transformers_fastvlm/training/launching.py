@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .fields import did_you_mean
+from .recipe_fields import did_you_mean
 
 __all__ = ["launch_config", "list_launch_configs", "whole_models"]
 

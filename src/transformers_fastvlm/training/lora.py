@@ -144,7 +144,7 @@ def add_adapters(model: nn.Module, section: "LoraSection", train_parts: Iterable
 
 def load_adapters(recipe: "Recipe", directory: str | os.PathLike[str]) -> "PeftModel":
     """Return a recipe's base model, on the CPU, with the adapters that training left in a directory."""
-    from .loading import load_model, prepare_encoder
+    from .part_loading import load_model, prepare_encoder
 
     # Trained on four bits or not, adapters are put into the full weights.
     recipe = dataclasses.replace(recipe, lora=None)

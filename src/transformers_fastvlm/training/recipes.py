@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
-from .fields import build, check_keys, did_you_mean
 from .parts import PARTS
+from .recipe_fields import build, check_keys, did_you_mean
 
 __all__ = [
     "DataSection",

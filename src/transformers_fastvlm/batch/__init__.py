@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A question about each of many pictures: files, folders, tables and videos in, one file of answers out.
+
+Example:
+    >>> from transformers_fastvlm.engines import load_engine
+    >>> from transformers_fastvlm.batch import BatchOptions, run_batch
+    >>> options = BatchOptions(prompt="Describe the picture.")
+    >>> load = lambda: load_engine("transformers", "apple/FastVLM-0.5B")
+    >>> about = {"model": "apple/FastVLM-0.5B"}
+    >>> run_batch(["photos"], "answers.jsonl", load, options, about=about)  # doctest: +SKIP
+"""
+
+from .batch_journal import JournalError
+from .batch_run import COLUMNS, BatchOptions, Interrupted, Report, run_batch
+from .sources import SourceOptions
+
+__all__ = ["COLUMNS", "BatchOptions", "Interrupted", "JournalError", "Report", "SourceOptions", "run_batch"]

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is asked about: files, folders, patterns and tables, as requests in a fixed order."""
+
+import functools
+import glob
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..data.folders import files_below
+from .requests import PromptTemplate, Request, printable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["TABLES", "VIDEOS", "Inputs", "Source", "SourceOptions", "find_sources"]
+
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+VIDEOS = (
+    ".mp4",
+    ".mov",
+    ".m4v",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mpg",
+    ".mpeg",
+    ".mts",
+    ".m2ts",
+    ".3gp",
+    ".wmv",
+    ".flv",
+    ".ogv",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How requests are made of inputs.
+
+    Args:
+        prompt: what to ask; `{column}` stands for a table's value.
+        image_column: a table's column of pictures: paths, or in Parquet also the bytes of files.
+        image_folder: where a table's paths begin and stay in; None for the table's own folder.
+        every: seconds between a video's frames.
+        do_exif_transpose: whether images are turned as their EXIF orientation says, and videos as their files say.
+    """
+
+    prompt: str
+    image_column: str = "image"
+    image_folder: str | None = None
+    every: float = 5.0
+    do_exif_transpose: bool = True
+
+
+class Source(Protocol):
+    """An input, as the user named it.
+
+    Attributes:
+        name: that name.
+    """
+
+    name: str
+
+    def identity(self) -> dict[str, Any]:
+        """Return what is the same as long as the input is: its name, `count` of what it holds, and a `digest`."""
+
+    def rows(self) -> int | None:
+        """Return how many requests it will make, exactly or about; None if that is not known."""
+
+    def __iter__(self) -> Iterator[Request]:
+        """Yield its requests, the same each time."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All inputs of a run.
+
+    Attributes:
+        sources: in the user's order.
+        left_out: files in folders that are neither pictures nor videos.
+    """
+
+    sources: tuple[Source, ...]
+    left_out: int
+
+    def __iter__(self) -> Iterator[Request]:
+        for source in self.sources:
+            yield from source
+
+    def identity(self) -> list[dict[str, Any]]:
+        """Return what is the same as long as the inputs are."""
+        return [source.identity() for source in self.sources]
+
+    def rows(self) -> int | None:
+        """Return about how many requests there are; None if that is not known."""
+        counts = [source.rows() for source in self.sources]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def videos(self) -> list[str]:
+        """Return the videos, in order."""
+        files = [file for source in self.sources if isinstance(source, FileSource) for file in source.files]
+        return [file for file in files if is_video(file)]
+
+    def read_files(self) -> list[str]:
+        """Return the files that are read: pictures, videos and tables."""
+        return [
+            file
+            for source in self.sources
+            for file in (source.files if isinstance(source, FileSource) else [source.name])
+        ]
+
+    def only_videos(self) -> bool:
+        """Whether there is nothing but videos."""
+        return all(isinstance(source, FileSource) and all(map(is_video, source.files)) for source in self.sources)
+
+
+class FileSource:
+    """Pictures and videos.
+
+    Args:
+        name: as the user named them.
+        files: their paths.
+        options: how requests are made.
+    """
+
+    def __init__(self, name: str, files: Sequence[str], options: SourceOptions) -> None:
+        self.name, self.files, self.options = name, list(files), options
+
+    def identity(self) -> dict[str, Any]:
+        """Return name, number of files, and a digest of their names and sizes."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(os.fsencode(file) + b"\0%d\n" % _size_of(file))
+        return {"name": printable(self.name), "count": len(self.files), "digest": digest.hexdigest()}
+
+    def rows(self) -> int | None:
+        """Return the number of pictures and, as far as their files say, of frames."""
+        counts = [_frames_of(file, self.options.every) if is_video(file) else 1 for file in self.files]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def __iter__(self) -> Iterator[Request]:
+        for file in self.files:
+            if is_video(file):
+                from .videos import video_requests
+
+                yield from video_requests(file, self.options)
+            else:
+                opened = functools.partial(_open, file, self.options.do_exif_transpose)
+                yield Request(source=printable(file), question=self.options.prompt, picture=opened, file=file)
+
+
+def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
+    """Return the sources that the user named.
+
+    Args:
+        inputs: files (pictures, videos, tables), folders, which are searched with all that is in them, and patterns
+            such as `photos/**/*.jpg`. A file of that very name goes before a pattern.
+        options: how requests are made.
+
+    Raises:
+        ValueError: nothing is named, a pattern or a folder has no picture or video, a table cannot be used, the prompt
+            names columns that are not there, or an option is out of range.
+        OSError: a file does not exist.
+        ImportError: what reads Parquet or videos is not installed.
+    """
+    if not inputs:
+        raise ValueError("no input is given; expected files, folders, patterns or tables.")
+    if not 0 < options.every < math.inf:
+        raise ValueError(f"every is {options.every}; expected seconds above 0.")
+    sources: list[Source] = []
+    left_out = 0
+    for name in inputs:
+        if os.path.isdir(name):
+            files, others = _in_folder(name)
+            left_out += others
+            if not files:
+                raise ValueError(f"the folder {name!r} has no picture and no video ({others} other files).")
+            sources.append(FileSource(name, files, options))
+        elif not os.path.lexists(name) and glob.has_magic(name):
+            files = sorted(file for file in glob.iglob(name, recursive=True) if os.path.isfile(file))
+            if not files:
+                raise ValueError(f"no file matches {name!r}.")
+            sources.append(FileSource(name, files, options))
+        elif not os.path.exists(name):
+            raise FileNotFoundError(f"no such file or folder: {name!r}.")
+        elif not os.path.isfile(name):
+            raise ValueError(f"{name!r} is no regular file; expected a file or a folder.")
+        elif name.lower().endswith(TABLES):
+            from .table_sources import open_table
+
+            sources.append(open_table(name, options))
+        else:
+            sources.append(FileSource(name, [name], options))
+    found = Inputs(tuple(sources), left_out)
+    columns = PromptTemplate(options.prompt).columns
+    for source in sources:
+        if columns and isinstance(source, FileSource):
+            raise ValueError(
+                f"the prompt has {{{columns[0]}}}, but {source.name!r} is not a table and has no columns. Write "
+                f"{{{{{columns[0]}}}}} for these very characters."
+            )
+        if isinstance(source, FileSource) and any(file.lower().endswith(TABLES) for file in source.files):
+            raise ValueError(f"{source.name!r} has tables; name them one by one, not by a pattern.")
+    if found.videos():
+        from .videos import require_av
+
+        require_av()
+    return found
+
+
+def is_video(file: str) -> bool:
+    """Whether a file is a video, by its suffix."""
+    return file.lower().endswith(VIDEOS)
+
+
+@functools.cache
+def _picture_suffixes() -> tuple[str, ...]:
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    return tuple(suffix for suffix, name in known.items() if name in Image.OPEN and suffix not in (*VIDEOS, ".pdf"))
+
+
+def _in_folder(folder: str) -> tuple[list[str], int]:
+    """Return the pictures and videos in a folder and all below it, in order, and the number of other files.
+
+    Linked folders are entered too, each folder once.
+    """
+    suffixes = (*_picture_suffixes(), *VIDEOS)
+    files: list[str] = []
+    others = 0
+    for file in files_below(folder):
+        if file.lower().endswith(suffixes):
+            files.append(file)
+        else:
+            others += 1
+    return files, others
+
+
+def _open(file: str, do_exif_transpose: bool) -> "Image":
+    from ..images.decoding import oriented
+    from ..images.reading import read_image
+
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"the image file {file!r} does not exist any more.")
+    return oriented(read_image(Path(file)), do_exif_transpose)
+
+
+def _size_of(file: str) -> int:
+    """Return a file's size, or -1 for one that cannot be asked, such as a broken link."""
+    try:
+        return os.path.getsize(file)
+    except OSError:
+        return -1
+
+
+def _frames_of(file: str, every: float) -> int | None:
+    from .videos import count_frames
+
+    return count_frames(file, every)

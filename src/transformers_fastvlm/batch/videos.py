@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames of videos, one every so many seconds, decoded one by one when they are asked for."""
+
+import bisect
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from ..data.sample_errors import shortened
+from ..images.decoding import check_dimensions
+from .requests import Request, printable, reason_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .sources import SourceOptions
+
+__all__ = ["VideoFrames", "count_frames", "open_video", "require_av", "video_requests"]
+
+_FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg"
+
+
+def require_av() -> Any:
+    """Return the module `av`.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('Videos need PyAV: pip install "transformers-fastvlm[batch]".') from error
+    return av
+
+
+def open_video(file: str) -> Any:
+    """Return a file as a container of PyAV's.
+
+    To ffmpeg a name such as `10:30.mp4` is an address, and a file may be a list of others: so the name is said to be a
+    file's, and nothing but videos is opened, which name no other file.
+
+    Raises:
+        Exception: whatever PyAV raises.
+    """
+    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    return require_av().open(f"file:{file}", options=options)
+
+
+def count_frames(file: str, every: float) -> int | None:
+    """Return about how many frames a video gives, from the duration that it states; None if it states none.
+
+    A file that cannot be opened counts as one, the row of its error.
+    """
+    av = require_av()
+    try:
+        with open_video(file) as container:
+            stream = container.streams.video[0]
+            if stream.duration is not None:
+                seconds = float(stream.duration * stream.time_base)
+            elif container.duration is not None:
+                seconds = container.duration / av.time_base
+            else:
+                return None
+    except Exception:  # PyAV's errors have no common class
+        return 1
+    return max(1, math.ceil(seconds / every))
+
+
+def video_requests(file: str, options: "SourceOptions") -> Iterator[Request]:
+    """Yield a request for each wanted frame of a video, and one with an error where it cannot be read."""
+    source = printable(file)
+    try:
+        frames = VideoFrames(file, options.every, options.do_exif_transpose)
+    except Exception as error:  # one video must not end the run, whatever a decoder raises
+        why = f"the video {shortened(file)} cannot be read: {reason_of(error)}"
+        yield Request(source=source, question=options.prompt, file=file, error=why)
+        return
+    for position, seconds in enumerate(frames.times):
+        opened = functools.partial(frames.picture, position)
+        yield Request(source=source, question=options.prompt, picture=opened, file=file, time=round(seconds, 3))
+    if frames.damage:
+        why = f"the video {shortened(file)} {frames.damage}"
+        yield Request(source=source, question=options.prompt, file=file, error=why)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Where a video's frames are, in units of its time base: of all, and of those that can be decoded alone."""
+
+    times: list[int]
+    keys: list[int]
+    unit: Fraction
+    damage: str | None
+
+
+class VideoFrames:
+    """Frames of a video: the first, and then the first at or after each multiple of so many seconds.
+
+    The packets of the file are listed without decoding them. A picture is decoded when it is asked for; the file stays
+    open from the first to the last of them. Not for several threads at once.
+
+    Args:
+        file: path.
+        every: seconds.
+        do_exif_transpose: turn the pictures as the file says, as players do.
+
+    Attributes:
+        times: of the frames, in seconds from the first.
+        damage: what is missing at the video's end; None if nothing is.
+
+    Raises:
+        OSError, ValueError: the file is no video, has sound only, is damaged, or its pictures are too large.
+    """
+
+    def __init__(self, file: str, every: float, do_exif_transpose: bool = True) -> None:
+        self.file, self.do_exif_transpose = file, do_exif_transpose
+        self._container: Any = None
+        self._frames: Any = None
+        self._at: int | None = None
+        self._seekable = True
+        index = _list_packets(file)
+        self.damage = index.damage
+        self._keys = index.keys
+        first = index.times[0]
+        self._wanted: list[int] = []
+        step, interval = 0, Fraction(str(every))  # exactly what was written: 0.1 is a tenth
+        for time in index.times:
+            seconds = (time - first) * index.unit
+            if seconds >= step * interval:
+                self._wanted.append(time)
+                step = int(seconds / interval) + 1
+        self.times = [float((time - first) * index.unit) for time in self._wanted]
+
+    def picture(self, position: int) -> "Image":
+        """Return the frame `times[position]`.
+
+        Raises:
+            OSError, ValueError: it cannot be decoded.
+        """
+        wanted = self._wanted[position]
+        try:
+            frame = self._find(wanted)
+        except Exception as error:
+            self._close()
+            raise ValueError(
+                f"the frame at {self.times[position]:.3f} s cannot be decoded: {reason_of(error)}"
+            ) from error
+        image: Image = frame.to_image()
+        turn = int(getattr(frame, "rotation", 0) or 0) if self.do_exif_transpose else 0
+        if position == len(self._wanted) - 1:
+            self._close()
+        return image.rotate(turn, expand=True) if turn else image
+
+    def _find(self, wanted: int) -> Any:
+        """Return the first frame at or after a time."""
+        if self._container is None:
+            self._container = open_video(self.file)
+            self._container.streams.video[0].thread_type = "AUTO"
+            self._start()
+        behind = self._at is None or wanted <= self._at
+        key = self._keys[bisect.bisect_right(self._keys, wanted) - 1] if self._keys else None
+        jumped = False
+        if self._seekable and key is not None and (behind or self._at is None or key > self._at):
+            self._container.seek(key, stream=self._container.streams.video[0])
+            self._start()
+            jumped = True
+        elif behind and self._at is not None:
+            self._close()
+            return self._find(wanted)
+        for frame in self._frames:
+            if frame.pts is None:
+                continue
+            if jumped and frame.pts > wanted:
+                # The file's index is wrong: read it from the start.
+                self._seekable = False
+                self._close()
+                return self._find(wanted)
+            jumped = False
+            self._at = frame.pts
+            if frame.pts >= wanted:
+                return frame
+        raise ValueError("the video ends before it.")
+
+    def _start(self) -> None:
+        self._frames, self._at = self._container.decode(video=0), None
+
+    def _close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+        self._container = self._frames = self._at = None
+
+
+def _list_packets(file: str) -> _Index:
+    """Return where the frames of a video are.
+
+    Raises:
+        OSError, ValueError: see `VideoFrames`.
+    """
+    times: list[int] = []
+    keys: list[int] = []
+    damage = None
+    with open_video(file) as container:
+        if not container.streams.video:
+            raise ValueError("it has no pictures, only sound.")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ValueError("its codec is not known.")
+        check_dimensions(stream.codec_context.width, stream.codec_context.height, f"the video {file!r}")
+        unit, stated = stream.time_base, stream.frames
+        try:
+            for packet in container.demux(stream):
+                time = packet.dts if packet.pts is None else packet.pts
+                if time is None or not packet.size or packet.is_discard:
+                    continue
+                times.append(time)
+                if packet.is_keyframe:
+                    keys.append(time)
+        except Exception as error:
+            damage = f"is damaged after {len(times)} frames: {reason_of(error)}"
+    if not times:
+        raise ValueError(damage or "it has no frames.")
+    if damage is None and len(times) < stated * 0.99 - 1:
+        damage = f"is cut off: it has {len(times)} of {stated} frames."
+    return _Index(sorted(times), sorted(keys), unit, damage)

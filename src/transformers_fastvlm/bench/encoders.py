@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder alone beside others: parameters, tokens, latency, and how near it comes to the machine's rate."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._optional import needs
+from .bench_run import FORMAT, check_device
+from .cases import Options
+from .machine import machine, versions
+from .measuring import Clock, spread
+from .random_weights import random_model
+
+__all__ = ["ENCODERS", "run_encoders"]
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """An encoder: its name in timm, None for FastViTHD, and the heights and widths it is measured at."""
+
+    timm_name: str | None
+    sides: tuple[int, ...]
+    timm_options: dict[str, Any] = field(default_factory=dict)
+
+
+ENCODERS: dict[str, _Encoder] = {
+    "FastViTHD": _Encoder(None, (256, 512, 768, 1024)),
+    "ViT-L/14": _Encoder("vit_large_patch14_clip_224", (224, 336), {"dynamic_img_size": True}),
+    "ViTamin-L": _Encoder("vitamin_large_224", (224, 256, 384), {"dynamic_img_size": True}),
+    "ConvNeXt-L": _Encoder("convnext_large_mlp", (320, 512, 768, 1024)),
+}
+"""Encoders that the paper compares, at resolutions they are used at in CLIP and in vision-language models."""
+
+_FUSED = " fused"
+_GEMM_SIDE = {"cpu": 2048}
+_GEMM_RUNS = 5
+_GEMM_SLOW_SECONDS = 30.0
+
+
+def run_encoders(
+    options: Options, only: tuple[str, ...] | None = None, progress: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Measure FastViTHD and timm's encoders in turns, in one process, on random pixels.
+
+    Args:
+        options: dtypes, batches, device, threads, warm-up, repetitions, compile and fuse count.
+        only: names of `ENCODERS`; None for all.
+        progress: called with a line before each step.
+
+    Raises:
+        ImportError: timm is missing.
+        ValueError: an unknown name or device.
+    """
+    device = check_device(options.device)
+    for name in only or ():
+        if name not in ENCODERS:
+            raise ValueError(f"there is no encoder {name!r}; expected {', '.join(ENCODERS)}.")
+    chosen = {name: encoder for name, encoder in ENCODERS.items() if only is None or name in only}
+    torch.set_num_threads(options.threads)
+    clock = Clock(device)
+    results, rates = [], {}
+    for dtype in options.dtypes:
+        progress(f"rate of matrix products in {dtype}")
+        rates[dtype] = _gemm_rate(getattr(torch, dtype), device, clock)
+        modules: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        sizes = {}
+        for name, encoder in chosen.items():
+            progress(f"building {name} {dtype}")
+            modules[name], sizes[name] = _build(name, encoder, getattr(torch, dtype), device, options.compile)
+            if options.fuse and encoder.timm_name is None:
+                fused = name + _FUSED
+                modules[fused], sizes[fused] = _build(fused, encoder, getattr(torch, dtype), device, options.compile)
+        for batch in options.batches:
+            work = [(name, side) for name in modules for side in ENCODERS[name.removesuffix(_FUSED)].sides]
+            results += _measure(work, modules, sizes, rates[dtype], dtype, batch, options, clock, progress)
+    return {
+        "format": FORMAT,
+        "kind": "encoders",
+        "machine": machine(device),
+        "versions": versions(),
+        "options": options.as_dict(),
+        "gemm_flops_per_second": {name: float(f"{rate:.4g}") for name, rate in rates.items()},
+        "results": results,
+    }
+
+
+@torch.inference_mode()
+def _measure(
+    work: list[tuple[str, int]],
+    modules: dict[str, Callable[[torch.Tensor], torch.Tensor]],
+    sizes: dict[str, int],
+    rate: float,
+    dtype: str,
+    batch: int,
+    options: Options,
+    clock: Clock,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    facts = {(name, side): _tokens_and_flops(name, side) for name, side in work}
+    wall: dict[tuple[str, int], list[float]] = {key: [] for key in work}
+    processor: dict[tuple[str, int], list[float]] = {key: [] for key in work}
+    device = torch.device(options.device)
+    pixels = {side: torch.rand(batch, 3, side, side).to(device, getattr(torch, dtype)) for _, side in work}
+    for turn in range(options.warmup + options.repetitions):
+        progress(f"{dtype} batch {batch}: turn {turn + 1} of {options.warmup + options.repetitions}")
+        for key in work:
+            name, side = key
+            start = clock.now()
+            modules[name](pixels[side])
+            end = clock.now()
+            if turn >= options.warmup:
+                wall[key].append(end[0] - start[0])
+                processor[key].append(end[1] - start[1])
+    results = []
+    for key in work:
+        name, side = key
+        tokens, flops = facts[name, side]
+        flops *= batch
+        seconds = spread(wall[key])
+        result: dict[str, Any] = {
+            "model": name,
+            "resolution": side,
+            "dtype": dtype,
+            "batch": batch,
+            "parameters": sizes[name],
+            "tokens": tokens,
+            "gigaflop": round(flops / 1e9, 1),
+            "share_of_gemm_rate": round(flops / seconds["median"] / rate, 3),
+            "seconds": seconds,
+        }
+        if device.type == "cpu":
+            result["processor_seconds"] = spread(processor[key])
+        results.append(result)
+    return results
+
+
+@functools.cache
+def _tokens_and_flops(name: str, side: int) -> tuple[int, int]:
+    """Return the tokens of a picture, and the operations that an encoder needs for it, two for a multiply-add.
+
+    Counted on tensors without values, where no fast path runs: the counter does not know fused kernels.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    plain = name.removesuffix(_FUSED)
+    ours = ENCODERS[plain].timm_name is None
+    # timm reads values while it builds, which fake tensors do not have and those of its parameters need not.
+    nowhere = torch.device("cpu" if ours else "meta")
+    with FakeTensorMode() if ours else contextlib.nullcontext():
+        forward, _ = _build(plain, ENCODERS[plain], torch.float32, nowhere, compiled=False)
+        with FlopCounterMode(display=False) as counter:
+            features = forward(torch.empty(1, 3, side, side, device=nowhere))
+    return _tokens(features), counter.get_total_flops()
+
+
+def _build(
+    name: str, encoder: _Encoder, dtype: torch.dtype, device: torch.device, compiled: bool
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+    """Return a function from pixels to features, and the number of parameters."""
+    module: nn.Module
+    forward: Callable[[torch.Tensor], Any]
+    if encoder.timm_name is None:
+        from .. import FastVLMConfig
+
+        # fuse() and the random weights take whole models, so there is a language model, as small as can be.
+        config: Any = FastVLMConfig.from_preset("0.5b")
+        config.text_config.vocab_size, config.text_config.pad_token_id = 1, 0
+        config.text_config.num_hidden_layers = 1
+        config.text_config.layer_types = config.text_config.layer_types[:1]
+        config.vision_config.projection_dim = 0
+        model: Any = random_model(config, dtype, device)
+        if name.endswith(_FUSED):
+            from ..inference import fuse
+
+            model = fuse(model) or model
+        module = model.model.vision_tower
+        forward = module.__call__
+    else:
+        with needs("timm", f"The encoder {encoder.timm_name}", 'pip install "transformers-fastvlm[bench]"'):
+            import timm
+        with device:
+            module = timm.create_model(encoder.timm_name, num_classes=0, **encoder.timm_options)
+        module = module.to(device, dtype).eval().requires_grad_(False)
+        forward = module.forward_features  # type: ignore[assignment]
+    if compiled:
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        forward = torch.compile(forward, mode=mode)
+
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        output = forward(pixels)
+        return output if isinstance(output, torch.Tensor) else output.last_hidden_state
+
+    return features, sum(parameter.numel() for parameter in module.parameters())
+
+
+def _tokens(features: torch.Tensor) -> int:
+    """Return the positions of a map (batch, channels, height, width), or of (batch, tokens, channels) without CLS."""
+    if features.ndim == 4:
+        return features.shape[2] * features.shape[3]
+    return int(features.shape[1] ** 0.5) ** 2
+
+
+@torch.inference_mode()
+def _gemm_rate(dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
+    """Return the floating-point operations a second of a large matrix product, the median of some."""
+    side = _GEMM_SIDE.get(device.type, 8192)
+    left, right = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(1 + _GEMM_RUNS):
+        start = clock.now()[0]
+        torch.mm(left, right)
+        times.append(clock.now()[0] - start)
+        if times[-1] > _GEMM_SLOW_SECONDS:
+            break  # a type that this processor has no instructions for
+    measured = times[1:] or times
+    return 2 * side**3 / spread(measured)["median"]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures named on the command line: files, http(s) addresses, or "-" for standard input."""
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..tokens import IMAGE_TOKEN
+from .cli_errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["STDIN", "question", "read_picture", "read_pictures"]
+
+STDIN = "-"
+
+
+def read_pictures(names: Sequence[str], do_exif_transpose: bool = True) -> "list[Image]":
+    """Read every picture; see `read_picture`.
+
+    Raises:
+        UserError: standard input is named more than once.
+    """
+    if list(names).count(STDIN) > 1:
+        raise UserError(f"{STDIN!r} is given more than once, but standard input holds one picture. Give files instead.")
+    return [read_picture(name, do_exif_transpose) for name in names]
+
+
+def read_picture(name: str, do_exif_transpose: bool = True) -> "Image":
+    """Return the decoded picture called `name`.
+
+    Args:
+        name: path, http(s) address, or "-" for standard input.
+        do_exif_transpose: whether to turn it as its EXIF orientation says.
+
+    Raises:
+        UserError: there is no such file.
+        ValueError, ConnectionError: it is no picture, or cannot be downloaded.
+    """
+    from ..images.decoding import oriented
+    from ..images.reading import read_image
+
+    if name == STDIN:
+        picture = _from_stdin()
+    elif not name.startswith(("http://", "https://")) and not os.path.exists(name):
+        raise UserError(f"no such file: {name!r}. Expected a picture's path, its http:// or https:// address, or '-'.")
+    else:
+        picture = read_image(name)
+    return oriented(picture, do_exif_transpose)
+
+
+def _from_stdin() -> "Image":
+    from PIL import Image, UnidentifiedImageError
+
+    from ..images.decoding import load_stored
+
+    content = sys.stdin.buffer.read()
+    if not content:
+        raise UserError("standard input is empty; expected a picture, as in: fastvlm generate - -p '…' < photo.jpg")
+    try:
+        return load_stored(Image.open(io.BytesIO(content)), "the picture on standard input")
+    except UnidentifiedImageError as error:
+        raise UserError("standard input is not an image of a format that Pillow can read, or it is damaged.") from error
+
+
+def question(text: str, pictures: "Sequence[Image]") -> list[dict[str, Any]]:
+    """Return the parts of a user's message: the pictures first, or where the text itself says <image>.
+
+    Raises:
+        UserError: the text has <image>, but not once for each picture.
+    """
+    parts = text.split(IMAGE_TOKEN)
+    if len(parts) == 1:
+        return [*_images(pictures), {"type": "text", "text": text}]
+    if len(parts) - 1 != len(pictures):
+        raise UserError(
+            f"the text has {len(parts) - 1} {IMAGE_TOKEN}, but there are {len(pictures)} pictures to put there. Leave "
+            f"{IMAGE_TOKEN} out to put the pictures first; if it is meant literally, write it otherwise."
+        )
+    message: list[dict[str, Any]] = []
+    for index, words in enumerate(parts):
+        message += _images(pictures[index - 1 : index]) if index else []
+        message += [{"type": "text", "text": words}] if words else []
+    return message
+
+
+def _images(pictures: "Sequence[Image]") -> list[dict[str, Any]]:
+    return [{"type": "image", "image": picture} for picture in pictures]

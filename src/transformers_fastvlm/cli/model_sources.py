@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints named on the command line: what a name stands for, and the licence of the weights."""
+
+import os
+import re
+import socket
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.embedded import resolve_model
+from ..checkpoints.licences import APPLES, RESEARCH_ONLY, stated_licence
+from .cli_errors import UserError
+
+__all__ = ["RESEARCH_ONLY", "check_loadable", "licence_notice", "licence_of", "local_files", "read_config"]
+
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_OURS = ("fastvlm", "llava_qwen2", "llava_llama")
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """Return the config.json of a directory or hub repository, as it is.
+
+    Raises:
+        UserError: there is no such directory or repository, it cannot be reached, or has no config.json.
+    """
+    from transformers import PreTrainedConfig
+
+    model = resolve_model(model)
+    if os.path.isdir(model):
+        if not os.path.isfile(os.path.join(model, "config.json")):
+            raise UserError(f"{model!r} has no config.json; expected the directory of a FastVLM checkpoint.")
+    elif os.path.exists(model):
+        raise UserError(f"{model!r} is a file; expected the directory of a FastVLM checkpoint.")
+    elif not _REPOSITORY.fullmatch(model):
+        raise UserError(
+            f"no such directory: {model!r}. Expected one with a FastVLM checkpoint, or the name of a hub repository, "
+            "such as apple/FastVLM-0.5B."
+        )
+    else:
+        _skip_an_unreachable_hub()
+    try:
+        config: Any = PreTrainedConfig.get_config_dict(model)[0]
+    except OSError as error:
+        if os.path.isdir(model):
+            raise
+        raise _unreachable(model) from error
+    except (AttributeError, TypeError, RecursionError):  # Transformers takes whatever JSON it finds for an object
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"config.json of {model!r} is no JSON object (or is nested too deep); expected that of a FastVLM "
+            "checkpoint. Copy the checkpoint again."
+        )
+    return config
+
+
+def _skip_an_unreachable_hub() -> None:
+    """Where the hub's name cannot be looked up, use what is cached at once, and not after minutes of retries."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def _unreachable(model: str) -> UserError:
+    return UserError(
+        f"no network or unknown repository {model!r}: use a local directory, or check the name and the connection."
+    )
+
+
+def check_loadable(model: str, config: dict[str, Any]) -> None:
+    """Raise UserError unless a config.json is of a model that this package loads."""
+    kind = config.get("model_type")
+    if kind == "fast_vlm":
+        raise UserError(
+            f"{model!r} has the layout of Transformers' own fast_vlm. Convert it once: fastvlm convert {model} OUT "
+            "--to apple."
+        )
+    if kind not in _OURS:
+        raise UserError(f"{model!r} has model_type {kind!r}; expected a FastVLM ({', '.join(_OURS)}).")
+
+
+def local_files(source: str) -> Path:
+    """Return the directory of a checkpoint, fetched from the hub if it is not a local one.
+
+    Raises:
+        UserError: there is neither a directory nor a reachable repository of that name.
+    """
+    read_config(source)
+    source = resolve_model(source)
+    if os.path.isdir(source):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, ignore_patterns=["*.bin", "*.py", "*.pt", "*.pth", "*.gguf"]))
+    except OSError as error:
+        raise _unreachable(source) from error
+
+
+def licence_of(model: str) -> str | None:
+    """Return the name of the licence that a checkpoint states, "apple-amlr" for Apple's; None if it states none."""
+    if model.startswith("apple/"):
+        return APPLES
+    return stated_licence(model, [_text(model, "LICENSE") or ""], _text(model, "README.md"))
+
+
+def licence_notice(model: str, config: dict[str, Any]) -> str | None:
+    """Return what to say about the licence when weights are loaded; None if they are certainly not Apple's.
+
+    The published models' encoder is known by its size, which config.json of Apple's layout leaves out.
+    """
+    name = licence_of(model)
+    if name == APPLES:
+        return f"Apple's weights are {RESEARCH_ONLY}."
+    vision = config.get("vision_config") or {}
+    if name is None and not vision.get("hidden_sizes") and config.get("model_type") in _OURS:
+        return f"{model} states no licence. Apple's weights are {RESEARCH_ONLY}."
+    return None
+
+
+def _text(model: str, file: str) -> str | None:
+    """Return the text of a checkpoint's file, or None if it has none or cannot be reached."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(
+            resolve_model(model),
+            file,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:
+        return None
+    return Path(path).read_text(encoding="utf-8", errors="replace") if path else None

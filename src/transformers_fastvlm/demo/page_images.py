@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures that visitors bring: decoded, checked, upright as a browser shows them; and small copies to show."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ..data.image_files import ImageFolder
+from ..data.sample_errors import SampleError
+from ..images.decoding import oriented
+from ..images.reading import pil_to_rgb, read_image
+from .answering import UnusableInput
+
+__all__ = ["MAX_PICTURES", "MAX_PIXELS", "MAX_UPLOAD_BYTES", "read_frame", "read_pictures", "save_small"]
+
+MAX_UPLOAD_BYTES = 32 * 2**20
+MAX_PICTURES = 8
+MAX_PIXELS = 64_000_000
+"""Of all pictures of a conversation together."""
+
+MAX_FRAME_CHARACTERS = 16 * 2**20
+_SHOWN_SIDE = 768
+
+
+def read_pictures(files: Sequence[str]) -> list[Image.Image]:
+    """Return uploaded pictures, decoded and turned as their EXIF orientation says, as the browser shows them.
+
+    Raises:
+        UnusableInput: too many or too large, or one that cannot be read.
+    """
+    if len(files) > MAX_PICTURES:
+        raise UnusableInput(f"{len(files)} pictures are too many at once; send up to {MAX_PICTURES}.")
+    pictures: list[Image.Image] = []
+    pixels = 0
+    for file in files:
+        path = Path(file)
+        try:
+            picture = ImageFolder(path.parent).open(path.name)
+        except (SampleError, NotADirectoryError) as error:
+            reason = str(error)
+            raise UnusableInput(f"{reason[:1].upper()}{reason[1:]}") from error
+        pixels += picture.width * picture.height
+        if pixels > MAX_PIXELS:
+            raise UnusableInput(
+                f"The pictures have {pixels / 1e6:.0f} million pixels together; up to {MAX_PIXELS / 1e6:.0f} million "
+                "fit into a conversation. Send fewer, or smaller ones."
+            )
+        pictures.append(picture)
+    return pictures
+
+
+def read_frame(frame: object) -> Image.Image:
+    """Return a frame of the camera, which comes as a data URI.
+
+    Raises:
+        UnusableInput: anything else, or a picture that cannot be read.
+    """
+    address = frame.get("url") if isinstance(frame, dict) else None
+    if not isinstance(address, str) or not address.startswith("data:image/"):
+        raise UnusableInput("The camera sent no picture. Stop it and start it again.")
+    if len(address) > MAX_FRAME_CHARACTERS:
+        raise UnusableInput("The camera's pictures are too large. Choose a smaller resolution in its settings.")
+    try:
+        picture = oriented(read_image(address), True)
+    except ValueError as error:
+        raise UnusableInput(f"A picture of the camera cannot be read: {error}") from error
+    if picture.width * picture.height > MAX_PIXELS:
+        raise UnusableInput(f"The camera's pictures are too large: {picture.width} x {picture.height} pixels.")
+    return picture
+
+
+def save_small(picture: Image.Image, folder: Path) -> Path:
+    """Write a small copy that any browser can show, whatever the picture's own format, and return its path."""
+    try:
+        small = pil_to_rgb(picture).copy()
+    except ValueError as error:
+        raise UnusableInput(f"A picture cannot be used: {error}") from error
+    small.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
+    path = folder / f"{hashlib.sha256(small.tobytes()).hexdigest()[:24]}.jpg"
+    if not path.exists():
+        small.save(path, quality=88)
+    return path

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An evaluation from its tasks to its table: lmms-eval asks and judges, the model `fastvlm` answers."""
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .eval_images import save_small
+from .own_data import own_task, read_own_data
+from .results import IMAGES, EvaluationRun, Sample, TaskResult, write_run
+from .tasks import expand, import_harness, load_task, main_metric, right_answers
+
+__all__ = ["JOURNAL", "LOG", "EvaluationOptions", "evaluate"]
+
+JOURNAL, LOG = "journal.jsonl", "harness.log"
+
+_PICTURES_OF_TASK = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What is evaluated, and how.
+
+    Args:
+        tasks: names of lmms-eval's tasks, groups of them, or "card"; empty where `data` is given.
+        include: folder with YAML files of further tasks of lmms-eval.
+        data: a file or folder of one's own questions; see `read_own_data`.
+        metric: by which the answers to `data` are judged; see `METRICS`.
+        suffix: a line that follows each question of `data`.
+        max_new_tokens: longest answer to `data`, in tokens; tasks have limits of their own.
+        limit: take the first rows of each task only; None for all.
+        do_exif_transpose: turn the images of `data` as their EXIF orientation says. Tasks do always.
+        engine: one of `transformers_fastvlm.engines.ENGINES`.
+        engine_options: of the engine, such as `dtype`, `device` and `size`.
+        batch_size: questions that are answered together; a kill costs one such batch at most.
+        pictures: keep small copies of the pictures of up to 200 answers a task, the worst ones first; None keeps
+            them for `data` only.
+        time_first_token: measure the time to the first token too.
+    """
+
+    tasks: tuple[str, ...] = ()
+    include: str | os.PathLike[str] | None = None
+    data: str | os.PathLike[str] | None = None
+    metric: str = "exact"
+    suffix: str | None = None
+    max_new_tokens: int = 64
+    limit: int | None = None
+    do_exif_transpose: bool = True
+    engine: str = "transformers"
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 16
+    pictures: bool | None = None
+    time_first_token: bool = True
+
+
+def evaluate(
+    model: str,
+    out: str | os.PathLike[str],
+    options: EvaluationOptions,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    loaded: Callable[[], None] = lambda: None,
+) -> EvaluationRun:
+    """Evaluate a model and write what `results` describes.
+
+    Every finished batch is on the disk. Killed and started again with the same checkpoint and settings, the evaluation
+    goes on; what was answered with others is not used. Tasks that were evaluated before cost nothing again.
+
+    Args:
+        model: directory or hub repository of a FastVLM checkpoint.
+        out: directory of the run; it is made. Beside the results it has `journal.jsonl`, all answers so far,
+            `harness.log`, what lmms-eval printed, and `harness`, what its tasks write themselves.
+        options: what is evaluated, and how.
+        progress: called with the numbers of answered and of all questions.
+        loaded: called when the model is loaded.
+
+    Returns:
+        What was written. Of `seconds`, "generate" is what the engine took for all answers, and "total" is that, all
+        reading, judging and writing of lmms-eval, but neither the loading of the model nor the timing of first tokens.
+
+    Raises:
+        ValueError: an unknown task, data without answers or with pictures that cannot be read, an option out of its
+            range, or a run that is in use.
+        ImportError: lmms-eval or the engine's package is not installed.
+        OSError: there is no such checkpoint or file.
+    """
+    if bool(options.tasks) == (options.data is not None):
+        raise ValueError("give either names of tasks or a file or folder of data.")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"limit is {options.limit}; expected 1 or more, or none for all rows.")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _into_log(folder / LOG):
+        from .lmms_model import FastVLM
+
+        start = time.perf_counter()
+        tasks = _tasks(options)
+        chosen = dict(options.engine_options)
+        about = {"engine": options.engine, "versions": _versions(), **chosen}
+        if not options.do_exif_transpose:
+            about["do_exif_transpose"] = False
+        before_loading = time.perf_counter()
+        answering = FastVLM(
+            model,
+            options.engine,
+            options.batch_size,
+            journal=folder / JOURNAL,
+            identity=about,
+            progress=progress,
+            time_first_token=options.time_first_token,
+            **chosen,
+        )
+        dtype = _dtype(options, answering.engine)
+        loaded()
+        loading = time.perf_counter() - before_loading
+        try:
+            outcome = _harness(answering, tasks, folder, options.limit)
+        finally:
+            answering.clean()
+        results: dict[str, TaskResult] = {}
+        samples: list[Sample] = []
+        for name, task in tasks.items():
+            results[name], found = _result(name, task, outcome)
+            pictured = options.data is not None if options.pictures is None else options.pictures
+            samples += _with_pictures(found, task, folder / IMAGES) if pictured else found
+        elsewhere = loading + answering.timing_seconds
+        total = time.perf_counter() - start - elsewhere + answering.reused_seconds
+    settings = {
+        "tasks": list(tasks),
+        "data": None if options.data is None else str(options.data),
+        "suffix": options.suffix,
+        "limit": options.limit,
+        "do_exif_transpose": options.do_exif_transpose,
+        "batch_size": options.batch_size,
+        **chosen,
+    }
+    run = EvaluationRun(
+        model=model,
+        engine=options.engine,
+        dtype=dtype,
+        settings=settings,
+        versions=dict(_versions()),
+        tasks=results,
+        seconds={"total": total, "generate": answering.generate_seconds},
+        time_to_first_token=answering.first_token_seconds,
+        samples=tuple(samples),
+    )
+    write_run(folder, run)
+    return run
+
+
+@contextlib.contextmanager
+def _into_log(path: Path) -> Iterator[None]:
+    """Import lmms-eval, and send what it and its tasks print to a file; it is much, and of use only after a failure."""
+    with (
+        open(path, "w", encoding="utf-8", errors="backslashreplace") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        import_harness()
+        from loguru import logger
+
+        logger.remove()
+        logger.add(log, level="INFO")
+        try:
+            yield
+        finally:
+            logger.remove()
+
+
+def _tasks(options: EvaluationOptions) -> dict[str, Any]:
+    """Return the tasks with their data, by name."""
+    if options.data is not None:
+        data = read_own_data(options.data, options.metric, options.limit, options.do_exif_transpose)
+        return {data.name: own_task(data, options.metric, options.suffix, options.max_new_tokens)}
+    found = expand(options.tasks, options.include)
+    return {name: load_task(name, path) for name, path in found.items()}
+
+
+def _harness(answering: Any, tasks: Mapping[str, Any], folder: Path, limit: int | None) -> dict[str, Any]:
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+    from tenacity import RetryError
+
+    arguments = argparse.Namespace(output_path=str(folder / "harness"), process_with_media=False, reasoning_tags=None)
+    try:
+        outcome: dict[str, Any] = simple_evaluate(
+            model=answering,
+            tasks=list(tasks.values()),
+            task_manager=TaskManager("ERROR", include_defaults=False, model_name="fastvlm"),
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            process_docs_parallel=1,
+            cli_args=arguments,
+            verbosity="ERROR",
+        )
+    except RetryError as error:
+        cause = error.last_attempt.exception()
+        raise ValueError(
+            f"an answer could not be judged ({type(cause).__name__}: {cause}); see {folder / LOG}."
+        ) from error
+    return outcome
+
+
+def _result(name: str, task: Any, outcome: Mapping[str, Any]) -> tuple[TaskResult, list[Sample]]:
+    """Return a task's score and its samples, each row once."""
+    metric = main_metric(name, task)
+    rows = {row["doc_id"]: row for row in reversed(outcome["samples"][name])}  # of several filters the first
+    samples = []
+    for number, row in sorted(rows.items()):
+        if metric not in row:
+            raise ValueError(f"task {name}, row {number} has no {metric}; its data set has no answer for it.")
+        given = row["resps"][0]
+        samples.append(
+            Sample(
+                task=name,
+                doc_id=number,
+                question=str(row["arguments"][0]),
+                answers=right_answers(row["doc"], row["target"]),
+                given=str(given[0] if isinstance(given, list) else given),
+                score=_sample_score(task, metric, row[metric]),
+            )
+        )
+    mean = statistics.fmean(sample.score for sample in samples)
+    if name == "ocrbench":  # lmms-eval divides its points by 1000, however many rows there are
+        points = round(sum(sample.score for sample in samples))
+        return TaskResult(metric=metric, score=100 * mean, count=len(samples), raw=points), samples
+    reported = next(v for key, v in outcome["results"][name].items() if key.split(",")[0] == metric)
+    if isinstance(reported, int | float) and 0 <= reported <= 1:
+        mean = float(reported)
+    return TaskResult(metric=metric, score=100 * mean, count=len(samples), raw=reported), samples
+
+
+def _sample_score(task: Any, metric: str, value: Any) -> float:
+    """Return a row's score from 0 to 1; what is no number yet, the task's own aggregation turns into one."""
+    if isinstance(value, Mapping):
+        value = value["score"] if "score" in value else task.aggregation()[metric]([value])
+    return float(value)
+
+
+def _with_pictures(samples: list[Sample], task: Any, folder: Path) -> Iterator[Sample]:
+    """Yield the samples, the worst of them with small copies of their pictures."""
+    worst = sorted(samples, key=lambda sample: sample.score)[:_PICTURES_OF_TASK]
+    wanted = {sample.doc_id for sample in worst}
+    for sample in samples:
+        names = []
+        if sample.doc_id in wanted:
+            for at, picture in enumerate(task.doc_to_visual(task.eval_docs[sample.doc_id]) or []):
+                names.append(f"{sample.task}/{sample.doc_id}-{at}.jpg")
+                save_small(picture, folder / names[-1])
+        yield Sample(**{**vars(sample), "images": tuple(names)})
+
+
+def _dtype(options: EvaluationOptions, engine: Any) -> str:
+    """Return the precision that an engine computes in."""
+    if options.engine == "transformers":
+        return str(engine.model.dtype).removeprefix("torch.")
+    if options.engine == "vllm":
+        return str(engine.llm.llm_engine.model_config.dtype).removeprefix("torch.")
+    if options.engine == "onnx":
+        return str(engine.model.precision)
+    return str(options.engine_options.get("dtype", "auto"))
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    found = {"transformers_fastvlm": __version__}
+    for name, package in (("transformers", "transformers"), ("torch", "torch"), ("lmms_eval", "lmms-eval")):
+        found[name] = importlib.metadata.version(package)
+    return found

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The targets `apple` and `native`: whole checkpoints for Apple's scripts and for Transformers' own `fast_vlm`.
+
+`checkpoints.convert` writes both. What is added here is what makes the directories work in others' hands: a merged
+encoder, generation settings that end, a chat template that places pictures; and the checks after writing.
+"""
+
+import fnmatch
+import importlib.metadata
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints import Layout, convert
+from ..checkpoints.checkpoint_source import read_checkpoint
+from ..checkpoints.conversion import DROPPED_FILES, DROPPED_FROM
+from ..processing_fastvlm import chat_template_for
+from .export_source import Source
+from .reference import Reference, merged_model, reference, relative_error
+from .targets import ExportOptions, Report
+
+__all__ = ["write_apple", "write_native"]
+
+_SQUARE = "Pictures are padded to a black square, as in training."
+_TEMPLATE_FILES = ("chat_template.json", "chat_template.jinja")
+
+
+def write_apple(source: Source, out: Path, options: ExportOptions) -> Report:
+    """Write Apple's layout: flat config.json, Apple's tensor names, no processor files. See `targets`."""
+    notes = _convert(source, out, "apple", options)
+    return Report(
+        checked_in=None,
+        errors={},
+        how_to_run=_APPLE_RUN,
+        limits=tuple(_apple_limits(source)),
+        notes=(*notes, "Apple's scripts are not installed here: the files were read back, but not run in them."),
+        library_name="ml-fastvlm",
+    )
+
+
+def write_native(source: Source, out: Path, options: ExportOptions) -> Report:
+    """Write the layout of Transformers' own `fast_vlm`, which loads without this package. See `targets`."""
+    notes = _convert(source, out, "native", options)
+    source.model("auto").generation_config.save_pretrained(out)
+    text: Any = source.config.text_config
+    for name in _TEMPLATE_FILES:
+        (out / name).unlink(missing_ok=True)
+    (out / "chat_template.jinja").write_text(chat_template_for(text.model_type), encoding="utf-8")
+    errors: dict[str, float] = {}
+    checked_in = None
+    if importlib.util.find_spec("timm") is None:
+        notes.append("The files were not run: fast_vlm needs timm. With `pip install timm`, the export checks them.")
+    else:
+        options.say("running the files in Transformers' fast_vlm")
+        errors = _native_errors(out, reference(source))
+        checked_in = (
+            f"Transformers {importlib.metadata.version('transformers')} with timm {importlib.metadata.version('timm')}"
+        )
+    return Report(
+        checked_in=checked_in,
+        errors=errors,
+        how_to_run=_NATIVE_RUN,
+        limits=tuple(_native_limits(source)),
+        notes=tuple(notes),
+        library_name="transformers",
+    )
+
+
+def _convert(source: Source, out: Path, layout: Layout, options: ExportOptions) -> list[str]:
+    """Convert into `out`, with the encoder merged, read the result back, and return the conversion's notes."""
+    vision: Any = source.config.vision_config
+    with tempfile.TemporaryDirectory(dir=out, prefix="converting-") as folder:
+        directory = source.directory
+        if not vision.reparameterized:
+            options.say("merging the branches of the encoder's train-time form")
+            directory = _merged(source, Path(folder) / "merged", layout)
+        done = convert(directory, Path(folder) / "converted", layout)
+        read_checkpoint(done.directory)
+        for path in sorted(done.directory.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+            path.rename(out / path.name)
+    return [note[0].upper() + note[1:] + "." for note in done.notes]
+
+
+def _merged(source: Source, out: Path, layout: Layout) -> Path:
+    """Save the model with its encoder merged, beside those other files of the checkpoint that `convert` copies."""
+    merged_model(source, "auto").save_pretrained(out)
+    dropped = DROPPED_FILES | (DROPPED_FROM[source.layout] if layout != source.layout else {})
+    for path in source.directory.iterdir():
+        is_dropped = any(fnmatch.fnmatch(path.name, pattern) for pattern in dropped)
+        if path.is_file() and not is_dropped and not (out / path.name).exists():
+            shutil.copyfile(path, out / path.name)
+    return out
+
+
+@torch.no_grad()
+def _native_errors(directory: Path, expected: Reference) -> dict[str, float]:
+    """Run the directory in Transformers' own class and compare.
+
+    Raises:
+        ValueError: tensors are missing or unknown there, or the answer is another.
+    """
+    from transformers import FastVlmForConditionalGeneration
+
+    model, info = FastVlmForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+    if wrong:
+        raise ValueError(f"Transformers' fast_vlm does not take {len(wrong)} tensors of the export: {wrong[:5]}.")
+    model.eval()
+    features = model.get_image_features(pixel_values=expected.pixel_values).pooler_output
+    inputs = {"input_ids": torch.tensor([expected.input_ids]), "pixel_values": expected.pixel_values}
+    errors = {
+        "float32: image features": relative_error(features[0], expected.features[0]),
+        "float32: logits": relative_error(model(**inputs).logits[0], expected.logits),
+    }
+    answer = model.generate(**inputs, do_sample=False, temperature=None, max_new_tokens=len(expected.answer))
+    if tuple(answer[0, len(expected.input_ids) :].tolist()) != expected.answer:
+        raise ValueError(f"Transformers' fast_vlm answers otherwise than this package; relative errors {errors}.")
+    return errors
+
+
+def _apple_limits(source: Source) -> list[str]:
+    limits = [
+        "Apple's scripts take one picture a question, and need `llava` from github.com/apple/ml-fastvlm.",
+        "The tokenizer has no <image>: Apple's scripts put the id -200 where the picture belongs.",
+    ]
+    vision: Any = source.config.vision_config
+    if list(vision.hidden_sizes) != [96, 192, 384, 768, 1536] or list(vision.depths) != [2, 12, 24, 4, 2]:
+        limits.append(
+            "The encoder is smaller than the published one. Apple's code builds the published one whatever config.json "
+            "says, and so cannot load this model; this package can."
+        )
+    return limits
+
+
+def _native_limits(source: Source) -> list[str]:
+    limits = [
+        f'{_SQUARE} With `backend="pil"` the pixels are exactly those of this package; without it torchvision '
+        "resizes, and a value may be off by two of 255.",
+        "The chat template, chat_template.jinja, is this package's: it takes contents that are strings or lists of "
+        "parts, and puts the one picture of a turn in front of its text, as in training.",
+        'Transformers pads batches on the right unless told otherwise: pass `padding_side="left"` for generation.',
+    ]
+    if source.config.image_aspect_ratio == "anyres":
+        limits.append("There is no AnyRes: each picture is seen once, padded to a square, and not in tiles.")
+    if source.config.image_aspect_ratio == "square":
+        limits[0] = limits[0].replace(_SQUARE, "Pictures are cut to their centred square, as this checkpoint asks for.")
+    return limits
+
+
+_APPLE_RUN = """With Apple's scripts, from a checkout of github.com/apple/ml-fastvlm:
+
+```bash
+python predict.py --model-path llava-fastvithd_DIRECTORY --image-file picture.jpg --prompt "Describe the image."
+```
+
+Apple's scripts choose the class by the directory's name, so let it begin as the published ones do: `llava-fastvithd_`.
+
+With this package the directory is a checkpoint as any other:
+
+```bash
+fastvlm generate picture.jpg --model DIRECTORY --prompt "Describe the image."
+```"""
+
+_NATIVE_RUN = """`pip install transformers timm torchvision`; transformers-fastvlm is not needed.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("DIRECTORY")
+processor = AutoProcessor.from_pretrained("DIRECTORY", backend="pil")
+messages = [
+    {
+        "role": "user",
+        "content": [{"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "Describe the image."}],
+    }
+]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+answer = model.generate(**inputs, do_sample=False, max_new_tokens=100)
+print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading pictures: from files, addresses, base64, Pillow images and arrays to 8-bit pixels, or a clear error.
+
+Both image processors read through here, so that they accept and refuse the same things. A picture that cannot be
+used as it is raises; nothing is replaced, clipped or guessed.
+"""
+
+import base64
+import binascii
+import http.client
+import io
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from transformers.image_utils import ChannelDimension
+
+from .decoding import check_dimensions, load_stored, quiet
+
+CHANNELS = (1, 3, 4)
+DOWNLOAD_TIMEOUT = 30.0
+MAX_DOWNLOAD_BYTES = 2**28
+
+_DATA_URI = re.compile(r"^data:[^,]*;base64,", re.IGNORECASE)
+_RANGE_TOLERANCE = 1e-4
+
+
+def read_image(source: str | os.PathLike) -> Image.Image:
+    """Return the decoded picture at `source`, in its own mode, its EXIF orientation beside it; see `oriented`.
+
+    Args:
+        source: path of a file, http(s) address, or base64 of a file's bytes, with or without `data:image/...;base64,`.
+
+    Raises:
+        ValueError: not an image, empty, truncated, too large, or a text that is none of the above.
+        ConnectionError: the address cannot be downloaded.
+    """
+    name = os.fspath(source)
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    if name.startswith(("http://", "https://")):
+        return _decode(_download(name), f"the download of {name}")
+    if os.path.isfile(name):
+        with open(name, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ValueError(f"the image file {name!r} is empty (0 bytes).")
+            return _decode(file, f"the image file {name!r}")
+    shown = name if len(name) <= 80 else f"{name[:77]}..."
+    if os.path.isdir(name):
+        raise ValueError(f"{shown!r} is a folder; expected an image file.")
+    prefix = _DATA_URI.match(name)
+    try:
+        # Without a prefix a short text is far more likely to be a wrong path than a picture.
+        if prefix is None and (isinstance(source, os.PathLike) or len(name) < 40):
+            raise binascii.Error("too short to be a picture")
+        content = base64.b64decode("".join(name[prefix.end() if prefix else 0 :].split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(
+            f"no image at {shown!r}: it is neither an existing file, nor an http:// or https:// address, nor base64."
+        ) from error
+    if not content:
+        raise ValueError("the base64 image is empty (0 bytes).")
+    what = "the base64 image" if prefix else f"the text {shown!r}, read as base64 since no file has that name,"
+    return _decode(io.BytesIO(content), what)
+
+
+def _download(address: str) -> io.BytesIO:
+    request = urllib.request.Request(address, headers={"User-Agent": "transformers-fastvlm", "Accept": "image/*,*/*"})
+    try:
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+            content = response.read(MAX_DOWNLOAD_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise ConnectionError(f"could not download the image {address}: the server answered {error}.") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ConnectionError(
+            f"could not download the image {address}: {error}. Check the address and the network, or pass a local file."
+        ) from error
+    if len(content) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(
+            f"the image at {address} is larger than {MAX_DOWNLOAD_BYTES} bytes; download it yourself first."
+        )
+    if not content:
+        raise ValueError(f"the download of {address} is empty (0 bytes).")
+    return io.BytesIO(content)
+
+
+def _decode(file: Any, what: str) -> Image.Image:
+    try:
+        with quiet(), Image.open(file) as image:
+            return load_stored(image, what)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{what} is not an image of a format that Pillow can read, or it is damaged.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{what} is too large: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it.") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{what} cannot be read: {error}.") from error
+
+
+def pil_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a Pillow image of any mode to RGB; alpha is dropped, not blended.
+
+    Modes of more than 8 bits, which Pillow would clip to white, are scaled (16-bit), need values in 0...255 (mode I)
+    or in 0...1 (mode F).
+    """
+    mode = image.mode
+    if mode == "RGB":
+        return image
+    if mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if mode in ("I", "F"):
+        return Image.fromarray(array_to_uint8(np.asarray(image))).convert("RGB")
+    if mode == "La":
+        image = image.convert("LA")
+    elif mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        # Pillow would warn that the alpha of a palette is lost; here it always is.
+        image = image.copy()
+        del image.info["transparency"]
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"a Pillow image of mode {mode!r} cannot be converted to RGB: {error}.") from error
+
+
+def pil_as_is(image: Image.Image) -> Image.Image:
+    """Return a Pillow image for `do_convert_rgb=False`: modes whose channels can be resized one by one."""
+    if image.mode not in ("L", "RGB", "RGBX"):
+        raise ValueError(
+            f"do_convert_rgb=False needs a Pillow image of mode L, RGB or RGBX, this one is {image.mode!r}; "
+            "leave do_convert_rgb at True or convert it first."
+        )
+    return image
+
+
+def channel_axis(shape: Sequence[int], input_data_format: str | ChannelDimension | None) -> int:
+    """Return which axis, 0 or 2, of a picture of three axes holds its channels.
+
+    Raises:
+        ValueError: not three axes, no axis of 1, 3 or 4, or both could be it and `input_data_format` does not say.
+    """
+    shape = tuple(shape)
+    if len(shape) != 3:
+        raise ValueError(
+            f"an image array has shape {shape}; expected (height, width), (height, width, channels) or "
+            "(channels, height, width)."
+        )
+    first, last = shape[0] in CHANNELS, shape[2] in CHANNELS
+    if input_data_format is not None:
+        axis = 0 if ChannelDimension(input_data_format) == ChannelDimension.FIRST else 2
+        if shape[axis] not in CHANNELS:
+            raise ValueError(
+                f"an image array has shape {shape}, with {shape[axis]} channels under input_data_format "
+                f"{ChannelDimension(input_data_format).value!r}; expected 1 (gray), 3 (RGB) or 4 (RGBA) channels."
+            )
+        return axis
+    if first and last:
+        raise ValueError(
+            f"an image array has shape {shape}: the channels could be its first or its last axis. Pass "
+            "input_data_format='channels_first' or 'channels_last'."
+        )
+    if not first and not last:
+        raise ValueError(
+            f"an image array has shape {shape}; expected 1 (gray), 3 (RGB) or 4 (RGBA) channels as its "
+            "first or last axis."
+        )
+    return 0 if first else 2
+
+
+def check_float_range(low: float, high: float) -> None:
+    """Raise ValueError unless floating-point pixels lie in 0...1; NaN does not."""
+    if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
+        raise ValueError(
+            f"a floating-point image has values from {low} to {high}; expected finite values in 0...1. "
+            "Divide by its maximum, or pass uint8 values in 0...255."
+        )
+
+
+def check_rescaled(is_float: bool, do_rescale: bool | None) -> None:
+    """Raise ValueError where a floating-point picture, which is read as bytes, would be returned as 0...255."""
+    if is_float and not do_rescale:
+        raise ValueError(
+            "do_rescale=False was passed with a floating-point image. Leave it at True: values in 0...1 are returned "
+            "in 0...1; only integers in 0...255 are divided."
+        )
+
+
+def check_integer_range(low: int, high: int) -> None:
+    """Raise ValueError unless integer pixels lie in 0...255."""
+    if low < 0 or high > 255:
+        raise ValueError(
+            f"an integer image has values from {low} to {high}; expected 0...255. Scale it to uint8 first."
+        )
+
+
+def array_to_uint8(array: np.ndarray) -> np.ndarray:
+    """Return the pixels of a non-empty array as bytes: integers in 0...255 as they are, floats in 0...1 times 255."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if np.issubdtype(array.dtype, np.integer):
+        check_integer_range(int(array.min()), int(array.max()))
+        return array.astype(np.uint8)
+    if np.issubdtype(array.dtype, np.floating):
+        check_float_range(float(array.min()), float(array.max()))
+        scaled = array.astype(np.float32) * np.float32(255)
+        return np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled).astype(np.uint8)
+    raise ValueError(f"an image array has dtype {array.dtype}; expected integers in 0...255 or floats in 0...1.")
+
+
+def array_to_pil(array: np.ndarray, input_data_format: str | ChannelDimension | None, convert_rgb: bool) -> Image.Image:
+    """Return an array of 1, 3 or 4 channels as a Pillow image.
+
+    Args:
+        array: (height, width), (height, width, channels) or (channels, height, width); see `array_to_uint8` for values.
+        input_data_format: which axis has the channels, needed only where the shape leaves it open.
+        convert_rgb: gray is repeated and alpha dropped; otherwise the mode is L, RGB or RGBX.
+    """
+    if array.ndim == 2:
+        array, input_data_format = array[..., None], ChannelDimension.LAST
+    if channel_axis(array.shape, input_data_format) == 0:
+        array = np.moveaxis(array, 0, -1)
+    height, width, channels = array.shape
+    check_dimensions(width, height)
+    if convert_rgb and channels == 4:
+        array = array[..., :3]
+        channels = 3
+    pixels = np.ascontiguousarray(array_to_uint8(array))
+    image = Image.frombytes({1: "L", 3: "RGB", 4: "RGBX"}[channels], (width, height), pixels.tobytes())
+    return image.convert("RGB") if convert_rgb and channels == 1 else image

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between the application and its clients: bodies read within limits, clients that leave or stop reading, the log."""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .api_errors import ApiError
+
+__all__ = [
+    "CLIENT_LEFT",
+    "Bodies",
+    "Gone",
+    "Receive",
+    "Record",
+    "Send",
+    "check_key",
+    "read_body",
+    "record_of",
+    "send_error",
+    "sender",
+    "unless_gone",
+    "until_gone",
+    "with_log",
+]
+
+T = TypeVar("T")
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+CLIENT_LEFT = 499
+"""Status in the log of a request whose client left before the end of the answer."""
+
+_RECORD = "fastvlm.record"
+_LINGER_SECONDS = 2.0
+_WINDOW_SECONDS = 5.0
+_LEAST_RATE = 1000  # bytes a second, over each window
+
+logger = logging.getLogger(__name__)
+
+
+class Gone(Exception):
+    """The client left, or takes nothing any more; there is nobody to answer."""
+
+
+@dataclass
+class Record:
+    """What the log says of a request.
+
+    Attributes:
+        status: of the response, or CLIENT_LEFT.
+        detail: further words, never of the request's content.
+        body_read: whether all of the body was read.
+        is_event_stream: whether the response is one, which has begun.
+        at_end: called once when the request is over.
+    """
+
+    status: int = CLIENT_LEFT
+    detail: str = ""
+    body_read: bool = False
+    is_event_stream: bool = False
+    at_end: Callable[[], None] | None = None
+
+
+def record_of(scope: Message) -> Record:
+    """Return the record of a request."""
+    record: Record = scope.setdefault(_RECORD, Record())
+    return record
+
+
+def with_log(application: Any) -> Any:
+    """Return an ASGI application that also logs one line for each request."""
+
+    async def logged(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await application(scope, receive, send)
+            return
+        record, start = record_of(scope), time.monotonic()
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                kinds = [value for name, value in message["headers"] if name == b"content-type"]
+                record.is_event_stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
+            await send(message)
+
+        try:
+            if (error := _framing_error(scope)) is None:
+                await application(scope, receive, noting)
+            else:
+                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+                await send_error(scope, headers, receive, noting, error)
+        finally:
+            if record.at_end is not None:
+                record.at_end()
+            client = scope.get("client") or ("-", 0)
+            path = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
+            seconds = time.monotonic() - start
+            detail = f" {record.detail}" if record.detail else ""
+            logger.info("%s %s %s %d %.3fs%s", client[0], scope["method"], path, record.status, seconds, detail)
+
+    return logged
+
+
+def _framing_error(scope: Message) -> ApiError | None:
+    """Return the error for a request whose end two programs can see at two places (RFC 9112, 6.1 and 6.3)."""
+    names = {name for name, _ in scope["headers"]}
+    if b"transfer-encoding" not in names:
+        return None
+    if b"content-length" in names:
+        message = "The request has Content-Length and Transfer-Encoding; expected one of them."
+    elif scope["http_version"] == "1.0":
+        message = "The request has Transfer-Encoding, which HTTP/1.0 does not know; send Content-Length."
+    else:
+        return None
+    return ApiError(400, message, code="invalid_framing", headers={"connection": "close"})
+
+
+def check_key(headers: Any, key: str | None) -> None:
+    """Raise ApiError, 401, unless a request brings the key."""
+    if key is None:
+        return
+    kind, _, given = headers.get("authorization", "").partition(" ")
+    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+        raise ApiError(
+            401,
+            "The API key is missing or wrong; expected the header Authorization: Bearer KEY.",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A body that is being read; `timer` is that of the wait for its next piece."""
+
+    start: float
+    size: int = 0
+    timer: asyncio.Timeout | None = None
+    ended: bool = False
+
+    def rate(self, now: float) -> float:
+        return self.size / (now - self.start)
+
+
+class Bodies:
+    """Bodies that are being read; those that came whole with their request's head are none of them.
+
+    Where they are too many, or hold too many bytes, the slowest of those that had some seconds is ended for the others.
+
+    Args:
+        count: most of them.
+        size: most bytes that they hold together.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.size = count, size
+        self._all: set[_Reading] = set()
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[_Reading]:
+        """Count a body until the end of the block.
+
+        Raises:
+            ApiError: 429, there are too many.
+        """
+        if len(self._all) >= self.count:
+            self._end_slowest()
+        reading = _Reading(asyncio.get_running_loop().time())
+        self._all.add(reading)
+        try:
+            yield reading
+        finally:
+            self._all.discard(reading)
+
+    def grow(self, reading: _Reading, count: int) -> None:
+        """Count bytes of a body.
+
+        Raises:
+            ApiError: 429, all bodies together hold too many.
+        """
+        reading.size += count
+        if sum(one.size for one in self._all) > self.size:
+            self._end_slowest(reading)
+
+    def _end_slowest(self, but: _Reading | None = None) -> None:
+        now = asyncio.get_running_loop().time()
+        old = [one for one in self._all if now - one.start >= _WINDOW_SECONDS and one is not but]
+        if not old:
+            message = "The server is reading as many requests as it can. Try again in 5 seconds."
+            raise ApiError(429, message, code="queue_full", headers={"retry-after": "5"})
+        slowest = min(old, key=lambda one: one.rate(now))
+        slowest.ended = True
+        self._all.discard(slowest)
+        if slowest.timer is not None:
+            slowest.timer.reschedule(now)
+
+
+async def read_body(
+    scope: Message, headers: Any, receive: Receive, limit: int, timeout: float, bodies: Bodies
+) -> bytes:
+    """Return a request's body.
+
+    Raises:
+        ApiError: 415 for another type than JSON, or a compressed body; 413 for more than `limit` bytes, as soon as that
+            is known; 408 where it does not come in time, or too slowly; 429 where too many bodies are being read.
+        Gone: the client left.
+    """
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(
+            415, f"The content type is {kind[:80]!r}; expected application/json.", code="unsupported_media_type"
+        )
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        refusal = f"The content encoding is {encoding[:80]!r}; send the JSON as it is, without Content-Encoding."
+        raise ApiError(415, refusal, code="unsupported_media_type")
+    too_large = ApiError(
+        413,
+        f"The body has more than {limit} bytes, this server's limit. Send fewer or smaller pictures.",
+        code="request_too_large",
+    )
+    length = headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length[:20]) > limit:
+        raise too_large
+    body = bytearray()
+
+    def take(message: Message) -> bool:
+        """Take a piece; return whether it was the last one."""
+        nonlocal body
+        if message["type"] == "http.disconnect":
+            raise Gone
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise too_large
+        record_of(scope).body_read = not message.get("more_body")
+        return record_of(scope).body_read
+
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0):  # what is there already
+            if take(await receive()):
+                return bytes(body)
+    with bodies.one() as reading:
+        bodies.grow(reading, len(body))
+        now = reading.start
+        end, window, held = now + timeout, now + _WINDOW_SECONDS, len(body)
+        while True:
+            if reading.ended:
+                raise _too_slow("The body came more slowly than those of others, which need its place.")
+            if now >= end:
+                raise _too_slow(f"The body did not arrive within {timeout:g} seconds.")
+            if now >= window:
+                if len(body) - held < _LEAST_RATE * _WINDOW_SECONDS:
+                    raise _too_slow(f"The body came more slowly than {_LEAST_RATE} bytes a second.")
+                window, held = now + _WINDOW_SECONDS, len(body)
+            before = len(body)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(min(end, window)) as reading.timer:
+                    if take(await receive()):
+                        return bytes(body)
+            bodies.grow(reading, len(body) - before)
+            now = asyncio.get_running_loop().time()
+
+
+def _too_slow(message: str) -> ApiError:
+    return ApiError(408, message, code="request_timeout")
+
+
+async def until_gone(receive: Receive) -> None:
+    """Return when the client leaves; what it sends meanwhile is dropped."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(leaving: asyncio.Future[None], work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`, which is cancelled where the client leaves before.
+
+    Args:
+        leaving: a task of `until_gone`.
+
+    Raises:
+        Gone: the client left.
+    """
+    task = asyncio.ensure_future(work)
+    both: set[asyncio.Future[Any]] = {leaving, task}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        if task.cancel():
+            await asyncio.wait({task})  # until it has told its thread
+
+
+def sender(send: Send, timeout: float, give_up: Callable[[], None]) -> Send:
+    """Return a `send` for a client that may stop reading.
+
+    Where it takes nothing for `timeout` seconds, `give_up` is called and Gone raised.
+    """
+
+    async def within(message: Message) -> None:
+        try:
+            await asyncio.wait_for(send(message), timeout)
+        except TimeoutError:
+            give_up()
+            await asyncio.sleep(0.01)  # until the server has noticed that the connection is closed
+            raise Gone from None
+
+    return within
+
+
+async def send_error(scope: Message, headers: Any, receive: Receive, send: Send, error: ApiError) -> None:
+    """Answer with an error; where the body was not read, take a little of it, or the client may not see the answer.
+
+    A connection that is closed on a client that still writes is reset, and what it was sent may be lost.
+    """
+    content = json.dumps(error.body).encode()
+    has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    unread = has_body and not record_of(scope).body_read
+    own = {"content-type": "application/json", "content-length": str(len(content)), **error.headers}
+    if unread or error.status == 503:
+        own["connection"] = "close"
+    fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in own.items()]
+    record_of(scope).detail = record_of(scope).detail or (error.code or "")
+    await send({"type": "http.response.start", "status": error.status, "headers": fields})
+    await send({"type": "http.response.body", "body": content, "more_body": unread})
+    if unread:
+        # Who waits to be asked for the body (Expect: 100-continue) is not asked.
+        if "expect" not in headers:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER_SECONDS):
+                    while (await receive()).get("more_body"):
+                        pass
+        await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a request to the model's inputs, on threads beside the model's."""
+
+import asyncio
+import copy
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from .. import compat
+from .api_errors import ApiError
+from .connections import Gone
+from .fetching import Budget, Fetcher
+from .protocol import ChatRequest
+from .request_images import data_of, decode, is_remote
+from .settings import Settings
+
+__all__ = ["Preparation"]
+
+_FETCHING = 16
+_THREADS = 2  # of each lane
+_SECONDS = 30.0  # for preparing a request, from the moment at which a thread takes it
+_BYTES_OF_A_TOKEN = 16
+_MAX_TEXT_BYTES = 2**20  # of a request's texts together, where the model has no context that would bound them
+
+
+class _Lane:
+    """Threads for one kind of request, and a tokenizer of their own, so that neither kind waits for the other."""
+
+    def __init__(self, processor: Any, name: str) -> None:
+        self.processor = copy.copy(processor)
+        self.processor.tokenizer = copy.deepcopy(processor.tokenizer)
+        self.processor.context_length = None  # checked here, for an error of the API
+        self.lock = threading.Lock()  # a tokenizer's settings change while it encodes
+        self.threads = ThreadPoolExecutor(_THREADS, name)
+
+
+class _Work:
+    """What a thread prepares: until when, and whether anyone still waits for it."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self._end = float("inf")
+
+    def begin(self) -> None:
+        self._end = time.monotonic() + _SECONDS
+
+    def check(self) -> None:
+        """Raise Gone or ApiError where the work is to end; called between two steps of it."""
+        if self.cancelled:
+            raise Gone
+        if time.monotonic() > self._end:
+            message = f"Preparing the request took more than {_SECONDS:g} seconds. Send fewer or smaller images."
+            raise ApiError(400, message, param="messages", code="image_too_slow")
+
+
+class Preparation:
+    """Makes the model's inputs.
+
+    Args:
+        processor: `FastVLMProcessor`; its own settings are not changed.
+        settings: limits.
+        fetcher: where pictures with an address come from.
+
+    Attributes:
+        context: most tokens of a prompt and its answer together; None where the model has no limit.
+    """
+
+    def __init__(self, processor: Any, settings: Settings, fetcher: Fetcher) -> None:
+        self.settings, self.fetcher = settings, fetcher
+        self.context: int | None = processor.context_length
+        limits = [limit for limit in (settings.max_prompt_tokens, self.context) if limit is not None]
+        self.max_prompt: int | None = min(limits) if limits else None
+        self._texts, self._images = _Lane(processor, "texts"), _Lane(processor, "images")
+        self._fetching = ThreadPoolExecutor(_FETCHING, "fetch")
+
+    def close(self) -> None:
+        """End the threads; what nobody waits for any more is left undone."""
+        for threads in (self._texts.threads, self._images.threads):
+            threads.shutdown(cancel_futures=True)
+        self._fetching.shutdown(wait=False, cancel_futures=True)  # looking up a name can take minutes
+
+    async def parse(self, function: Any, *arguments: Any) -> Any:
+        """Run something that takes a little time on a thread for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts.threads, function, *arguments)
+
+    async def inputs(self, request: ChatRequest) -> tuple[dict[str, Any], int]:
+        """Return a prompt as the model takes it, on the CPU, and the most tokens that its answer may have.
+
+        Cancelling it ends the work before the next image.
+
+        Raises:
+            ApiError: 400 for a picture that cannot be used or takes too long, or a prompt that is too long.
+        """
+        contents = await self._contents(request)
+        lane, work = self._images if request.pictures else self._texts, _Work()
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(lane.threads, self._prepare, lane, work, request, contents)
+        finally:
+            work.cancelled = True
+
+    async def _contents(self, request: ChatRequest) -> list[bytes]:
+        """Return the bytes of the pictures."""
+        loop = asyncio.get_running_loop()
+        remote = {index: picture for index, picture in enumerate(request.pictures) if is_remote(picture)}
+        for picture in remote.values():
+            self.fetcher.check(picture)
+        budget = Budget(self.settings.max_body_bytes)
+        tasks = [loop.run_in_executor(self._fetching, self.fetcher.fetch, one, budget) for one in remote.values()]
+        try:
+            # Looking up a name has no time-out of its own; waiting for it has.
+            fetched = dict(zip(remote, await asyncio.wait_for(asyncio.gather(*tasks), self._patience), strict=True))
+        except TimeoutError as error:
+            raise ApiError(400, "The pictures could not be fetched in time.", code="invalid_image_url") from error
+        return [fetched.get(index, b"") for index in range(len(request.pictures))]
+
+    @property
+    def _patience(self) -> float:
+        # Two rounds: there may be as many others before it in the executor.
+        return 2 * self.settings.fetch_timeout + 1
+
+    def _prepare(
+        self, lane: _Lane, work: _Work, request: ChatRequest, contents: list[bytes]
+    ) -> tuple[dict[str, Any], int]:
+        from jinja2 import TemplateError
+
+        work.begin()
+        texts = [part["text"] for message in request.messages for part in message["content"] if "text" in part]
+        self._check_texts(texts)
+        data = [content or data_of(picture) for picture, content in zip(request.pictures, contents, strict=True)]
+        images = iter(
+            decode(request.pictures, data, self.settings.max_pixels, self.settings.do_exif_transpose, work.check)
+        )
+        conversation = [
+            {
+                "role": message["role"],
+                "content": [
+                    {"type": "image", "image": next(images)} if part["type"] == "image" else part
+                    for part in message["content"]
+                ],
+            }
+            for message in request.messages
+        ]
+        options: dict[str, Any] = {"sanitize_control_tokens": True} if compat.SANITIZES_CONTROL_TOKENS else {}
+        work.check()
+        try:
+            with lane.lock:
+                inputs = lane.processor.apply_chat_template(
+                    conversation,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                    **options,
+                )
+        except (ValueError, TemplateError) as error:
+            raise ApiError(400, str(error), param="messages") from error
+        return dict(inputs), self._room(request, inputs["input_ids"].shape[1])
+
+    def _check_texts(self, texts: list[str]) -> None:
+        """Refuse what is certainly too long before it is tokenized, and control tokens where they cannot be text."""
+        size = sum(len(text.encode("utf-8")) for text in texts)
+        if self.max_prompt is not None and size > self.max_prompt * _BYTES_OF_A_TOKEN:
+            raise self._too_long(f"The messages have {size} bytes of text")
+        if size > _MAX_TEXT_BYTES:
+            raise ApiError(
+                400,
+                f"The messages have {size} bytes of text; this server takes {_MAX_TEXT_BYTES}. Shorten them.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        if compat.SANITIZES_CONTROL_TOKENS:
+            return
+        tokenizer = self._texts.processor.tokenizer
+        for token in tokenizer.added_tokens_encoder:
+            if token.strip() and any(token in text for text in texts):
+                message = f"A text has {token!r}, which is a control token of the model; write it otherwise."
+                raise ApiError(400, message, param="messages", code="control_token")
+
+    def _too_long(self, what: str) -> ApiError:
+        message = f"{what}; this server takes prompts of up to {self.max_prompt} tokens. Shorten the conversation."
+        return ApiError(400, message, param="messages", code="context_length_exceeded")
+
+    def _room(self, request: ChatRequest, tokens: int) -> int:
+        """Return the most tokens of the answer to a prompt of this many."""
+        if self.max_prompt is not None and tokens > self.max_prompt:
+            raise self._too_long(f"The prompt has {tokens} tokens, those of images included")
+        wanted = request.max_tokens or self.settings.max_answer_tokens
+        if self.context is None:
+            return wanted
+        room = self.context - tokens
+        if room < 1 or (request.max_tokens is not None and request.max_tokens > room):
+            asked = f" and {request.max_tokens} for the answer" if request.max_tokens is not None else ""
+            raise ApiError(
+                400,
+                f"The prompt has {tokens} tokens, those of images included,{asked} but the model's context holds "
+                f"{self.context} for both. Shorten the conversation, or ask for a shorter answer.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        return min(wanted, room)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Listening, and ending: on the first signal everything that was taken on is answered, on the second nothing is."""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+
+from .application import Service, create_app
+from .settings import Settings
+
+__all__ = ["listen", "serve", "server_of"]
+
+_LAST_BYTES_SECONDS = 5.0
+_CONNECTIONS = 200
+_BACKLOG = 128
+_TICKS_BETWEEN_LOOKS = 2  # a tick is a tenth of a second
+_LOGGERS = ("transformers_fastvlm.server", "uvicorn.error")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound, so that a port in use shows before a model is loaded.
+
+    Args:
+        host: name or address of this machine.
+        port: 0 for any that is free.
+
+    Raises:
+        ImportError: what serving needs is not installed.
+        OSError: there is no such address here, or the port is in use.
+    """
+    _check_installed()
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise OSError(f"--host is {host!r}, which is no name or address of this machine: {error.strerror}.") from error
+    family, kind, _, _, address = found[0]
+    bound = socket.socket(family, kind)
+    try:
+        if os.name == "posix":
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise OSError(
+            f"cannot listen on {host} port {port}: {error.strerror}. Choose another --port or --host."
+        ) from error
+    return bound
+
+
+def serve(model: Any, processor: Any, settings: Settings, bound: socket.socket, ready: Callable[[str], None]) -> None:
+    """Answer requests until a signal (SIGTERM, or Ctrl-C) ends it; a second one ends the process at once.
+
+    While it answers, the process has its log of requests and, since pictures come from strangers, its limit of pixels.
+
+    Args:
+        model: `FastVLMForConditionalGeneration`, on its device, in evaluation mode.
+        processor: its `FastVLMProcessor`.
+        settings: limits and names.
+        bound: see `listen`.
+        ready: called with the address when requests are taken.
+
+    Raises:
+        ImportError: FastAPI or uvicorn is not installed.
+    """
+    server = server_of(Service(model, processor, settings), bound, ready)
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, settings.max_pixels
+    try:
+        with _logging(), warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            server.run(sockets=[bound])
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def server_of(service: Service, bound: socket.socket, ready: Callable[[str], None]) -> Any:
+    """Return a `uvicorn.Server` for a service; its `run(sockets=[bound])` ends when the service drained."""
+    _check_installed()
+    import uvicorn
+
+    from .transport import Connection, close_overdue, on_loop_error
+
+    class Server(uvicorn.Server):
+        """Goes on listening while it finishes what it has, to tell others so."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().set_exception_handler(on_loop_error(self.server_state.connections))
+            await super().startup(sockets)
+            if self.started:
+                host, port = bound.getsockname()[:2]
+                ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if service.draining:
+                os._exit(128 + sig)
+            service.draining = True
+
+        async def on_tick(self, counter: int) -> bool:
+            await super().on_tick(counter)
+            if counter % _TICKS_BETWEEN_LOOKS == 0:
+                now = asyncio.get_running_loop().time()
+                close_overdue(self.server_state.connections, now, service.settings.client_timeout)
+            return service.draining and service.active == 0
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            leftovers = asyncio.ensure_future(self.close_leftovers())
+            await super().shutdown(sockets)
+            leftovers.cancel()
+
+        async def close_leftovers(self) -> None:
+            # Answers are in buffers by now; who does not take them is not waited for any longer.
+            await asyncio.sleep(_LAST_BYTES_SECONDS)
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+
+        def abort(self, scope: Any) -> None:
+            for connection in list(self.server_state.connections):
+                if connection.client == scope["client"]:
+                    connection.transport.abort()
+
+    config = uvicorn.Config(
+        create_app(service),
+        http=functools.partial(Connection, most=max(_CONNECTIONS, 3 * service.settings.max_requests)),
+        loop="asyncio",
+        backlog=_BACKLOG,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+    )
+    server = Server(config)
+    service.abort = server.abort
+    return server
+
+
+def _check_installed() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'fastvlm serve needs FastAPI and uvicorn: pip install "transformers-fastvlm[serving]".'
+        ) from error
+
+
+@contextlib.contextmanager
+def _logging() -> Any:
+    """Write the log of requests, and what uvicorn warns of, on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(one, one.level, one.propagate) for one in loggers]
+    for one, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
+        one.addHandler(handler)
+        one.setLevel(level)
+        one.propagate = False
+    try:
+        yield
+    finally:
+        for one, level, propagate in before:
+            one.removeHandler(handler)
+            one.setLevel(level)
+            one.propagate = propagate

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run, from a recipe to a directory that the rest of the package loads."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .arguments import training_arguments
+from .callbacks import LinesAboveBar, LogLines, SampleAnswers
+from .exporting import export, is_finished
+from .part_loading import load_data, load_model, prepare_encoder
+from .parts import set_trainable
+from .recipes import Recipe, load_recipe
+from .summary import summary
+from .trainer import FastVLMTrainer, last_checkpoint
+
+__all__ = ["RECIPE_FILE", "run"]
+
+RECIPE_FILE, ROWS_FILE = "recipe.yaml", "rows.json"
+
+
+def run(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> Path:
+    """Train as a recipe says.
+
+    The directory `recipe.output_dir` gets the recipe, checkpoints (`checkpoint-N`) while training, answers to a few
+    rows at each evaluation (`samples.jsonl`), and in the end the model and its processor, where the Auto classes find
+    them. On several processes, started by `accelerate launch` or `torchrun`, all of them call this.
+
+    Args:
+        recipe: see `load_recipe`.
+        resume: go on from the newest checkpoint, or begin if there is none; a finished run is left as it is.
+        dry_run: stop before the first step; nothing is written.
+        report: is told, on the main process, what is going to happen and how it goes, line by line. Without it the
+            memory that the run will take is not worked out, which takes some seconds.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileExistsError: the directory has a run in it already, and `resume` is False.
+        ImportError: a package that training needs is missing.
+        OSError: a file that is missing or cannot be written.
+        ValueError: something in the recipe, or a row of the data, that cannot be used.
+    """
+    recipe.check()
+    if recipe.output_dir is None:
+        raise ValueError("output_dir is not set: name the directory for the result, as in output_dir=my-model.")
+    out = Path(recipe.output_dir).expanduser()
+    checkpoint = _checkpoint_to_resume(out, resume)
+    arguments = training_arguments(recipe)
+    tell = _silent if report is None or arguments.process_index > 0 else report
+    changes = _changes(out, recipe) if resume else []
+    if resume and is_finished(out) and not changes:
+        tell(f"{out} is finished; nothing is left to do.")
+        return out
+
+    set_seed(arguments.seed)  # adapters begin at random, before Trainer does this
+    model, processor = load_model(recipe)
+    prepare_encoder(model, recipe)
+    if recipe.lora is None:
+        set_trainable(model, recipe.train.parts)
+    else:
+        from .lora import add_adapters
+
+        model = add_adapters(model, recipe.lora, train_parts=recipe.train.parts)
+    train, evaluation, collator = load_data(recipe.data, processor)
+    if tell is not _silent:
+        for line in summary(recipe, arguments, model, train, evaluation, collator):
+            tell(line)
+    rows = {"data.source": _rows_of(train), "data.eval_source": _rows_of(evaluation)}
+    changes += _changed_rows(out, rows) if resume else []
+    for line in changes:
+        tell(f"changed since the run began: {line}")
+    if checkpoint is not None:
+        tell(f"going on from {checkpoint}")
+    if dry_run:
+        return out
+    if arguments.should_save:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        (out / ROWS_FILE).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    trainer = FastVLMTrainer(
+        model=model,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=processor,
+        learning_rates=recipe.learning_rates(),
+        group=recipe.data.group,
+    )
+    _add_callbacks(trainer, recipe, tell)
+    if checkpoint is None or not _is_last(checkpoint, arguments):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        checkpoint = None
+    export(trainer, recipe, out, checkpoint)
+    tell(f"finished: {out}")
+    return out
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def _add_callbacks(trainer: FastVLMTrainer, recipe: Recipe, tell: Callable[[str], None]) -> None:
+    # A bar is for eyes; lines are for both.
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None and sys.stderr.isatty():
+        bar = LinesAboveBar(tell)
+        trainer.add_callback(bar)
+        tell = bar.report
+    trainer.add_callback(LogLines(tell))
+    if trainer.eval_dataset is not None and recipe.train.sample_answers:
+        answers = SampleAnswers(
+            trainer.processing_class,
+            trainer.eval_dataset,
+            conversation=recipe.data.conversation,
+            rows=recipe.train.sample_answers,
+            report=tell,
+        )
+        answers.attach(trainer)
+
+
+def _checkpoint_to_resume(out: Path, resume: bool) -> Path | None:
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise FileExistsError(f"output_dir {out} is a file; expected a directory, or nothing yet.")
+    found = last_checkpoint(out)
+    if resume:
+        return found
+    if found is not None or is_finished(out):
+        what = found.name if found is not None else "a model"
+        raise FileExistsError(
+            f"output_dir {out} already holds {what}. Go on with it (--resume), or choose another; nothing is "
+            "overwritten."
+        )
+    return None
+
+
+def _changes(out: Path, recipe: Recipe) -> list[str]:
+    """Return what the recipe has otherwise than when the run in `out` began."""
+    if not (out / RECIPE_FILE).is_file():
+        return []
+    before, now = load_recipe(out / RECIPE_FILE).to_dict(), recipe.to_dict()
+    return [
+        f"{key} was {old!r}, is {new!r}"
+        for key, (old, new) in _flat_pairs(before, now).items()
+        if old != new and key not in ("name", "description", "output_dir")
+    ]
+
+
+def _rows_of(dataset: Any) -> dict[str, Any] | None:
+    """Return the number of samples and a digest of their rows; None for a stream, or where there are none."""
+    if not hasattr(dataset, "__len__"):
+        return None
+    digest = getattr(getattr(dataset, "captions", dataset), "digest", None)
+    return {"rows": len(dataset), "digest": None if digest is None else digest()}
+
+
+def _changed_rows(out: Path, rows: dict[str, Any]) -> list[str]:
+    """Return which rows are others than when the run in `out` began."""
+    try:
+        before = json.loads((out / ROWS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []  # of a run that never began, or of an earlier version
+    lines = []
+    for key, now in rows.items():
+        was = before.get(key) if isinstance(before, dict) else None
+        if was is None or now is None or was == now:
+            continue
+        how = f"{was['rows']:,} rows, has {now['rows']:,}" if was["rows"] != now["rows"] else "other rows"
+        lines.append(f"{key} had {how}; the order of what is left follows from the new ones")
+    return lines
+
+
+def _flat_pairs(first: Any, second: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        return {key: (first, second)}
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for name in dict.fromkeys([*first, *second]):
+        pairs |= _flat_pairs(first.get(name), second.get(name), f"{key}.{name}" if key else name)
+    return pairs
+
+
+def _is_last(checkpoint: Path, arguments: TrainingArguments) -> bool:
+    """Whether a checkpoint is of the last step; `Trainer` would train one step more."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if arguments.max_steps > 0:
+        return bool(state["global_step"] >= arguments.max_steps)
+    return bool(state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= arguments.num_train_epochs)

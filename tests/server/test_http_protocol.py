@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request may say, without a server: bounds of its JSON, and what each field means."""
+
+import json
+from typing import Any
+
+import pytest
+
+from transformers_fastvlm.server.api_errors import ApiError
+from transformers_fastvlm.server.protocol import ChatRequest, parse_chat, parse_json
+from transformers_fastvlm.server.settings import Settings
+
+SETTINGS = Settings(name="tiny", max_images=2)
+
+
+def parsed(**fields: Any) -> ChatRequest:
+    """Return a request with one message and further fields."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]} | fields
+    return parse_chat(parse_json(json.dumps(body).encode()), SETTINGS)
+
+
+def nested(depth: int) -> bytes:
+    return b'{"a":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "part"),
+    [
+        (b"[" + b"[]," * 30_000 + b"[]]", 413, "The body has 60002 of the characters [ { , and : together"),
+        (b'{"a":"' + b":" * 20_001 + b'"}', 413, "this server takes 20000"),
+        (nested(33), 400, "nested too deeply; this server takes 32 levels"),
+        (nested(9000), 400, "nested too deeply"),
+        (b'{"model": "a", "model": "b"}', 400, "the key 'model' is there twice in one object"),
+        (b'{"a": {"role": 1, "x": 2, "role": 1}}', 400, "the key 'role' is there twice"),
+        (b'{"seed": ' + b"1" * 5000 + b"}", 400, "a number of 5000 characters; this server takes numbers of up to 100"),
+        (b'{"seed": 0.' + b"1" * 5000 + b"}", 400, "a number of 5002 characters"),
+        (b'{"temperature": 1e999}', 400, "1e999 is too large for a number"),
+        (b'{"temperature": -Infinity}', 400, "-Infinity is not a number in JSON"),
+        (b"\xff\xfe{\x00", 400, "not UTF-8"),
+        (b'{"a": 1', 400, "is not JSON"),
+    ],
+    ids=lambda value: "long" if isinstance(value, bytes) and len(value) > 40 else str(value),
+)
+def test_a_body_that_is_refused(body: bytes, status: int, part: str) -> None:
+    with pytest.raises(ApiError) as error:
+        parse_json(body)
+    assert error.value.status == status and part in error.value.message
+    assert len(error.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        (nested(32), json.loads(nested(32))),
+        (b"\xef\xbb\xbf{}", {}),  # as some editors write it
+        (b'{"a": "' + b"\\\\" * 100_000 + b'"}', {"a": "\\" * 100_000}),
+        (b'{"a": {"b": 1}, "b": -1.5e3}', {"a": {"b": 1}, "b": -1500.0}),
+        (b"[" + b"1," * 19_000 + b"1]", [1] * 19_001),
+    ],
+    ids=["deep", "order of bytes", "escapes", "a key in two objects", "many"],
+)
+def test_a_body_that_is_taken(body: bytes, value: Any) -> None:
+    assert parse_json(body) == value
+
+
+def message(content: Any = "hi", **fields: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content} | fields
+
+
+def texts(count: int) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": "a"}] * count
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "part"),
+    [
+        ({"seed": 2**63}, "seed", "expected -9223372036854775808 to 9223372036854775807"),
+        ({"temperature": 2.1}, "temperature", "a number from 0 to 2"),
+        ({"temperature": -1e-9}, "temperature", "a number from 0 to 2"),
+        (
+            {"messages": [message([{"type": "image_url", "image_url": "https://x/a.png"}])]},
+            "messages[0].content[0].image_url",
+            "is 'https://x/a.png'; expected an object {\"url\": ",
+        ),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "system, developer, user or assistant"),
+        ({"messages": [message()] * 1001}, "messages", "The request has 1001 messages; this server takes 1000"),
+        (
+            {"messages": [message(texts(600)), message(texts(401))]},
+            "messages",
+            "has 1001 parts; this server takes 1000",
+        ),
+    ],
+)
+def test_a_field_that_is_refused(fields: dict[str, Any], param: str, part: str) -> None:
+    with pytest.raises(ApiError) as error:
+        parsed(**fields)
+    assert error.value.status == 400 and error.value.param == param and part in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (0, 0.0),
+        (1e-45, 0.0),
+        (5e-324, 0.0),
+        (1e-30, 0.0),
+        (9.9e-5, 0.0),
+        (1e-4, 1e-4),
+        (0.7, 0.7),
+        (2, 2.0),
+        (None, 0.0),
+    ],
+)
+def test_a_temperature_close_to_zero_is_greedy(given: float | None, meant: float) -> None:
+    assert parsed(temperature=given).temperature == meant
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [message(name="user_proxy")]},
+        {"messages": [message(cache_control={"type": "ephemeral"})]},
+        {"messages": [message([{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}])]},
+        {"reasoning_effort": "low"},
+        {"seed": 2**63 - 1},
+        {"seed": -(2**63)},
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_is_taken(fields: dict[str, Any]) -> None:
+    assert parsed(**fields).messages == parsed().messages
+
+
+def test_a_developer_is_the_system() -> None:
+    found = parsed(messages=[{"role": "developer", "content": "Be short."}, message()]).messages
+    assert [one["role"] for one in found] == ["system", "user"]
+
+
+def test_a_request_within_the_bounds_is_taken() -> None:
+    assert len(parsed(messages=[message()] * 1000).messages) == 1000
+    assert len(parsed(messages=[message(texts(1000))]).messages[0]["content"]) == 1000
+
+
+def test_a_message_shows_the_beginning_of_a_value_only() -> None:
+    with pytest.raises(ApiError) as error:
+        parsed(temperature=["x" * 1_000_000] * 3)
+    assert error.value.message.startswith('temperature is ["xxx') and len(error.value.message) < 200
