@@ -62,6 +62,7 @@ def pixels_of(processor: Any, images: Any, **options: Any) -> np.ndarray:
 def test_pixels_equal_the_reference(name: str) -> None:
     mode, size, file = name.split(".", 2)
     processor = FastVLMImageProcessorPil(size=int(size), image_aspect_ratio=mode, image_grid_pinpoints=PINPOINTS)
+    processor.alpha_background = None  # as the reference does
     values = pixels_of(processor, Image.open(GOLDEN / "images" / file))
     values = values if mode == "anyres" else values[0]
     assert values.dtype == np.float32
@@ -221,7 +222,7 @@ def test_lab(processor: FastVLMImageProcessorPil) -> None:
 def test_palette_with_transparency_warns_nobody(processor: FastVLMImageProcessorPil) -> None:
     image = picture(64, 64).quantize(16)
     image.info["transparency"] = bytes(16)
-    values = pixels_of(processor, image)
+    values = pixels_of(processor, image, alpha_background=None)
     assert image.info["transparency"] == bytes(16)
     del image.info["transparency"]
     assert np.array_equal(values, pixels_of(processor, image))
@@ -259,7 +260,7 @@ def test_arrays_and_tensors_of_every_layout(processor: FastVLMImageProcessorPil)
         assert np.array_equal(pixels_of(processor, array), expected)
         assert np.array_equal(pixels_of(processor, np.moveaxis(array, -1, 0)), expected)
     opaque = np.concatenate([hwc, np.zeros((30, 40, 1), np.uint8)], axis=2)
-    assert np.array_equal(pixels_of(processor, opaque), expected)
+    assert np.array_equal(pixels_of(processor, opaque, alpha_background=None), expected)
     tensor = torch.from_numpy(hwc.copy())
     for other in (tensor, tensor.movedim(-1, 0), tensor.float() / 255, (tensor.double() / 255).requires_grad_()):
         assert np.array_equal(pixels_of(processor, other), expected)
@@ -514,7 +515,9 @@ def test_decompression_bombs(
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(ValueError, match="MAX_IMAGE_PIXELS"):
             processor(path)
-        for image in (picture(40, 30), np.asarray(picture(40, 30))):
+        array = np.asarray(picture(40, 30))
+        assert pixels_of(processor, picture(40, 30)).shape == (1, 3, 64, 64)  # decoded already, by the caller
+        for image in (path, array) if limit == 1199 else (array,):
             with pytest.raises(ValueError, match=f"40x30 = 1200 pixels, more than the limit of {limit}"):
                 processor(image)
     for limit in (1200, None):
@@ -716,6 +719,7 @@ def test_a_saved_processor_stays_what_it_was(tmp_path: Path) -> None:
         "image_aspect_ratio": "anyres",
         "image_grid_pinpoints": [[128, 256], [256, 128]],
         "do_exif_transpose": True,
+        "alpha_background": (1, 2, 3),
         "image_mean": [0.5, 0.4, 0.3],
     }
     first = FastVLMImageProcessorPil(**options)

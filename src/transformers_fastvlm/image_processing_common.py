@@ -21,6 +21,7 @@ from transformers.utils import is_torch_available
 from .configuration_fastvlm import FastViTHDConfig, FastVLMConfig, is_flat, nested_from_flat
 from .images import reading
 from .images.anyres import STRIDE, check_pinpoints, num_image_tokens, num_tiles
+from .images.read_options import WHITE, as_colour
 
 ASPECT_RATIOS = ("pad", "square", "anyres")
 MIN_SIZE, MAX_SIZE = 64, 2048
@@ -40,11 +41,18 @@ class FastVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
     do_exif_transpose (`bool`):
         Whether to turn an image as its EXIF orientation says, as `transformers.image_utils.load_image` does. True by
         default; False takes the pixels as they are stored, as the reference does.
+    alpha_background (`list[int]` or `str`):
+        Colour that transparent images are laid on: red, green and blue from 0 to 255, or a name. White by default; None
+        drops alpha and shows the colours beneath, as the reference does.
+    max_pixels (`int`):
+        Of a file that is read; `PIL.Image.MAX_IMAGE_PIXELS` if None.
     """
 
     image_aspect_ratio: str | None
     image_grid_pinpoints: list[Any] | tuple[Any, ...] | str | None
     do_exif_transpose: bool | None
+    alpha_background: list[int] | tuple[int, ...] | str | None
+    max_pixels: int | None
 
 
 class FastVLMImageProcessorMixin:
@@ -62,6 +70,8 @@ class FastVLMImageProcessorMixin:
     do_normalize = True
     do_convert_rgb = True
     do_exif_transpose = True
+    alpha_background: Any = WHITE
+    max_pixels: int | None = None
     image_aspect_ratio = "pad"
     image_grid_pinpoints = None
 
@@ -123,6 +133,8 @@ class FastVLMImageProcessorMixin:
                 )
         if options.get("data_format") not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
             raise ValueError(f"data_format is {options['data_format']!r}; FastVLM takes 'channels_first' only.")
+        if "alpha_background" in options:
+            options["alpha_background"] = as_colour(options["alpha_background"])
         check_size(options["size"])
         mode = options["image_aspect_ratio"]
         if mode not in ASPECT_RATIOS:
@@ -136,19 +148,20 @@ class FastVLMImageProcessorMixin:
             options["image_grid_pinpoints"] = check_pinpoints(pinpoints)
         return options
 
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
+    def fetch_images(self, image_url_or_urls: Any, max_pixels: int | None = None) -> Any:
         """Read what is a path, an address or base64, in lists of any nesting; pass pictures through.
 
         A file keeps its mode and its EXIF orientation, which `process_image` applies. An array of two axes gets a
         third, for the channel. Several are read in parallel.
         """
+        max_pixels = self.max_pixels if max_pixels is None else max_pixels
         if isinstance(image_url_or_urls, list | tuple):
             leaves = list(_leaves(image_url_or_urls))
             to_read = sum(isinstance(leaf, str | os.PathLike) for leaf in leaves)
-            fetched = iter(in_parallel(self.fetch_images, leaves, to_read))
+            fetched = iter(in_parallel(lambda leaf: self.fetch_images(leaf, max_pixels), leaves, to_read))
             return _refilled(image_url_or_urls, fetched)
         if isinstance(image_url_or_urls, str | os.PathLike):
-            return reading.read_image(image_url_or_urls)
+            return reading.read_image(image_url_or_urls, max_pixels)
         if is_valid_image(image_url_or_urls):
             if not isinstance(image_url_or_urls, Image.Image) and image_url_or_urls.ndim == 2:
                 return image_url_or_urls[..., None]
@@ -158,16 +171,18 @@ class FastVLMImageProcessorMixin:
             "a path, an http(s) address, base64 text, or a list of these."
         )
 
-    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
+    def _prepare_images_structure(
+        self, images: Any, expected_ndims: int = 3, max_pixels: int | None = None
+    ) -> list[Any]:
         """Flatten lists of any nesting, and arrays with a batch axis, to a list of pictures."""
-        flat = _flatten(self.fetch_images(images), expected_ndims)
+        flat = _flatten(self.fetch_images(images, max_pixels), expected_ndims)
         if not flat:
             raise ValueError("there are no images to process; leave `images` out for text only.")
         return flat
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[Any]:
         """Prepare each picture by `process_image`; an error says which one it was about."""
-        pictures = self._prepare_images_structure(images, expected_ndims)
+        pictures = self._prepare_images_structure(images, expected_ndims, kwargs.get("max_pixels"))
 
         def prepare(index: int) -> Any:
             try:

@@ -26,6 +26,7 @@ from .images.bounds import check_dimensions
 from .images.decoding import load_pixels, oriented
 from .images.reading import (
     array_to_uint8,
+    blended,
     channel_axis,
     check_float_range,
     check_integer_range,
@@ -73,18 +74,20 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         device: Any = None,
         do_exif_transpose: bool | None = None,
         do_rescale: bool | None = True,
+        alpha_background: tuple[int, int, int] | None = None,
+        max_pixels: int | None = None,
         **kwargs: Any,
     ) -> "torch.Tensor":
         """Return one picture as (channels, height, width) bytes on `device`, of 3 channels if `do_convert_rgb`."""
         if isinstance(image, Image.Image):
-            image = oriented(load_pixels(image), do_exif_transpose)
-            pixels = _from_pil(pil_to_rgb(image) if do_convert_rgb else pil_as_is(image))
+            image = oriented(load_pixels(image, max_pixels=max_pixels), do_exif_transpose)
+            pixels = _from_pil(pil_to_rgb(image, alpha_background) if do_convert_rgb else pil_as_is(image))
             return pixels if device is None else pixels.to(device)
         if image.ndim == 2:
             image, input_data_format = image[None], ChannelDimension.FIRST
         axis = channel_axis(image.shape, input_data_format)
         height, width = image.shape[1:] if axis == 0 else image.shape[:2]
-        check_dimensions(width, height)
+        check_dimensions(width, height, max_pixels=max_pixels)
         is_tensor = is_torch_tensor(image)
         is_float = image.is_floating_point() if is_tensor else np.issubdtype(image.dtype, np.floating)
         check_rescaled(is_float, do_rescale)
@@ -96,6 +99,9 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         if axis == 2:
             pixels = pixels.movedim(-1, 0)
         if do_convert_rgb:
+            if len(pixels) == 4 and alpha_background is not None:
+                colours = torch.tensor(alpha_background, dtype=torch.int32, device=pixels.device)
+                pixels = blended(pixels.to(torch.int32).movedim(0, -1), colours).movedim(-1, 0).to(torch.uint8)
             pixels = pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
         return pixels.contiguous()
 

@@ -33,8 +33,8 @@ __all__ = ["FastVLMImageProcessorPil"]
 class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
     """Turns pictures into FastVLM's `pixel_values` with Pillow, bit for bit as Apple's reference code does.
 
-    A picture is read as RGB (alpha is dropped), made square, resized with bicubic interpolation in 8 bits, divided by
-    255, and normalized with mean 0 and standard deviation 1, which changes nothing.
+    A picture is read as RGB (laid on white where it is transparent), made square, resized with bicubic interpolation in
+    8 bits, divided by 255, and normalized with mean 0 and standard deviation 1, which changes nothing.
 
     A call takes a Pillow image of any mode, an array or tensor, (height, width) or with 1, 3 or 4 channels first or
     last, of integers in 0...255 or floats in 0...1 (which are rounded to 8 bits), a path, an http(s) address, base64,
@@ -51,6 +51,9 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
         image_grid_pinpoints: pairs of width and height, multiples of `size`.
         do_exif_transpose: whether to turn an image as its EXIF orientation says, as Transformers' `load_image` does;
             the reference does not.
+        alpha_background: colour that transparent images are laid on, as numbers from 0 to 255 or a name; None drops
+            alpha and shows what was hidden, as the reference does.
+        max_pixels: most pixels of a file that is read; None for `PIL.Image.MAX_IMAGE_PIXELS`.
         do_resize: False takes pictures as they are; their sides must be multiples of 64.
         do_convert_rgb: False keeps 1, 3 or 4 channels, for encoders that were made for them.
         resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std: as in every image processor.
@@ -83,18 +86,20 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
         input_data_format: str | ChannelDimension | None = None,
         do_exif_transpose: bool | None = None,
         do_rescale: bool | None = True,
+        alpha_background: tuple[int, int, int] | None = None,
+        max_pixels: int | None = None,
         **kwargs: Any,
     ) -> Image.Image:
         """Return one picture as a Pillow image, decoded and checked, in mode RGB if `do_convert_rgb`."""
         if isinstance(image, Image.Image):
-            image = oriented(load_pixels(image), do_exif_transpose)
-            return pil_to_rgb(image) if do_convert_rgb else pil_as_is(image)
+            image = oriented(load_pixels(image, max_pixels=max_pixels), do_exif_transpose)
+            return pil_to_rgb(image, alpha_background) if do_convert_rgb else pil_as_is(image)
         if is_torch_tensor(image):
             image = image.detach().cpu()
             # numpy has no bfloat16
             image = (image.float() if image.is_floating_point() else image).numpy()
         check_rescaled(np.issubdtype(image.dtype, np.floating), do_rescale)
-        return array_to_pil(image, input_data_format, bool(do_convert_rgb))
+        return array_to_pil(image, input_data_format, bool(do_convert_rgb), alpha_background, max_pixels)
 
     def _preprocess(
         self,

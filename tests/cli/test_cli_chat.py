@@ -122,7 +122,7 @@ def test_goes_on_after_an_error_of_a_user(
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch) -> chat._Conversation:
     session = SimpleNamespace(answer=lambda messages, say: SimpleNamespace(text="yes", remark=None))
-    return chat._Conversation(session, None, [Image.new("RGB", (8, 8))], do_exif_transpose=True)
+    return chat._Conversation(session, None, [Image.new("RGB", (8, 8))], reading=None)
 
 
 def test_a_question_that_failed_is_not_part_of_the_conversation(talk: chat._Conversation) -> None:

@@ -19,6 +19,7 @@ from transformers_fastvlm import FastVLMForConditionalGeneration
 from transformers_fastvlm.cli.cli_images import question
 from transformers_fastvlm.cli.options import DtypeName
 from transformers_fastvlm.cli.session import Sampling, Session, _Stream, load
+from transformers_fastvlm.images.read_options import ReadOptions
 
 QUESTION = "Describe the image."
 
@@ -136,7 +137,7 @@ def test_images_are_turned_by_exif(model, tmp_path, ask) -> None:
     from transformers_fastvlm.cli.cli_images import read_pictures
 
     for name, turns in (("turned", True), ("turned", False), ("plain", True)):
-        pictures = read_pictures([str(tmp_path / f"{name}.png")], turns)
+        pictures = read_pictures([str(tmp_path / f"{name}.png")], ReadOptions(do_exif_transpose=turns))
         seen.append(pixels([{"role": "user", "content": question("?", pictures)}]))
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[1], seen[2])
     assert ask(tmp_path / "turned.png", "-p", "?", "-m", model, "--no-exif-transpose")["tokens"]["image"] == 16

@@ -123,8 +123,7 @@ def test_pictures_are_in_the_page_and_small(tmp_path: Path) -> None:
     sources = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', text)
     pictures = [Image.open(io.BytesIO(base64.b64decode(source))) for source in sources]
     assert [picture.size for picture in pictures] == [(640, 160), (30, 20)]
-    red, green, blue = pictures[0].convert("RGB").getpixel((5, 5))  # as the model sees it: alpha is dropped
-    assert red > 240 and green < 15 and blue < 15
+    assert min(pictures[0].convert("RGB").getpixel((5, 5))) > 240  # as the model sees it: on white
     assert ("alt", "picture 2 of 2, t · 0") in page.attributes
 
 

@@ -14,6 +14,7 @@ from transformers_fastvlm import FastVLMImageProcessor, FastVLMImageProcessorPil
 from transformers_fastvlm.cli.cli_images import read_picture
 from transformers_fastvlm.data.image_files import ImageFolder
 from transformers_fastvlm.images.decoding import load_stored, oriented
+from transformers_fastvlm.images.read_options import ReadOptions
 
 ORIENTATION = 0x0112
 TURNED = (*range(2, 9),)
@@ -112,4 +113,4 @@ def test_sizes_of_a_data_set_are_those_after_turning(tmp_path: Path) -> None:
         exif[ORIENTATION] = 8
         Image.new("RGB", (width, height)).save(tmp_path / "a.jpg", exif=exif)
         assert ImageFolder(tmp_path).size_of("a.jpg") == (width, height)
-        assert ImageFolder(tmp_path, do_exif_transpose=False).size_of("a.jpg") == (height, width)
+        assert ImageFolder(tmp_path, reading=ReadOptions(do_exif_transpose=False)).size_of("a.jpg") == (height, width)

@@ -207,6 +207,14 @@ def test_damage_is_a_value_error_with_the_name(name: str, tmp_path: Path) -> Non
             WAYS[way_in](path, DAMAGED[name], True)
 
 
+def error_of(content: bytes) -> ValueError | None:
+    try:
+        read_stored(io.BytesIO(content), "the file it.png")
+    except ValueError as error:
+        return error
+    return None
+
+
 def test_every_cut_and_many_changed_bytes_are_read_or_a_value_error() -> None:
     rng = np.random.default_rng(0)
     for format in FORMATS:
@@ -220,9 +228,8 @@ def test_every_cut_and_many_changed_bytes_are_read_or_a_value_error() -> None:
         for content in cuts:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                with pytest.raises(ValueError, match=r"it\.png"):
-                    read_stored(io.BytesIO(content), "the file it.png")
-                    raise ValueError("it.png was read")
+                error = error_of(content)
+                assert error is None or "it.png" in str(error)
 
 
 # Bounds

@@ -19,6 +19,7 @@ from transformers_fastvlm.data.image_files import ImageFolder
 from transformers_fastvlm.demo.page_images import read_pictures
 from transformers_fastvlm.evaluation.own_data import read_own_data
 from transformers_fastvlm.images.decoding import oriented
+from transformers_fastvlm.images.read_options import ReadOptions
 from transformers_fastvlm.images.reading import read_image
 from transformers_fastvlm.server import request_images as http_images
 from transformers_fastvlm.server.protocol import Picture
@@ -32,7 +33,9 @@ def by_processor(source: Callable[[Path, bytes], Any], kind: Any = FastVLMImageP
     def read(path: Path, content: bytes, turns: bool) -> Any:
         processor = kind(size=64)
         image = processor.fetch_images(source(path, content))
-        pixels = processor.process_image(image, do_convert_rgb=True, do_exif_transpose=turns)
+        pixels = processor.process_image(
+            image, do_convert_rgb=True, do_exif_transpose=turns, alpha_background=(255, 255, 255)
+        )
         return pixels if isinstance(pixels, Image.Image) else np.moveaxis(pixels.numpy(), 0, -1)
 
     return read
@@ -40,7 +43,7 @@ def by_processor(source: Callable[[Path, bytes], Any], kind: Any = FastVLMImageP
 
 def by_engine(path: Path, content: bytes, turns: bool) -> Any:
     """What a tool hands on is not turned once more by the processor."""
-    image = read_picture(str(path), turns)
+    image = read_picture(str(path), ReadOptions(do_exif_transpose=turns))
     return FastVLMImageProcessorPil(size=64).process_image(image, do_convert_rgb=True, do_exif_transpose=True)
 
 
@@ -68,13 +71,13 @@ def by_data(path: Path, content: bytes, turns: bool) -> Any:
 def by_evaluation(path: Path, content: bytes, turns: bool) -> Any:
     rows = path.with_name("questions.jsonl")
     rows.write_text(f'{{"image": "{path.name}", "question": "q", "answer": "a"}}')
-    return read_own_data(rows, "exact", do_exif_transpose=turns).images.open(path.name)
+    return read_own_data(rows, "exact", reading=ReadOptions(do_exif_transpose=turns)).images.open(path.name)
 
 
 def by_standard_input(path: Path, content: bytes, turns: bool) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-        return read_picture("-", turns)
+        return read_picture("-", ReadOptions(do_exif_transpose=turns))
 
 
 def by_demo(path: Path, content: bytes, turns: bool) -> Any:
@@ -84,8 +87,13 @@ def by_demo(path: Path, content: bytes, turns: bool) -> Any:
 
 
 def by_server(path: Path, content: bytes, turns: bool) -> Any:
-    (image,) = http_images.decode([Picture("data:", "messages[0]")], [content], 10**6, turns, lambda: None)
+    options = ReadOptions(do_exif_transpose=turns, max_pixels=10**6)
+    (image,) = http_images.decode([Picture("data:", "messages[0]")], [content], options, lambda: None)
     return image
+
+
+def by_data_bytes(path: Path, content: bytes, turns: bool) -> Any:
+    return ImageFolder(None, reading=ReadOptions(do_exif_transpose=turns)).open({"bytes": content})
 
 
 WAYS: dict[str, Way] = {
@@ -95,14 +103,14 @@ WAYS: dict[str, Way] = {
     "data URI": by_processor(lambda path, content: f"data:image/x;base64,{base64.b64encode(content).decode()}"),
     "torchvision": by_processor(lambda path, content: path, FastVLMImageProcessor),
     "reader": lambda path, content, turns: oriented(read_image(path), turns),
-    "command line": lambda path, content, turns: read_picture(str(path), turns),
+    "command line": lambda path, content, turns: read_picture(str(path), ReadOptions(do_exif_transpose=turns)),
     "command line, then processor": by_engine,
     "standard input": by_standard_input,
     "demo": by_demo,
     "batch": by_batch,
     "batch table": by_table,
     "data": by_data,
-    "data bytes": lambda path, content, turns: ImageFolder(None, do_exif_transpose=turns).open({"bytes": content}),
+    "data bytes": by_data_bytes,
     "evaluation": by_evaluation,
     "server": by_server,
 }

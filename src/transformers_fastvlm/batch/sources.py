@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..data.folders import files_below
+from ..images.read_options import Colour, ReadOptions
 from .requests import PromptTemplate, Request, printable
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class SourceOptions:
         image_folder: where a table's paths begin and stay in; None for the table's own folder.
         every: seconds between a video's frames.
         do_exif_transpose: whether images are turned as their EXIF orientation says, and videos as their files say.
+        alpha_background, max_pixels: how images are read, see `images.read_options.ReadOptions`.
     """
 
     prompt: str
@@ -54,6 +56,19 @@ class SourceOptions:
     image_folder: str | None = None
     every: float = 5.0
     do_exif_transpose: bool = True
+    alpha_background: Colour = "white"
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        self.reading()
+
+    def reading(self) -> ReadOptions:
+        """Return how images are read."""
+        return ReadOptions(
+            do_exif_transpose=self.do_exif_transpose,
+            alpha_background=self.alpha_background,
+            max_pixels=self.max_pixels,
+        )
 
 
 class Source(Protocol):
@@ -149,7 +164,7 @@ class FileSource:
 
                 yield from video_requests(file, self.options)
             else:
-                opened = functools.partial(_open, file, self.options.do_exif_transpose)
+                opened = functools.partial(_open, file, self.options.reading())
                 yield Request(source=printable(file), question=self.options.prompt, picture=opened, file=file)
 
 
@@ -235,13 +250,12 @@ def _in_folder(folder: str) -> tuple[list[str], int]:
     return files, others
 
 
-def _open(file: str, do_exif_transpose: bool) -> "Image":
-    from ..images.decoding import oriented
-    from ..images.reading import read_file
+def _open(file: str, options: ReadOptions) -> "Image":
+    from ..images.reading import as_shown, read_file
 
     if not os.path.isfile(file):
         raise FileNotFoundError(f"the image file {file!r} does not exist any more.")
-    return oriented(read_file(file, f"the image file {file!r}"), do_exif_transpose)
+    return as_shown(read_file(file, f"the image file {file!r}", options.max_pixels), options)
 
 
 def _size_of(file: str) -> int:

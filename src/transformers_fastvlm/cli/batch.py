@@ -81,6 +81,8 @@ def batch(
     top_p: options.TopP = None,
     seed: options.Seed = None,
     do_exif_transpose: options.ExifTranspose = True,
+    alpha_background: options.AlphaBackground = "white",
+    max_pixels: options.MaxPixels = None,
     debug: options.Debug = False,
 ) -> None:
     """Ask the same question about many pictures; write a row for each.
@@ -117,6 +119,8 @@ def batch(
         image_folder=None if image_folder is None else str(image_folder),
         every=every,
         do_exif_transpose=do_exif_transpose,
+        alpha_background=alpha_background,
+        max_pixels=max_pixels,
         system=system,
         sampling=Sampling(
             max_new_tokens=max_new_tokens,

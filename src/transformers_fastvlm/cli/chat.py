@@ -34,6 +34,8 @@ def chat(
     num_beams: options.NumBeams = 1,
     seed: options.Seed = None,
     do_exif_transpose: options.ExifTranspose = True,
+    alpha_background: options.AlphaBackground = "white",
+    max_pixels: options.MaxPixels = None,
     debug: options.Debug = False,
 ) -> None:
     """Talk about pictures, in several turns.
@@ -43,13 +45,15 @@ def chat(
 
     Example: fastvlm chat street.jpg
     """
+    from ..images.read_options import ReadOptions
     from .session import Sampling, load
 
     sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
     sampling.check()
     if STDIN in (images or []):
         raise UserError("chat reads questions from standard input, so a picture cannot come from there. Give a file.")
-    first = read_pictures(images or [], do_exif_transpose)
+    reading = ReadOptions(do_exif_transpose=do_exif_transpose, alpha_background=alpha_background, max_pixels=max_pixels)
+    first = read_pictures(images or [], reading)
     session = load(model, device, dtype, size)
     session.sampling = sampling
     interactive = sys.stdin.isatty()
@@ -57,7 +61,7 @@ def chat(
         reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused, and the chat goes on
     if interactive:
         notice(_HELP)
-    talk = _Conversation(session, system, first, do_exif_transpose)
+    talk = _Conversation(session, system, first, reading)
     while (line := _next_line(interactive)) is not None:
         try:
             if not talk.turn(line):
@@ -91,9 +95,9 @@ def _next_line(interactive: bool) -> str | None:
 class _Conversation:
     """The turns so far, and the pictures that the next question brings."""
 
-    def __init__(self, session: Any, system: str | None, pictures: list[Any], do_exif_transpose: bool) -> None:
+    def __init__(self, session: Any, system: str | None, pictures: list[Any], reading: Any) -> None:
         self.session, self.system, self.first = session, system, pictures
-        self.do_exif_transpose = do_exif_transpose
+        self.reading = reading
         self.clear()
 
     def clear(self) -> None:
@@ -125,7 +129,7 @@ class _Conversation:
         name = name.strip("'\"")
         if not name or name == STDIN:
             raise UserError("/image needs a file or an http(s) address, as in: /image street.jpg")
-        self.pictures.append(read_picture(name, self.do_exif_transpose))
+        self.pictures.append(read_picture(name, self.reading))
         notice(f"picture {len(self.pictures)} of the next question: {name}")
 
     def _ask(self, text: str) -> None:

@@ -13,12 +13,14 @@ from .cli_errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..images.read_options import ReadOptions
+
 __all__ = ["STDIN", "question", "read_picture", "read_pictures"]
 
 STDIN = "-"
 
 
-def read_pictures(names: Sequence[str], do_exif_transpose: bool = True) -> "list[Image]":
+def read_pictures(names: Sequence[str], options: "ReadOptions | None" = None) -> "list[Image]":
     """Read every picture; see `read_picture`.
 
     Raises:
@@ -26,39 +28,41 @@ def read_pictures(names: Sequence[str], do_exif_transpose: bool = True) -> "list
     """
     if list(names).count(STDIN) > 1:
         raise UserError(f"{STDIN!r} is given more than once, but standard input holds one picture. Give files instead.")
-    return [read_picture(name, do_exif_transpose) for name in names]
+    return [read_picture(name, options) for name in names]
 
 
-def read_picture(name: str, do_exif_transpose: bool = True) -> "Image":
+def read_picture(name: str, options: "ReadOptions | None" = None) -> "Image":
     """Return the decoded picture called `name`.
 
     Args:
         name: path, http(s) address, or "-" for standard input.
-        do_exif_transpose: whether to turn it as its EXIF orientation says.
+        options: how it is read; None for the usual.
 
     Raises:
         UserError: there is no such file.
         ValueError, ConnectionError: it is no picture, or cannot be downloaded.
     """
-    from ..images.decoding import oriented
-    from ..images.reading import read_image
+    from ..images.read_options import ReadOptions
+    from ..images.reading import as_shown, read_image
+
+    options = options or ReadOptions()
 
     if name == STDIN:
-        picture = _from_stdin()
+        picture = _from_stdin(options.max_pixels)
     elif not name.startswith(("http://", "https://")) and not os.path.exists(name):
         raise UserError(f"no such file: {name!r}. Expected a picture's path, its http:// or https:// address, or '-'.")
     else:
-        picture = read_image(name)
-    return oriented(picture, do_exif_transpose)
+        picture = read_image(name, options.max_pixels)
+    return as_shown(picture, options)
 
 
-def _from_stdin() -> "Image":
+def _from_stdin(max_pixels: int | None) -> "Image":
     from ..images.decoding import read_stored
 
     content = sys.stdin.buffer.read()
     if not content:
         raise UserError("standard input is empty; expected a picture, as in: fastvlm generate - -p '…' < photo.jpg")
-    return read_stored(io.BytesIO(content), "the picture on standard input")
+    return read_stored(io.BytesIO(content), "the picture on standard input", max_pixels)
 
 
 def question(text: str, pictures: "Sequence[Image]") -> list[dict[str, Any]]:

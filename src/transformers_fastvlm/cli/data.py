@@ -67,6 +67,8 @@ def check(
         bool, typer.Option("--follow-symlinks", help="Allow links that lead out of the image folder.")
     ] = False,
     do_exif_transpose: options.ExifTranspose = True,
+    alpha_background: options.AlphaBackground = "white",
+    max_pixels: options.MaxPixels = None,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -96,6 +98,8 @@ def check(
             name=name,
             follow_symlinks=follow_symlinks,
             do_exif_transpose=do_exif_transpose,
+            alpha_background=alpha_background,
+            max_pixels=max_pixels,
             processor=processor,
             conversation=conversation.value,
             max_length=max_length,

@@ -73,6 +73,8 @@ def evaluate(
     dtype: options.Dtype = options.DtypeName.auto,
     size: options.Size = None,
     do_exif_transpose: options.ExifTranspose = True,
+    alpha_background: options.AlphaBackground = "white",
+    max_pixels: options.MaxPixels = None,
     debug: options.Debug = False,
 ) -> None:
     """Judge a checkpoint by the model card's benchmarks or by your own questions.
@@ -120,6 +122,8 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 limit=limit,
                 do_exif_transpose=do_exif_transpose,
+                alpha_background=alpha_background,
+                max_pixels=max_pixels,
                 engine=engine,
                 engine_options=chosen,
                 batch_size=batch,

@@ -37,6 +37,8 @@ def eval_encoder(
     ] = None,
     size: options.Size = None,
     do_exif_transpose: options.ExifTranspose = True,
+    alpha_background: options.AlphaBackground = "white",
+    max_pixels: options.MaxPixels = None,
     aspect: Annotated[
         str | None, typer.Option(help="pad, or square, which crops the centre. Default: the checkpoint's own.")
     ] = None,
@@ -113,6 +115,8 @@ def eval_encoder(
         device=place,
         dtype=kind,
         do_exif_transpose=do_exif_transpose,
+        alpha_background=alpha_background,
+        max_pixels=max_pixels,
         progress=progress,
     )
     if out is not None:

@@ -45,6 +45,8 @@ def generate(
     num_beams: options.NumBeams = 1,
     seed: options.Seed = None,
     do_exif_transpose: options.ExifTranspose = True,
+    alpha_background: options.AlphaBackground = "white",
+    max_pixels: options.MaxPixels = None,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -55,12 +57,14 @@ def generate(
 
     Example: fastvlm generate street.jpg -p "What number is on the sign?"
     """
+    from ..images.read_options import ReadOptions
     from .session import Sampling, load
 
     names = images or []
     sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
     sampling.check()
-    message = question(prompt, read_pictures(names, do_exif_transpose))
+    reading = ReadOptions(do_exif_transpose=do_exif_transpose, alpha_background=alpha_background, max_pixels=max_pixels)
+    message = question(prompt, read_pictures(names, reading))
     conversation: list[dict[str, Any]] = [{"role": "user", "content": message}]
     if system is not None:
         conversation.insert(0, {"role": "system", "content": system})

@@ -9,6 +9,7 @@ import typer
 from ..engines.base import MAX_TEMPERATURE
 
 __all__ = [
+    "AlphaBackground",
     "AsJson",
     "Debug",
     "Device",
@@ -16,6 +17,7 @@ __all__ = [
     "DtypeName",
     "ExifTranspose",
     "MaxNewTokens",
+    "MaxPixels",
     "Model",
     "ModelArgument",
     "NumBeams",
@@ -52,6 +54,16 @@ def _temperature(value: float) -> float:
     if not 0 <= value <= MAX_TEMPERATURE:  # false for nan as well, which no minimum of an option refuses
         raise typer.BadParameter(f"{value} is not a number from 0 (greedy) to {MAX_TEMPERATURE:g}.")
     return value
+
+
+def _colour(colour: str) -> str:
+    from ..images.read_options import as_colour
+
+    try:
+        as_colour(colour)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return colour
 
 
 def utf8(text: str | None) -> str | None:
@@ -107,6 +119,21 @@ ExifTranspose = Annotated[
         "--exif-transpose/--no-exif-transpose",
         help="Turn images as their EXIF orientation says, as viewers do; or take them as they are stored, as Apple's "
         "code does.",
+    ),
+]
+AlphaBackground = Annotated[
+    str,
+    typer.Option(
+        metavar="COLOUR",
+        callback=_colour,
+        help="Colour that transparent images are laid on, as a name or #rrggbb; or none, which drops the "
+        "transparency and shows what was hidden, as Apple's code does.",
+    ),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Largest image that is read, in pixels. Default: 89 million, against decompression bombs."
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

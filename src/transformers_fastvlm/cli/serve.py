@@ -42,6 +42,7 @@ def serve(
     dtype: options.Dtype = options.DtypeName.auto,
     size: options.Size = None,
     do_exif_transpose: options.ExifTranspose = True,
+    alpha_background: options.AlphaBackground = "white",
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +111,7 @@ def serve(
         client_timeout=client_timeout,
         fetch_timeout=fetch_timeout,
         do_exif_transpose=do_exif_transpose,
+        alpha_background=alpha_background,
     )
     with listen(host, port) as bound:
         session = load(model, device, dtype, size)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..images.read_options import Colour, ReadOptions
 from .collator import FastVLMDataCollator
 from .row_fields import unread_keys
 from .sample_errors import SampleError, shortened
@@ -104,6 +105,8 @@ def check_dataset(
     name: str | None = None,
     follow_symlinks: bool = False,
     do_exif_transpose: bool = True,
+    alpha_background: Colour = "white",
+    max_pixels: int | None = None,
     processor: Any = None,
     conversation: str = "sft",
     max_length: int | None = None,
@@ -114,7 +117,8 @@ def check_dataset(
     """Read every row of a data set and decode every image.
 
     Args:
-        source, image_folder, split, name, follow_symlinks, do_exif_transpose: as in `load`; one source, not a list.
+        source, image_folder, split, name, follow_symlinks, do_exif_transpose, alpha_background, max_pixels: as in
+            `load`; one source, not a list.
         processor: a `FastVLMProcessor`, to count tokens.
         conversation, max_length: of the training run, to find the rows that `FastVLMDataCollator` would refuse or cut.
         limit: read only the first rows.
@@ -132,7 +136,8 @@ def check_dataset(
     collator = None
     if processor is not None:
         collator = FastVLMDataCollator(processor, conversation=conversation, max_length=max_length)
-    part = open_part(source, image_folder, split, name, follow_symlinks, do_exif_transpose)
+    reading = ReadOptions(do_exif_transpose=do_exif_transpose, alpha_background=alpha_background, max_pixels=max_pixels)
+    part = open_part(source, image_folder, split, name, follow_symlinks, reading)
     dataset = SampleDataset([part])
     if not len(dataset) and part.rows.damage is None:
         raise ValueError(f"{source_name(source)} has no rows; expected at least one.")

@@ -16,8 +16,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..images.decoding import load_pixels, load_stored, open_image, oriented, read_stored, stands_on_its_side
-from ..images.reading import open_file, pil_to_rgb
+from ..images.decoding import load_pixels, load_stored, open_image, read_stored, stands_on_its_side
+from ..images.read_options import ReadOptions
+from ..images.reading import as_shown, open_file, pil_to_rgb
 from .folders import is_within
 from .sample_errors import ImageError, SampleError, shortened
 
@@ -35,14 +36,17 @@ class ImageFolder:
     Args:
         folder: where the images are; None where the rows hold the images themselves.
         follow_symlinks: allow links that lead out of the folder. The folder itself may always be one.
-        do_exif_transpose: turn images as their EXIF orientation says; False for their pixels as they are stored.
+        reading: how they are read.
 
     Raises:
         NotADirectoryError: there is no such folder.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str] | None, follow_symlinks: bool = False, do_exif_transpose: bool = True
+        self,
+        folder: str | os.PathLike[str] | None,
+        follow_symlinks: bool = False,
+        reading: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
     ) -> None:
         if folder is not None and not os.path.isdir(folder):
             raise NotADirectoryError(
@@ -50,10 +54,10 @@ class ImageFolder:
             )
         self.folder = None if folder is None else Path(os.path.abspath(folder))
         self._real = None if folder is None else os.path.realpath(folder)
-        self.follow_symlinks, self.do_exif_transpose = follow_symlinks, do_exif_transpose
+        self.follow_symlinks, self.reading = follow_symlinks, reading
 
     def open(self, source: Any) -> Image.Image:
-        """Return an image, decoded, in its own mode. It has no EXIF orientation any more.
+        """Return an image, decoded, in its own mode, or RGB if it was transparent. It has no EXIF orientation any more.
 
         Raises:
             ImageError: it is missing or cannot be decoded.
@@ -61,10 +65,12 @@ class ImageFolder:
         """
         if isinstance(source, Image.Image):
             with _errors():
-                return _checked(oriented(load_pixels(source), self.do_exif_transpose), "the image")
+                return _checked(
+                    as_shown(load_pixels(source, max_pixels=self.reading.max_pixels), self.reading), "the image"
+                )
         file, what = self._file_of(source)
         with _errors(), file:
-            return _checked(oriented(read_stored(file, what), self.do_exif_transpose), what)
+            return _checked(as_shown(read_stored(file, what, self.reading.max_pixels), self.reading), what)
 
     def size_of(self, source: Any) -> tuple[int, int]:
         """Return the height and width that `open` gives, after decoding all of the image, so that any damage shows.
@@ -74,14 +80,14 @@ class ImageFolder:
         if isinstance(source, Image.Image):
             return self.open(source).size[::-1]
         file, what = self._file_of(source)
-        with _errors(), file, open_image(file, what) as image:
+        with _errors(), file, open_image(file, what, self.reading.max_pixels) as image:
             width, height = image.size
             image.draft(None, (max(1, width // 8), max(1, height // 8)))
             drafted = image.size != (width, height)
-            stored = _checked(load_stored(image, what), what)
+            stored = _checked(load_stored(image, what, self.reading.max_pixels), what)
             if not drafted:
                 width, height = stored.size  # what is said of a TIFF file before it is decoded is its upright size
-            turned = self.do_exif_transpose and stands_on_its_side(stored)
+            turned = self.reading.do_exif_transpose and stands_on_its_side(stored)
             return (width, height) if turned else (height, width)
 
     def path_of(self, source: Any) -> str | None:

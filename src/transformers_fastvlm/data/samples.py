@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..images.read_options import Colour, ReadOptions
 from .fingerprints import joined
 from .folders import folder_rows, parquet_rows
 from .image_files import ImageFolder
@@ -186,6 +187,8 @@ def load(
     repeat: int = 1,
     follow_symlinks: bool = False,
     do_exif_transpose: bool = True,
+    alpha_background: Colour = "white",
+    max_pixels: int | None = None,
     num_workers: int = 0,
 ) -> Any:
     """Return the samples of a data set.
@@ -209,7 +212,7 @@ def load(
         limit: only this many rows, the first ones, after what is excluded.
         repeat: each row this many times.
         follow_symlinks: allow links in the image folder, or in a data set folder, that lead out of it.
-        do_exif_transpose: turn images as their EXIF orientation says; False for their pixels as they are stored.
+        do_exif_transpose, alpha_background, max_pixels: how images are read, see `images.read_options.ReadOptions`.
         num_workers: processes that decode images for "skip".
 
     Returns:
@@ -243,20 +246,23 @@ def load(
             "on_bad_image": on_bad_image,
             "follow_symlinks": follow_symlinks,
             "do_exif_transpose": do_exif_transpose,
+            "alpha_background": alpha_background,
+            "max_pixels": max_pixels,
             "num_workers": num_workers,
         }
         entries = [one if isinstance(one, Mapping) else {"source": one} for one in source]
         loaded = [load(**{**shared, **entry}) for entry in entries]
         return sum(loaded[1:], start=loaded[0])
+    reading = ReadOptions(do_exif_transpose=do_exif_transpose, alpha_background=alpha_background, max_pixels=max_pixels)
     if streaming:
         from .streaming import open_stream
 
         if exclude is not None or repeat != 1:
             raise ValueError("exclude and repeat need all rows at once; leave them or streaming out.")
-        images = ImageFolder(image_folder, follow_symlinks, do_exif_transpose)
+        images = ImageFolder(image_folder, follow_symlinks, reading)
         return open_stream(source, split, name, images, on_bad_image == "skip", limit)
 
-    part = open_part(source, image_folder, split, name, follow_symlinks, do_exif_transpose)
+    part = open_part(source, image_folder, split, name, follow_symlinks, reading)
     if part.rows.damage is not None:
         raise part.rows.damage
     dataset = SampleDataset([part])
@@ -317,7 +323,7 @@ def open_part(
     split: str | None,
     name: str | None,
     follow_symlinks: bool,
-    do_exif_transpose: bool = True,
+    reading: ReadOptions,
 ) -> Part:
     """Return the rows of one source and where their images are; see `load`. Rows may be damaged."""
     rows: Rows
@@ -335,7 +341,7 @@ def open_part(
 
         dataset = open_dataset(source, split, name, False, follow_symlinks)
         rows = HubRows(dataset, source_name(source))
-    return Part(rows, ImageFolder(image_folder, follow_symlinks, do_exif_transpose))
+    return Part(rows, ImageFolder(image_folder, follow_symlinks, reading))
 
 
 def _excluded(exclude: Any, num_rows: int) -> np.ndarray:

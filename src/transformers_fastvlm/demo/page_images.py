@@ -9,8 +9,8 @@ from PIL import Image
 
 from ..data.image_files import ImageFolder
 from ..data.sample_errors import SampleError
-from ..images.decoding import oriented
-from ..images.reading import pil_to_rgb, read_image
+from ..images.read_options import WHITE, ReadOptions
+from ..images.reading import as_shown, pil_to_rgb, read_image
 from .answering import UnusableInput
 
 __all__ = ["MAX_PICTURES", "MAX_PIXELS", "MAX_UPLOAD_BYTES", "read_frame", "read_pictures", "save_small"]
@@ -63,7 +63,7 @@ def read_frame(frame: object) -> Image.Image:
     if len(address) > MAX_FRAME_CHARACTERS:
         raise UnusableInput("The camera's pictures are too large. Choose a smaller resolution in its settings.")
     try:
-        picture = oriented(read_image(address), True)
+        picture = as_shown(read_image(address), ReadOptions())
     except ValueError as error:
         raise UnusableInput(f"A picture of the camera cannot be read: {error}") from error
     if picture.width * picture.height > MAX_PIXELS:
@@ -74,7 +74,7 @@ def read_frame(frame: object) -> Image.Image:
 def save_small(picture: Image.Image, folder: Path) -> Path:
     """Write a small copy that any browser can show, whatever the picture's own format, and return its path."""
     try:
-        small = pil_to_rgb(picture).copy()
+        small = pil_to_rgb(picture, WHITE).copy()
     except ValueError as error:
         raise UnusableInput(f"A picture cannot be used: {error}") from error
     small.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))

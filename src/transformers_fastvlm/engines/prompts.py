@@ -8,8 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..images.decoding import load_pixels, oriented
-from ..images.reading import pil_to_rgb
+from ..images.decoding import load_pixels
+from ..images.read_options import ReadOptions
+from ..images.reading import as_shown, pil_to_rgb
 from ..tokens import IMAGE_TOKEN
 from .base import MAX_SEED, MAX_TEMPERATURE, Conversation, Sampling
 
@@ -92,8 +93,12 @@ def tokenizer_options(tokenizer: Any, text: str) -> dict[str, bool]:
 
 def _prompt(processor: Any, conversation: Conversation, context: int | None, max_images: int | None) -> Prompt:
     # Turned here, so that sizes, and with them the numbers of tokens, are those that the image processor sees.
-    turns = getattr(processor.image_processor, "do_exif_transpose", True)
-    images = [image for message in conversation for image in _pictures(message, turns)]
+    own = processor.image_processor
+    options = ReadOptions(
+        do_exif_transpose=getattr(own, "do_exif_transpose", True),
+        alpha_background=getattr(own, "alpha_background", "white"),
+    )
+    images = [image for message in conversation for image in _pictures(message, options)]
     text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
     if not is_utf8(text):
         raise ValueError("the text has bytes that are not UTF-8. Decode it by the encoding that it is in.")
@@ -119,7 +124,7 @@ def _prompt(processor: Any, conversation: Conversation, context: int | None, max
     return Prompt(text, ids, images, tokens)
 
 
-def _pictures(message: dict[str, Any], do_exif_transpose: bool) -> Iterator[Image.Image]:
+def _pictures(message: dict[str, Any], options: ReadOptions) -> Iterator[Image.Image]:
     """Yield the images of a message, decoded and oriented, of which nothing can turn out unusable later.
 
     Raises:
@@ -136,7 +141,7 @@ def _pictures(message: dict[str, Any], do_exif_transpose: bool) -> Iterator[Imag
                 f"a part of a message is {str(part)[:80]!r}; expected type text with text, or type image with a Pillow "
                 "image."
             )
-        picture = oriented(load_pixels(picture), do_exif_transpose)
+        picture = as_shown(load_pixels(picture), options)
         if picture.mode not in _PLAIN_MODES:
             pil_to_rgb(picture)
         yield picture

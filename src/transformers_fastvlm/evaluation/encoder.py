@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import FastViTHDModel, FastVLMImageProcessorPil
 from ..checkpoints.embedded import resolve_model
 from ..data.image_files import ImageFolder
+from ..images.read_options import Colour, ReadOptions, as_colour
 from .bootstrap import CONFIDENCE, RESAMPLES, interval, resampled_means
 from .classifiers import (
     choose_regularisation,
@@ -46,6 +47,8 @@ def judge_encoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     do_exif_transpose: bool = True,
+    alpha_background: Colour = "white",
+    max_pixels: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """Measure how well classes of pictures can be told from an encoder's features.
@@ -68,7 +71,7 @@ def judge_encoder(
             classification alone is judged by all.
         seed: of both divisions and of the bootstrap.
         device, dtype: of the encoder; features are float32.
-        do_exif_transpose: turn images as their EXIF orientation says.
+        do_exif_transpose, alpha_background, max_pixels: how images are read, see `images.read_options.ReadOptions`.
         progress: called with the numbers of pictures encoded and to encode.
 
     Returns:
@@ -106,7 +109,8 @@ def judge_encoder(
         done += pictures
         progress(done, total)
 
-    processor.do_exif_transpose = do_exif_transpose
+    processor.do_exif_transpose, processor.max_pixels = do_exif_transpose, max_pixels
+    processor.alpha_background = as_colour(alpha_background)
     queries, embeddings = encode(encoder, processor, val, batch_size, advance)
     known = encode(encoder, processor, train, batch_size, advance)[0] if learns else torch.empty(0)
     seconds = time.perf_counter() - start
@@ -191,7 +195,14 @@ def encode(
     Raises:
         ValueError: a picture that cannot be read; the message names its file.
     """
-    folder = ImageFolder(images.folder, do_exif_transpose=processor.do_exif_transpose)
+    folder = ImageFolder(
+        images.folder,
+        reading=ReadOptions(
+            do_exif_transpose=processor.do_exif_transpose,
+            alpha_background=processor.alpha_background,
+            max_pixels=processor.max_pixels,
+        ),
+    )
     means: list[Tensor] = []
     pooled: list[Tensor] = []
     for start in range(0, len(images), batch_size):

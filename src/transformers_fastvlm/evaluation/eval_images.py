@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..images.read_options import WHITE
 from ..images.reading import pil_to_rgb
 
 __all__ = ["LARGEST_SIDE", "save_small"]
@@ -21,7 +22,7 @@ def save_small(picture: Image.Image, path: Path) -> None:
         path: of the file; its folder is made. It is there whole or not at all.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    small = pil_to_rgb(picture).copy()
+    small = pil_to_rgb(picture, WHITE).copy()
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     partial = path.with_name(path.name + ".partial")
     small.save(partial, "JPEG", quality=85)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..images.read_options import Colour, ReadOptions
 from .eval_images import save_small
 from .own_data import own_task, read_own_data
 from .results import IMAGES, EvaluationRun, Sample, TaskResult, write_run
@@ -24,6 +25,9 @@ __all__ = ["JOURNAL", "LOG", "EvaluationOptions", "evaluate"]
 JOURNAL, LOG = "journal.jsonl", "harness.log"
 
 _PICTURES_OF_TASK = 200
+
+
+_READING = ("do_exif_transpose", "alpha_background", "max_pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ class EvaluationOptions:
         max_new_tokens: longest answer to `data`, in tokens; tasks have limits of their own.
         limit: take the first rows of each task only; None for all.
         do_exif_transpose: turn the images of `data` as their EXIF orientation says. Tasks do always.
+        alpha_background, max_pixels: likewise how the images of `data` are read, see `images.read_options.ReadOptions`.
         engine: one of `transformers_fastvlm.engines.ENGINES`.
         engine_options: of the engine, such as `dtype`, `device` and `size`.
         batch_size: questions that are answered together; a kill costs one such batch at most.
@@ -55,6 +60,8 @@ class EvaluationOptions:
     max_new_tokens: int = 64
     limit: int | None = None
     do_exif_transpose: bool = True
+    alpha_background: Colour = "white"
+    max_pixels: int | None = None
     engine: str = "transformers"
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 16
@@ -106,8 +113,9 @@ def evaluate(
         tasks = _tasks(options)
         chosen = dict(options.engine_options)
         about = {"engine": options.engine, "versions": _versions(), **chosen}
-        if not options.do_exif_transpose:
-            about["do_exif_transpose"] = False
+        for name in _READING:  # only what is not usual, so that results of before compare
+            if getattr(options, name) != getattr(EvaluationOptions, name):
+                about[name] = getattr(options, name)
         before_loading = time.perf_counter()
         answering = FastVLM(
             model,
@@ -139,7 +147,7 @@ def evaluate(
         "data": None if options.data is None else str(options.data),
         "suffix": options.suffix,
         "limit": options.limit,
-        "do_exif_transpose": options.do_exif_transpose,
+        **{name: getattr(options, name) for name in _READING},
         "batch_size": options.batch_size,
         **chosen,
     }
@@ -180,7 +188,12 @@ def _into_log(path: Path) -> Iterator[None]:
 def _tasks(options: EvaluationOptions) -> dict[str, Any]:
     """Return the tasks with their data, by name."""
     if options.data is not None:
-        data = read_own_data(options.data, options.metric, options.limit, options.do_exif_transpose)
+        data = read_own_data(
+            options.data,
+            options.metric,
+            options.limit,
+            ReadOptions(**{name: getattr(options, name) for name in _READING}),
+        )
         return {data.name: own_task(data, options.metric, options.suffix, options.max_new_tokens)}
     found = expand(options.tasks, options.include)
     return {name: load_task(name, path) for name, path in found.items()}

@@ -19,6 +19,7 @@ from ..data.json_rows import JsonRows
 from ..data.row_fields import images_of, is_absent
 from ..data.rows import Rows
 from ..data.sample_errors import ImageError, SampleError, shortened
+from ..images.read_options import ReadOptions
 from .metrics import check_answers, score
 from .tasks import EXTRA
 
@@ -57,7 +58,10 @@ class OwnData:
 
 
 def read_own_data(
-    path: str | os.PathLike[str], metric: str, limit: int | None = None, do_exif_transpose: bool = True
+    path: str | os.PathLike[str],
+    metric: str,
+    limit: int | None = None,
+    reading: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
 ) -> OwnData:
     """Read questions and check what can be checked before a model is loaded.
 
@@ -68,7 +72,7 @@ def read_own_data(
         path: a .jsonl, .json or .parquet file, or a folder with such files or from `save_to_disk`.
         metric: by which answers are judged; see `METRICS`.
         limit: take the first rows only.
-        do_exif_transpose: turn images as their EXIF orientation says.
+        reading: how images are read.
 
     Raises:
         ValueError: a row has no question, no answer, or names no file; the message says which.
@@ -85,7 +89,7 @@ def read_own_data(
     count = len(rows) if limit is None else min(limit, len(rows))
     if not count:
         raise ValueError(f"{file} has no rows; {_EXPECTED} in each.")
-    images = ImageFolder(folder, do_exif_transpose=do_exif_transpose)
+    images = ImageFolder(folder, reading=reading)
     documents = []
     for number in range(count):
         try:

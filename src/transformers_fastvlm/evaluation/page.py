@@ -19,6 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..data.image_files import ImageFolder
+from ..images.read_options import WHITE
 from ..images.reading import pil_to_rgb
 from .page_parts import SCRIPT, STYLE
 from .results import IMAGES, EvaluationRun, Sample, write_lines
@@ -230,7 +231,7 @@ def _empty(word: str) -> str:
 
 def _embedded(image: Image.Image) -> tuple[str, int, int]:
     """Return a picture, as the model sees its colours, as a data address, and its width and height."""
-    small = pil_to_rgb(image)
+    small = pil_to_rgb(image, WHITE)
     if small is image:
         small = image.copy()
     small.thumbnail((_SIDE, _SIDE))

@@ -6,6 +6,7 @@ refused everywhere. Of an image that moves, or of several pages, the first is ta
 """
 
 import errno
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -188,9 +189,11 @@ def load_pixels(image: Image.Image, what: str = "the image", max_pixels: int | N
         ValueError: it is too large, truncated or damaged.
         OSError, MemoryError: of the machine; see `is_machine_fault`.
     """
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
+        check_dimensions(*image.size, what, sys.maxsize)  # decoded already: the caller has paid for its pixels
+        return image
     check_dimensions(*image.size, what, max_pixels)
-    file = getattr(image, "fp", None)
-    if isinstance(image, ImageFile.ImageFile) and image.tile and file is not None:
+    if (file := image.fp) is not None:
         with _errors_of(what, "cannot be read"):
             seekable = file.seekable()
         if seekable:

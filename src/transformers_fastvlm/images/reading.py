@@ -14,17 +14,22 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 from transformers.image_utils import ChannelDimension
+from transformers.utils import logging
 
 from ..tokens import IMAGE_TOKEN
 from .bounds import check_dimensions
-from .decoding import is_machine_fault, read_stored
+from .decoding import is_machine_fault, oriented, read_stored
+from .read_options import ReadOptions
+
+logger = logging.get_logger(__name__)
 
 CHANNELS = (1, 3, 4)
+_FEW_BITS = 2**12
 DOWNLOAD_TIMEOUT = 30.0
 MAX_DOWNLOAD_BYTES = 2**28
 
@@ -120,17 +125,47 @@ def _download(address: str) -> io.BytesIO:
     return io.BytesIO(content)
 
 
-def pil_to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a Pillow image of any mode to RGB; alpha is dropped, not blended.
+def as_shown(image: Image.Image, options: ReadOptions) -> Image.Image:
+    """Return a decoded image as it is to be seen: turned, and transparent ones laid on the background.
+
+    What comes of it has neither orientation nor transparency, so that nothing treats it a second time.
+    """
+    return opaque(oriented(image, options.do_exif_transpose), options.background)
+
+
+def opaque(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
+    """Return a transparent image in mode RGB, laid on a colour, or with None its colours alone; another as it is."""
+    if not image.has_transparency_data:
+        return image
+    if background is None:
+        return pil_to_rgb(image)
+    if image.mode == "RGBa" or image.mode == "La":  # whose colours were multiplied by alpha
+        image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
+    if image.mode.startswith("I"):  # 16 bits, with one value that is transparent
+        shown = pil_to_rgb(image)
+        alpha = Image.fromarray(np.asarray(image) != image.info["transparency"]).convert("L")
+    else:
+        shown = image.convert("RGBA")
+        alpha = shown.getchannel("A")
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(shown, mask=alpha)
+    return canvas
+
+
+def pil_to_rgb(image: Image.Image, alpha_background: tuple[int, int, int] | None = None) -> Image.Image:
+    """Convert a Pillow image of any mode to RGB; a transparent one is laid on a colour, or with None alpha is dropped.
 
     Modes of more than 8 bits, which Pillow would clip to white, are scaled (16-bit), need values in 0...255 (mode I)
     or in 0...1 (mode F).
     """
     mode = image.mode
+    if alpha_background is not None and image.has_transparency_data:
+        return opaque(image, alpha_background)
     if mode == "RGB":
         return image
     if mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.uint32)
+        _warn_of_darkness(int(wide.max(initial=0)))
         return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if mode in ("I", "F"):
         return Image.fromarray(array_to_uint8(np.asarray(image))).convert("RGB")
@@ -144,6 +179,27 @@ def pil_to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except ValueError as error:
         raise ValueError(f"a Pillow image of mode {mode!r} cannot be converted to RGB: {error}.") from error
+
+
+def _warn_of_darkness(greatest: int) -> None:
+    """Say that 16 bits hold values of a camera's 12 or fewer; they come out nearly black, and may be meant so."""
+    if 0 < greatest < _FEW_BITS:
+        logger.warning_once(
+            f"A 16-bit image has no value above {_FEW_BITS - 1}, as from a camera of 12 bits, and is nearly black. If "
+            "that is not meant, stretch it first: Image.fromarray(np.asarray(image) * 16)."
+        )
+
+
+def blended(pixels: Any, background: Any) -> Any:
+    """Return an array or tensor of (height, width, 4) laid on a colour, rounded as Pillow does.
+
+    Args:
+        pixels: integers of 32 bits.
+        background: red, green and blue, of the same kind.
+    """
+    alpha = pixels[..., 3:]
+    mixed = pixels[..., :3] * alpha + background * (255 - alpha) + 128
+    return ((mixed >> 8) + mixed) >> 8
 
 
 def pil_as_is(image: Image.Image) -> Image.Image:
@@ -232,22 +288,34 @@ def array_to_uint8(array: np.ndarray) -> np.ndarray:
     raise ValueError(f"an image array has dtype {array.dtype}; expected integers in 0...255 or floats in 0...1.")
 
 
-def array_to_pil(array: np.ndarray, input_data_format: str | ChannelDimension | None, convert_rgb: bool) -> Image.Image:
+def array_to_pil(
+    array: np.ndarray,
+    input_data_format: str | ChannelDimension | None,
+    convert_rgb: bool,
+    alpha_background: tuple[int, int, int] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
     """Return an array of 1, 3 or 4 channels as a Pillow image.
 
     Args:
         array: (height, width), (height, width, channels) or (channels, height, width); see `array_to_uint8` for values.
         input_data_format: which axis has the channels, needed only where the shape leaves it open.
-        convert_rgb: gray is repeated and alpha dropped; otherwise the mode is L, RGB or RGBX.
+        convert_rgb: gray is repeated and alpha goes; otherwise the mode is L, RGB or RGBX.
+        alpha_background: what an image with alpha is laid on; None drops alpha.
     """
     if array.ndim == 2:
         array, input_data_format = array[..., None], ChannelDimension.LAST
     if channel_axis(array.shape, input_data_format) == 0:
         array = np.moveaxis(array, 0, -1)
     height, width, channels = array.shape
-    check_dimensions(width, height)
+    check_dimensions(width, height, max_pixels=max_pixels)
     if convert_rgb and channels == 4:
-        array = array[..., :3]
+        if alpha_background is None:
+            array = array[..., :3]
+        else:
+            array = blended(array_to_uint8(array).astype(np.int32), np.array(alpha_background, np.int32)).astype(
+                np.uint8
+            )
         channels = 3
     pixels = np.ascontiguousarray(array_to_uint8(array))
     image = Image.frombytes({1: "L", 3: "RGB", 4: "RGBX"}[channels], (width, height), pixels.tobytes())

@@ -130,9 +130,7 @@ class Preparation:
         texts = [part["text"] for message in request.messages for part in message["content"] if "text" in part]
         self._check_texts(texts)
         data = [content or data_of(picture) for picture, content in zip(request.pictures, contents, strict=True)]
-        images = iter(
-            decode(request.pictures, data, self.settings.max_pixels, self.settings.do_exif_transpose, work.check)
-        )
+        images = iter(decode(request.pictures, data, self.settings.reading(), work.check))
         conversation = [
             {
                 "role": message["role"],

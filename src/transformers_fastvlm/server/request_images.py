@@ -13,8 +13,9 @@ from typing import Any
 from PIL import Image
 
 from ..images.bounds import TooManyPixels
-from ..images.decoding import load_stored, open_image, oriented
-from ..images.reading import pil_to_rgb
+from ..images.decoding import load_stored, open_image
+from ..images.read_options import ReadOptions
+from ..images.reading import as_shown, pil_to_rgb
 from .api_errors import ApiError
 from .protocol import Picture
 
@@ -80,39 +81,38 @@ def _from_base64(text: bytes) -> bytes:
 def decode(
     pictures: Sequence[Picture],
     contents: Sequence[bytes],
-    max_pixels: int,
-    do_exif_transpose: bool,
+    options: ReadOptions,
     check: Callable[[], None],
 ) -> list[Any]:
     """Return the decoded pictures of a request.
 
     Args:
         pictures, contents: where each comes from, and its bytes.
-        max_pixels: of all together; checked before the first is decoded.
-        do_exif_transpose: whether to turn them as their EXIF orientation says.
+        options: how they are read. `max_pixels` is of all together; it is checked before the first is decoded.
         check: called before each is decoded; raises where the work is to end.
 
     Raises:
         ApiError: not a picture, damaged, moving, or too many pixels.
     """
-    opened = [_open(picture, content, max_pixels) for picture, content in zip(pictures, contents, strict=True)]
+    opened = [_open(picture, content, options.max_pixels) for picture, content in zip(pictures, contents, strict=True)]
     pixels = sum(image.width * image.height for image in opened)
-    if pixels > max_pixels:
+    if options.max_pixels is not None and pixels > options.max_pixels:
         sizes = ", ".join(f"{image.width}x{image.height}" for image in opened)
         raise ApiError(
             400,
-            f"The pictures ({sizes}) have {pixels} pixels; this server takes {max_pixels} in a request. Shrink them.",
+            f"The pictures ({sizes}) have {pixels} pixels; this server takes {options.max_pixels} in a request. "
+            "Shrink them.",
             param="messages",
             code="image_too_large",
         )
     loaded = []
     for picture, image in zip(pictures, opened, strict=True):
         check()
-        loaded.append(_load(picture, image, max_pixels, do_exif_transpose))
+        loaded.append(_load(picture, image, options))
     return loaded
 
 
-def _open(picture: Picture, content: bytes, max_pixels: int) -> Image.Image:
+def _open(picture: Picture, content: bytes, max_pixels: int | None) -> Image.Image:
     """Read a picture's head."""
     try:
         return open_image(io.BytesIO(content), "the picture", max_pixels)
@@ -123,10 +123,10 @@ def _open(picture: Picture, content: bytes, max_pixels: int) -> Image.Image:
         raise refused(picture, str(error)) from error
 
 
-def _load(picture: Picture, image: Image.Image, max_pixels: int, do_exif_transpose: bool) -> Image.Image:
+def _load(picture: Picture, image: Image.Image, options: ReadOptions) -> Image.Image:
     try:
         with image:
             # A copy of the pixels alone: an opened picture would keep its file in memory beside them.
-            return pil_to_rgb(oriented(load_stored(image, "the picture", max_pixels), do_exif_transpose))
+            return pil_to_rgb(as_shown(load_stored(image, "the picture", options.max_pixels), options))
     except ValueError as error:
         raise refused(picture, str(error)) from error

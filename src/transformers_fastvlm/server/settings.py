@@ -5,6 +5,8 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
+from ..images.read_options import Colour, ReadOptions
+
 __all__ = ["Settings", "image_host"]
 
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
@@ -63,6 +65,7 @@ class Settings:
         client_timeout: seconds that a client has for sending its request, and for taking each piece of the answer.
         fetch_timeout: seconds for fetching one picture.
         do_exif_transpose: whether pictures are turned as their EXIF orientation says.
+        alpha_background: colour that transparent pictures are laid on; None or "none" drops their transparency.
 
     Raises:
         ValueError: a number below 1 (`queue`: below 0), an empty name or key, an address in place of a host.
@@ -81,6 +84,7 @@ class Settings:
     client_timeout: float = 60.0
     fetch_timeout: float = 10.0
     do_exif_transpose: bool = True
+    alpha_background: Colour = "white"
 
     def __post_init__(self) -> None:
         for name in (
@@ -101,6 +105,7 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0.")
         for host in self.image_hosts:
             image_host(host)
+        self.reading()
         if not self.name:
             raise ValueError("name is empty; expected what clients are to call the model.")
         if self.api_key is not None:
@@ -116,3 +121,11 @@ class Settings:
     def max_requests(self) -> int:
         """Requests that are in the server at once: being read, waiting and being answered."""
         return self.batch_size + self.queue
+
+    def reading(self) -> ReadOptions:
+        """Return how pictures are read."""
+        return ReadOptions(
+            do_exif_transpose=self.do_exif_transpose,
+            alpha_background=self.alpha_background,
+            max_pixels=self.max_pixels,
+        )

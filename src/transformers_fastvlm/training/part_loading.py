@@ -124,6 +124,8 @@ def _rows(section: DataSection, source: Any, options: Mapping[str, Any]) -> Any:
         "image_folder": section.image_folder,
         "on_bad_image": section.on_bad_image,
         "do_exif_transpose": section.do_exif_transpose,
+        "alpha_background": section.alpha_background,
+        "max_pixels": section.max_pixels,
     }
     if section.streaming:
         shared["streaming"] = True

@@ -80,6 +80,8 @@ class DataSection:
         max_length: most tokens of a row, those of images included; None for no limit.
         on_bad_image: "error", or "skip", which leaves the row out and counts it.
         do_exif_transpose: turn images as their EXIF orientation says; false for their pixels as they are stored.
+        alpha_background: colour that transparent images are laid on, or "none" to drop their transparency.
+        max_pixels: most pixels of an image; None for Pillow's limit.
         streaming: read the source as it is needed; needs `arguments.max_steps`.
         group: batches of rows of like length and kind, so that less is padding.
     """
@@ -94,6 +96,8 @@ class DataSection:
     max_length: int | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     do_exif_transpose: bool = True
+    alpha_background: str = "white"
+    max_pixels: int | None = None
     streaming: bool = False
     group: bool = False
 
