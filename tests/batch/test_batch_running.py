@@ -129,7 +129,7 @@ def test_errors_stop_nothing(run, engine, photos, tmp_path) -> None:
     rows.append({"image": "../out.jsonl", "q": "x"})
     (photos / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = run(photos / "rows.jsonl", photos)
-    assert (report.rows, report.errors, report.left_out) == (8 + 9, 4 + 3, 1)
+    assert (report.rows, report.errors, report.left_out) == (8 + 9, 4 + 3, {".jsonl": 1})
     report = run(photos / "rows.jsonl", prompt="Now {q}?", output="filled.jsonl")
     errors = [row["error"] for row in rows_of(tmp_path / "filled.jsonl")]
     messages = [
@@ -377,3 +377,19 @@ def test_pictures_that_changed_are_noticed(run, engine, photos, tmp_path, kind: 
         ):
             run(source)
         assert (tmp_path / "out.jsonl.journal").exists()
+
+
+def test_images_that_move_are_counted_over_a_resumed_run(run, engine, photos, tmp_path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    clear = [Image.new("RGBA", (8, 8), (value, 0, 0, 9)) for value in (9, 99)]
+    folder = tmp_path / "moving"
+    folder.mkdir()
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:])
+    clear[0].save(folder / "b.png", save_all=True, append_images=clear[1:])
+    frames[0].save(folder / "c.webp", save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "d.tif", save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "e.gif")
+    frames[0].save(folder / "f.tif")
+    report = run(folder)
+    assert (report.rows, report.errors, report.first_only) == (6, 0, 4)
+    assert all("first_of_several" not in row for row in rows_of(report.output))

@@ -14,6 +14,7 @@ from transformers_fastvlm.batch.batch_run import plan
 from transformers_fastvlm.batch.requests import PromptTemplate, Request, conversation_about
 from transformers_fastvlm.batch.sources import find_sources
 from transformers_fastvlm.data.fingerprints import fingerprint
+from transformers_fastvlm.images.formats import image_formats
 
 PROMPT = "What is it?"
 
@@ -65,7 +66,28 @@ def test_folders_files_and_patterns_in_order(folder: Path, monkeypatch: pytest.M
     assert [request.source for request in requests_of("**/*.*p")] == ["sub/c.webp", "sub/deep/d e.bmp"]
     assert {request.question for request in requests_of(".")} == {PROMPT}
     found = find_sources([".", "sub"], SourceOptions(prompt=PROMPT))
-    assert (found.left_out, found.rows(), found.only_videos(), found.videos()) == (3, 6, False, [])
+    assert sum(found.left_out.values()) == 3
+    assert (found.rows(), found.only_videos(), found.videos()) == (6, False, [])
+
+
+def test_what_macos_keeps_beside_files_is_passed_over(folder: Path) -> None:
+    before = [request.source for request in requests_of(folder)]
+    (folder / "__MACOSX" / "sub").mkdir(parents=True)
+    for name in ("._b.png", "__MACOSX/b.png", "__MACOSX/sub/._b.png", "sub/._c.webp"):
+        (folder / name).write_bytes(b"\x00\x05\x16\x07" + bytes(100))
+    assert [request.source for request in requests_of(folder)] == before
+
+
+@pytest.mark.skipif("HEIF" in image_formats(), reason="pillow-heif is installed")
+def test_left_out_files_are_counted_by_suffix_with_what_to_install(folder: Path, tmp_path: Path) -> None:
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "sub/a.heif", "weights.h5"):
+        (folder / name).write_bytes(bytes(9))
+    found = find_sources([str(folder)], SourceOptions(prompt=PROMPT))
+    assert {".heic": 2, ".heif": 1, ".h5": 1}.items() <= found.left_out.items()
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "a.HEIC").write_bytes(bytes(9))
+    with pytest.raises(ValueError, match=r"no picture and no video \(1 \.heic: pip install pillow-heif reads HEIC\)"):
+        find_sources([str(tmp_path / "phone")], SourceOptions(prompt=PROMPT))
 
 
 def test_a_file_goes_before_a_pattern(folder: Path) -> None:
@@ -136,7 +158,7 @@ def test_fingerprint_of_a_large_file(tmp_path: Path) -> None:
         ([], PROMPT, "no input is given"),
         (["gone.png"], PROMPT, r"no such file or folder: '.*gone\.png'"),
         (["*.gif"], PROMPT, r"no file matches '.*\*\.gif'"),
-        (["empty"], PROMPT, r"the folder '.*empty' has no picture and no video \(0 other files\)"),
+        (["empty"], PROMPT, r"the folder '.*empty' has no picture and no video \(no other files\)"),
         (["b.png"], "What is {thing}?", r"has \{thing\}, but '.*b\.png' is not a table.*Write \{\{thing\}\}"),
         (["rows.csv"], "What is {thing}?", r"rows\.csv has no column 'thing'; it has 'image', 'name'"),
         (["twice.csv"], PROMPT, r"twice\.csv has several columns 'image'"),

@@ -24,9 +24,10 @@ from transformers_fastvlm.batch.batch_run import _opened
 from transformers_fastvlm.batch.sources import SourceOptions, find_sources
 from transformers_fastvlm.data.image_files import ImageFolder
 from transformers_fastvlm.data.sample_errors import ImageError
+from transformers_fastvlm.images import reading
 from transformers_fastvlm.images.decoding import is_machine_fault, load_pixels, read_stored
 from transformers_fastvlm.images.formats import FORMATS, image_formats, image_suffixes
-from transformers_fastvlm.images.reading import read_image
+from transformers_fastvlm.images.reading import pil_to_rgb, read_image
 
 SOURCE = Path(__file__).parents[2] / "src" / "transformers_fastvlm"
 
@@ -311,6 +312,35 @@ def test_the_limit_of_pixels_can_be_raised_for_one_image(tmp_path: Path) -> None
         read_stored(io.BytesIO(saved("PNG")), "it", max_pixels=1000)
 
 
+# Values
+
+
+def test_gray_values_of_sixteen_bits_are_the_same_in_every_format(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    files = {"PNG": saved("PNG", Image.fromarray(ramp)), "TIFF": saved("TIFF", Image.fromarray(ramp))}
+    files["PPM"] = b"P5\n64 64\n65535\n" + ramp.astype(">u2").tobytes()
+    expected = np.rint(ramp / 257).astype(np.uint8)
+    for format, content in files.items():
+        path = tmp_path / f"a.{format.lower()}"
+        path.write_bytes(content)
+        for name, way in WAYS.items():
+            found = way(path, content, True)
+            found = pil_to_rgb(found) if isinstance(found, Image.Image) else found
+            assert np.array_equal(np.asarray(found)[..., 0], expected), (format, name)
+        with Image.open(path) as image:  # the caller's own
+            assert np.array_equal(np.asarray(pil_to_rgb(load_pixels(image)))[..., 0], expected)
+
+
+def test_twelve_bits_in_sixteen_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(reading.logger, "warning_once", said.append)
+    for greatest, warned in ((4095, True), (4096, False), (0, False)):
+        said.clear()
+        pil_to_rgb(Image.fromarray(np.full((8, 8), greatest, np.uint16)))
+        assert bool(said) is warned
+        assert not said or "12 bits" in said[0]
+
+
 # The machine
 
 
@@ -340,9 +370,9 @@ def test_no_memory_for_an_image_ends_a_run() -> None:
         from PIL import Image
         from transformers_fastvlm.data.image_files import ImageFolder
         file = io.BytesIO()
-        Image.new("RGB", (9000, 9000)).save(file, "PNG")
+        Image.new("L", (9000, 9000)).save(file, "PNG")
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, -1))
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, -1))
         try:
             ImageFolder(None).open({"bytes": file.getvalue()})
         except MemoryError:
@@ -350,7 +380,7 @@ def test_no_memory_for_an_image_ends_a_run() -> None:
     """
     if not Path("/proc/self/statm").exists():
         pytest.skip("limits of memory are Linux's")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert done.stdout == "MemoryError\n", done.stderr
 
 

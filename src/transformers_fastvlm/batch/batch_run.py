@@ -3,7 +3,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,7 +14,7 @@ from ..checkpoints.embedded import resolve_model
 from ..data.fingerprints import fingerprint
 from ..data.sample_errors import shortened
 from ..engines.base import Answer, Conversation, Engine, Sampling
-from ..images.decoding import is_machine_fault
+from ..images.decoding import FIRST_OF_SEVERAL, is_machine_fault
 from .batch_journal import Journal, JournalError
 from .outputs import require_format, state_of, write_rows, write_subtitles
 from .requests import Request, conversation_about, printable, reason_of
@@ -85,7 +85,8 @@ class Report:
         resumed_rows: how many of them an earlier process had done.
         errors: rows without an answer.
         cut: answers that ended at `max_new_tokens`.
-        left_out: files in folders that are neither pictures nor videos.
+        left_out: numbers of files in folders that are neither images that can be read nor videos, by suffix.
+        first_only: answers about the first frame or page of an image that has several.
         examples: source and error of the first rows without an answer, 20 at most.
         subtitles: files that were written beside the output.
     """
@@ -95,7 +96,8 @@ class Report:
     resumed_rows: int
     errors: int
     cut: int
-    left_out: int
+    left_out: Mapping[str, int]
+    first_only: int
     examples: tuple[tuple[str, str], ...]
     subtitles: tuple[Path, ...]
 
@@ -323,7 +325,11 @@ def _answer(
         sampling = dataclasses.replace(sampling, seed=sampling.seed + number)
     answers, refused = _generate(engine, conversations, sampling)
     errors |= refused
-    return [_row(index, request, answers.get(index), errors.get(index)) for index, request in batch]
+    rows = [_row(index, request, answers.get(index), errors.get(index)) for index, request in batch]
+    for row, picture in zip(rows, opened, strict=True):
+        if row["error"] is None and FIRST_OF_SEVERAL in getattr(picture, "info", ()):
+            row[FIRST_OF_SEVERAL] = True  # in the journal alone
+    return rows
 
 
 def _generate(
@@ -388,7 +394,7 @@ def _subtitle_files(found: Inputs, output: Path, folder: str | os.PathLike[str] 
 
 def _write(output: Path, journal: Journal, options: BatchOptions, subtitles: dict[str, Path]) -> Report:
     """Write what the journal holds to the output and the subtitles."""
-    counts = {"rows": 0, "errors": 0, "cut": 0}
+    counts = {"rows": 0, "errors": 0, "cut": 0, "first_only": 0}
     replaces = journal.replaces or {}
     examples: list[tuple[str, str]] = []
     captions: dict[str, list[dict[str, Any]]] = {name: [] for name in subtitles}
@@ -397,6 +403,7 @@ def _write(output: Path, journal: Journal, options: BatchOptions, subtitles: dic
         for row in journal.in_order():
             counts["rows"] += 1
             counts["cut"] += row["finish_reason"] == "length"
+            counts["first_only"] += row.pop(FIRST_OF_SEVERAL, False)
             if row["error"] is not None:
                 counts["errors"] += 1
                 if len(examples) < 20:
@@ -417,7 +424,7 @@ def _write(output: Path, journal: Journal, options: BatchOptions, subtitles: dic
         output=output,
         **counts,
         resumed_rows=0,
-        left_out=0,
+        left_out={},
         examples=tuple(examples),
         subtitles=tuple(path for path in subtitles.values() if path != output),
     )

@@ -6,11 +6,12 @@ import glob
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..data.folders import files_below
+from ..data.folders import files_below, is_of_macos
 from ..images.read_options import Colour, ReadOptions
 from .requests import PromptTemplate, Request, printable
 
@@ -96,11 +97,11 @@ class Inputs:
 
     Attributes:
         sources: in the user's order.
-        left_out: files in folders that are neither pictures nor videos.
+        left_out: numbers of files in folders that are neither images that can be read nor videos, by suffix.
     """
 
     sources: tuple[Source, ...]
-    left_out: int
+    left_out: Mapping[str, int]
 
     def __iter__(self) -> Iterator[Request]:
         for source in self.sources:
@@ -187,13 +188,13 @@ def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
     if not 0 < options.every < math.inf:
         raise ValueError(f"every is {options.every}; expected seconds above 0.")
     sources: list[Source] = []
-    left_out = 0
+    left_out: Counter[str] = Counter()
     for name in inputs:
         if os.path.isdir(name):
             files, others = _in_folder(name)
             left_out += others
             if not files:
-                raise ValueError(f"the folder {name!r} has no picture and no video ({others} other files).")
+                raise ValueError(f"the folder {name!r} has no picture and no video ({_listed(others)}).")
             sources.append(FileSource(name, files, options))
         elif not os.path.lexists(name) and glob.has_magic(name):
             files = sorted(file for file in glob.iglob(name, recursive=True) if os.path.isfile(file))
@@ -232,22 +233,32 @@ def is_video(file: str) -> bool:
     return file.lower().endswith(VIDEOS)
 
 
-def _in_folder(folder: str) -> tuple[list[str], int]:
-    """Return the pictures and videos in a folder and all below it, in order, and the number of other files.
+def _in_folder(folder: str) -> tuple[list[str], Counter[str]]:
+    """Return the images and videos in a folder and all below it, in order, and the numbers of other files by suffix.
 
-    Linked folders are entered too, each folder once.
+    Linked folders are entered too, each folder once. What macOS keeps beside files is passed over.
     """
     from ..images.formats import image_suffixes
 
     suffixes = (*image_suffixes(), *VIDEOS)
     files: list[str] = []
-    others = 0
+    others: Counter[str] = Counter()
     for file in files_below(folder):
+        if is_of_macos(os.path.relpath(file, folder)):
+            continue
         if file.lower().endswith(suffixes):
             files.append(file)
         else:
-            others += 1
+            others[os.path.splitext(file)[1].lower() or "no suffix"] += 1
     return files, others
+
+
+def _listed(others: Counter[str]) -> str:
+    """Return numbers of files by suffix as text, with what to install for them."""
+    from ..images.formats import advice_about
+
+    shown = ", ".join(f"{number:,} {suffix}" for suffix, number in others.most_common(5)) or "no other files"
+    return shown + advice_about(others)
 
 
 def _open(file: str, options: ReadOptions) -> "Image":

@@ -144,8 +144,11 @@ def batch(
     except KeyboardInterrupt:
         notice("fastvlm: stopped before the first row.")
         raise typer.Exit(stopping.code) from None
-    _tell(report)
-    if report.errors:
+    from ..images.formats import advice_about
+
+    advice = advice_about(report.left_out)
+    _tell(report, advice)
+    if report.errors or advice:  # images without an answer, either way
         raise typer.Exit(FAILURE)
 
 
@@ -197,7 +200,7 @@ class _Progress:
         self._bar.update(self._task, completed=done, total=None if total is None else max(done, total))
 
 
-def _tell(report: "Report", say: Callable[[str], None] = notice) -> None:
+def _tell(report: "Report", advice: str = "", say: Callable[[str], None] = notice) -> None:
     """Print what was written and what could not be answered."""
     details = []
     if report.resumed_rows:
@@ -208,7 +211,11 @@ def _tell(report: "Report", say: Callable[[str], None] = notice) -> None:
     for path in report.subtitles:
         say(f"captions in {path}")
     if report.left_out:
-        say(f"{report.left_out:,} files in the folders are neither pictures nor videos and were left out")
+        kinds = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(report.left_out.items()))
+        number = sum(report.left_out.values())
+        say(f"{number:,} files in the folders are no images that can be read and no videos, left out: {kinds}{advice}")
+    if report.first_only:
+        say(f"{report.first_only:,} images move or have several pages; the first was asked about")
     if report.errors:
         say(f"fastvlm: {report.errors:,} rows have no answer, but an error:")
         for place, error in report.examples:

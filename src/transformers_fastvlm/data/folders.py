@@ -20,7 +20,16 @@ from .json_rows import JsonRows
 from .rows import HubRows, JoinedRows, Rows
 from .sample_errors import shortened
 
-__all__ = ["ALL_SPLITS", "arrow_datasets", "files_below", "folder_rows", "is_within", "package", "parquet_rows"]
+__all__ = [
+    "ALL_SPLITS",
+    "arrow_datasets",
+    "files_below",
+    "folder_rows",
+    "is_of_macos",
+    "is_within",
+    "package",
+    "parquet_rows",
+]
 
 ALL_SPLITS = "*"
 """In place of a split: the rows of all files."""
@@ -93,6 +102,11 @@ def parquet_rows(files: Sequence[str], name: str) -> Rows:
         return HubRows(opened[0] if len(opened) == 1 else package(name).concatenate_datasets(opened), name, files)
     rows: list[Rows] = [HubRows(one, file, [file]) for one, file in zip(opened, files, strict=True)]
     return rows[0] if len(rows) == 1 else JoinedRows(rows)
+
+
+def is_of_macos(name: str) -> bool:
+    """Return whether a file, named relative to its folder, is what macOS keeps beside others: ._NAME, __MACOSX/."""
+    return os.path.basename(name).startswith("._") or "__MACOSX" in name.split(os.sep)
 
 
 def files_below(folder: str, follow_links: bool = True) -> Iterator[str]:

@@ -19,6 +19,7 @@ from .bounds import check_dimensions, check_file
 from .formats import describe, image_formats
 
 __all__ = [
+    "FIRST_OF_SEVERAL",
     "is_machine_fault",
     "load_pixels",
     "load_stored",
@@ -44,6 +45,10 @@ _QUARTER_TURNS = (5, 6, 7, 8)
 
 _MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, getattr(errno, "ESTALE", errno.EIO))
 _HEAD = 4096
+
+FIRST_OF_SEVERAL = "first_of_several"
+"""Key in `info` of an image that was read, if it is the first frame or page of several."""
+
 _DAMAGED_TAGS = ("Truncated", "Skipping tag", "offset too large")
 
 
@@ -160,7 +165,18 @@ def open_image(file: Any, what: str, max_pixels: int | None = None) -> Image.Ima
     check_dimensions(*image.size, what, max_pixels)
     if image.format == "TIFF" and (said := [text for text in warned if any(part in text for part in _DAMAGED_TAGS)]):
         raise ValueError(f"{what} is damaged: {' '.join(said[0].split())}.")
+    if _has_several(image):
+        image.info[FIRST_OF_SEVERAL] = True
     return image
+
+
+def _has_several(image: Image.Image) -> bool:
+    """Return whether an image moves or has several pages; the further images in a JPEG of a phone do not count."""
+    try:
+        with quiet():
+            return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception:  # GIF looks for the second frame, whose damage does not matter here
+        return False
 
 
 def _opened(file: Any, head: bytes) -> Image.Image | None:

@@ -3,10 +3,11 @@
 
 import functools
 import importlib.util
+from collections.abc import Iterable
 
 from PIL import Image
 
-__all__ = ["describe", "image_formats", "image_suffixes"]
+__all__ = ["advice_about", "describe", "image_formats", "image_suffixes"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
 """What Pillow decodes by itself, in Pillow's names.
@@ -80,9 +81,17 @@ def image_suffixes() -> tuple[str, ...]:
     return (*known, ".mpo")
 
 
+def advice_about(suffixes: Iterable[str]) -> str:
+    """Return what to install for files of these suffixes, after a colon; nothing where that would not help."""
+    needs_heif = any(suffix in HEIF_SUFFIXES for suffix in suffixes) and "HEIF" not in image_formats()
+    return ": pip install pillow-heif reads HEIC" if needs_heif else ""
+
+
 def describe(head: bytes) -> str | None:
     """Return what a file is that is not of the formats above, by its first bytes, and what to do; None if unknown."""
     if head[4:8] == b"ftyp":
+        if head[8:12] in _HEIF_BRANDS and "HEIF" in image_formats():
+            return "is a damaged HEIC (HEIF) image."
         if head[8:12] in _HEIF_BRANDS:
             return "is a HEIC (HEIF) image. Install what reads it: pip install pillow-heif"
         if head[8:12] in (b"avif", b"avis"):

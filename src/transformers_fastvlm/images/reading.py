@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from ..tokens import IMAGE_TOKEN
 from .bounds import check_dimensions
-from .decoding import is_machine_fault, oriented, read_stored
+from .decoding import FIRST_OF_SEVERAL, is_machine_fault, oriented, read_stored
 from .read_options import ReadOptions
 
 logger = logging.get_logger(__name__)
@@ -130,7 +130,10 @@ def as_shown(image: Image.Image, options: ReadOptions) -> Image.Image:
 
     What comes of it has neither orientation nor transparency, so that nothing treats it a second time.
     """
-    return opaque(oriented(image, options.do_exif_transpose), options.background)
+    shown = opaque(oriented(image, options.do_exif_transpose), options.background)
+    if FIRST_OF_SEVERAL in image.info and shown is not image:
+        shown.info[FIRST_OF_SEVERAL] = True
+    return shown
 
 
 def opaque(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
