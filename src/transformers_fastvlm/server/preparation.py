@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .. import compat
+from ..images.fetching import Budget
 from .api_errors import ApiError
 from .connections import Gone
-from .fetching import Budget, Fetcher
+from .fetching import Fetcher
 from .protocol import ChatRequest
 from .request_images import data_of, decode, is_remote
 from .settings import Settings
