@@ -45,7 +45,6 @@ def write(
         packages: further ones whose versions count, where they are installed.
     """
     import torch
-
     from transformers_fastvlm.bench.machine import machine, versions
 
     found = versions()

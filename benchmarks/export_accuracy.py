@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from transformers_fastvlm.bench.machine import machine, versions
+
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.engines import Sampling, load_engine

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from tiny_accuracy import HELD_OUT_SERIES, MAX_NEW_TOKENS, compared, score
 from transformers import AutoProcessor, FastVlmForConditionalGeneration
-
 from transformers_fastvlm.bench.machine import machine, versions
+
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.export import Source, export

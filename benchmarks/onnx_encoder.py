@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers_fastvlm.bench.machine import machine, versions
 
 from transformers_fastvlm import FastVLMConfig
-from transformers_fastvlm.bench.machine import machine, versions
 from transformers_fastvlm.bench.measuring import spread
 from transformers_fastvlm.bench.random_weights import random_model
 from transformers_fastvlm.export.onnx_graphs import save_graph, vision_graph
