@@ -3,7 +3,6 @@
 
 import functools
 import glob
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..data.folders import files_below
-from .requests import PromptTemplate, Request, printable
+from ..storage.digests import joined
+from .requests import PromptTemplate, Request, SourceOptions, printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["TABLES", "VIDEOS", "Inputs", "Source", "SourceOptions", "find_sources"]
+__all__ = ["TABLES", "VIDEOS", "Inputs", "Source", "find_sources"]
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 VIDEOS = (
@@ -36,25 +36,6 @@ VIDEOS = (
     ".flv",
     ".ogv",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """How requests are made of inputs.
-
-    Args:
-        prompt: what to ask; `{column}` stands for a table's value.
-        image_column: a table's column of pictures: paths, or in Parquet also the bytes of files.
-        image_folder: where a table's paths begin and stay in; None for the table's own folder.
-        every: seconds between a video's frames.
-        do_exif_transpose: whether images are turned as their EXIF orientation says, and videos as their files say.
-    """
-
-    prompt: str
-    image_column: str = "image"
-    image_folder: str | None = None
-    every: float = 5.0
-    do_exif_transpose: bool = True
 
 
 class Source(Protocol):
@@ -133,10 +114,8 @@ class FileSource:
 
     def identity(self) -> dict[str, Any]:
         """Return name, number of files, and a digest of their names and sizes."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(os.fsencode(file) + b"\0%d\n" % _size_of(file))
-        return {"name": printable(self.name), "count": len(self.files), "digest": digest.hexdigest()}
+        digest = joined(f"{printable(file)}\0{_size_of(file)}" for file in self.files)
+        return {"name": printable(self.name), "count": len(self.files), "digest": digest}
 
     def rows(self) -> int | None:
         """Return the number of pictures and, as far as their files say, of frames."""

@@ -12,13 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..data.fingerprints import fingerprint
 from ..data.image_files import ImageFolder
 from ..data.json_rows import JsonRows
 from ..data.row_fields import is_absent
 from ..data.sample_errors import shortened
-from .requests import PromptTemplate, Request, printable
-from .sources import SourceOptions
+from ..storage.digests import file_digest
+from .requests import PromptTemplate, Request, SourceOptions, printable
 
 __all__ = ["CsvSource", "JsonSource", "ParquetSource", "TableSource", "open_table"]
 
@@ -46,7 +45,7 @@ class TableSource:
 
     def identity(self) -> dict[str, Any]:
         """Return name, number of rows, and a digest of the file."""
-        return {"name": printable(self.name), "count": self.rows(), "digest": fingerprint(self.name)}
+        return {"name": printable(self.name), "count": self.rows(), "digest": file_digest(self.name)}
 
     def rows(self) -> int | None:
         """Return the number of rows."""

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.sample_errors import shortened
 from ..images.decoding import check_dimensions
-from .requests import Request, printable, reason_of
+from .requests import Request, SourceOptions, printable, reason_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from .sources import SourceOptions
 
 __all__ = ["VideoFrames", "count_frames", "open_video", "require_av", "video_requests"]
 
@@ -69,7 +67,7 @@ def count_frames(file: str, every: float) -> int | None:
     return max(1, math.ceil(seconds / every))
 
 
-def video_requests(file: str, options: "SourceOptions") -> Iterator[Request]:
+def video_requests(file: str, options: SourceOptions) -> Iterator[Request]:
     """Yield a request for each wanted frame of a video, and one with an error where it cannot be read."""
     source = printable(file)
     try:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from ..storage.atomic_files import new_directory
 from ..tokens import IMAGE_TOKEN, image_token_id_of
 from .checkpoint_source import Checkpoint, Layout, read_checkpoint
 from .configs import apple_config, native_config, native_processor_files
-from .directories import new_directory
 from .embedded import resolve_model
 from .files import read_json, write_directory, write_json, write_tensors
 from .layouts import to_apple_name, to_our_name

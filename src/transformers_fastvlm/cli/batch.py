@@ -195,18 +195,20 @@ class _Progress:
 
 def _tell(report: "Report", say: Callable[[str], None] = notice) -> None:
     """Print what was written and what could not be answered."""
+    from ..batch.batch_rows import counted
+
     details = []
     if report.resumed_rows:
         details.append(f"{report.resumed_rows:,} of them done before")
     if report.cut:
         details.append(f"{report.cut:,} cut at --max-new-tokens")
-    say(f"{report.rows:,} rows in {report.output}" + (f" ({', '.join(details)})" if details else ""))
+    say(f"{counted(report.rows, 'row')} in {report.output}" + (f" ({', '.join(details)})" if details else ""))
     for path in report.subtitles:
         say(f"captions in {path}")
     if report.left_out:
-        say(f"{report.left_out:,} files in the folders are neither pictures nor videos and were left out")
+        say(f"{counted(report.left_out, 'file')} in the folders left out: neither picture nor video")
     if report.errors:
-        say(f"fastvlm: {report.errors:,} rows have no answer, but an error:")
+        say(f"fastvlm: {counted(report.errors, 'row')} without an answer:")
         for place, error in report.examples:
             say(f"  {place}: {one_line(ValueError(error))}")
         if report.errors > len(report.examples):

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..storage.atomic_files import write_lines
 from . import options
 from .cli_errors import UserError, notice, reports_errors
 from .text_tables import print_table
@@ -113,7 +114,7 @@ def bench(
     record = run_encoders(chosen, progress=progress) if encoders else run(chosen, progress)
     text = json.dumps(record, indent=2)
     if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
+        write_lines(out, [text])
         notice(f"wrote {out}")
     for file in write_plots(record, plots) if plots is not None else ():
         notice(f"wrote {file}")

@@ -20,8 +20,9 @@ from PIL import Image
 
 from ..data.image_files import ImageFolder
 from ..images.reading import pil_to_rgb
+from ..storage.atomic_files import write_lines
 from .page_parts import SCRIPT, STYLE
-from .results import IMAGES, EvaluationRun, Sample, write_lines
+from .results import IMAGES, EvaluationRun, Sample
 
 __all__ = ["SAMPLES_A_TASK", "Shown", "write_page"]
 
