@@ -21,17 +21,28 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "journal"
 
 
-def opened(path: Path, restart: bool = False) -> tuple[JournalFile, list[Any]]:
-    found: list[Any] = []
-    return JournalFile(path, "fastvlm_test", found.append, restart), found
+class Journal(JournalFile):
+    kind = "fastvlm_test"
+
+    def __init__(self, path: Path, restart: bool) -> None:
+        self.found: list[Any] = []
+        super().__init__(path, restart)
+
+    def take(self, batch: Any) -> None:
+        self.found.append(batch)
+
+
+def opened(path: Path, restart: bool = False) -> tuple[Journal, list[Any]]:
+    journal = Journal(path, restart)
+    return journal, journal.found
 
 
 def write(path: Path, batches: list[dict[str, Any]] = BATCHES) -> bytes:
     journal, _ = opened(path)
     journal.begin({"run": 7})
     for batch in batches:
-        journal.append(batch)
-    assert list(journal.batches()) == batches
+        journal.append_line(batch)
+    assert list(journal.lines()) == batches
     journal.close()
     return path.read_bytes()
 
@@ -40,9 +51,9 @@ def test_batches_are_found_again(path: Path) -> None:
     write(path)
     journal, found = opened(path)
     assert (journal.header, found) == ({"run": 7}, BATCHES)
-    assert list(journal.batches()) == list(journal.batches()) == BATCHES
-    journal.append({"d": 4})
-    assert list(journal.batches()) == [*BATCHES, {"d": 4}]
+    assert list(journal.lines()) == list(journal.lines()) == BATCHES
+    journal.append_line({"d": 4})
+    assert list(journal.lines()) == [*BATCHES, {"d": 4}]
     journal.close()
     journal, found = opened(path, restart=True)
     assert (journal.header, found, path.stat().st_size) == (None, [], 0)
@@ -61,7 +72,7 @@ def test_a_batch_that_was_cut_off_at_any_byte_is_dropped_and_the_others_are_kept
         if journal.header is None:
             journal.begin({"run": 7})
         for batch in BATCHES[done:]:
-            journal.append(batch)
+            journal.append_line(batch)
         journal.close()
         assert path.read_bytes() == whole, cut
 
@@ -113,11 +124,11 @@ def test_one_run_at_a_time(path: Path, system: str, request: pytest.FixtureReque
         request.getfixturevalue("windows")
     journal, _ = opened(path)
     journal.begin({})
-    journal.append({"a": 1})
+    journal.append_line({"a": 1})
     for restart in (False, True):
         with pytest.raises(JournalError, match="in use by another run"):
             opened(path, restart)
-    assert list(journal.batches()) == [{"a": 1}]
+    assert list(journal.lines()) == [{"a": 1}]
     journal.close()
     journal, found = opened(path)
     assert found == [{"a": 1}]
@@ -129,8 +140,8 @@ def test_the_lock_ends_with_a_process_that_is_killed(path: Path) -> None:
     script = (
         "import os, sys, signal\nfrom pathlib import Path\n"
         "from transformers_fastvlm.storage.journal_file import JournalFile\n"
-        "journal = JournalFile(Path(sys.argv[1]), 'fastvlm_test', print)\n"
-        "journal.begin({'run': 7})\njournal.append({'a': 1})\n"
+        "JournalFile.kind = 'fastvlm_test'\njournal = JournalFile(Path(sys.argv[1]))\n"
+        "journal.begin({'run': 7})\njournal.append_line({'a': 1})\n"
         "print('ready', flush=True)\nsys.stdin.read()\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -11,8 +11,8 @@ Example:
 """
 
 from ..storage.journal_file import JournalError
-from .batch_rows import COLUMNS
-from .batch_run import BatchOptions, Interrupted, Report, run_batch
+from .batch_rows import COLUMNS, Report
+from .batch_run import BatchOptions, Interrupted, run_batch
 from .requests import SourceOptions
 
 __all__ = ["COLUMNS", "BatchOptions", "Interrupted", "JournalError", "Report", "SourceOptions", "run_batch"]

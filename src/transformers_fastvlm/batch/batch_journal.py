@@ -11,7 +11,7 @@ from ..storage.journal_file import JournalError, JournalFile
 __all__ = ["BatchJournal"]
 
 
-class BatchJournal:
+class BatchJournal(JournalFile):
     """An open journal, which no other process has open.
 
     As a context it is closed at the end, and removed after an error where it has no batch.
@@ -33,15 +33,17 @@ class BatchJournal:
         OSError: it cannot be read or written.
     """
 
+    kind = "fastvlm_batch"
+
     def __init__(self, path: Path, run: Mapping[str, Any], restart: bool = False, replaces: Any = None) -> None:
         self.batches = self.rows = 0
-        self._file = JournalFile(path, "fastvlm_batch", self._take, restart)
+        super().__init__(path, restart)
         try:
             if self.batches:
                 self._compare(run)
             else:
-                self._file.begin({"run": run, "replaces": replaces})
-            self.replaces = (self._file.header or {}).get("replaces")
+                self.begin({"run": run, "replaces": replaces})
+            self.replaces = (self.header or {}).get("replaces")
         except BaseException:
             self.close()
             raise
@@ -61,36 +63,28 @@ class BatchJournal:
             rows: of the batch.
             states: of the files that its pictures were in, see `state_of`.
         """
-        self._file.append({"batch": self.batches, "rows": rows, "files": list(states)})
+        self.append_line({"batch": self.batches, "rows": rows, "files": list(states)})
         self.batches += 1
         self.rows += len(rows)
 
     def states(self) -> Iterator[list[Any]]:
         """Yield the states of files that each batch was appended with."""
-        for batch in self._file.batches():
+        for batch in self.lines():
             yield batch["files"]
 
     def in_order(self) -> Iterator[dict[str, Any]]:
         """Yield all rows, ordered by their `index`, which is taken out; only those of a few batches are in memory."""
         waiting: dict[int, dict[str, Any]] = {}
         following = 0
-        for batch in self._file.batches():
+        for batch in self.lines():
             waiting.update((row.pop("index"), row) for row in batch["rows"])
             while following in waiting:
                 yield waiting.pop(following)
                 following += 1
         if waiting:
-            raise JournalError(f"{self._file.path} lacks row {following}; begin again with --restart.")
+            raise JournalError(f"{self.path} lacks row {following}; begin again with --restart.")
 
-    def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
-
-    def remove(self) -> None:
-        """Delete the file, when what it holds is elsewhere."""
-        self._file.remove()
-
-    def _take(self, batch: Mapping[str, Any]) -> None:
+    def take(self, batch: Any) -> None:
         """Count a batch that is there."""
         if batch["batch"] != self.batches:
             raise ValueError(f"batch {batch['batch']} follows {self.batches} others")
@@ -98,10 +92,10 @@ class BatchJournal:
         self.batches += 1
 
     def _compare(self, run: Mapping[str, Any]) -> None:
-        before = (self._file.header or {}).get("run") or {}
+        before = (self.header or {}).get("run") or {}
         if differences := list(_differences(before, json.loads(json.dumps(run)))):
             raise JournalError(
-                f"{self._file.path.name} is of a run with {'; '.join(differences)}. Give what the run began with, or "
+                f"{self.path.name} is of a run with {'; '.join(differences)}. Give what the run began with, or "
                 "begin again with --restart."
             )
 

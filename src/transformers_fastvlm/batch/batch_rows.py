@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the output: one for each request, answered or not, and what a report says of them."""
+"""Rows of the output, one for each request, answered or not, and the report of them."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..engines.base import Answer
 from .requests import Request
 
-__all__ = ["COLUMNS", "Tally", "counted", "row_of"]
+__all__ = ["COLUMNS", "Report", "counted", "row_of"]
 
 COLUMNS = (
     "source",
@@ -28,43 +31,43 @@ _EXAMPLES = 20
 
 def row_of(request: Request, answer: Answer | None, error: str | None) -> dict[str, Any]:
     """Return the row of a request: `COLUMNS`, in their order."""
-    return {
-        "source": request.source,
-        "row": request.row,
-        "image": request.image,
-        "time": request.time,
-        "question": request.question,
-        "answer": answer.text if answer else None,
-        "finish_reason": answer.finish_reason if answer else None,
-        "prompt_tokens": answer.prompt_tokens if answer else None,
-        "completion_tokens": answer.completion_tokens if answer else None,
-        "error": error,
-    }
+    asked = (request.source, request.row, request.image, request.time, request.question)
+    answered = (None,) * 4 if answer is None else dataclasses.astuple(answer)
+    return dict(zip(COLUMNS, (*asked, *answered, error), strict=True))
 
 
-class Tally:
-    """What a report says of rows.
+@dataclass(kw_only=True)
+class Report:
+    """How a run ended.
 
     Attributes:
-        rows: their number.
-        errors: those without an answer.
-        cut: answers that ended at the limit of tokens.
+        output: the file that was written.
+        rows: how many it has.
+        resumed_rows: how many of them an earlier process had done.
+        errors: rows without an answer.
+        cut: answers that ended at `max_new_tokens`.
+        left_out: files in folders that are neither pictures nor videos.
         examples: place and error of the first rows without an answer, 20 at most.
+        subtitles: files that were written beside the output.
     """
 
-    def __init__(self) -> None:
-        self.rows = self.errors = self.cut = 0
-        self.examples: list[tuple[str, str]] = []
+    output: Path
+    resumed_rows: int
+    left_out: int
+    subtitles: tuple[Path, ...]
+    rows: int = 0
+    errors: int = 0
+    cut: int = 0
+    examples: list[tuple[str, str]] = field(default_factory=list)
 
     def over(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield rows on, counting them."""
         for row in rows:
             self.rows += 1
             self.cut += row["finish_reason"] == "length"
-            if row["error"] is not None:
-                self.errors += 1
-                if len(self.examples) < _EXAMPLES:
-                    self.examples.append((_place(row), row["error"]))
+            self.errors += row["error"] is not None
+            if row["error"] is not None and self.errors <= _EXAMPLES:
+                self.examples.append((_place(row), row["error"]))
             yield row
 
 

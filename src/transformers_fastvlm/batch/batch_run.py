@@ -12,14 +12,14 @@ from ..checkpoints.checkpoint_identity import checkpoint_identity
 from ..engines.base import Engine, Sampling
 from .batch_answers import answer
 from .batch_journal import BatchJournal
-from .batch_rows import Tally, counted
+from .batch_rows import Report, counted
 from .opening import opened_ahead
 from .outputs import outputs_for, require_format
 from .planning import plan, skip_done
 from .requests import SourceOptions
 from .sources import Inputs, find_sources
 
-__all__ = ["BatchOptions", "Interrupted", "Report", "run_batch"]
+__all__ = ["BatchOptions", "Interrupted", "run_batch"]
 
 
 class Interrupted(Exception):
@@ -48,31 +48,6 @@ class BatchOptions(SourceOptions):
     system: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     batch_size: int = 16
-
-
-@dataclass(frozen=True)
-class Report:
-    """How a run ended.
-
-    Attributes:
-        output: the file that was written.
-        rows: how many it has.
-        resumed_rows: how many of them an earlier process had done.
-        errors: rows without an answer.
-        cut: answers that ended at `max_new_tokens`.
-        left_out: files in folders that are neither pictures nor videos.
-        examples: source and error of the first rows without an answer, 20 at most.
-        subtitles: files that were written beside the output.
-    """
-
-    output: Path
-    rows: int
-    resumed_rows: int
-    errors: int
-    cut: int
-    left_out: int
-    examples: tuple[tuple[str, str], ...]
-    subtitles: tuple[Path, ...]
 
 
 def run_batch(
@@ -128,19 +103,11 @@ def run_batch(
             _answer_all(found, load, options, journal, progress)
         except KeyboardInterrupt:
             raise Interrupted(journal.rows, outputs.journal) from None
-        tally = Tally()
-        outputs.write(tally.over(journal.in_order()), options.every, journal.replaces or {})
+        beside = tuple(path for path in outputs.captions.values() if path != out)
+        report = Report(output=out, resumed_rows=resumed, left_out=found.left_out, subtitles=beside)
+        outputs.write(report.over(journal.in_order()), options.every, journal.replaces or {})
         journal.remove()
-    return Report(
-        output=out,
-        rows=tally.rows,
-        resumed_rows=resumed,
-        errors=tally.errors,
-        cut=tally.cut,
-        left_out=found.left_out,
-        examples=tuple(tally.examples),
-        subtitles=tuple(path for path in outputs.captions.values() if path != out),
-    )
+    return report
 
 
 def _exists(there: Iterable[str]) -> FileExistsError:

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .._optional import needs
 from ..storage.atomic_files import partial_of, replacing, state_of
 from ..storage.journal_file import json_line
 from .batch_rows import COLUMNS
-from .requests import printable
+from .requests import EXTRA, printable
 from .sources import Inputs
 
 __all__ = ["FORMATS", "Outputs", "outputs_for", "require_format", "subtitles", "write_rows"]
@@ -195,9 +196,7 @@ def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any)
 
 
 def _pyarrow() -> tuple[Any, Any]:
-    try:
+    with needs("pyarrow", "Parquet", EXTRA):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError('Parquet needs pyarrow: pip install "transformers-fastvlm[batch]".') from error
     return pa, pq

@@ -13,7 +13,9 @@ from ..storage.atomic_files import state_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["PromptTemplate", "Request", "SourceOptions", "printable", "reason_of"]
+__all__ = ["EXTRA", "PromptTemplate", "Request", "SourceOptions", "printable", "reason_of"]
+
+EXTRA = 'pip install "transformers-fastvlm[batch]"'
 
 _PLACEHOLDER = re.compile(r"\{\{([^\W\d][\w -]*)\}\}|\{([^\W\d][\w -]*)\}")
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from .._optional import needs
 from ..data.sample_errors import shortened
 from ..images.decoding import check_dimensions
-from .requests import Request, SourceOptions, printable, reason_of
+from .requests import EXTRA, Request, SourceOptions, printable, reason_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,10 +28,8 @@ def require_av() -> Any:
     Raises:
         ImportError: it is not installed.
     """
-    try:
+    with needs("av", "A video", EXTRA):
         import av
-    except ImportError as error:
-        raise ImportError('Videos need PyAV: pip install "transformers-fastvlm[batch]".') from error
     return av
 
 

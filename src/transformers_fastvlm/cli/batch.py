@@ -12,6 +12,7 @@ import typer
 
 from . import options
 from .cli_errors import FAILURE, INTERRUPTED, TERMINATED, notice, one_line, reports_errors
+from .progress_bars import progress_bar
 
 if TYPE_CHECKING:
     from ..batch import Report
@@ -129,10 +130,8 @@ def batch(
     about = {"model": model, "engine": engine.value, **settings}
     stopping = _Stopping()
     try:
-        with stopping, _Progress() as bar:
-            report = run_batch(
-                inputs, output, load, chosen, about=about, subtitles=srt, restart=restart, progress=bar.show
-            )
+        with stopping, progress_bar("answering") as show:
+            report = run_batch(inputs, output, load, chosen, about=about, subtitles=srt, restart=restart, progress=show)
     except Interrupted as error:
         kept = f" They are kept in {error.journal}; the same command goes on from there." if error.rows else ""
         notice(f"fastvlm: {one_line(error)}{kept}")
@@ -167,30 +166,6 @@ class _Stopping:
     def _stop(self, *_: object) -> None:
         self.code = TERMINATED
         raise KeyboardInterrupt
-
-
-class _Progress:
-    """A bar on standard error, where that is a terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self._task = self._bar.add_task("answering", total=None)
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, done: int, total: int | None) -> None:
-        """Show how many rows are done; the total of videos is an estimate."""
-        self._bar.update(self._task, completed=done, total=None if total is None else max(done, total))
 
 
 def _tell(report: "Report", say: Callable[[str], None] = notice) -> None:

@@ -5,13 +5,14 @@ An answer is found again by all that it depends on: the checkpoint's files, the 
 asked.
 """
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..storage.digests import digest_of_json
+from ..storage.digests import joined
 from ..storage.journal_file import JournalFile
 
 __all__ = ["AnswerJournal", "Journalled", "answer_key"]
@@ -33,7 +34,7 @@ class Journalled:
     seconds: float
 
 
-class AnswerJournal:
+class AnswerJournal(JournalFile):
     """An open journal, which no other process has open.
 
     Args:
@@ -44,11 +45,13 @@ class AnswerJournal:
         OSError: it cannot be read or written.
     """
 
+    kind = "fastvlm_eval"
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._answers: dict[str, Journalled] = {}
-        self._file = JournalFile(Path(path), "fastvlm_eval", self._take)
-        if self._file.header is None:
-            self._file.begin({})
+        super().__init__(Path(path))
+        if self.header is None:
+            self.begin({})
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -60,14 +63,11 @@ class AnswerJournal:
     def append(self, batch: Iterable[tuple[str, Journalled]]) -> None:
         """Write a batch of keys and answers; when this returns, they are on the disk."""
         answers = dict(batch)
-        self._file.append({key: astuple(answer) for key, answer in answers.items()})
+        self.append_line({key: astuple(answer) for key, answer in answers.items()})
         self._answers |= answers
 
-    def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
-
-    def _take(self, batch: Mapping[str, Any]) -> None:
+    def take(self, batch: Any) -> None:
+        """Note the answers of a batch that is there."""
         self._answers |= {key: Journalled(*values) for key, values in batch.items()}
 
 
@@ -81,4 +81,4 @@ def answer_key(identity: Mapping[str, Any], task: str, doc_id: int | str, prompt
         prompt: what is asked.
         options: JSON values of how the answer is generated.
     """
-    return digest_of_json([identity, task, doc_id, prompt, options])
+    return joined([json.dumps([identity, task, doc_id, prompt, options], sort_keys=True, default=str)])

@@ -18,6 +18,7 @@ __all__ = [
     "partial_of",
     "publish_directory",
     "replacing",
+    "require_new",
     "state_of",
     "sync_directory",
     "sync_tree",
@@ -96,8 +97,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: `out` exists and is not an empty directory.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty directory. Choose a new one; nothing is overwritten.")
+    require_new(out)
     final = Path(os.path.realpath(out))
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.parent / f".{final.name}.incomplete-{secrets.token_hex(6)}"
@@ -108,6 +108,12 @@ def new_directory(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def require_new(out: Path) -> None:
+    """Raise FileExistsError unless there is nothing, or an empty directory, of a name."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty directory. Choose a new one; nothing is overwritten.")
 
 
 def publish_directory(written: Path, final: Path, aside: Path | None = None) -> None:

@@ -6,13 +6,11 @@ that may be resumed.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-__all__ = ["digest_of_json", "file_digest", "file_digests", "joined"]
+__all__ = ["file_digest", "file_digests", "joined"]
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
@@ -37,8 +35,3 @@ def joined(texts: Iterable[str]) -> str:
     for text in texts:
         digest.update(text.encode("utf-8", "backslashreplace") + b"\n")
     return digest.hexdigest()
-
-
-def digest_of_json(value: Any) -> str:
-    """Return a digest of JSON values; of others their text counts."""
-    return joined([json.dumps(value, sort_keys=True, default=str)])

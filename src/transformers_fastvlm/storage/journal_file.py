@@ -7,7 +7,7 @@ was cut off by a kill lacks its end and is dropped, so a batch is there entirely
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,10 @@ class JournalFile:
 
     Args:
         path: of the file; it is created where there is none.
-        kind: name of what it is a journal of, the first key of the first line.
-        take: called with each batch that is there; its ValueError, KeyError or TypeError says that the line is damaged.
         restart: throw away what the file holds, whatever it is.
 
     Attributes:
+        kind: the first key of the first line, by which a tool knows its own; of each subclass.
         header: further keys of the first line; None for a file that has none yet, which `begin` writes.
 
     Raises:
@@ -39,37 +38,41 @@ class JournalFile:
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, path: Path, kind: str, take: Callable[[Any], None], restart: bool = False) -> None:
+    kind = "fastvlm"
+
+    def __init__(self, path: Path, restart: bool = False) -> None:
         self.path = path
         self.header: dict[str, Any] | None = None
-        self._kind, self._take = kind, take
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         self._file = os.open(path, flags, 0o666)
         try:
-            if not (_lock(self._file) and _is_named(self._file, path)):
+            if not _lock(self._file, path):
                 raise JournalError(f"{path} is in use by another run; wait until that ends, or name another output.")
             os.ftruncate(self._file, 0 if restart else self._read())
         except BaseException:
             self.close()
             raise
 
+    def take(self, batch: Any) -> None:
+        """Note a batch that is there already; ValueError, KeyError or TypeError say that its line is damaged."""
+
     def begin(self, header: Mapping[str, Any]) -> None:
         """Write the first line, in place of all that is there."""
         os.ftruncate(self._file, 0)
-        self.append({self._kind: FORMAT, **header})
+        self.append_line({self.kind: FORMAT, **header})
         sync_directory(self.path.parent)
         self.header = dict(header)
 
-    def append(self, value: Any) -> None:
+    def append_line(self, value: Any) -> None:
         """Write a line; when this returns, it is on the disk."""
         line = memoryview(json_line(value))
         while line:
             line = line[os.write(self._file, line) :]
         os.fsync(self._file)
 
-    def batches(self) -> Iterator[Any]:
-        """Yield the lines but the first, one at a time; nothing may be appended meanwhile."""
-        for number, line in enumerate(self._lines()):
+    def lines(self) -> Iterator[Any]:
+        """Yield the batches, one at a time; nothing may be appended meanwhile."""
+        for number, line in enumerate(self._raw_lines()):
             if number:
                 yield json.loads(line)
 
@@ -86,7 +89,7 @@ class JournalFile:
         os.unlink(self.path)
         self.close()
 
-    def _lines(self) -> Iterator[bytes]:
+    def _raw_lines(self) -> Iterator[bytes]:
         # By the one descriptor: on Windows no other may read the byte that is locked.
         os.lseek(self._file, 0, os.SEEK_SET)
         with open(self._file, "rb", closefd=False) as file:
@@ -95,11 +98,11 @@ class JournalFile:
     def _read(self) -> int:
         """Take what is there and return where the next line belongs."""
         size, end = os.fstat(self._file).st_size, 0
-        beginning = json_line({self._kind: FORMAT})[:-2]
-        for line in self._lines():
+        beginning = json_line({self.kind: FORMAT})[:-2]
+        for line in self._raw_lines():
             if not end and not (line.startswith(beginning) or beginning.startswith(line)):
                 raise JournalError(
-                    f"{self.path} is not a journal of this version's {self._kind.replace('_', ' ')}. Delete it to "
+                    f"{self.path} is not a journal of this version's {self.kind.replace('_', ' ')}. Delete it to "
                     "begin again, or name another output."
                 )
             try:
@@ -107,9 +110,9 @@ class JournalFile:
                 if not isinstance(value, dict):
                     raise ValueError("not an object")
                 if end:
-                    self._take(value)
+                    self.take(value)
                 else:
-                    self.header = {name: value[name] for name in value if name != self._kind}
+                    self.header = {name: value[name] for name in value if name != self.kind}
             except (ValueError, KeyError, TypeError) as error:
                 if end + len(line) == size:
                     break  # cut off by a kill
@@ -125,33 +128,19 @@ def json_line(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _lock(file: int) -> bool:
-    """Keep other processes out, and say whether that succeeded; the lock ends with the process, however it ends."""
+def _lock(file: int, path: Path) -> bool:
+    """Keep other processes out until this one ends, however it ends; return whether that succeeded."""
     try:
-        import fcntl
-    except ImportError:
-        return _lock_on_windows(file)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        try:
+            import fcntl
+        except ImportError:  # on Windows
+            import msvcrt
 
-
-def _lock_on_windows(file: int) -> bool:
-    import msvcrt
-
-    os.lseek(file, 0, os.SEEK_SET)
-    try:
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-    except OSError:
-        return False
-    return True
-
-
-def _is_named(file: int, path: Path) -> bool:
-    """Whether a path still leads to an open file, which a run that has just ended may have removed."""
-    try:
+            os.lseek(file, 0, os.SEEK_SET)
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Otherwise it was removed meanwhile, by a run that has just ended.
         return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
+    except (BlockingIOError, PermissionError, FileNotFoundError):
         return False
