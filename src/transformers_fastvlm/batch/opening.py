@@ -8,6 +8,7 @@ from typing import Any
 
 from ..engines.base import Conversation
 from ..engines.image_places import place_images
+from ..images.decoding import is_machine_fault
 from .planning import Batch
 from .requests import Request, reason_of
 
@@ -59,6 +60,8 @@ def _open(index: int, request: Request, system: str | None) -> Opened:
     try:
         content = place_images(request.question, [request.picture()])
     except Exception as error:  # a damaged file must not end the run, whatever a decoder raises
+        if is_machine_fault(error):
+            raise
         return Opened(index, request, state, error=reason_of(error))
     before = [] if system is None else [{"role": "system", "content": system}]
     return Opened(index, request, state, conversation=[*before, {"role": "user", "content": content}])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._optional import needs
 from ..data.sample_errors import shortened
-from ..images.decoding import check_dimensions
+from ..images.bounds import check_dimensions
 from .requests import EXTRA, Request, SourceOptions, printable, reason_of
 
 if TYPE_CHECKING:
