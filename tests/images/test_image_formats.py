@@ -220,9 +220,10 @@ def test_every_cut_and_many_changed_bytes_are_read_or_a_value_error() -> None:
         for content in cuts:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                with pytest.raises(ValueError, match=r"it\.png"):
+                try:
                     read_stored(io.BytesIO(content), "the file it.png")
-                    raise ValueError("it.png was read")
+                except ValueError as error:
+                    assert "it.png" in str(error)
 
 
 # Bounds

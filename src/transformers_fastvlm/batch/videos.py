@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from .._optional import needs
 from ..data.sample_errors import shortened
 from ..images.bounds import check_dimensions
-from .requests import Request, printable, reason_of
+from .requests import EXTRA, Request, SourceOptions, printable, reason_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from .sources import SourceOptions
 
 __all__ = ["VideoFrames", "count_frames", "open_video", "require_av", "video_requests"]
 
@@ -29,10 +28,8 @@ def require_av() -> Any:
     Raises:
         ImportError: it is not installed.
     """
-    try:
+    with needs("av", "A video", EXTRA):
         import av
-    except ImportError as error:
-        raise ImportError('Videos need PyAV: pip install "transformers-fastvlm[batch]".') from error
     return av
 
 
@@ -69,7 +66,7 @@ def count_frames(file: str, every: float) -> int | None:
     return max(1, math.ceil(seconds / every))
 
 
-def video_requests(file: str, options: "SourceOptions") -> Iterator[Request]:
+def video_requests(file: str, options: SourceOptions) -> Iterator[Request]:
     """Yield a request for each wanted frame of a video, and one with an error where it cannot be read."""
     source = printable(file)
     try:

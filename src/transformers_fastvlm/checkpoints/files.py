@@ -6,7 +6,6 @@ safetensors library judges whether a file is sound; what is added here is where 
 8 bytes with the length of the header, the header in JSON, the tensors' bytes, little-endian.
 """
 
-import contextlib
 import json
 import os
 import struct
@@ -24,7 +23,6 @@ __all__ = [
     "read_json",
     "read_tensors",
     "same_values",
-    "sync_directory",
     "write_directory",
     "write_json",
     "write_tensors",
@@ -240,13 +238,3 @@ def write_directory(
     write_json(
         directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )
-
-
-def sync_directory(directory: Path) -> None:
-    """Force a directory's entries to the disk, where the system can do that."""
-    with contextlib.suppress(OSError, AttributeError):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -20,7 +20,8 @@ from PIL import Image
 
 from ..data.image_files import ImageFolder
 from ..images.reading import pil_to_rgb
-from .results import IMAGES, EvaluationRun, Sample, write_lines
+from ..storage.atomic_files import write_lines
+from .results import IMAGES, EvaluationRun, Sample
 
 __all__ = ["SAMPLES_A_TASK", "Shown", "write_page"]
 
