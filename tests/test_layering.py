@@ -28,8 +28,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("image_processing_pil_fastvlm",),
     ("image_processing_common",),
     ("configuration_fastvlm",),
+    ("conversations",),
     ("images",),
-    ("compat", "configuration_checks", "conversations", "kernels", "tensor_names", "tokens"),
+    ("compat", "configuration_checks", "kernels", "tensor_names", "tokens"),
     ("checkpoint_files",),
     ("_optional", "_version"),
 )

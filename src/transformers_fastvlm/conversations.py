@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .images.videos import spread, spread_frames
+
 __all__ = [
     "DEFAULT_VIDEO_FRAMES",
     "MAX_VIDEO_FRAMES",
@@ -21,7 +23,6 @@ __all__ = [
     "is_message",
     "plain_message",
     "render_with_spans",
-    "spread",
 ]
 
 DEFAULT_VIDEO_FRAMES = 8
@@ -157,29 +158,10 @@ def _frames(part: Mapping[str, Any], num_frames: int) -> list[Any]:
         raise ValueError(f"num_frames is {num_frames}; expected 1 to {MAX_VIDEO_FRAMES}.")
     video = next((part[key] for key in _VIDEO_SOURCES if key in part), None)
     if isinstance(video, str | os.PathLike):
-        from transformers.video_utils import load_video
-
-        try:
-            frames, _ = load_video(
-                os.fspath(video), sample_indices_fn=lambda metadata, **_: spread(metadata.total_num_frames, num_frames)
-            )
-        except ImportError as error:
-            raise ImportError(
-                "Reading a video file needs PyAV: pip install av. Or pass a list of frames as the part's video."
-            ) from error
-        return list(frames)
+        return spread_frames(video, num_frames)
     if video is None or len(video) == 0:
         raise ValueError("A video part has no frames; give it a list of frames or a file as video, or a path or url.")
     return [video[index] for index in spread(len(video), num_frames)]
-
-
-def spread(total: int, wanted: int) -> list[int]:
-    """Return up to `wanted` indices below `total`, evenly spread from the first to the last; of one, the middle."""
-    if wanted >= total:
-        return list(range(total))
-    if wanted == 1:
-        return [total // 2]
-    return [round(index * (total - 1) / (wanted - 1)) for index in range(wanted)]
 
 
 def answer_mask(

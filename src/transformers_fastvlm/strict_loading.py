@@ -26,6 +26,7 @@ _ADVICE = (
     "Its config.json describes another model than its weights, or a shard is missing. Compare the two, or download the "
     "checkpoint again."
 )
+_TIED = {"lm_head.weight", "model.language_model.embed_tokens.weight"}
 _BATCHES_SEEN = ".num_batches_tracked"  # Apple's encoders were trained with it, and no evaluation reads it
 
 
@@ -77,22 +78,29 @@ class StrictPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        given = load_config.pretrained_model_name_or_path is not None  # else a new model, or one given its state
+        if given:
+            _refuse_missing(model, load_config, set(loading_info.missing_keys))
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        if load_config.pretrained_model_name_or_path is None:
-            return loading_info  # a new model, or one that is given its state
-        quantizer = load_config.hf_quantizer
-        missing = {name for name in loading_info.missing_keys if not name.startswith(model._may_be_missing)}
-        missing = {name for name in missing if not name.endswith(_BATCHES_SEEN)}
-        if quantizer is not None and not quantizer.pre_quantized:
-            missing &= _names_before_quantization(model)
-        if missing and len(missing) == len(model.state_dict()):
-            raise ValueError(_message(_of(load_config), "not one tensor of this model, it is another's: no", missing))
-        if missing:
-            raise ValueError(_message(_of(load_config), "no values for tensors that this model needs", missing))
-        if loading_info.unexpected_keys:
+        if given and loading_info.unexpected_keys:
             unknown = loading_info.unexpected_keys
             raise ValueError(_message(_of(load_config), "tensors that this model does not know", unknown))
         return loading_info
+
+
+def _refuse_missing(model: StrictPreTrainedModel, load_config: Any, missing: set[str]) -> None:
+    """Raise ValueError where a tensor has no value; before missing ones are initialised, which not all can be."""
+    needed = {name for name in model.state_dict() if not name.endswith(_BATCHES_SEEN)}
+    missing = {name for name in missing & needed if not name.startswith(model._may_be_missing)}
+    quantizer = load_config.hf_quantizer
+    if quantizer is not None and not quantizer.pre_quantized:
+        missing &= _names_before_quantization(model)
+    if missing >= needed:
+        raise ValueError(_message(_of(load_config), "not one tensor of this model, it is another's: no", missing))
+    if len(missing & _TIED) == 1:
+        missing -= _TIED  # each may stand for the other
+    if missing:
+        raise ValueError(_message(_of(load_config), "no values for tensors that this model needs", missing))
 
 
 def for_language_model_alone(quantization_config: Any) -> Any:

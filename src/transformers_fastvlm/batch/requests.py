@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..data.row_fields import is_absent
+from ..images.videos import reason_of
 from ..tokens import IMAGE_TOKEN
 
 if TYPE_CHECKING:
@@ -89,12 +90,6 @@ def conversation_about(picture: "Image", question: str, system: str | None = Non
     texts = [[{"type": "text", "text": text}] if text else [] for text in (before, after)]
     messages: list[dict[str, Any]] = [{"role": "user", "content": [*texts[0], shown, *texts[1]]}]
     return messages if system is None else [{"role": "system", "content": system}, *messages]
-
-
-def reason_of(error: BaseException) -> str:
-    """Return why something failed, on one line; with the class where the message may need it."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 def printable(name: str | os.PathLike[str]) -> str:

@@ -146,7 +146,7 @@ class FileSource:
     def __iter__(self) -> Iterator[Request]:
         for file in self.files:
             if is_video(file):
-                from .videos import video_requests
+                from .video_frames import video_requests
 
                 yield from video_requests(file, self.options)
             else:
@@ -207,7 +207,7 @@ def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
         if isinstance(source, FileSource) and any(file.lower().endswith(TABLES) for file in source.files):
             raise ValueError(f"{source.name!r} has tables; name them one by one, not by a pattern.")
     if found.videos():
-        from .videos import require_av
+        from .video_frames import require_av
 
         require_av()
     return found
@@ -260,6 +260,6 @@ def _size_of(file: str) -> int:
 
 
 def _frames_of(file: str, every: float) -> int | None:
-    from .videos import count_frames
+    from .video_frames import count_frames
 
     return count_frames(file, every)
