@@ -25,16 +25,27 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "inference"),
     ("modeling_fastvlm", "processing_fastvlm"),
     ("image_processing_fastvlm", "modeling_fastvithd"),
+    ("generation_fastvlm", "outputs_fastvlm", "parallel_training", "strict_loading"),
     ("image_processing_pil_fastvlm",),
     ("image_processing_common",),
     ("configuration_fastvlm",),
+    ("conversations",),
     ("images",),
-    ("compat", "conversations", "kernels", "storage", "tensor_names", "tokens"),
+    ("compat", "configuration_checks", "kernels", "storage", "tensor_names", "tokens"),
+    ("checkpoint_files",),
     ("_optional", "_version"),
 )
 # Neither side imports anything of the other, whatever the layers. Of images/ the model may know AnyRes alone.
 ANYRES = f"{PACKAGE}.images.anyres"
-MODELING = {"kernels", "modeling_fastvithd", "modeling_fastvlm"}
+MODELING = {
+    "generation_fastvlm",
+    "kernels",
+    "modeling_fastvithd",
+    "modeling_fastvlm",
+    "outputs_fastvlm",
+    "parallel_training",
+    "strict_loading",
+}
 PROCESSING = {
     "conversations",
     "image_processing_common",

@@ -13,8 +13,9 @@ av = pytest.importorskip("av", reason="videos need PyAV, of the extra batch")
 
 from transformers_fastvlm.batch import BatchOptions, SourceOptions, run_batch  # noqa: E402
 from transformers_fastvlm.batch.sources import find_sources  # noqa: E402
-from transformers_fastvlm.batch.videos import VideoFrames, count_frames  # noqa: E402
+from transformers_fastvlm.batch.video_frames import count_frames  # noqa: E402
 from transformers_fastvlm.engines import Answer, Sampling  # noqa: E402
+from transformers_fastvlm.images.videos import VideoFrames  # noqa: E402
 
 
 def film(path: Path, frames: int = 60, rate: int = 10, codec: str = "mpeg4", keys: int = 12, **options: str) -> Path:

@@ -9,8 +9,9 @@ from typing import Any
 from ..engines.base import Conversation
 from ..engines.image_places import place_images
 from ..images.decoding import is_machine_fault
+from ..images.videos import reason_of
 from .planning import Batch
-from .requests import Request, reason_of
+from .requests import Request
 
 __all__ = ["Opened", "opened_ahead"]
 

@@ -13,7 +13,7 @@ from ..storage.atomic_files import state_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["EXTRA", "PromptTemplate", "Request", "SourceOptions", "printable", "reason_of"]
+__all__ = ["EXTRA", "PromptTemplate", "Request", "SourceOptions", "printable"]
 
 EXTRA = 'pip install "transformers-fastvlm[batch]"'
 
@@ -98,12 +98,6 @@ class PromptTemplate:
             return str(value)
 
         return _PLACEHOLDER.sub(value_of, self.text)
-
-
-def reason_of(error: BaseException) -> str:
-    """Return why something failed, on one line; with the class where the message may need it."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 def printable(name: str | os.PathLike[str]) -> str:

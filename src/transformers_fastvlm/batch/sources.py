@@ -13,7 +13,7 @@ from ..data.folders import files_below
 from ..storage.digests import joined
 from .requests import PromptTemplate, Request, SourceOptions, printable
 from .table_sources import TableSource, open_table
-from .videos import count_frames, require_av, video_requests
+from .video_frames import count_frames, require_av, video_requests
 
 if TYPE_CHECKING:
     from PIL.Image import Image

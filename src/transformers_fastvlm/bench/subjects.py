@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from .. import FastVLMConfig, kernels
 from .._optional import needs
 from ..checkpoints.embedded import resolve_model
-from ..images.anyres import unpadded_grid
+from ..images.anyres import scaled_pinpoints, unpadded_grid
 from .cases import LLAVA_ONEVISION_SIDE, NATIVE, SIZES, Case
 from .random_weights import native_twin, random_model
 
@@ -86,9 +86,7 @@ def _fastvlm(case: Case, options: dict[str, Any], dtype: torch.dtype, device: to
     image_options: dict[str, Any] = {"size": side, "image_aspect_ratio": config.image_aspect_ratio}
     if config.image_aspect_ratio == "anyres":
         own = config.vision_config.image_size
-        image_options["image_grid_pinpoints"] = [
-            [width * side // own, height * side // own] for width, height in config.image_grid_pinpoints
-        ]
+        image_options["image_grid_pinpoints"] = scaled_pinpoints(config.image_grid_pinpoints, own, side)
     processor = _image_processor("FastVLMImageProcessor", options)(**image_options)
 
     def preprocess(pictures: list[str]) -> Inputs:

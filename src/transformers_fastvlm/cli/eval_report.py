@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..checkpoints.published import SIZES
 from . import options
 from .cli_errors import UserError, notice, reports_errors
 from .text_tables import print_table
@@ -21,9 +22,7 @@ class CardName(enum.StrEnum):
 
     auto = "auto"
     none = "none"
-    small = "0.5B"
-    medium = "1.5B"
-    large = "7B"
+    small, medium, large = SIZES
 
 
 @reports_errors
