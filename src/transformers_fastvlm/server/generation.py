@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ..engines.answer_text import AnswerText
 from ..inference import PromptCache
-from .answer_text import AnswerText
 
 __all__ = ["Job", "Worker"]
 
