@@ -89,9 +89,11 @@ def check_device(name: str) -> torch.device:
 
 
 def _size_of(picture: str) -> tuple[int, int]:
-    from PIL import Image
+    from ..images.decoding import open_image
+    from ..images.reading import open_file
 
-    with Image.open(picture) as image:
+    what = f"the image file {picture!r}"
+    with open_file(picture, what) as file, open_image(file, what) as image:
         return image.size
 
 
