@@ -60,7 +60,7 @@ def together(engine: TransformersEngine, *asked: tuple[Any, Sampling]) -> list[R
     """Submit conversations, or prompts, so that all wait before the first is answered."""
     prompts = [engine.prepare(one) if isinstance(one, list) else one for one, _ in asked]
     with engine._news:
-        return [engine.submit(prompt, sampling) for prompt, (_, sampling) in zip(prompts, asked, strict=True)]
+        return [engine.submit(prompt, sampling)[0] for prompt, (_, sampling) in zip(prompts, asked, strict=True)]
 
 
 def test_together_is_as_alone(engine, mixed, batches) -> None:
@@ -79,7 +79,7 @@ def test_text_comes_as_it_is_made(endless, mixed) -> None:
     pieces = list(request)
     answer = request.result()
     assert len(pieces) > 10 and "".join(pieces) == answer.text == plain(endless, mixed[0], 60)[0]
-    assert answer.seconds is not None and answer.seconds.first_token is not None
+    assert answer.seconds.first_token is not None
     assert 0 < answer.seconds.first_token < answer.seconds.generate
 
 
@@ -111,7 +111,7 @@ def test_several_answers_to_one_prompt_encode_and_prefill_it_once(engine, mixed,
         lambda module, args, kwargs: fed.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
     )
     rows = [Sampling(seed=seed, **WARM) for seed in range(3)]
-    answers = [request.result() for request in together(engine, *((prompt, row) for row in rows))]
+    answers = [request.result() for request in engine.submit(prompt, *rows)]
     hook.remove()
     assert len(batches) == 1 and fed[0] == prompt.tokens - 1 and sum(fed[1:]) <= 3 * 8
     assert answers == [engine.stream(mixed[2], row).result() for row in rows]
@@ -136,7 +136,7 @@ def test_beams(engine, mixed) -> None:
     inputs = engine.prepare(mixed[0]).inputs
     output = engine.model.generate(**inputs, max_new_tokens=6, num_beams=2, do_sample=False)
     assert found.text == engine.processor.decode(output[0, found.prompt_tokens :], skip_special_tokens=True).strip()
-    assert found.seconds is not None and found.seconds.first_token is None
+    assert found.seconds.first_token is None
     warm = Sampling(num_beams=2, seed=3, **WARM)
     assert engine.stream(mixed[0], warm).result() == engine.stream(mixed[0], warm).result()
 
@@ -261,7 +261,7 @@ def test_a_listener_that_raises_harms_nobody(engine, mixed) -> None:
         heard.set()
         raise RuntimeError("the event loop is closed")
 
-    first = engine.submit(engine.prepare(mixed[1]), SHORT, changed=changed)
+    (first,) = engine.submit(engine.prepare(mixed[1]), SHORT, changed=changed)
     assert engine.stream(mixed[1], SHORT).result().finish_reason != "cancelled"
     assert heard.is_set() and engine.is_alive and first.cancelled
 
@@ -276,7 +276,7 @@ def ends_by(error: BaseException) -> Any:
 def test_a_thread_that_ends_leaves_nobody_waiting(engine, mixed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_answer", ends_by(SystemExit()))  # what no request can be the reason of
     requests = together(engine, (mixed[1], Sampling(num_beams=2)), (mixed[1], SHORT))
-    for request in (*requests, engine.submit(engine.prepare(mixed[1]), SHORT)):
+    for request in (*requests, *engine.submit(engine.prepare(mixed[1]), SHORT)):
         with pytest.raises(RuntimeError, match="thread has ended"):
             request.result()
     assert not engine.is_alive

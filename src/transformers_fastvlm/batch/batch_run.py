@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ..checkpoints.embedded import resolve_model
 from ..data.fingerprints import fingerprint
 from ..data.sample_errors import shortened
-from ..engines.base import Answer, Conversation, Engine, Sampling
+from ..engines.base import MAX_SEED, Answer, Conversation, Sampling
+from ..engines.engine import Engine
 from ..images.decoding import is_machine_fault
 from .batch_journal import Journal, JournalError
 from .outputs import require_format, state_of, write_rows, write_subtitles
@@ -66,7 +67,7 @@ class BatchOptions(SourceOptions):
 
     Args:
         system: message in place of the chat template's own.
-        sampling: how answers are made. A batch's seed is `sampling.seed` plus the number of the batch.
+        sampling: how answers are made. A row's seed is `sampling.seed` plus its index.
         batch_size: rows that are answered together, and lost at most where a run is killed.
     """
 
@@ -235,7 +236,7 @@ def _answer_all(
         for batch, (states, opened) in _ahead(remaining):
             if engine is None:
                 engine = load()
-            journal.append(_answer(batch, opened, engine, options, journal.batches), states)
+            journal.append(_answer(batch, opened, engine, options), states)
             progress(journal.rows, total)
     finally:
         if engine is not None:
@@ -303,7 +304,7 @@ def _opened(picture: "Callable[[], Image]") -> "Image | str":
 
 
 def _answer(
-    batch: Batch, opened: "list[Image | str | None]", engine: Engine, options: BatchOptions, number: int
+    batch: Batch, opened: "list[Image | str | None]", engine: Engine, options: BatchOptions
 ) -> list[dict[str, Any]]:
     """Return the rows of a batch."""
     errors: dict[int, str] = {}
@@ -318,10 +319,7 @@ def _answer(
                 conversations[index] = conversation_about(picture, request.question, options.system)
             except ValueError as error:
                 errors[index] = str(error)
-    sampling = options.sampling
-    if sampling.seed is not None:
-        sampling = dataclasses.replace(sampling, seed=sampling.seed + number)
-    answers, refused = _generate(engine, conversations, sampling)
+    answers, refused = _generate(engine, conversations, options.sampling)
     errors |= refused
     return [_row(index, request, answers.get(index), errors.get(index)) for index, request in batch]
 
@@ -333,7 +331,7 @@ def _generate(
     if not conversations:
         return {}, {}
     try:
-        answers = engine.generate(list(conversations.values()), sampling)
+        answers = engine.generate(list(conversations.values()), [_of_row(sampling, index) for index in conversations])
         return dict(zip(conversations, answers, strict=True)), {}
     except ValueError as error:
         if len(conversations) == 1:
@@ -345,6 +343,12 @@ def _generate(
         found |= answered
         refused |= why
     return found, refused
+
+
+def _of_row(sampling: Sampling, index: int) -> Sampling:
+    if sampling.seed is None:
+        return sampling
+    return dataclasses.replace(sampling, seed=(sampling.seed + index) % (MAX_SEED + 1))
 
 
 def _row(index: int, request: Request, answer: Answer | None, error: str | None) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastvlm batch`: the same question about many pictures, answered into one file."""
 
-import enum
 import signal
 import threading
 from collections.abc import Callable
@@ -15,16 +14,9 @@ from .cli_errors import FAILURE, INTERRUPTED, TERMINATED, notice, one_line, repo
 
 if TYPE_CHECKING:
     from ..batch import Report
-    from ..engines.base import Engine
+    from ..engines import Engine
 
 __all__ = ["batch"]
-
-
-class EngineName(enum.StrEnum):
-    """Values of --engine."""
-
-    transformers = "transformers"
-    vllm = "vllm"
 
 
 @reports_errors
@@ -51,9 +43,8 @@ def batch(
         ),
     ],
     model: options.Model = options.DEFAULT_MODEL,
-    engine: Annotated[
-        EngineName, typer.Option(help="What runs the model; vLLM must be installed for vllm.")
-    ] = EngineName.transformers,
+    engine: options.Engine = options.EngineName.transformers,
+    precision: options.Precision = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Pictures that are answered together; a kill costs one such batch at most.")
     ] = 16,
@@ -91,25 +82,17 @@ def batch(
     Example: fastvlm batch photos -o captions.jsonl -p "Describe the picture."
     """
     from ..batch import BatchOptions, Interrupted, run_batch
-    from ..engines.base import Sampling
-    from .model_sources import check_loadable, licence_notice, read_config
-    from .session import Sampling as Chosen
+    from .asking import check_model, engine_settings, load, sampling_of
 
-    Chosen(max_new_tokens, temperature, top_p, 1, seed).check()
-    settings: dict[str, Any] = {"dtype": dtype.value, "device": device, "size": size}
-    config = read_config(model)
-    check_loadable(model, config)
+    sampling = sampling_of(max_new_tokens, temperature, top_p, seed)
+    settings = engine_settings(engine, precision, device, dtype, size)
+    check_model(engine, model)
 
-    def load() -> "Engine":
+    def start() -> "Engine":
         from transformers.utils import logging
 
-        from ..engines import load_engine
-
         logging.disable_progress_bar()
-        loaded = load_engine(engine.value, model, batch_size=batch_size, **settings)
-        if message := licence_notice(model, config):
-            notice(message)
-        return loaded
+        return load(engine, model, settings, batch_size)
 
     chosen = BatchOptions(
         prompt=prompt,
@@ -118,12 +101,7 @@ def batch(
         every=every,
         do_exif_transpose=do_exif_transpose,
         system=system,
-        sampling=Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=1.0 if top_p is None else top_p,
-            seed=seed,
-        ),
+        sampling=sampling,
         batch_size=batch_size,
     )
     about = {"model": model, "engine": engine.value, **settings}
@@ -131,7 +109,7 @@ def batch(
     try:
         with stopping, _Progress() as bar:
             report = run_batch(
-                inputs, output, load, chosen, about=about, subtitles=srt, restart=restart, progress=bar.show
+                inputs, output, start, chosen, about=about, subtitles=srt, restart=restart, progress=bar.show
             )
     except Interrupted as error:
         kept = f" They are kept in {error.journal}; the same command goes on from there." if error.rows else ""

@@ -5,7 +5,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .base import Answer, Conversation, Engine, PromptTooLong, Sampling
+    from .base import Answer, Conversation, PromptTooLong, Sampling
+    from .engine import Engine
     from .onnx_engine import OnnxEngine
     from .prompts import Prompt
     from .request import Request
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "Answer": "base",
     "Conversation": "base",
-    "Engine": "base",
+    "Engine": "engine",
     "OnnxEngine": "onnx_engine",
     "Prompt": "prompts",
     "PromptTooLong": "base",

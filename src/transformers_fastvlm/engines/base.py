@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tools ask of whatever generates the answers."""
+"""Questions and answers: a conversation, how it is to be answered, and what comes of it."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-if TYPE_CHECKING:
-    from .prompts import Prompt
-    from .request import Request
+from typing import Any, Literal
 
 __all__ = [
     "MAX_SEED",
@@ -15,7 +10,6 @@ __all__ = [
     "MIN_TEMPERATURE",
     "Answer",
     "Conversation",
-    "Engine",
     "GREEDY",
     "FinishReason",
     "PromptTooLong",
@@ -117,10 +111,10 @@ class Seconds:
         generate: from the start of the model to the end.
     """
 
-    prepare: float
-    wait: float
-    first_token: float | None
-    generate: float
+    prepare: float = 0.0
+    wait: float = 0.0
+    first_token: float | None = None
+    generate: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,115 +125,18 @@ class Answer:
         text: without special tokens, stop text and surrounding white space.
         finish_reason: "stop", "length" (it was cut off) or "cancelled".
         prompt_tokens: those of images included.
-        image_tokens: of the prompt's images.
         completion_tokens: of the answer, with the one that ended it.
+        image_tokens: of the prompt's images.
         cached_tokens: of the prompt's, how many were not computed again.
         encoded_images: how many images were encoded for it; None where the engine does not tell.
-        seconds: how long it took; None where the engine does not tell.
+        seconds: how long it took.
     """
 
     text: str
     finish_reason: FinishReason
     prompt_tokens: int
-    image_tokens: int
     completion_tokens: int
+    image_tokens: int = 0
     cached_tokens: int = field(default=0, compare=False)
     encoded_images: int | None = field(default=None, compare=False)
-    seconds: Seconds | None = field(default=None, compare=False)
-
-
-class Engine(Protocol):
-    """A model that answers conversations. Its methods may be called from several threads at once.
-
-    Attributes:
-        processor: the checkpoint's `FastVLMProcessor`.
-        context: most tokens of a conversation and its answer; None for any number.
-        device, dtype: where and in what the model computes, such as "cpu" and "float32".
-        size: height and width, in pixels, that images are resized to.
-        is_alive: whether requests are answered; False after `close`, and where the model cannot go on.
-        batch_seconds: that the latest requests took, as a moving average.
-    """
-
-    processor: Any
-
-    @property
-    def context(self) -> int | None: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def is_alive(self) -> bool: ...
-    @property
-    def batch_seconds(self) -> float: ...
-
-    def generate(
-        self, conversations: Sequence[Conversation], sampling: Sampling | Sequence[Sampling] = GREEDY
-    ) -> list[Answer]:
-        """Answer conversations, in their order.
-
-        All of them are checked, and their images decoded, before the model runs.
-
-        Args:
-            conversations: see `Conversation`.
-            sampling: one for all, or one for each. With one seed for all, each conversation has a seed of its own,
-                which is that seed plus its index.
-
-        Raises:
-            ValueError: a conversation has an image without a place, a place without an image, an image that cannot be
-                used, or fills the model's context; or `sampling` has what this engine cannot do. None is answered then.
-        """
-
-    def stream(self, conversation: Conversation, sampling: Sampling = GREEDY, *, memory: Any = None) -> "Request":
-        """Begin to answer a conversation: `prepare` and `submit` in one.
-
-        Returns:
-            What yields the answer's text piece by piece, and has the whole as `result()`.
-
-        Raises:
-            ValueError: as `generate`.
-        """
-
-    def prepare(self, conversation: Conversation, *, memory: Any = None, literal: bool = False) -> "Prompt":
-        """Check a conversation, decode its images and make the model's inputs, in the thread that calls.
-
-        Args:
-            conversation: see `Conversation`.
-            memory: see `new_memory`; images that it knows are not processed again.
-            literal: control tokens in texts, `<image>` included, are text like any other.
-
-        Raises:
-            PromptTooLong: it fills the model's context.
-            ValueError: as `generate`.
-        """
-
-    def submit(
-        self,
-        prompt: "Prompt",
-        sampling: Sampling = GREEDY,
-        *,
-        memory: Any = None,
-        changed: Callable[[], None] | None = None,
-    ) -> "Request":
-        """Queue a prompt, which others may be answered with, each by its own sampling.
-
-        Args:
-            prompt: of `prepare`; several requests may share it.
-            sampling: how it is answered.
-            memory: see `new_memory`; used where the request is answered alone.
-            changed: called on the engine's thread when there is something new: text, or the end.
-
-        Raises:
-            ValueError: `sampling` has what this engine cannot do.
-        """
-
-    def new_memory(self) -> Any:
-        """Return what keeps the keys, values and images of one conversation for its next question, or None."""
-
-    def forget(self, memory: Any) -> None:
-        """Free what a memory holds, once no request uses it any more; returns at once."""
-
-    def close(self) -> None:
-        """Answer what is queued, and give back threads, processes and memory."""
+    seconds: Seconds = field(default=Seconds(), compare=False)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .base import GREEDY, MAX_SEED, Answer, Conversation, PromptTooLong, Sampling
-from .prompts import Prompt, read_prompt
+from .prompts import LiteralTexts, Prompt, read_prompt
 from .request import Request
 
 __all__ = ["ThreadedEngine"]
@@ -43,6 +43,7 @@ class ThreadedEngine:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
         self.processor, self.batch_size, self._max_images = processor, batch_size, max_images
         self._tokenizer = copy.deepcopy(processor.tokenizer)  # decodes while others encode with the processor's
+        self._literal: LiteralTexts | None = None
         self._queue: deque[Request] = deque()
         self._forgotten: deque[Any] = deque()
         self._news = threading.Condition()
@@ -85,9 +86,9 @@ class ThreadedEngine:
             for group in self._groups(list(requests.values())):
                 for request in group:
                     self._encoded(request.prompt)
-                if len(running) > 1:  # so that few groups hold images in the model's form
-                    for request in running.pop(0):
-                        request.result()
+                for request in running.pop(0) if len(running) > 1 else ():
+                    request.result()
+                    request.prompt.inputs = {}  # so that few groups hold images in the model's form
                 self._enqueue(*group)
                 running.append(group)
             return [requests[index].result() for index in range(len(prompts))]
@@ -99,7 +100,8 @@ class ThreadedEngine:
     def stream(self, conversation: Conversation, sampling: Sampling = GREEDY, *, memory: Any = None) -> Request:
         """See `Engine.stream`."""
         self._check(sampling)
-        return self.submit(self.prepare(conversation, memory=memory), sampling, memory=memory)
+        (request,) = self.submit(self.prepare(conversation, memory=memory), sampling, memory=memory)
+        return request
 
     def prepare(self, conversation: Conversation, *, memory: Any = None, literal: bool = False) -> Prompt:
         """See `Engine.prepare`."""
@@ -111,16 +113,16 @@ class ThreadedEngine:
     def submit(
         self,
         prompt: Prompt,
-        sampling: Sampling = GREEDY,
-        *,
+        *samplings: Sampling,
         memory: Any = None,
         changed: Callable[[], None] | None = None,
-    ) -> Request:
+    ) -> list[Request]:
         """See `Engine.submit`."""
-        self._check(sampling)
-        request = self._request(prompt, sampling, memory, changed)
-        self._enqueue(request)
-        return request
+        for sampling in samplings:
+            self._check(sampling)
+        requests = [self._request(prompt, sampling, memory, changed) for sampling in samplings]
+        self._enqueue(*requests)
+        return requests
 
     def new_memory(self) -> Any:
         """See `Engine.new_memory`."""
@@ -164,6 +166,12 @@ class ThreadedEngine:
         """Return whether a waiting request can be answered together with those chosen so far."""
         return False
 
+    def _literal_texts(self) -> LiteralTexts:
+        with self._news:
+            if self._literal is None:
+                self._literal = LiteralTexts(self.processor)
+        return self._literal
+
     # The queue
 
     def _groups(self, requests: list[Request]) -> list[list[Request]]:
@@ -179,7 +187,11 @@ class ThreadedEngine:
     def _read(self, conversation: Conversation, *, literal: bool = False, where: str = "") -> Prompt:
         try:
             return read_prompt(
-                self.processor, conversation, context=self.context, max_images=self._max_images, literal=literal
+                self.processor,
+                conversation,
+                context=self.context,
+                max_images=self._max_images,
+                literal=self._literal_texts() if literal else None,
             )
         except PromptTooLong as error:
             error.args = (f"{where}{error}",)
@@ -258,7 +270,7 @@ class ThreadedEngine:
             del requests, request  # nothing of them is kept while this thread waits
 
     def _measure(self, request: Request) -> None:
-        if request.answer is not None and request.answer.seconds is not None:
+        if request.answer is not None:
             self.batch_seconds += 0.2 * (request.answer.seconds.generate - self.batch_seconds)
 
     def _next(self) -> list[Request]:

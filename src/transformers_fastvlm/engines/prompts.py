@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every engine does before the model runs: conversations become prompts, or errors that say what is wrong."""
 
+import copy
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +16,7 @@ from ..images.reading import pil_to_rgb
 from ..tokens import IMAGE_TOKEN
 from .base import Conversation, PromptTooLong
 
-__all__ = ["Prompt", "is_utf8", "read_prompt"]
+__all__ = ["LiteralTexts", "Prompt", "is_utf8", "read_prompt"]
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -60,7 +62,7 @@ def read_prompt(
     *,
     context: int | None,
     max_images: int | None = None,
-    literal: bool = False,
+    literal: "LiteralTexts | None" = None,
 ) -> Prompt:
     """Render a conversation, decode its images and count its tokens.
 
@@ -69,7 +71,7 @@ def read_prompt(
         conversation: messages in Transformers' form, with Pillow images.
         context: tokens of a conversation and its answer; None for any number.
         max_images: most images of a conversation; None for any number.
-        literal: control tokens in texts are text; Transformers before 5.23 cannot do that and takes them as they are.
+        literal: encodes texts whose control tokens are text; None where they are what they are.
 
     Raises:
         PromptTooLong: it fills the context.
@@ -79,7 +81,7 @@ def read_prompt(
     # Turned here, so that sizes, and with them the numbers of tokens, are those that the image processor sees.
     turns = getattr(processor.image_processor, "do_exif_transpose", True)
     images = [image for message in conversation for image in _images(message, turns)]
-    ids = _ids(processor, conversation, literal and compat.SANITIZES_CONTROL_TOKENS)
+    ids = _ids(processor, conversation, literal)
     places = ids.count(processor.image_token_id)
     if places != len(images):
         raise ValueError(
@@ -103,31 +105,52 @@ def read_prompt(
     return prompt
 
 
+class LiteralTexts:
+    """Encodes conversations in whose texts control tokens, `<image>` included, are text like any other.
+
+    Transformers changes the tokenizer's settings for that, so this has a copy of it, for one thread at a time. Before
+    5.23 it cannot, and control tokens stay what they are.
+
+    Args:
+        processor: the checkpoint's `FastVLMProcessor`.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._template, self._tokenizer = processor.chat_template, copy.deepcopy(processor.tokenizer)
+        self._lock = threading.Lock()
+
+    def encode(self, conversation: Conversation) -> list[int]:
+        """Return the tokens of a conversation, one placeholder an image."""
+        options = {"sanitize_control_tokens": True} if compat.SANITIZES_CONTROL_TOKENS else {}
+        with self._lock:
+            encoded = self._tokenizer.apply_chat_template(
+                conversation,
+                chat_template=self._template,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **options,
+            )
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
+
 def is_utf8(text: str) -> bool:
     """Return whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
     return not _SURROGATES.search(text)
 
 
-def _ids(processor: Any, conversation: Conversation, literal: bool) -> list[int]:
+def _ids(processor: Any, conversation: Conversation, literal: "LiteralTexts | None") -> list[int]:
     text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
     if not is_utf8(text):
         raise ValueError("the text has bytes that are not UTF-8. Decode it by the encoding that it is in.")
     tokenizer = processor.tokenizer
     # The text may begin with the token that the tokenizer would write before it.
     bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    if not literal:
+    if literal is None:
         ids: list[int] = tokenizer(text, add_special_tokens=not bos)["input_ids"]
         return ids
-    encoded = tokenizer.apply_chat_template(
-        conversation,
-        chat_template=processor.chat_template,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        sanitize_control_tokens=True,
-    )["input_ids"]
-    start = [] if bos else tokenizer("")["input_ids"]
-    return [*start, *encoded]
+    return [*([] if bos else tokenizer("")["input_ids"]), *literal.encode(conversation)]
 
 
 def _images(message: dict[str, Any], do_exif_transpose: bool) -> Iterator[Image.Image]:

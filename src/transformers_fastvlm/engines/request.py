@@ -14,6 +14,8 @@ from .prompts import Prompt
 
 __all__ = ["Request"]
 
+_PATIENCE = 0.2  # seconds
+
 logger = logging.getLogger(__name__)
 
 
@@ -34,8 +36,8 @@ class Request:
         done: whether nothing more will come. Look at it before `pieces` to take the last ones.
         error: why there is no answer.
         answer: the whole, when it is done.
-        queued_at, begun_at, first_at: `time.perf_counter()` when it came into the queue, at the start of the model and
-            at the first token; None before.
+        queued_at, begun_at, first_at, ended_at: `time.perf_counter()` when it came into the queue, at the start of the
+            model, at the first token and at the end; None before.
         cached_tokens, encoded_images: see `Answer`.
 
     Example:
@@ -64,6 +66,7 @@ class Request:
         self.queued_at = time.perf_counter()
         self.begun_at: float | None = None
         self.first_at: float | None = None
+        self.ended_at: float | None = None
         self.pieces: deque[str] = deque()
         self.cancelled = self.done = False
         self.error: BaseException | None = None
@@ -79,8 +82,7 @@ class Request:
         """
         done = False
         while not done:
-            with self._news:
-                self._news.wait_for(lambda: self.pieces or self.done)
+            self._wait_for(lambda: self.done or bool(self.pieces))
             done = self.done
             while self.pieces:
                 yield self.pieces.popleft()
@@ -93,11 +95,15 @@ class Request:
         Raises:
             Exception: whatever ended the answer.
         """
-        with self._news:
-            self._news.wait_for(lambda: self.done)
+        self._wait_for(lambda: self.done)
         if self.answer is None:
             raise self.error or RuntimeError("there is no answer.")
         return self.answer
+
+    @property
+    def waited(self) -> float:
+        """Seconds in the queue, so far."""
+        return (self.begun_at or self.ended_at or time.perf_counter()) - self.queued_at
 
     def cancel(self) -> None:
         """End the answer: at once if it waits, else at the next token. What there is of it stays."""
@@ -142,6 +148,7 @@ class Request:
 
     def end(self, error: BaseException | None = None, reason: FinishReason = "length") -> None:
         """Say that nothing more will come: for an error, for what `take` found, or else for a reason."""
+        self.ended_at = time.perf_counter()
         if error is None:
             try:
                 self._say(self._decoding.finish())
@@ -154,9 +161,15 @@ class Request:
         self.error, self.done = error, True
         self._tell()
 
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        with self._news:
+            # With a time-out, since no Ctrl-C gets through to a lock that is waited for on Windows.
+            while not self._news.wait_for(condition, _PATIENCE):
+                pass
+
     def _whole(self, reason: FinishReason) -> Answer:
-        now = time.perf_counter()
-        begun = now if self.begun_at is None else self.begun_at
+        ended = self.ended_at or time.perf_counter()
+        begun = self.begun_at or ended
         return Answer(
             text=self._text,
             finish_reason=reason,
@@ -167,9 +180,9 @@ class Request:
             encoded_images=self.encoded_images,
             seconds=Seconds(
                 prepare=self.prompt.seconds,
-                wait=begun - self.queued_at,
+                wait=self.waited,
                 first_token=None if self.first_at is None or self.sampling.num_beams > 1 else self.first_at - begun,
-                generate=now - begun,
+                generate=ended - begun,
             ),
         )
 

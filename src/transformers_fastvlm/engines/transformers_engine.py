@@ -147,8 +147,10 @@ class TransformersEngine(ThreadedEngine):
                 "stopping_criteria": StoppingCriteriaList([_Watch(requests)]),
             }
             (self.model if memory is None else memory).generate(**inputs, **options)
-        for one in requests if memory is not None else ():
-            one.cached_tokens, one.encoded_images = memory.reused_tokens, memory.encoded_images
+        for one in requests:
+            one.encoded_images = len(one.prompt.image_tokens)
+            if memory is not None:
+                one.cached_tokens, one.encoded_images = memory.reused_tokens, memory.encoded_images
 
     def _search(self, request: Request, memory: PromptCache, inputs: dict[str, Tensor]) -> None:
         """Answer by beam search, whose tokens are known at its end. It samples by PyTorch's own random state."""

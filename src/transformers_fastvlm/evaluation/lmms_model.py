@@ -14,7 +14,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from ..engines.base import Conversation, Engine, Sampling
+from ..engines.base import Conversation, Sampling
+from ..engines.engine import Engine
 from ..tokens import IMAGE_TOKEN
 from .eval_journal import AnswerJournal, Journalled, answer_key, model_identity
 
