@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint_identity import checkpoint_identity
-from ..engines.base import Engine, Sampling
+from ..engines.base import Sampling
+from ..engines.engine import Engine
 from .batch_answers import answer
 from .batch_journal import BatchJournal
 from .batch_rows import Report, counted
@@ -41,7 +42,7 @@ class BatchOptions(SourceOptions):
 
     Args:
         system: message in place of the chat template's own.
-        sampling: how answers are made. A batch's seed is `sampling.seed` plus the number of the batch.
+        sampling: how answers are made. A row's seed is `sampling.seed` plus its index.
         batch_size: rows that are answered together, and lost at most where a run is killed.
     """
 
@@ -135,15 +136,12 @@ def _answer_all(
     progress(journal.rows, total)
     batches = plan(found, options.batch_size)
     skip_done(batches, journal)
-    sampling = options.sampling
     engine: Engine | None = None
     try:
         for batch in opened_ahead(batches, options.system):
             if engine is None:
                 engine = load()
-            seed = None if sampling.seed is None else sampling.seed + journal.batches
-            rows = answer(batch, engine, dataclasses.replace(sampling, seed=seed))
-            journal.append(rows, [one.state for one in batch])
+            journal.append(answer(batch, engine, options.sampling), [one.state for one in batch])
             progress(journal.rows, total)
     finally:
         if engine is not None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastvlm batch`: the same question about many pictures, answered into one file."""
 
-import enum
 import signal
 import threading
 from collections.abc import Callable
@@ -16,16 +15,9 @@ from .progress_bars import progress_bar
 
 if TYPE_CHECKING:
     from ..batch import Report
-    from ..engines.base import Engine
+    from ..engines import Engine
 
 __all__ = ["batch"]
-
-
-class EngineName(enum.StrEnum):
-    """Values of --engine."""
-
-    transformers = "transformers"
-    vllm = "vllm"
 
 
 @reports_errors
@@ -52,9 +44,8 @@ def batch(
         ),
     ],
     model: options.Model = options.DEFAULT_MODEL,
-    engine: Annotated[
-        EngineName, typer.Option(help="What runs the model; vLLM must be installed for vllm.")
-    ] = EngineName.transformers,
+    engine: options.Engine = options.EngineName.transformers,
+    precision: options.Precision = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Pictures that are answered together; a kill costs one such batch at most.")
     ] = 16,
@@ -92,25 +83,17 @@ def batch(
     Example: fastvlm batch photos -o captions.jsonl -p "Describe the picture."
     """
     from ..batch import BatchOptions, Interrupted, run_batch
-    from ..engines.base import Sampling
-    from .model_sources import check_loadable, licence_notice, read_config
-    from .session import Sampling as Chosen
+    from .asking import check_model, engine_settings, load, sampling_of
 
-    Chosen(max_new_tokens, temperature, top_p, 1, seed).check()
-    settings: dict[str, Any] = {"dtype": dtype.value, "device": device, "size": size}
-    config = read_config(model)
-    check_loadable(model, config)
+    sampling = sampling_of(max_new_tokens, temperature, top_p, seed)
+    settings = engine_settings(engine, precision, device, dtype, size)
+    check_model(engine, model)
 
-    def load() -> "Engine":
+    def start() -> "Engine":
         from transformers.utils import logging
 
-        from ..engines import load_engine
-
         logging.disable_progress_bar()
-        loaded = load_engine(engine.value, model, batch_size=batch_size, **settings)
-        if message := licence_notice(model, config):
-            notice(message)
-        return loaded
+        return load(engine, model, settings, batch_size)
 
     chosen = BatchOptions(
         prompt=prompt,
@@ -119,19 +102,16 @@ def batch(
         every=every,
         do_exif_transpose=do_exif_transpose,
         system=system,
-        sampling=Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=1.0 if top_p is None else top_p,
-            seed=seed,
-        ),
+        sampling=sampling,
         batch_size=batch_size,
     )
     about = {"model": model, "engine": engine.value, **settings}
     stopping = _Stopping()
     try:
         with stopping, progress_bar("answering") as show:
-            report = run_batch(inputs, output, load, chosen, about=about, subtitles=srt, restart=restart, progress=show)
+            report = run_batch(
+                inputs, output, start, chosen, about=about, subtitles=srt, restart=restart, progress=show
+            )
     except Interrupted as error:
         kept = f" They are kept in {error.journal}; the same command goes on from there." if error.rows else ""
         notice(f"fastvlm: {one_line(error)}{kept}")
