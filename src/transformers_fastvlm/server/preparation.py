@@ -14,8 +14,8 @@ from ..images.fetching import Budget
 from .api_errors import ApiError
 from .connections import Gone
 from .daemon_threads import DaemonThreads
-from .fetching import Fetcher
 from .protocol import ChatRequest
+from .request_fetching import Fetcher
 from .request_images import data_of, decode, is_remote
 from .settings import Settings
 
