@@ -65,7 +65,6 @@ DEPENDENCIES_OF_UNIT = {
     "vllm_plugin": {"vllm"},  # which is what imports it
 }
 
-# To be removed, and never added to.
 LONGEST = 600
 # The encoder is read as a whole; of the other the parts that are not the model's are to go elsewhere.
 LONG_FILES = {"modeling_fastvithd.py", "modeling_fastvlm.py"}

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
+from ..storage.atomic_files import write_lines
+
 __all__ = [
     "Clock",
     "Split",
@@ -240,5 +242,5 @@ def write_record(record: Mapping[str, Any], out: str | os.PathLike[str] | None) 
     """Return a record as JSON, and write it to `out`, if there is one."""
     text = json.dumps(record, indent=2) + "\n"
     if out is not None:
-        Path(out).write_text(text, encoding="utf-8")
+        write_lines(out, text.splitlines())
     return text
