@@ -258,8 +258,8 @@ def test_refuses_pictures(model, wide, tmp_path, fails) -> None:
     assert "not an image" in fails("generate", "-", *options, stdin="no picture")
     assert "truncated" in fails("generate", "-", *options, stdin=wide.read_bytes()[:2000])
     assert "more than once" in fails("generate", "-", "-", *options)
-    assert "2 <image>, but there are 1 pictures" in fails("generate", wide, "-p", "<image> <image>", "-m", model)
-    assert "1 <image>, but there are 0 pictures" in fails("generate", "-p", "What is <image>?", "-m", model)
+    assert "2 <image>, but there is 1 image" in fails("generate", wide, "-p", "<image> <image>", "-m", model)
+    assert "1 <image>, but there are 0 images" in fails("generate", "-p", "What is <image>?", "-m", model)
 
 
 def test_refuses_models(tmp_path, copy_of, fails) -> None:

@@ -4,14 +4,10 @@
 import functools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ..data.sample_errors import shortened
 from ..images.videos import VideoFrames, open_video, require_av
-from .requests import Request, printable, reason_of
-
-if TYPE_CHECKING:
-    from .sources import SourceOptions
+from .requests import Request, SourceOptions, printable, reason_of
 
 __all__ = ["count_frames", "require_av", "video_requests"]
 
@@ -36,7 +32,7 @@ def count_frames(file: str, every: float) -> int | None:
     return max(1, math.ceil(seconds / every))
 
 
-def video_requests(file: str, options: "SourceOptions") -> Iterator[Request]:
+def video_requests(file: str, options: SourceOptions) -> Iterator[Request]:
     """Yield a request for each wanted frame of a video, and one with an error where it cannot be read."""
     source = printable(file)
     try:

@@ -5,7 +5,6 @@ So every dtype comes out bit for bit, and memory is bounded by one block of a fi
 Reading is in `checkpoint_files`, and its functions can be had from here too.
 """
 
-import contextlib
 import json
 import os
 import struct
@@ -31,7 +30,6 @@ __all__ = [
     "read_json",
     "read_tensors",
     "same_values",
-    "sync_directory",
     "write_directory",
     "write_json",
     "write_tensors",
@@ -95,13 +93,3 @@ def write_directory(
     write_json(
         directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )
-
-
-def sync_directory(directory: Path) -> None:
-    """Force a directory's entries to the disk, where the system can do that."""
-    with contextlib.suppress(OSError, AttributeError):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -12,6 +12,7 @@ import typer
 
 from . import options
 from .cli_errors import FAILURE, INTERRUPTED, TERMINATED, notice, one_line, reports_errors
+from .progress_bars import progress_bar
 
 if TYPE_CHECKING:
     from ..batch import Report
@@ -129,10 +130,8 @@ def batch(
     about = {"model": model, "engine": engine.value, **settings}
     stopping = _Stopping()
     try:
-        with stopping, _Progress() as bar:
-            report = run_batch(
-                inputs, output, load, chosen, about=about, subtitles=srt, restart=restart, progress=bar.show
-            )
+        with stopping, progress_bar("answering") as show:
+            report = run_batch(inputs, output, load, chosen, about=about, subtitles=srt, restart=restart, progress=show)
     except Interrupted as error:
         kept = f" They are kept in {error.journal}; the same command goes on from there." if error.rows else ""
         notice(f"fastvlm: {one_line(error)}{kept}")
@@ -169,44 +168,22 @@ class _Stopping:
         raise KeyboardInterrupt
 
 
-class _Progress:
-    """A bar on standard error, where that is a terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self._task = self._bar.add_task("answering", total=None)
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, done: int, total: int | None) -> None:
-        """Show how many rows are done; the total of videos is an estimate."""
-        self._bar.update(self._task, completed=done, total=None if total is None else max(done, total))
-
-
 def _tell(report: "Report", say: Callable[[str], None] = notice) -> None:
     """Print what was written and what could not be answered."""
+    from ..batch.batch_rows import counted
+
     details = []
     if report.resumed_rows:
         details.append(f"{report.resumed_rows:,} of them done before")
     if report.cut:
         details.append(f"{report.cut:,} cut at --max-new-tokens")
-    say(f"{report.rows:,} rows in {report.output}" + (f" ({', '.join(details)})" if details else ""))
+    say(f"{counted(report.rows, 'row')} in {report.output}" + (f" ({', '.join(details)})" if details else ""))
     for path in report.subtitles:
         say(f"captions in {path}")
     if report.left_out:
-        say(f"{report.left_out:,} files in the folders are neither pictures nor videos and were left out")
+        say(f"{counted(report.left_out, 'file')} in the folders left out: neither picture nor video")
     if report.errors:
-        say(f"fastvlm: {report.errors:,} rows have no answer, but an error:")
+        say(f"fastvlm: {counted(report.errors, 'row')} without an answer:")
         for place, error in report.examples:
             say(f"  {place}: {one_line(ValueError(error))}")
         if report.errors > len(report.examples):

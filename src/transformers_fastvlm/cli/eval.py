@@ -10,6 +10,7 @@ import typer
 
 from . import options
 from .cli_errors import UserError, notice, reports_errors
+from .progress_bars import progress_bar
 
 if TYPE_CHECKING:
     from ..evaluation.results import EvaluationRun
@@ -107,7 +108,7 @@ def evaluate(
             typer.echo(message, file=errors)
 
     errors = sys.stderr  # the evaluation sends what others print there to a file
-    with _Progress(errors) as bar:
+    with progress_bar("answering", errors) as show:
         run = run_evaluation(
             model,
             out,
@@ -126,41 +127,10 @@ def evaluate(
                 pictures=page,
                 time_first_token=first_token,
             ),
-            progress=bar.show,
+            progress=show,
             loaded=loaded,
         )
     _tell(run, out)
-
-
-class _Progress:
-    """A bar on standard error, where that is a terminal."""
-
-    def __init__(self, stream: Any) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(file=stream)
-        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(
-            *columns,
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self._task = self._bar.add_task("answering", total=None)
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, done: int, total: int) -> None:
-        """Show how many questions are answered."""
-        self._bar.update(self._task, completed=done, total=total)
 
 
 def _tell(run: "EvaluationRun", out: Path) -> None:

@@ -57,7 +57,8 @@ def eval_report(
     from ..evaluation.eval_plots import plot_points, write_plot
     from ..evaluation.page import write_page
     from ..evaluation.report import make_report, markdown, notes, run_names, tables
-    from ..evaluation.results import read_run, write_lines
+    from ..evaluation.results import read_run
+    from ..storage.atomic_files import write_lines
 
     if out is not None and plot and find_spec("matplotlib") is None:
         plot = False

@@ -25,10 +25,10 @@ from .connections import (
     until_gone,
     with_log,
 )
-from .fetching import Fetcher
 from .generation import Job, Worker
 from .preparation import Preparation
 from .protocol import ChatRequest, parse_chat, parse_json, unknown_model
+from .remote_images import Fetcher
 from .responses import answer
 from .settings import Settings
 
