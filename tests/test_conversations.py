@@ -322,7 +322,7 @@ def test_video_file(name: str, processor: FastVLMProcessor, tmp_path: Path) -> N
     chat = user({"type": "video", "path": str(path)}, text("Q"))
     if importlib.util.find_spec("av") is None:
         path.write_bytes(b"")
-        with pytest.raises(ImportError, match="PyAV: pip install"):
+        with pytest.raises(ImportError, match="needs av: pip install"):
             processor.apply_chat_template(chat)
         return
     import av
@@ -387,11 +387,11 @@ def test_unknown_part(processor: FastVLMProcessor, part: Any) -> None:
     ("conversation", "message"),
     [
         ("Hi", "conversation is 'Hi'.*expected a list of messages"),
-        ([{"role": "tool", "content": "a"}], "role 'tool'; expected system, user, assistant"),
+        ([{"role": "tool", "content": "a"}], "role 'tool'; expected 'system', 'user'"),
         ([{"role": "User", "content": "a"}], "role 'User'; expected"),
-        ([{"content": "a"}], "role None; expected"),
-        ([{"role": "user", "content": None}], "role user has no content"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant"}], "role assistant has no content"),
+        ([{"content": "a"}], "role 'None'; expected"),
+        ([{"role": "user", "content": None}], "role 'user' has no content"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant"}], "role 'assistant' has no content"),
     ],
 )
 def test_message_that_is_none(processor: FastVLMProcessor, conversation: Any, message: str) -> None:

@@ -25,6 +25,7 @@ from .conversations import (
     answer_mask,
     image_sources,
     is_message,
+    known_role,
     plain_message,
     render_with_spans,
 )
@@ -288,8 +289,9 @@ class FastVLMProcessor(ProcessorMixin):
         of strings.
 
         Raises:
-            ValueError: no messages, a role or a part that is not understood, no content, a video that cannot be read,
-                too many frames, or what a call raises.
+            ValueError: no messages, a role or part that is not understood, no content, a video that cannot be read,
+                too many frames, or what a call raises. Other roles than system (or developer), user and assistant need
+                a template that has them.
         """
         if isinstance(conversation, str):
             raise ValueError(
@@ -302,9 +304,9 @@ class FastVLMProcessor(ProcessorMixin):
             raise ValueError("A conversation has no messages; expected at least one with a role and a content.")
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
         frames = processor_kwargs.pop("num_frames", kwargs.pop("num_frames", DEFAULT_VIDEO_FRAMES))
-        # A template of the user's may know more roles than the models do.
-        own_template = chat_template is None and self.chat_template in map(chat_template_for, ("qwen2", "llama"))
-        chats = [[plain_message(message, frames, any_role=not own_template) for message in chat] for chat in chats]
+        chats = [[plain_message(message, frames) for message in chat] for chat in chats]
+        if (chat_template or self.chat_template) in (chat_template_for("qwen2"), chat_template_for("llama")):
+            chats = [[known_role(message) for message in chat] for chat in chats]
         names = TextKwargs.__annotations__.keys() | self.image_processor.valid_kwargs.__annotations__.keys()
         names -= compat.TEMPLATE_ARGUMENTS
         processor_kwargs |= {name: kwargs.pop(name) for name in list(kwargs) if name in names}

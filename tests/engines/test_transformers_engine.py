@@ -11,8 +11,9 @@ import pytest
 import torch
 from engine_cases import QUESTION, ask, plain
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from helpers import relative_error
 from transformers_fastvlm import compat
 from transformers_fastvlm.engines import (
     ENGINES,
@@ -198,3 +199,39 @@ def test_names() -> None:
     interface = {name for name in vars(Engine) if not name.startswith("_")} | Engine.__annotations__.keys()
     for kind in (TransformersEngine, OnnxEngine, VllmEngine):
         assert interface - {"processor", "batch_seconds"} <= set(dir(kind))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_is_loaded_with_its_base(model: Path, tmp_path: Path, picture: Image.Image) -> None:
+    """The directory that training with LoRA leaves answers as the merged model does, on the command line too."""
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    base = AutoModelForImageTextToText.from_pretrained(model)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    adapted = peft.get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    content = ask(QUESTION, picture)
+    before = load_engine("transformers", str(model), device="cpu").generate([content], SHORT)
+    engine: Any = load_engine("transformers", str(tmp_path / "adapter"), device="cpu")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert relative_error(engine.model(ids).logits, adapted.eval()(input_ids=ids).logits) < 1e-5
+    assert engine.generate([content], SHORT)[0].text != before[0].text
+    assert not any("lora" in name for name, _ in engine.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"peft_type": "LORA"}, "names no base model"),
+        ({"peft_type": "LORA", "base_model_name_or_path": "/nowhere/at/all"}, "'/nowhere/at/all' is not there"),
+        (None, "adapter of LLaVA code"),
+    ],
+)
+def test_an_adapter_without_its_base(content: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content or {"base_model_name_or_path": "x"}))
+    if content is None:
+        (tmp_path / "non_lora_trainables.bin").touch()
+    with pytest.raises(ValueError, match=f"is an adapter.*{message}|{message}.*") as error:
+        load_engine("transformers", str(tmp_path), device="cpu")
+    assert f"fastvlm merge {tmp_path} OUT --base BASE" in str(error.value)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PromptCache: tokens of a fresh run, and nothing computed twice."""
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -373,3 +375,13 @@ def test_chunked_prefill(plain: Setup) -> None:
     plain.ask(talk, prefill_chunk_size=20)
     plain.ask([*talk, said("a cat"), user("Where is it, and why, and since when?")], prefill_chunk_size=4)
     assert plain.cache.reused_tokens > 10
+
+
+def test_copies_of_an_image_memory(processor: Any, picture: Any) -> None:
+    memory = ImageMemory(processor.image_processor, {}, max_images=2)
+    memory([picture], return_tensors="pt")
+    for twin in (copy.copy(memory), copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
+        assert twin.size == processor.image_processor.size
+        assert twin([picture], return_tensors="pt")["pixel_values"].equal(
+            processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+        )

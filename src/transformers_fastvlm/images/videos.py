@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from .._optional import needs
 from .bounds import check_dimensions
 
 if TYPE_CHECKING:
@@ -23,10 +24,8 @@ def require_av() -> Any:
     Raises:
         ImportError: it is not installed.
     """
-    try:
+    with needs("av", "A video", 'pip install "transformers-fastvlm[batch]"'):
         import av
-    except ImportError as error:
-        raise ImportError('Videos need PyAV: pip install "transformers-fastvlm[batch]".') from error
     return av
 
 

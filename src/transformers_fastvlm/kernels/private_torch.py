@@ -22,7 +22,6 @@ __all__ = [
     "onednn_takes",
     "packed_int4",
     "transforms_are_active",
-    "version_of",
 ]
 
 _MKLDNN: Any = torch.ops.mkldnn
@@ -52,11 +51,6 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     """Return whether oneDNN has fast products of bfloat16 or float16 on this CPU; no if that cannot be told."""
     supported = getattr(_MKLDNN, _TAKES[dtype], None)
     return supported is not None and bool(supported())
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """Return a number that every change of a tensor in place increases; None for tensors that do not count."""
-    return None if tensor.is_inference() else int(tensor._version)
 
 
 def _geometry(stride: int, padding: int, groups: int) -> tuple[Any, ...]:

@@ -40,21 +40,19 @@ class QuantizedLinear(nn.Linear):
             out += bias
         return out.view(*input.shape[:-1], out.shape[-1])
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.pop("_packed", None)  # values are written into the tensors that are there
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _product(self, rows: Tensor, weight: Any) -> Tensor:
         # Asking a tensor of torchao's for as little as its shape takes longer than a small product.
         packed = self.__dict__.get("_packed")
-        state = _state(weight)
-        if packed is None or packed[0] is not weight.qdata or packed[1] != state:
-            packed = self.__dict__["_packed"] = (weight.qdata, state, *_pack(weight))
-        _, _, integers, scales, group = packed
+        if packed is None or packed[0] is not weight.qdata:
+            packed = self.__dict__["_packed"] = (weight.qdata, *_pack(weight))
+        _, integers, scales, group = packed
         if group:
             return private_torch.int4_product(rows, integers, group, scales)
         return private_torch.int8_product(rows, integers, scales)
-
-
-def _state(weight: Any) -> tuple[int | None, ...]:
-    """Return what changes when new values are written into a weight, as load_state_dict does."""
-    return private_torch.version_of(weight.qdata), private_torch.version_of(weight.scale)
 
 
 def _pack(weight: Any) -> tuple[Tensor, Tensor, int]:
