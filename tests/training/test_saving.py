@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from transformers_fastvlm import FastVLMForConditionalGeneration, FastVLMProcessor
 from transformers_fastvlm.training import Recipe, run
-from transformers_fastvlm.training.trainer import last_checkpoint
+from transformers_fastvlm.training.trainer import last_checkpoint, rotate_checkpoints
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 pytest.importorskip("resource", reason="limits on the size of files are POSIX's")
@@ -218,10 +218,6 @@ def test_checkpoints_load_with_the_auto_classes(recipe: MakeRecipe, tmp_path: Pa
 )
 def test_rotation_goes_by_step(limit: int | None, best: int | None, left: set[int], tmp_path: Path) -> None:
     """Whatever the clock says: the first checkpoint is an hour ahead. A later one is of a run that went another way."""
-    from types import SimpleNamespace
-
-    from transformers_fastvlm.training import FastVLMTrainer
-
     now = os.stat(tmp_path).st_mtime
     for step in (1, 2, 3, 7):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -229,9 +225,7 @@ def test_rotation_goes_by_step(limit: int | None, best: int | None, left: set[in
         os.utime(tmp_path / f"checkpoint-{step}", (now - 3600 * step, now - 3600 * step))
     (tmp_path / "checkpoint-0").mkdir()  # the user's own
     (tmp_path / "checkpoint-0" / "notes.txt").touch()
-    state = SimpleNamespace(global_step=3, best_model_checkpoint=best and str(tmp_path / f"checkpoint-{best}"))
-    trainer: Any = SimpleNamespace(args=SimpleNamespace(save_total_limit=limit), state=state)
-    FastVLMTrainer._rotate(trainer, tmp_path)
+    rotate_checkpoints(tmp_path, 3, limit, best and str(tmp_path / f"checkpoint-{best}"))
     assert {int(path.name.removeprefix("checkpoint-")) for path in tmp_path.iterdir()} == {0, *left}
 
 

@@ -91,8 +91,8 @@ class SampleDataset(Dataset):
 
         The content of images does not count. All files of rows are read.
         """
-        all_of_them = isinstance(self._index, range)
-        return joined([self._rows.digest(), "" if all_of_them else hashlib.sha256(self._index).hexdigest()])
+        chosen = "" if isinstance(self._index, range) else hashlib.sha256(self._index.tobytes()).hexdigest()
+        return joined([self._rows.digest(), chosen])
 
     def image_folder(self, index: int) -> ImageFolder:
         """Return what opens the images of a sample."""
