@@ -178,9 +178,9 @@ def _measured(files: dict[str, Path]) -> Any:
 
 
 def _identity(files: dict[str, Path]) -> None:
-    from transformers_fastvlm.evaluation.eval_journal import model_identity
+    from transformers_fastvlm.checkpoints.checkpoint_identity import checkpoint_identity
 
-    assert model_identity("tiny") == model_identity(str(tiny_checkpoint()))
+    assert checkpoint_identity("tiny") == checkpoint_identity(str(tiny_checkpoint()))
 
 
 LOADERS: dict[str, tuple[Callable[[dict[str, Path]], Any], str | None]] = {

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .fingerprints import fingerprint
+from ..storage.digests import file_digest
 from .sample_errors import Place, SampleError, shortened
 
 __all__ = ["JsonRows"]
@@ -127,7 +127,7 @@ class JsonRows:
 
     def digest(self) -> str:
         """Return a digest of the whole file."""
-        return fingerprint(self.path)
+        return file_digest(self.path)
 
     def _why(self, error: Exception, content: bytes) -> str:
         if isinstance(error, UnicodeDecodeError):

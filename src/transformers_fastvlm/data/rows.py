@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
-from .fingerprints import fingerprint, joined
+from ..storage.digests import file_digests, joined
 from .row_fields import SYSTEM_KEYS
 from .sample_errors import Place, SampleError
 
 __all__ = ["HubRows", "JoinedRows", "ListRows", "Rows"]
 
-_WHOLE = 2**30  # bytes of a file that are read to tell whether it changed
 _WORDS = ("id", "conversations", "messages", *SYSTEM_KEYS)
 
 
@@ -75,7 +74,7 @@ class HubRows:
 
     def digest(self) -> str:
         """Return a digest of the files, or what the package datasets says of how the rows were made."""
-        return joined(fingerprint(file, _WHOLE) for file in self._files) if self._files else self._made
+        return joined(file_digests(self._files)) if self._files else self._made
 
     def _read(self, table: Any, row: int) -> Mapping[str, Any]:
         values: Mapping[str, Any] = table[row : row + 1].to_pylist()[0]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from .fingerprints import joined
+from ..storage.digests import joined
 from .folders import package
 from .image_files import ImageFolder
 from .messages import check_messages, messages_and_sources

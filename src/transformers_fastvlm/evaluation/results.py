@@ -5,10 +5,12 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..storage.atomic_files import write_lines
 
 __all__ = [
     "IMAGES",
@@ -18,12 +20,10 @@ __all__ = [
     "Sample",
     "TaskResult",
     "read_run",
-    "write_lines",
     "write_run",
 ]
 
 RESULTS, SAMPLES, IMAGES = "results.json", "samples.jsonl", "images"
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,21 +174,6 @@ def read_run(directory: str | os.PathLike[str]) -> EvaluationRun:
 def _as_json(task: TaskResult) -> dict[str, Any]:
     entry: dict[str, Any] = {"metric": task.metric, "score": task.score, "count": task.count}
     return entry if task.raw is None else entry | {"raw": task.raw}
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file whole or not at all; half characters, which UTF-8 does not have, become question marks."""
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        with partial.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
-            for line in lines:
-                file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _text(path: Path) -> str:

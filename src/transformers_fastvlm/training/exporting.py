@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import FastVLMForConditionalGeneration
-from ..checkpoints.directories import sync_tree
-from ..checkpoints.files import sync_directory
+from ..storage.atomic_files import sync_directory, sync_tree
 from .launching import whole_models
 from .models import torch_dtype
 from .recipe_loading import load_model, prepare_encoder

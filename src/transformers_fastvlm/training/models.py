@@ -29,9 +29,9 @@ from .. import (
     FastVLMImageProcessorPil,
     FastVLMProcessor,
 )
-from ..checkpoints.directories import new_directory
 from ..checkpoints.embedded import resolve_model
 from ..processing_fastvlm import chat_template_for
+from ..storage.atomic_files import new_directory
 from ..tokens import IMAGE_TOKEN
 from .parts import PARTS, set_trainable
 

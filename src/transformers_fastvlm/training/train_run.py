@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..storage.atomic_files import write_lines
 from .arguments import training_arguments
 from .callbacks import LinesAboveBar, LogLines, SampleAnswers
 from .exporting import export, is_finished
@@ -97,8 +98,8 @@ def run(
         return out
     if arguments.should_save:
         out.mkdir(parents=True, exist_ok=True)
-        (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        (out / ROWS_FILE).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_lines(out / RECIPE_FILE, [recipe.to_yaml().rstrip("\n")])
+        write_lines(out / ROWS_FILE, [json.dumps(rows, indent=2)])
     trainer = FastVLMTrainer(
         model=model,
         args=arguments,

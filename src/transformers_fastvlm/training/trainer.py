@@ -17,10 +17,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from ..checkpoints.directories import sync_tree
-from ..checkpoints.files import sync_directory
 from ..data import FastVLMDataCollator, grouped_sampler
 from ..data.collator import IGNORED
+from ..storage.atomic_files import publish_directory
 from .parts import decays, parameter_groups
 
 __all__ = ["STAGING", "FastVLMTrainer", "last_checkpoint", "leave_frozen_inputs", "rotate_checkpoints"]
@@ -103,7 +102,9 @@ class FastVLMTrainer(Trainer):
             self._staging = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self._publish(staging, folder / name)
+            # There is a checkpoint of that step where a run took another way from an earlier one.
+            publish_directory(staging / name, folder / name, aside=staging / f"replaced-{name}")
+            shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             rotate_checkpoints(
@@ -125,16 +126,6 @@ class FastVLMTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self.state.save_to_json(str(written / _STATE_FILE))
-
-    @staticmethod
-    def _publish(staging: Path, final: Path) -> None:
-        written = staging / final.name
-        sync_tree(written)
-        if final.exists():  # of a run that took another way from an earlier checkpoint
-            final.rename(staging / f"replaced-{final.name}")
-        written.rename(final)
-        sync_directory(final.parent)
-        shutil.rmtree(staging, ignore_errors=True)
 
     # Data
 
