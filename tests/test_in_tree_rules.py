@@ -241,10 +241,16 @@ def test_a_version_that_renames_arguments_again_is_refused(
     Version(transformers.__version__) < Version("5.19"), reason="its scheduler does not know nested configurations"
 )
 def test_continuous_batching_of_text(model: Any) -> None:
-    """Transformers' scheduler runs the class; it takes token ids only, so that these prompts have no images."""
+    """Transformers' scheduler runs the class; it takes token ids only, so that these prompts have no images.
+
+    Unless told how large its cache is to be, it takes most of the memory that is free, and clears all of it.
+    """
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [40, 41]]
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     expected = [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in prompts]
     config = model.generation_config.__class__(**options, pad_token_id=0)
-    found = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+    found = model.generate_batch(prompts, config, continuous_batching_config=small, progress_bar=False)
     assert [found[name].generated_tokens for name in sorted(found)] == expected

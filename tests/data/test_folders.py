@@ -223,7 +223,7 @@ def test_images_begin_at_the_folder(folder: Path) -> None:
 
 
 def test_much_parquet_needs_no_memory(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_IN_MEMORY", 1)
+    monkeypatch.setattr(folders, "IN_MEMORY", 1)
     below = folder / "a [b]"
     below.mkdir()
     datasets.Dataset.from_list([row(OURS)]).to_parquet(below / "rows*.parquet")

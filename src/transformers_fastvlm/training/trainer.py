@@ -22,7 +22,7 @@ from ..data.collator import IGNORED
 from ..storage.atomic_files import publish_directory
 from .parts import decays, parameter_groups
 
-__all__ = ["STAGING", "FastVLMTrainer", "last_checkpoint", "leave_frozen_inputs"]
+__all__ = ["STAGING", "FastVLMTrainer", "last_checkpoint", "leave_frozen_inputs", "rotate_checkpoints"]
 
 STAGING = ".incomplete"
 _STATE_FILE = "trainer_state.json"
@@ -107,19 +107,9 @@ class FastVLMTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self._rotate(folder)
-
-    def _rotate(self, folder: Path) -> None:
-        """Delete the oldest checkpoints by step that are too many; never this one, the best, a later one, or a link."""
-        limit = self.args.save_total_limit
-        if limit is None or limit < 1:
-            return
-        step = self.state.global_step
-        kept = {f"checkpoint-{step}", Path(self.state.best_model_checkpoint or "").name}
-        there = [(number, path) for number, path in _checkpoints(folder) if number <= step and not path.is_symlink()]
-        others = sorted((number, path) for number, path in there if path.name not in kept)
-        for _, path in others[: max(0, len(there) - limit)]:
-            shutil.rmtree(path, ignore_errors=True)
+            rotate_checkpoints(
+                folder, self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint
+            )
 
     def _remove_staging(self, staging: Path) -> None:
         """Remove what an interrupted run left."""
@@ -202,6 +192,26 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """
     found = _checkpoints(Path(directory))
     return max(found)[1] if found else None
+
+
+def rotate_checkpoints(folder: Path, step: int, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints by step that are too many; never that of `step`, the best, a later one, or a link.
+
+    Transformers' own goes by time, which a clock that was set back turns round.
+
+    Args:
+        folder: of the run.
+        step: of the checkpoint just written.
+        limit: most that are to be left of those up to `step`; None or 0 for all.
+        best: path of the best one.
+    """
+    if not limit:
+        return
+    kept = {f"checkpoint-{step}", Path(best or "").name}
+    there = [(number, path) for number, path in _checkpoints(folder) if number <= step and not path.is_symlink()]
+    others = sorted((number, path) for number, path in there if path.name not in kept)
+    for _, path in others[: max(0, len(there) - limit)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
