@@ -19,6 +19,7 @@ __all__ = [
     "answer_mask",
     "image_sources",
     "is_message",
+    "known_role",
     "plain_message",
     "render_with_spans",
     "spread",
@@ -64,6 +65,20 @@ def plain_message(message: Any, num_frames: int = DEFAULT_VIDEO_FRAMES) -> dict[
     if not isinstance(content, list | tuple):
         return dict(plain)
     return {**plain, "content": [plain for part in content for plain in _plain_parts(part, num_frames)]}
+
+
+def known_role(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with a role of the package's templates, which would render any word; "developer" is "system".
+
+    Raises:
+        ValueError: another role, or no content.
+    """
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "developer", "user", "assistant"):
+        raise ValueError(f"A message has the role {str(role)[:100]!r}; expected 'system', 'user' or 'assistant'.")
+    if content is None:
+        raise ValueError(f"A message of role {role!r} has no content; expected a string or a list of parts.")
+    return {**message, "role": "system"} if role == "developer" else message
 
 
 def render_with_spans(

@@ -24,6 +24,7 @@ from .conversations import (
     answer_mask,
     image_sources,
     is_message,
+    known_role,
     plain_message,
     render_with_spans,
 )
@@ -286,7 +287,8 @@ class FastVLMProcessor(ProcessorMixin):
         of strings.
 
         Raises:
-            ValueError: no messages, a part that is not understood, too many frames, or what a call raises.
+            ValueError: no messages, a role or part that is not understood, no content, too many frames, or what a call
+                raises. Other roles than system (or developer), user and assistant need a template that has them.
         """
         batched = isinstance(conversation, list | tuple) and conversation and not is_message(conversation[0])
         chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
@@ -295,6 +297,8 @@ class FastVLMProcessor(ProcessorMixin):
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
         frames = processor_kwargs.pop("num_frames", kwargs.pop("num_frames", DEFAULT_VIDEO_FRAMES))
         chats = [[plain_message(message, frames) for message in chat] for chat in chats]
+        if (chat_template or self.chat_template) in (chat_template_for("qwen2"), chat_template_for("llama")):
+            chats = [[known_role(message) for message in chat] for chat in chats]
         names = TextKwargs.__annotations__.keys() | self.image_processor.valid_kwargs.__annotations__.keys()
         names -= compat.TEMPLATE_ARGUMENTS
         processor_kwargs |= {name: kwargs.pop(name) for name in list(kwargs) if name in names}
@@ -330,6 +334,8 @@ class FastVLMProcessor(ProcessorMixin):
             processor_kwargs["add_special_tokens"] = False
         sources = [[source for message in chat for source in image_sources(message)] for chat in chats]
         images = processor_kwargs.pop("images", None) or sources
+        if _flat(images):
+            images = self.image_processor.fetch_images(images)  # decoding takes long, and needs no lock
         with RENDERING:
             inputs: BatchFeature = self(
                 text=prompts,

@@ -132,7 +132,7 @@ def _merged(files: dict[str, Path], **options: Any) -> Any:
 
 def _recipe(**model: Any) -> Any:
     from transformers_fastvlm.training import Recipe
-    from transformers_fastvlm.training.part_loading import load_model
+    from transformers_fastvlm.training.recipe_loading import load_model
 
     return load_model(Recipe.from_dict({"model": model, "train": {"learning_rate": 1e-4}}))[0]
 

@@ -17,7 +17,7 @@ from transformers_fastvlm.data import folders
 from transformers_fastvlm.data.folders import files_below
 from transformers_fastvlm.evaluation.own_data import read_own_data
 from transformers_fastvlm.training import load_recipe
-from transformers_fastvlm.training.part_loading import load_data
+from transformers_fastvlm.training.recipe_loading import load_data
 
 datasets = pytest.importorskip("datasets", reason="needs the package datasets")
 

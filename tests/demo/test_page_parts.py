@@ -308,7 +308,7 @@ def png(width: int, height: int) -> bytes:
     ("content", "reason"),
     [
         (b"", r"The image 'it\.png' is empty"),
-        (b"<svg></svg>", r"The image 'it\.png' is not an image of a format that Pillow can read"),
+        (b"<svg></svg>", r"The image 'it\.png' is an SVG drawing"),
         (png(60000, 60000), r"The image 'it\.png' is .*60000"),
         (png(9000, 9000), "81 million pixels together"),
     ],

@@ -14,6 +14,7 @@ from ..checkpoints.embedded import resolve_model
 from ..data.fingerprints import fingerprint
 from ..data.sample_errors import shortened
 from ..engines.base import Answer, Conversation, Engine, Sampling
+from ..images.decoding import is_machine_fault
 from .batch_journal import Journal, JournalError
 from .outputs import require_format, state_of, write_rows, write_subtitles
 from .requests import Request, conversation_about, printable, reason_of
@@ -296,6 +297,8 @@ def _opened(picture: "Callable[[], Image]") -> "Image | str":
     try:
         return picture()
     except Exception as error:  # a damaged file must not end the run, whatever a decoder raises
+        if is_machine_fault(error):
+            raise
         return reason_of(error)
 
 

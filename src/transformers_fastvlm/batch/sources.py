@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..data.folders import files_below
@@ -218,20 +217,14 @@ def is_video(file: str) -> bool:
     return file.lower().endswith(VIDEOS)
 
 
-@functools.cache
-def _picture_suffixes() -> tuple[str, ...]:
-    from PIL import Image
-
-    known = Image.registered_extensions()
-    return tuple(suffix for suffix, name in known.items() if name in Image.OPEN and suffix not in (*VIDEOS, ".pdf"))
-
-
 def _in_folder(folder: str) -> tuple[list[str], int]:
     """Return the pictures and videos in a folder and all below it, in order, and the number of other files.
 
     Linked folders are entered too, each folder once.
     """
-    suffixes = (*_picture_suffixes(), *VIDEOS)
+    from ..images.formats import image_suffixes
+
+    suffixes = (*image_suffixes(), *VIDEOS)
     files: list[str] = []
     others = 0
     for file in files_below(folder):
@@ -244,11 +237,11 @@ def _in_folder(folder: str) -> tuple[list[str], int]:
 
 def _open(file: str, do_exif_transpose: bool) -> "Image":
     from ..images.decoding import oriented
-    from ..images.reading import read_image
+    from ..images.reading import read_file
 
     if not os.path.isfile(file):
         raise FileNotFoundError(f"the image file {file!r} does not exist any more.")
-    return oriented(read_image(Path(file)), do_exif_transpose)
+    return oriented(read_file(file, f"the image file {file!r}"), do_exif_transpose)
 
 
 def _size_of(file: str) -> int:

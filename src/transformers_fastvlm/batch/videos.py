@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from ..data.sample_errors import shortened
-from ..images.decoding import check_dimensions
+from ..images.bounds import check_dimensions
 from .requests import Request, printable, reason_of
 
 if TYPE_CHECKING:

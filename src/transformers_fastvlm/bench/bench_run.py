@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from .cases import Case, Options, cases
 from .measuring import ratio, spread, surroundings
@@ -58,8 +57,7 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
             Path(picture).write_bytes(photo_jpeg(PHOTO_SIDE, PHOTO_SIDE))
         for _, group in groupby(cases(options), key=lambda case: case.group):
             results += _run_group(list(group), options, picture, progress)
-        with Image.open(picture) as image:
-            width, height = image.size
+        width, height = _size_of(picture)
     return {
         "format": FORMAT,
         "kind": "models",
@@ -86,6 +84,15 @@ def check_device(name: str) -> torch.device:
             f"device is {name!r}, which is not available (torch {torch.__version__}); {expected}"
         ) from error
     return device
+
+
+def _size_of(picture: str) -> tuple[int, int]:
+    from ..images.decoding import open_image
+    from ..images.reading import open_file
+
+    what = f"the image file {picture!r}"
+    with open_file(picture, what) as file, open_image(file, what) as image:
+        return image.size
 
 
 def _run_group(

@@ -222,11 +222,9 @@ def _place(options: dict[str, Any]) -> dict[str, Any]:
 
 def _opened(picture: str) -> Any:
     """Return a picture that is decoded: Transformers' image processors take no paths."""
-    from PIL import Image
+    from ..images.reading import read_file
 
-    image = Image.open(picture)
-    image.load()
-    return image
+    return read_file(picture, f"the image file {picture!r}")
 
 
 def _prompts(image_tokens: list[int], image_token_id: int, text_tokens: int) -> Inputs:

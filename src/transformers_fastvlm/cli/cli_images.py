@@ -53,17 +53,12 @@ def read_picture(name: str, do_exif_transpose: bool = True) -> "Image":
 
 
 def _from_stdin() -> "Image":
-    from PIL import Image, UnidentifiedImageError
-
-    from ..images.decoding import load_stored
+    from ..images.decoding import read_stored
 
     content = sys.stdin.buffer.read()
     if not content:
         raise UserError("standard input is empty; expected a picture, as in: fastvlm generate - -p '…' < photo.jpg")
-    try:
-        return load_stored(Image.open(io.BytesIO(content)), "the picture on standard input")
-    except UnidentifiedImageError as error:
-        raise UserError("standard input is not an image of a format that Pillow can read, or it is damaged.") from error
+    return read_stored(io.BytesIO(content), "the picture on standard input")
 
 
 def question(text: str, pictures: "Sequence[Image]") -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ Sources: LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314, section 4 (adapters on
 quantization).
 """
 
-import dataclasses
 import importlib
 import os
 import re
@@ -23,13 +22,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig
 
-    from .recipes import LoraSection, Recipe
-
 __all__ = [
-    "add_adapters",
     "add_lora",
     "attach",
-    "load_adapters",
     "lora_config",
     "merge",
     "quantization_config",
@@ -127,30 +122,6 @@ def add_lora(model: nn.Module, config: "LoraConfig | None" = None, **options: An
         if name.endswith(".head.proj") and ".vision_tower." in name:
             parameter.requires_grad_(False)
     return wrapped
-
-
-def add_adapters(model: nn.Module, section: "LoraSection", train_parts: Iterable[str] = ()) -> "PeftModel":
-    """Put the adapters that a recipe asks for into a model, in place; `train_parts` are trained whole beside them."""
-    return add_lora(
-        model,
-        r=section.r,
-        alpha=section.alpha,
-        dropout=section.dropout,
-        parts=section.parts,
-        targets=section.targets,
-        whole=train_parts,
-    )
-
-
-def load_adapters(recipe: "Recipe", directory: str | os.PathLike[str]) -> "PeftModel":
-    """Return a recipe's base model, on the CPU, with the adapters that training left in a directory."""
-    from .part_loading import load_model, prepare_encoder
-
-    # Trained on four bits or not, adapters are put into the full weights.
-    recipe = dataclasses.replace(recipe, lora=None)
-    model, _ = load_model(recipe)
-    prepare_encoder(model, recipe)
-    return attach(model, directory)
 
 
 def attach(model: nn.Module, directory: str | os.PathLike[str]) -> "PeftModel":

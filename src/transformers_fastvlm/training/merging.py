@@ -16,7 +16,7 @@ from ..checkpoints import Conversion, Layout, convert
 from ..checkpoints.embedded import resolve_model
 from ..checkpoints.files import read_json
 from ..checkpoints.layouts import to_our_name
-from ..checkpoints.projector import _load as load_tensors
+from ..checkpoints.projector import load_tensors
 from .lora import add_lora, attach, merge, require
 
 __all__ = ["load_llava_adapter", "load_merged", "merge_adapter"]

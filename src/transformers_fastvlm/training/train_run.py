@@ -13,8 +13,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .arguments import training_arguments
 from .callbacks import LinesAboveBar, LogLines, SampleAnswers
 from .exporting import export, is_finished
-from .part_loading import load_data, load_model, prepare_encoder
 from .parts import set_trainable
+from .recipe_loading import load_data, load_model, prepare_encoder
 from .recipes import Recipe, load_recipe
 from .summary import summary
 from .trainer import FastVLMTrainer, last_checkpoint
@@ -71,9 +71,18 @@ def run(
     if recipe.lora is None:
         set_trainable(model, recipe.train.parts)
     else:
-        from .lora import add_adapters
+        from .lora import add_lora
 
-        model = add_adapters(model, recipe.lora, train_parts=recipe.train.parts)
+        section = recipe.lora
+        model = add_lora(
+            model,
+            r=section.r,
+            alpha=section.alpha,
+            dropout=section.dropout,
+            parts=section.parts,
+            targets=section.targets,
+            whole=recipe.train.parts,
+        )
     train, evaluation, collator = load_data(recipe.data, processor)
     if tell is not _silent:
         for line in summary(recipe, arguments, model, train, evaluation, collator):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Trainer` with a learning rate for each part, and checkpoints that are whole or not there.
 
-Transformers' `Trainer` trains FastVLM as it is. What this adds changes no number of a step.
+Transformers' `Trainer` trains FastVLM as it is. What this adds changes no number of a step with
+this package's collator.
 """
 
 import json
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..checkpoints.directories import sync_tree
 from ..checkpoints.files import sync_directory
+from ..data import FastVLMDataCollator, grouped_sampler
+from ..data.collator import IGNORED
 from .parts import decays, parameter_groups
 
 __all__ = ["STAGING", "FastVLMTrainer", "last_checkpoint", "leave_frozen_inputs"]
@@ -34,12 +37,15 @@ class FastVLMTrainer(Trainer):
     - A checkpoint is written under a hidden name, forced to the disk and then renamed: whatever interrupts it, the
       earlier ones are untouched and nothing incomplete looks finished.
     - With gradient checkpointing a frozen encoder has no backward pass, as without.
+    - Placeholders of images in the labels, as TRL's collators leave them, do not count as learned tokens.
 
     Args:
         learning_rates: of each part that learns, by name (`parts.PARTS`); None for the one in the arguments.
         group: whether batches are made of rows of like length and kind.
         *args, **kwargs: as for `Trainer`.
     """
+
+    data_collator: Any
 
     def __init__(
         self, *args: Any, learning_rates: Mapping[str, float] | None = None, group: bool = False, **kwargs: Any
@@ -48,6 +54,11 @@ class FastVLMTrainer(Trainer):
         self.group = group
         super().__init__(*args, **kwargs)
         self.add_callback(_LeaveFrozenInputs())
+        self._epochs = _TellEpoch()
+        self.add_callback(self._epochs)
+        if not isinstance(self.data_collator, FastVLMDataCollator):
+            placeholder: int = self.model.config.image_token_id
+            self.data_collator = _WithoutPlaceholders(self.data_collator, placeholder)
 
     # Optimizer
 
@@ -141,32 +152,36 @@ class FastVLMTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.group or dataset is None:
             return super()._get_train_sampler(train_dataset)
-        from ..data import ModalityLengthSampler, row_lengths
-
         processor: Any = self.processing_class
         tokens = processor._get_num_multimodal_tokens([(480, 640)]).num_image_tokens[0]
-        lengths, has_image = row_lengths(getattr(dataset, "captions", dataset), tokens)
-        sampler = ModalityLengthSampler(
-            lengths,
-            has_image,
-            batch_size=self.args.train_batch_size,
-            num_processes=self.args.world_size,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            drop_last=self.args.dataloader_drop_last,
-        )
-        self.remove_callback(_TellEpoch)  # of an earlier call
-        self.add_callback(_TellEpoch(sampler))
-        return sampler
+        self._epochs.sampler = grouped_sampler(getattr(dataset, "captions", dataset), self.args, tokens)
+        return self._epochs.sampler
 
 
 class _TellEpoch(TrainerCallback):
     """Tells a sampler which epoch begins; accelerate forgets to after a resumed one on several processes."""
 
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
+    sampler: Any = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class _WithoutPlaceholders:
+    """A collator of others, whose labels may hold placeholders of images, which the model ignores.
+
+    `Trainer` counts the labels before the model sees them, and divides the loss by their number.
+    """
+
+    def __init__(self, collator: Any, placeholder: int) -> None:
+        self.collator, self.placeholder = collator, placeholder
+
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collator(samples)
+        if "labels" in batch:
+            batch["labels"] = batch["labels"].masked_fill(batch["labels"] == self.placeholder, IGNORED)
+        return batch
 
 
 class _LeaveFrozenInputs(TrainerCallback):
