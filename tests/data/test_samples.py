@@ -175,7 +175,7 @@ def test_files_are_indexed_by_bytes(write: Write, monkeypatch: pytest.MonkeyPatc
         if name[0] in "be":
             path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
         for chunk in (7, 64, 2**24):
-            monkeypatch.setattr(json_rows_module, "_CHUNK", chunk)
+            monkeypatch.setattr(json_rows_module, "CHUNK", chunk)
             found = JsonRows(path)
             assert found.damage is None
             order = generator.sample(range(40), 40)
@@ -416,7 +416,7 @@ def test_a_file_that_cannot_be_opened(folder: Path) -> None:
 def test_damaged_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, expected: str, chunk: int
 ) -> None:
-    monkeypatch.setattr(json_rows_module, "_CHUNK", chunk)
+    monkeypatch.setattr(json_rows_module, "CHUNK", chunk)
     path = tmp_path / "train.json"
     path.write_text(content)
     with pytest.raises(SampleError, match=expected) as caught:

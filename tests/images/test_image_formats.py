@@ -20,7 +20,8 @@ from PIL import Image
 from ways_in import WAYS
 
 from transformers_fastvlm import FastVLMImageProcessorPil
-from transformers_fastvlm.batch.batch_run import _opened
+from transformers_fastvlm.batch.opening import opened_ahead
+from transformers_fastvlm.batch.requests import Request
 from transformers_fastvlm.batch.sources import SourceOptions, find_sources
 from transformers_fastvlm.data.image_files import ImageFolder
 from transformers_fastvlm.data.sample_errors import ImageError
@@ -389,7 +390,7 @@ def test_batch_ends_where_the_machine_fails() -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with pytest.raises(OSError, match="Too many open files"):
-        _opened(broken)
+        next(opened_ahead([[(0, Request(source="a.png", question="?", picture=broken))]], None))
 
 
 def test_text_in_place_of_images_is_said() -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from transformers_fastvlm.images.fetching import Budget
 from transformers_fastvlm.server.api_errors import ApiError
-from transformers_fastvlm.server.fetching import Budget, Fetcher, is_public
 from transformers_fastvlm.server.protocol import Picture
+from transformers_fastvlm.server.remote_images import Fetcher, is_public
 
 CONTENT = b"picture" * 1000
 LIMIT = 2 * len(CONTENT)
@@ -97,7 +98,7 @@ def test_the_pictures_of_a_request_share_their_bytes(port: int) -> None:
 @pytest.mark.parametrize(
     ("path", "part"),
     [
-        ("/redirect", "answered 302. Redirects are not followed"),
+        ("/redirect", "localhost: the server answered 302, and redirects are not followed"),
         ("/missing", "answered 404"),
         ("/endless", "more than 14000 bytes together"),
         ("/empty", "empty"),
@@ -118,7 +119,7 @@ def test_a_slow_host_is_given_up(port: int) -> None:
 def test_an_allowed_host_that_is_not_public_is_not_connected_to(port: int) -> None:
     before = len(Handler.seen)
     careful = Fetcher((f"localhost:{port}",), 60.0)
-    with pytest.raises(ApiError, match="localhost has an address that is not public"):
+    with pytest.raises(ApiError, match="from localhost: it has an address that is not public"):
         careful.fetch(picture(port, "/good"), Budget(LIMIT))
     assert len(Handler.seen) == before
 
@@ -198,11 +199,11 @@ def test_https_does_not_lead_inside(secure_port: int, port: int) -> None:
     for target in (f"http://127.0.0.1:{port}/good", f"http://localhost:{port}/good", "http://169.254.169.254/"):
         path = f"/redirect?{target}"
         some = Fetcher((f"localhost:{secure_port}", f"localhost:{port}"), 60.0, is_allowed=lambda address: True)
-        with pytest.raises(ApiError, match=r"answered 302\. Redirects are not followed"):
+        with pytest.raises(ApiError, match="answered 302, and redirects are not followed"):
             some.fetch(secure_picture(secure_port, path), Budget(LIMIT))
         assert Handler.seen[-1] == (path, f"localhost:{secure_port}")
     before = len(Handler.seen)
-    with pytest.raises(ApiError, match="localhost has an address that is not public"):
+    with pytest.raises(ApiError, match="from localhost: it has an address that is not public"):
         Fetcher((f"localhost:{secure_port}",), 60.0).fetch(secure_picture(secure_port, "/good"), Budget(LIMIT))
     assert len(Handler.seen) == before
 

@@ -102,6 +102,40 @@ def test_images_have_so_much_time(model_and_processor: tuple[Any, Any], monkeypa
         assert server.post(with_images(2))[0] == 200
 
 
+def test_a_decoder_that_does_not_end_is_not_waited_for(
+    model_and_processor: tuple[Any, Any], held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own request and those behind it are answered, their places are free, and texts go on."""
+    monkeypatch.setattr(preparation, "_SECONDS", 0.5)
+    monkeypatch.setattr(preparation, "_WAIT_SECONDS", 1.0)
+    with running(*model_and_processor) as server, ThreadPoolExecutor(4) as pool:
+        both = [one.result(SOON) for one in [pool.submit(server.post, with_images()) for _ in range(2)]]
+        assert [(status, body["error"]["code"]) for status, body, _ in both] == [(400, "image_too_slow")] * 2
+        assert len(held.entered) == 2
+        status, body, headers = pool.submit(server.post, with_images()).result(SOON)
+        assert (status, body["error"]["code"], headers["retry-after"]) == (503, "images_busy", "30")
+        assert server.service.active == 0
+        assert pool.submit(server.post, asks(max_tokens=1)).result(SOON)[0] == 200
+        held.gate.set()
+        until(lambda: len(held.ends) == 2)
+        monkeypatch.undo()
+        assert server.post(with_images())[0] == 200
+
+
+def test_the_end_does_not_wait_for_a_decoder(
+    model_and_processor: tuple[Any, Any], held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "_END_SECONDS", 0.1)
+    before = set(threading.enumerate())
+    with running(*model_and_processor) as server, server.connect() as client:
+        client.sendall(request_bytes(server.port, with_images()))
+        until(lambda: len(held.entered) == 1)
+    left = set(threading.enumerate()) - before  # the server has ended, while this one holds its image
+    assert [one.name for one in left] == ["images_0"] and all(one.daemon for one in left)
+    held.gate.set()
+    until(lambda: not set(threading.enumerate()) - before)
+
+
 def test_no_thread_is_left(model_and_processor: tuple[Any, Any]) -> None:
     before = set(threading.enumerate())
     with running(*model_and_processor) as server:

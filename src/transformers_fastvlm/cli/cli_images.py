@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..tokens import IMAGE_TOKEN
 from .cli_errors import UserError
 
 if TYPE_CHECKING:
@@ -66,25 +65,14 @@ def _from_stdin(max_pixels: int | None) -> "Image":
 
 
 def question(text: str, pictures: "Sequence[Image]") -> list[dict[str, Any]]:
-    """Return the parts of a user's message: the pictures first, or where the text itself says <image>.
+    """Return the parts of a user's message; see `place_images`.
 
     Raises:
         UserError: the text has <image>, but not once for each picture.
     """
-    parts = text.split(IMAGE_TOKEN)
-    if len(parts) == 1:
-        return [*_images(pictures), {"type": "text", "text": text}]
-    if len(parts) - 1 != len(pictures):
-        raise UserError(
-            f"the text has {len(parts) - 1} {IMAGE_TOKEN}, but there are {len(pictures)} pictures to put there. Leave "
-            f"{IMAGE_TOKEN} out to put the pictures first; if it is meant literally, write it otherwise."
-        )
-    message: list[dict[str, Any]] = []
-    for index, words in enumerate(parts):
-        message += _images(pictures[index - 1 : index]) if index else []
-        message += [{"type": "text", "text": words}] if words else []
-    return message
+    from ..engines.image_places import place_images
 
-
-def _images(pictures: "Sequence[Image]") -> list[dict[str, Any]]:
-    return [{"type": "image", "image": picture} for picture in pictures]
+    try:
+        return place_images(text, pictures)
+    except ValueError as error:
+        raise UserError(str(error)) from error

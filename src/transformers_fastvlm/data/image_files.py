@@ -5,7 +5,6 @@ A data set comes from others. Its paths must not lead out of the folder that the
 fetched, and a picture that cannot be decoded is an error.
 """
 
-import base64
 import io
 import os
 import unicodedata
@@ -16,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..images.base64_images import from_base64
 from ..images.decoding import load_pixels, load_stored, open_image, read_stored, stands_on_its_side
 from ..images.read_options import ReadOptions
 from ..images.reading import as_shown, open_file, pil_to_rgb
@@ -172,9 +172,9 @@ def image_bytes(content: Any, what: str) -> bytes:
     """
     if isinstance(content, str):
         try:
-            content = base64.b64decode("".join(content.split()), validate=True)
+            content = from_base64(content)
         except ValueError as error:
-            raise ImageError(f"{what} has text for its bytes that is not base64 ({error}).") from error
+            raise ImageError(f"{what} has text for its bytes that is not base64: {error}.") from error
     if not isinstance(content, bytes | bytearray | memoryview):
         raise ImageError(f"{what} has a {type(content).__name__} for its bytes; expected bytes, or base64 in JSON.")
     if not content:

@@ -72,6 +72,8 @@ _reading = _Reading()
 class _Messages:
     """In place of a warning filter's pattern for messages, which Python asks first: any, in threads that read."""
 
+    pattern = "(?!)"  # for those that copy filters to other threads, as scikit-learn does: the copy matches nothing
+
     def match(self, message: str) -> bool:
         _reading.message = message
         return _reading.depth > 0
@@ -79,6 +81,8 @@ class _Messages:
 
 class _Modules:
     """In place of a warning filter's pattern for modules, which Python asks then: those of Pillow."""
+
+    pattern = "(?!)"
 
     def match(self, module: str) -> bool:
         found = module.partition(".")[0] == "PIL"

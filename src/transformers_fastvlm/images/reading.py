@@ -5,14 +5,8 @@ Both image processors read through here, so that they accept and refuse the same
 used as it is raises; nothing is replaced, clipped or guessed.
 """
 
-import base64
-import binascii
-import http.client
 import io
 import os
-import re
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -22,18 +16,24 @@ from transformers.image_utils import ChannelDimension
 from transformers.utils import logging
 
 from ..tokens import IMAGE_TOKEN
+from .base64_images import from_base64, is_data_url
 from .bounds import check_dimensions
 from .decoding import FIRST_OF_SEVERAL, is_machine_fault, oriented, read_stored
+from .fetching import Budget, FetchError, TooManyBytesError, fetch
 from .read_options import ReadOptions
 
 logger = logging.get_logger(__name__)
 
 CHANNELS = (1, 3, 4)
 _FEW_BITS = 2**12
-DOWNLOAD_TIMEOUT = 30.0
+DOWNLOAD_SECONDS = 60.0
+"""For all of a download: the host's name, redirects, and the last byte."""
 MAX_DOWNLOAD_BYTES = 2**28
 
-_DATA_URI = re.compile(r"^data:[^,]*;base64,", re.IGNORECASE)
+_REDIRECTS = 5
+_NONE_OF = "it is neither an existing file, nor an http:// or https:// address, nor base64"
+_SHORTEST_BASE64 = 40
+"""Without a prefix a shorter text is far more likely to be a wrong path than an image."""
 _RANGE_TOLERANCE = 1e-4
 
 
@@ -52,30 +52,32 @@ def read_image(source: str | os.PathLike, max_pixels: int | None = None) -> Imag
     name = os.fspath(source)
     if isinstance(name, bytes):
         name = os.fsdecode(name)
-    if name.startswith(("http://", "https://")):
+    if name[:8].lower().startswith(("http://", "https://")):
         return read_stored(_download(name), f"the download of {name}", max_pixels)
     if os.path.isfile(name):
         return read_file(name, f"the image file {name!r}", max_pixels)
     shown = name if len(name) <= 80 else f"{name[:77]}..."
     if os.path.isdir(name):
         raise ValueError(f"{shown!r} is a folder; expected an image file.")
-    prefix = _DATA_URI.match(name)
+    is_base64 = is_data_url(name)
+    if not is_base64 and (isinstance(source, os.PathLike) or len(name) < _SHORTEST_BASE64):
+        raise ValueError(f"no image at {shown!r}: {_NONE_OF}.{_hint(name)}")
     try:
-        # Without a prefix a short text is far more likely to be a wrong path than a picture.
-        if prefix is None and (isinstance(source, os.PathLike) or len(name) < 40):
-            raise binascii.Error("too short to be a picture")
-        content = base64.b64decode("".join(name[prefix.end() if prefix else 0 :].split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        is_text = IMAGE_TOKEN in name or (any(map(str.isspace, name)) and not os.path.splitext(name)[1])
-        hint = " The first argument is the images; pass a text as text=." if is_text else ""
-        raise ValueError(
-            f"no image at {shown!r}: it is neither an existing file, nor an http:// or https:// address, nor "
-            f"base64.{hint}"
-        ) from error
+        content = from_base64(name)
+    except ValueError as error:
+        if is_base64:
+            raise ValueError(f"the base64 image is broken: {error}.") from error
+        raise ValueError(f"no image at {shown!r}: {_NONE_OF}: {error}.{_hint(name)}") from error
     if not content:
         raise ValueError("the base64 image is empty (0 bytes).")
-    what = "the base64 image" if prefix else f"the text {shown!r}, read as base64 since no file has that name,"
+    what = "the base64 image" if is_base64 else f"the text {shown!r}, read as base64 since no file has that name,"
     return read_stored(io.BytesIO(content), what, max_pixels)
+
+
+def _hint(name: str) -> str:
+    """Return what to say about a name that looks like a prompt."""
+    is_text = IMAGE_TOKEN in name or (any(map(str.isspace, name)) and not os.path.splitext(name)[1])
+    return " The first argument is the images; pass a text as text=." if is_text else ""
 
 
 def read_file(path: str, what: str, max_pixels: int | None = None) -> Image.Image:
@@ -105,21 +107,16 @@ def open_file(path: str, what: str) -> BinaryIO:
 
 
 def _download(address: str) -> io.BytesIO:
-    request = urllib.request.Request(address, headers={"User-Agent": "transformers-fastvlm", "Accept": "image/*,*/*"})
     try:
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            content = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise ConnectionError(f"could not download the image {address}: the server answered {error}.") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        content = fetch(address, DOWNLOAD_SECONDS, Budget(MAX_DOWNLOAD_BYTES), redirects=_REDIRECTS)
+    except FetchError as error:
         raise ConnectionError(
             f"could not download the image {address}: {error}. Check the address and the network, or pass a local file."
         ) from error
-    if len(content) > MAX_DOWNLOAD_BYTES:
+    except TooManyBytesError as error:
         raise ValueError(
             f"the image at {address} is larger than {MAX_DOWNLOAD_BYTES} bytes; download it yourself first."
-        )
+        ) from error
     if not content:
         raise ValueError(f"the download of {address} is empty (0 bytes).")
     return io.BytesIO(content)

@@ -4,14 +4,13 @@
 Only what a browser shows is taken, and never a path: `file:` and bare names are refused.
 """
 
-import base64
 import io
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
 
+from ..images.base64_images import from_base64, is_data_url
 from ..images.bounds import TooManyPixels
 from ..images.decoding import load_stored, open_image
 from ..images.read_options import ReadOptions
@@ -20,14 +19,6 @@ from .api_errors import ApiError
 from .protocol import Picture
 
 __all__ = ["data_of", "decode", "is_remote"]
-
-_ONE_ALPHABET = bytes.maketrans(b"-_", b"+/")
-_PERCENT = [
-    (code, character)
-    for character in (b"+", b"/", b"=", b"\n", b"\r", b" ")
-    for code in (b"%%%02X" % character[0], b"%%%02x" % character[0])
-]
-_DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
 
 def refused(picture: Picture, message: str, code: str = "invalid_image") -> ApiError:
@@ -46,36 +37,18 @@ def data_of(picture: Picture) -> bytes:
     Raises:
         ApiError: another kind of URL, or not base64.
     """
-    prefix = _DATA_URL.match(picture.url)
-    if prefix is None:
+    if not is_data_url(picture.url):
         shown = picture.url[:40] + "..." * (len(picture.url) > 40)
         raise refused(
             picture, f"{shown!r} is not a URL of a picture; expected data:image/...;base64,... Files are never read."
         )
     try:
-        data = _from_base64(picture.url[prefix.end() :].encode("ascii", "replace"))
+        data = from_base64(picture.url)
     except ValueError as error:
         raise refused(picture, f"the base64 of the picture is broken: {error}.") from error
     if not data:
         raise refused(picture, "the picture is empty (0 bytes).")
     return data
-
-
-def _from_base64(text: bytes) -> bytes:
-    """Return the bytes of base64, also in the alphabet for URLs, percent-encoded, without padding or with line breaks.
-
-    Raises:
-        ValueError: other characters, or a length that no number of bytes has.
-    """
-    if b"%" in text:
-        for code, character in _PERCENT:
-            text = text.replace(code, character)
-    text = text.translate(_ONE_ALPHABET, b" \t\r\n").rstrip(b"=")
-    if len(text) % 4 == 1:
-        raise ValueError(
-            f"it has {len(text)} characters, and no number of bytes gives so many; it may have been cut off"
-        )
-    return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
 
 
 def decode(

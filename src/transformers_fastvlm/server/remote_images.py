@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures by http(s) from hosts that were allowed, and from nowhere inside. Redirects are not followed."""
+
+import ipaddress
+from collections.abc import Callable
+
+from ..images.fetching import Address, Budget, FetchError, TooManyBytesError, fetch, parse_address
+from .protocol import Picture
+from .request_images import refused
+from .settings import image_host
+
+__all__ = ["Fetcher", "is_public"]
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# Beside what Python's module knows: Azure's service for virtual machines, relays of 6to4 (RFC 7526), Teredo, whose
+# servers and clients can both be inside, documentation (RFC 9637), and segment routing (RFC 9602).
+_NOT_PUBLIC = [
+    ipaddress.ip_network(network)
+    for network in ("168.63.129.16/32", "192.88.99.0/24", "2001::/32", "3fff::/20", "5f00::/16")
+]
+_MAX_ADDRESS = 2048
+
+
+def is_public(address: str) -> bool:
+    """Return whether an IP address is one of the public internet, also where it wraps an IPv4 address."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+        if ip.is_site_local:
+            return False
+    if any(ip in network for network in _NOT_PUBLIC):
+        return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+
+
+class Fetcher:
+    """Fetches pictures.
+
+    Args:
+        hosts: allowed ones, as "name" (ports 80 and 443) or "name:port"; see `image_host`.
+        timeout: seconds for all of it.
+        is_allowed: says of the IP address of a host whether it may be connected to.
+    """
+
+    def __init__(self, hosts: tuple[str, ...], timeout: float, is_allowed: Callable[[str], bool] = is_public) -> None:
+        self.hosts = {image_host(host) for host in hosts}
+        self.timeout, self.is_allowed = timeout, is_allowed
+
+    def check(self, picture: Picture) -> None:
+        """Raise ApiError unless the address is well formed and of an allowed host; nothing is looked up."""
+        self._address(picture)
+
+    def fetch(self, picture: Picture, budget: Budget) -> bytes:
+        """Return the bytes at a picture's address; blocks.
+
+        Raises:
+            ApiError: 400, the host is not allowed or not public, does not answer in time, answers something other
+                than 200, or more bytes than are left of `budget`.
+        """
+        host = self._address(picture).host
+        try:
+            content = fetch(picture.url, self.timeout, budget, self.is_allowed)
+        except TooManyBytesError as error:
+            message = f"the fetched pictures have more than {budget.size} bytes together."
+            raise refused(picture, message, "image_too_large") from error
+        except FetchError as error:
+            message = f"the picture could not be fetched from {host}: {error}."
+            raise refused(picture, message, "invalid_image_url") from error
+        if not content:
+            raise refused(picture, "the picture is empty (0 bytes).")
+        return content
+
+    def _address(self, picture: Picture) -> Address:
+        url = picture.url
+        if len(url) > _MAX_ADDRESS or not url.isascii() or any(character <= " " for character in url):
+            message = f"the address is longer than {_MAX_ADDRESS} characters or has others than printable ASCII."
+            raise refused(picture, message, "invalid_image_url")
+        try:
+            address = parse_address(url)
+        except ValueError as error:
+            raise refused(picture, f"the address is not valid: {error}.", "invalid_image_url") from error
+        host, port = address.host, address.port
+        if not ((host, port) in self.hosts or ((host, None) in self.hosts and port in (80, 443))):
+            raise refused(
+                picture,
+                f"pictures are not fetched from {host!r}, port {port}; send the picture as data:image/...;base64,... "
+                "(who runs this server may allow hosts with --allow-image-host).",
+                "image_host_not_allowed",
+            )
+        return address
