@@ -171,34 +171,6 @@ def test_messages_may_be_objects(kind: Any, processor: FastVLMProcessor, picture
         processor.apply_chat_template([*plain, "hello"], **options)
 
 
-@pytest.mark.parametrize(
-    ("message", "error"),
-    [
-        ({"role": "tool", "content": "42"}, "the role 'tool'; expected 'system', 'user' or 'assistant'"),
-        ({"role": "asistant", "content": "42"}, "the role 'asistant'; expected"),
-        ({"content": "42"}, "the role 'None'; expected"),
-        ({"role": "user", "content": None}, "role 'user' has no content; expected a string or a list of parts"),
-    ],
-    ids=str,
-)
-def test_messages_that_the_templates_have_no_place_for(
-    message: dict[str, Any], error: str, processor: FastVLMProcessor
-) -> None:
-    with pytest.raises(ValueError, match=error):
-        processor.apply_chat_template([{"role": "user", "content": "Hi"}, message], tokenize=False)
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    shown = f"<{message.get('role', '')}>{message['content'] or ''}"
-    assert processor.apply_chat_template([message], chat_template=template, tokenize=False) == shown
-
-
-def test_developer_is_system(processor: FastVLMProcessor) -> None:
-    system, developer = (
-        processor.apply_chat_template([{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hi"}])
-        for role in ("system", "developer")
-    )
-    assert system == developer and "helpful assistant" not in system
-
-
 def test_nothing_is_logged_or_warned_about(model: Any, processor: FastVLMProcessor, picture: Any) -> None:
     """Renamed arguments of Transformers first show as remarks in its log. Warnings are errors anyway."""
     records: list[logging.LogRecord] = []

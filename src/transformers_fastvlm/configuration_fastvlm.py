@@ -223,33 +223,31 @@ def vision_features(hidden_sizes: Any, multi_scale: str | None = None) -> int:
     return own + sum(widths[:-1]) if multi_scale else own
 
 
+# What `get_config_dict` hands to `from_dict` for its errors: where config.json lies.
+_READ_FROM = "_read_from"
+
+
 class _CheckedConfig(PreTrainedConfig):
     """What both configurations share: a file that cannot be right is an error which names folder, file and field."""
 
     _also_of: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Read a configuration. See `PreTrainedConfig.from_pretrained`.
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json as it is, and check it.
 
         Raises:
             ValueError: config.json is of another model, or a field of it has a value that cannot be.
         """
-        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # as the Auto classes do
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read config.json as it is, and check it."""
         file = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
         if os.path.isfile(file):
             read_json(Path(file))  # Transformers takes whatever JSON it finds for an object
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         check_model_type(config, pretrained_model_name_or_path, cls._also_of)
         check_fields(config, pretrained_model_name_or_path)
-        return config, kwargs
+        return config, kwargs | {_READ_FROM: pretrained_model_name_or_path}
 
 
 @strict
@@ -372,7 +370,8 @@ class FastViTHDConfig(BackboneConfigMixin, _CheckedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build the configuration from a dictionary."""
-        with explained(config_dict, kwargs.get("name_or_path")):
+        source = kwargs.pop(_READ_FROM, None) or kwargs.get("name_or_path")
+        with explained(config_dict, source):
             return super().from_dict(config_dict, **kwargs)
 
 
@@ -488,7 +487,7 @@ class FastVLMConfig(_CheckedConfig):
 
         For Apple's form, `name_or_path` in `kwargs` (the Auto classes pass it) says where the tokenizer files are.
         """
-        source = kwargs.get("name_or_path")
+        source = kwargs.pop(_READ_FROM, None) or kwargs.get("name_or_path")
         check_fields(config_dict, source)
         with explained(config_dict, source):
             if is_flat(config_dict):

@@ -90,8 +90,9 @@ class StrictPreTrainedModel(PreTrainedModel):
 
 def _refuse_missing(model: StrictPreTrainedModel, load_config: Any, missing: set[str]) -> None:
     """Raise ValueError where a tensor has no value; before missing ones are initialised, which not all can be."""
-    needed = {name for name in model.state_dict() if not name.endswith(_BATCHES_SEEN)}
-    missing = {name for name in missing & needed if not name.startswith(model._may_be_missing)}
+    names = (name for name in model.state_dict() if not name.endswith(_BATCHES_SEEN))
+    needed = {name for name in names if not name.startswith(model._may_be_missing)}
+    missing &= needed
     quantizer = load_config.hf_quantizer
     if quantizer is not None and not quantizer.pre_quantized:
         missing &= _names_before_quantization(model)

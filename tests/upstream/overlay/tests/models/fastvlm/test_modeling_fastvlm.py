@@ -13,7 +13,6 @@ from transformers.testing_utils import torch_device
 
 from transformers_fastvlm import FastVLMConfig, FastVLMForConditionalGeneration, FastVLMModel
 from transformers_fastvlm.modeling_fastvithd import FastViTHDPreTrainedModel
-from transformers_fastvlm.modeling_fastvlm import FastVLMPreTrainedModel
 
 from ...generation.test_utils import GenerationTesterMixin
 from ...test_configuration_common import ConfigTester
@@ -25,14 +24,13 @@ from .tiny import (
     REPEATED,
     TOKENS_PER_IMAGE,
     ModelTests,
+    any_weights_load,
     leave_out,
     only_pipelines,
     text_config,
     vision_config,
     without_repeated_skips,
 )
-
-CHECK_OF_KEYS = "_adjust_missing_and_unexpected_keys"
 
 
 class FastVLMModelTester:
@@ -117,20 +115,13 @@ class FastVLMModelTests(ModelTests):
         """As upstream's for models whose renamings show only with the head, since they begin with its `model.`."""
         super().test_reverse_loading_mapping(skip_base_model=True)
 
-    def test_model_weights_reload_no_missing_tied_weights(self) -> None:
-        """As upstream's, but loading weights of another model is an error unless that check is taken out."""
-        with pytest.raises(ValueError, match="tensors that this model does not know"):
-            super().test_model_weights_reload_no_missing_tied_weights()
-        with patch.object(FastVLMPreTrainedModel, CHECK_OF_KEYS, getattr(PreTrainedModel, CHECK_OF_KEYS)):
-            super().test_model_weights_reload_no_missing_tied_weights()
-
     def test_correct_missing_keys(self) -> None:
         """As upstream's, but a head that is not stored is the embeddings unless that rule is taken out."""
         with pytest.raises(AssertionError, match="0 not greater than 0"):
             super().test_correct_missing_keys()
         with (
             patch.object(FastVLMForConditionalGeneration, "tie_weights", PreTrainedModel.tie_weights),
-            patch.object(FastVLMPreTrainedModel, CHECK_OF_KEYS, getattr(PreTrainedModel, CHECK_OF_KEYS)),
+            any_weights_load(),
         ):
             super().test_correct_missing_keys()
 
