@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("configuration_fastvlm",),
     ("images",),
     ("compat", "conversations", "kernels", "tensor_names", "tokens"),
-    ("_optional", "_version"),
+    ("_optional", "_version", "random_streams"),
 )
 # Neither side imports anything of the other, whatever the layers. Of images/ the model may know AnyRes alone.
 ANYRES = f"{PACKAGE}.images.anyres"
