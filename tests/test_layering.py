@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("images",),
     ("compat", "configuration_checks", "kernels", "storage", "tensor_names", "tokens"),
     ("checkpoint_files",),
-    ("_optional", "_version"),
+    ("_optional", "_version", "random_streams"),
 )
 # Neither side imports anything of the other, whatever the layers. Of images/ the model may know AnyRes alone.
 ANYRES = f"{PACKAGE}.images.anyres"

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a verb fails: one clear line on standard error and an exit code, or with --debug the traceback."""
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
@@ -54,7 +55,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapper(*args: Any, **kwargs: Any) -> None:
         try:
             register()
-            command(*args, **kwargs)
+            with _bars_as_before():
+                command(*args, **kwargs)
         except BrokenPipeError:
             raise  # the reader of the output went away; not for us to report
         except (UserError, OSError, ValueError, ImportError) as error:
@@ -76,3 +78,15 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(FAILURE) from error
 
     return wrapper
+
+
+@contextlib.contextmanager
+def _bars_as_before() -> Iterator[None]:
+    """Let a verb turn Transformers' progress bars off for itself alone: programs call verbs too, as tests do."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    try:
+        yield
+    finally:
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()

@@ -7,14 +7,19 @@ import functools
 import importlib.metadata
 import os
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import ImageFile
+
 from .. import __version__
 from ..images.read_options import Colour, ReadOptions
+from ..random_streams import kept_random_streams
 from .eval_images import save_small
 from .own_data import own_task, read_own_data
 from .results import IMAGES, EvaluationRun, Sample, TaskResult, write_run
@@ -106,7 +111,9 @@ def evaluate(
         raise ValueError(f"limit is {options.limit}; expected 1 or more, or none for all rows.")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with _into_log(folder / LOG):
+    with _process_kept(), _into_log(folder / LOG):
+        # Tasks of lmms-eval take truncated images as they are; one's own are errors.
+        ImageFile.LOAD_TRUNCATED_IMAGES = options.data is None
         from .lmms_model import FastVLM
 
         start = time.perf_counter()
@@ -167,8 +174,23 @@ def evaluate(
 
 
 @contextlib.contextmanager
+def _process_kept() -> Iterator[None]:
+    """Put back what tasks change of the process: random streams, warnings, and how Pillow reads."""
+    truncated = ImageFile.LOAD_TRUNCATED_IMAGES
+    with kept_random_streams(), warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+
+
+@contextlib.contextmanager
 def _into_log(path: Path) -> Iterator[None]:
-    """Import lmms-eval, and send what it and its tasks print to a file; it is much, and of use only after a failure."""
+    """Import lmms-eval, and send what it and its tasks print to a file; it is much, and of use only after a failure.
+
+    lmms-eval logs with loguru. Where that was there before, its handlers stay, and get lmms-eval's lines too.
+    """
+    is_new, stderr = "loguru" not in sys.modules, sys.stderr
     with (
         open(path, "w", encoding="utf-8", errors="backslashreplace") as log,
         contextlib.redirect_stdout(log),
@@ -177,12 +199,19 @@ def _into_log(path: Path) -> Iterator[None]:
         import_harness()
         from loguru import logger
 
-        logger.remove()
-        logger.add(log, level="INFO")
+        if is_new:  # its first handler writes to what was standard error when it was imported: the log
+            logger.remove()
+            logger.add(stderr, filter=_is_others)
+        handler = logger.add(log, level="INFO")
         try:
             yield
         finally:
-            logger.remove()
+            logger.remove(handler)
+
+
+def _is_others(record: Any) -> bool:
+    """Return whether a line is none of lmms-eval's, which its log has."""
+    return not str(record["name"]).startswith("lmms_eval")
 
 
 def _tasks(options: EvaluationOptions) -> dict[str, Any]:

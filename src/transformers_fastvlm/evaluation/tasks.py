@@ -9,9 +9,13 @@ import re
 import socket
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from PIL import ImageFile
 
 from .._optional import needs
 
@@ -42,13 +46,26 @@ CARD_METRICS = {
 
 
 def import_harness() -> None:
-    """Import lmms-eval, or say how to install it.
+    """Import lmms-eval, or say how to install it; nothing else of the process changes.
 
     Raises:
         ImportError: it is not installed, or does not go with the version of another package.
     """
+    truncated = ImageFile.LOAD_TRUNCATED_IMAGES
     with needs("lmms-eval", "fastvlm eval", EXTRA):
-        import lmms_eval.evaluator  # noqa: F401
+        from loguru import logger
+
+        # When it is imported, lmms-eval takes all handlers off loguru, adds its own, turns warnings off, and has Pillow
+        # take truncated images as they are.
+        with warnings.catch_warnings(), mock.patch.multiple(logger, remove=_nothing, add=_nothing):
+            try:
+                import lmms_eval.evaluator  # noqa: F401
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+
+
+def _nothing(*arguments: Any, **options: Any) -> None:
+    """Stand in for what lmms-eval would call."""
 
 
 def expand(names: Sequence[str], include: str | os.PathLike[str] | None = None) -> dict[str, Path]:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..random_streams import kept_random_streams
 from ..storage.atomic_files import write_lines
 from .arguments import training_arguments
 from .callbacks import LinesAboveBar, LogLines, SampleAnswers
@@ -25,6 +26,7 @@ __all__ = ["RECIPE_FILE", "run"]
 RECIPE_FILE, ROWS_FILE = "recipe.yaml", "rows.json"
 
 
+@kept_random_streams()
 def run(
     recipe: Recipe,
     *,
