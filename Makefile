@@ -24,7 +24,7 @@ demo: .venv/installed-package ## answer questions about an image, offline
 
 # The tests of servers and of the web page need packages of their own: test-serving. Gradio leaves event loops to the
 # garbage collector, which pytest takes for an error of whatever test comes then: the page has a process of its own.
-SERVING := tests/batch tests/demo tests/server tests/cli/test_serve.py
+SERVING := tests/batch tests/demo tests/fuzz tests/server tests/cli/test_serve.py
 BROWSER := tests/demo/test_page_browser.py
 SUITE := $(SERVING:%=--ignore=%) --ignore=tests/vllm_plugin --ignore=tests/export \
 	--ignore-glob='*/test_harness_*.py' -n auto

@@ -1,20 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts of this folder have in common: their options for the record, and how it is written."""
+"""What the scripts of this folder have in common: their options, questions about scenes, and how a record is written.
+
+`transformers_fastvlm.bench.measuring` has the rest: clocks, work in turns, medians and spreads.
+"""
 
 import argparse
-import importlib.metadata
-import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+HELD_OUT_SERIES = 2026
+"""Of the scenes to ask about; training takes its scenes from series 1 to 3, its evaluation from series 10."""
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the options that every script has; the first line of `description` is shown."""
+DESCRIBE = "Describe the picture."
+
+
+def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """Return a parser with the options that every script has, and one for each of `defaults`, of its type.
+
+    Args:
+        description: of the script, whose first line is shown.
+        defaults: by the options' names; `threads=None` stands for as many as there are processors, and a list for an
+            option that takes several.
+    """
     made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     made.add_argument("--note", default="", help="what else ran on the machine, for the record")
     made.add_argument("--out", type=Path, help="file to write, beside standard output")
+    for name, default in defaults.items():
+        if name == "threads" and default is None:
+            default = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        several = isinstance(default, list)
+        kind = type(default[0] if several else default)
+        made.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, nargs="+" if several else None)
     return made
+
+
+def settings(options: argparse.Namespace, *but: str) -> dict[str, Any]:
+    """Return a script's options for its record."""
+    return {name: value for name, value in vars(options).items() if name not in ("note", "out", *but)}
+
+
+def questions(count: int, start: int = 0, aspect: str = "any", task: str = "questions") -> list[dict[str, Any]]:
+    """Return scenes that no training has seen, each as {picture, question, answer, conversation}."""
+    from transformers_fastvlm.data.scenes import SceneDataset
+
+    scenes = SceneDataset(count, seed=HELD_OUT_SERIES, start=start, aspect=aspect, task=task)  # type: ignore[arg-type]
+    rows = []
+    for index in range(count):
+        row = scenes[index]
+        question, answer = (message["content"] for message in row["messages"][:2])
+        question, picture = question.removeprefix("<image>\n"), row["images"][0]
+        rows.append(
+            {"picture": picture, "question": question, "answer": answer, "conversation": ask(picture, question)}
+        )
+    return rows
+
+
+def ask(picture: Any, question: str) -> list[dict[str, Any]]:
+    """Return a conversation with one question about a picture."""
+    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+
+
+def percent(hits: Sequence[bool]) -> float:
+    """Return how many of them are true."""
+    return round(100 * sum(hits) / len(hits), 2)
+
+
+def differences(given: dict[str, list[str]], correct: dict[str, float], reference: str) -> dict[str, dict[str, Any]]:
+    """Return how far the answers of each other name are from those of `reference`.
+
+    Args:
+        given: answers by name.
+        correct: percent of right ones by name.
+    """
+    return {
+        name: {
+            "points": round(correct[name] - correct[reference], 2),
+            "other_answers": sum(a != b for a, b in zip(given[name], given[reference], strict=True)),
+        }
+        for name in correct
+        if name != reference
+    }
 
 
 def operations(run: Callable[[], Any]) -> dict[str, float]:
@@ -44,18 +111,6 @@ def write(
         device: which torch measured on.
         packages: further ones whose versions count, where they are installed.
     """
-    import torch
+    from transformers_fastvlm.bench.measuring import surroundings, write_record
 
-    from transformers_fastvlm.bench.machine import machine, versions
-
-    found = versions()
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    record = {**values, "machine": machine(torch.device(device)), "versions": found, "note": options.note}
-    text = json.dumps(record, indent=2) + "\n"
-    print(text, end="")
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    print(write_record({**values, **surroundings(device, packages), "note": options.note}, options.out), end="")

@@ -11,95 +11,64 @@ to compare on a machine that others use too. Ratios are to the first batch size.
 """
 
 import argparse
-import os
-import time
-from statistics import median
+from functools import partial
 from typing import Any
 
 import _results
 import torch
 
-from transformers_fastvlm.checkpoints import tiny_checkpoint
-from transformers_fastvlm.data.scenes import SceneDataset
-from transformers_fastvlm.engines import Sampling, TransformersEngine
-
-TASKS = ("questions", "captions")
+from transformers_fastvlm.bench.measuring import in_turns
+from transformers_fastvlm.engines import Sampling, load_engine
 
 
-def conversations(task: str, number: int) -> list[list[dict[str, Any]]]:
-    """Return questions about scenes that no training has seen."""
-    found = []
-    scenes = SceneDataset(number, seed=2026, task=task)  # type: ignore[arg-type]
-    for index in range(number):
-        row = scenes[index]
-        text = row["messages"][0]["content"].removeprefix("<image>\n")
-        content = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": text}]
-        found.append([{"role": "user", "content": content}])
-    return found
-
-
-def measure(engine: TransformersEngine, task: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(engine: Any, task: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return answers a second with each batch size, in turns, and how the answers compare."""
-    asked = conversations(task, options.pictures)
+    asked = [row["conversation"] for row in _results.questions(options.pictures, task=task)]
     sampling = Sampling(max_new_tokens=options.max_new_tokens)
-    times: dict[int, list[tuple[float, float]]] = {size: [] for size in options.batch_sizes}
-    texts: dict[int, list[str]] = {}
-    tokens = 0
-    for round_number in range(options.rounds + 1):
-        for size in options.batch_sizes:
-            engine.batch_size = size
-            start, computed = time.perf_counter(), time.process_time()
-            answers = engine.generate(asked, sampling)
-            taken = time.perf_counter() - start, time.process_time() - computed
-            if round_number:  # the first is for warming up
-                times[size].append(taken)
-            texts[size] = [answer.text for answer in answers]
-            tokens = sum(answer.completion_tokens for answer in answers)
-    speed = {
-        size: {
-            "answers_per_second": round(options.pictures / median(turn[0] for turn in turns), 3),
-            "answers_per_processor_second": round(options.pictures / median(turn[1] for turn in turns), 3),
-        }
-        for size, turns in times.items()
-    }
-    first = options.batch_sizes[0]
+    sizes = options.batch_sizes
+    given: dict[int, list[Any]] = {}
+
+    def answer(size: int) -> None:
+        engine.batch_size = size
+        given[size] = engine.generate(asked, sampling)
+
+    times = in_turns({size: partial(answer, size) for size in sizes}, options.rounds)
+    speed = {size: times[size].rates(options.pictures, "answers") for size in sizes}
+    texts = {size: [found.text for found in answers] for size, answers in given.items()}
+    tokens = sum(found.completion_tokens for found in given[sizes[0]])
     return {
         "batch_size": speed,
         "ratio": {
-            f"{size} / {first}": {key: round(found[key] / speed[first][key], 3) for key in found}
-            for size, found in speed.items()
-            if size != first
+            f"{size} / {sizes[0]}": {key: round(value / speed[sizes[0]][key], 3) for key, value in speed[size].items()}
+            for size in sizes[1:]
         },
         "tokens_per_answer": round(tokens / options.pictures, 2),
         "answers_that_differ": {
-            size: sum(one != other for one, other in zip(texts[first], texts[size], strict=True))
-            for size in options.batch_sizes[1:]
+            size: sum(one != other for one, other in zip(texts[sizes[0]], texts[size], strict=True))
+            for size in sizes[1:]
         },
     }
 
 
 def main() -> None:
-    parser = _results.parser(__doc__)
-    parser.add_argument("--model", default="tiny", help="directory of a model, or tiny, the one of the package")
-    parser.add_argument("--pictures", type=int, default=64)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each batch size")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
+    parser = _results.parser(
+        __doc__,
+        model="tiny",
+        pictures=64,
+        batch_sizes=[1, 16],
+        max_new_tokens=64,
+        rounds=5,
+        threads=None,
+        device="cpu",
+        dtype="float32",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    directory = str(tiny_checkpoint()) if options.model == "tiny" else options.model
-    engine = TransformersEngine(directory, dtype=options.dtype, device=options.device)
+    engine: Any = load_engine("transformers", options.model, dtype=options.dtype, device=options.device)
     values = {
-        "model": options.model,
-        "pictures": options.pictures,
+        **_results.settings(options, "device", "batch_sizes"),
         "size": int(engine.processor.image_processor.size["height"]),
-        "dtype": options.dtype,
-        "rounds": options.rounds,
-        "threads": options.threads,
-        "results": {task: measure(engine, task, options) for task in TASKS},
+        "results": {task: measure(engine, task, options) for task in ("questions", "captions")},
     }
     _results.write(options, values, device=options.device)
 

@@ -11,140 +11,89 @@ pixels; proportional to pixels) at the median of that rate. `milliseconds_of_ope
 spent its time on; the native one's only in float32, since in the other types it can take minutes. Needs timm.
 """
 
-import argparse
 import copy
 import os
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
+from statistics import median
 from typing import Any
 
 import _results
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from transformers_fastvlm.bench.measuring import in_turns
+from transformers_fastvlm.bench.random_weights import encoder_config, native_twin, random_model
+from transformers_fastvlm.inference import fuse
 
 # Multiplications and additions of the encoder, counted apart.
 FLOP_PER_PIXEL = 487e9 / 1024**2
 PRODUCT = (4096, 1536, 1536)
 
 
-def native_encoder(ours: nn.Module) -> nn.Module:
-    """Return Transformers' own encoder of FastVLM with the weights of `ours`."""
-    from transformers import AutoModel
-    from transformers.models.fast_vlm import FastVlmConfig
-
-    from transformers_fastvlm.checkpoints.native import to_native_name
-
-    config = FastVlmConfig().vision_config
-    config.model_args = {"inference_mode": True}
-    model = AutoModel.from_config(config)
-    names = {name: to_native_name(f"model.vision_tower.{name}") for name in ours.state_dict()}
-    tensors = {
-        new.removeprefix("model.vision_tower."): ours.state_dict()[old] for old, new in names.items() if new is not None
-    }
-    model.load_state_dict(tensors)
-    return model
-
-
-def timed(run: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Return the process's CPU seconds, the clock's seconds and the result of a run."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    result = run()
-    return time.process_time() - cpu, time.perf_counter() - wall, result
+def encoders(dtype: torch.dtype, native: bool) -> dict[str, Any]:
+    """Return the encoders by name, all with the same weights."""
+    config, cpu = encoder_config(), torch.device("cpu")
+    whole: Any = random_model(config, dtype, cpu)
+    found = {"default": copy.deepcopy(whole.model.vision_tower), "fused": fuse(whole).model.vision_tower}
+    if native:
+        other: Any = random_model(native_twin(config), dtype, cpu)
+        found["native"] = other.model.vision_tower
+    return found
 
 
 def summary(values: list[float]) -> dict[str, Any]:
     """Return median, least and greatest of the values, and the values."""
     digits = [round(value, 4) for value in values]
-    return {"median": round(statistics.median(values), 4), "min": min(digits), "max": max(digits), "all": digits}
-
-
-def parse() -> argparse.Namespace:
-    parser = _results.parser(__doc__)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--size", type=int, default=1024, help="height and width in pixels")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--native-repetitions", type=int, help="default: as many as the others; 0 leaves it out")
-    return parser.parse_args()
+    return {"median": round(median(values), 4), "min": min(digits), "max": max(digits), "all": digits}
 
 
 @torch.inference_mode()
 def main() -> None:
-    arguments = parse()
-    from transformers_fastvlm import FastViTHDConfig, FastViTHDModel
-    from transformers_fastvlm.inference import fuse
-
-    torch.set_num_threads(arguments.threads)
+    parser = _results.parser(__doc__, dtype="float32", size=1024, batch=1, threads=1, repetitions=5)
+    parser.add_argument("--no-native", action="store_true", help="leave the native one out")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    dtype = getattr(torch, arguments.dtype)
-    repetitions, native = arguments.repetitions, arguments.native_repetitions
-    native = repetitions if native is None else native
-    default = FastViTHDModel(FastViTHDConfig(layer_scale_init_value=0.1)).eval().to(dtype)
-    encoders: dict[str, nn.Module] = {"default": default, "fused": fuse(copy.deepcopy(default))}
-    if native:
-        encoders["native"] = native_encoder(default).eval().to(dtype)
-    pixels = torch.rand(arguments.batch, 3, arguments.size, arguments.size).to(dtype)
-    small = pixels[..., :128, :128]
-    for encoder in encoders.values():
-        encoder(small)
-
-    def rate(of: torch.dtype) -> float:
-        rows, inner, outer = PRODUCT
-        a, b = torch.rand(rows, inner, dtype=of), torch.rand(outer, inner, dtype=of)
-        cpu, wall, _ = timed(lambda: nn.functional.linear(a, b))
-        return 2 * rows * inner * outer / (cpu if arguments.threads == 1 else wall)
-
-    times: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in encoders}
-    rates: dict[str, list[float]] = {"float32": [], arguments.dtype: []}
-    outputs: dict[str, Tensor] = {}
+    subjects = encoders(getattr(torch, options.dtype), native=not options.no_native)
+    pixels = torch.rand(options.batch, 3, options.size, options.size).to(getattr(torch, options.dtype))
+    work: dict[str, Any] = {name: partial(encoder, pixels) for name, encoder in subjects.items()}
+    rows, inner, outer = PRODUCT
+    for kind in dict.fromkeys(("float32", options.dtype)):
+        left, right = (torch.rand(size, inner, dtype=getattr(torch, kind)) for size in (rows, outer))
+        work[f"products {kind}"] = partial(nn.functional.linear, left, right)
     load_before = os.getloadavg()
-    names = list(encoders)
-    for turn in range(max(repetitions, native)):
-        first = turn % len(names)  # none is always the first of a turn
-        for name in names[first:] + names[:first]:
-            encoder = encoders[name]
-            for of, measured in rates.items():
-                if of == "float32" or not measured or len(measured) < 3:
-                    measured.append(rate(getattr(torch, of)))
-            if turn >= (native if name == "native" else repetitions):
-                continue
-            cpu, wall, output = timed(lambda encoder=encoder: encoder(pixels))
-            times[name]["cpu"].append(cpu)
-            times[name]["wall"].append(wall)
-            outputs[name] = output.last_hidden_state.float()
-            print(f"{name}: {cpu:.2f} s of CPU time, {wall:.2f} s", flush=True)
-    clock = "cpu" if arguments.threads == 1 else "wall"
-    median = {name: statistics.median(values[clock]) for name, values in times.items()}
-    flops = max(statistics.median(values) for values in rates.values())
-    floor = FLOP_PER_PIXEL * pixels[:, 0].numel() / flops
-    reference = outputs.get("native", outputs["default"])
+    times = in_turns(work, options.repetitions, progress=partial(print, flush=True))
+    seconds = {name: {"cpu": found.processor, "wall": found.wall} for name, found in times.items()}
+    clock = "cpu" if options.threads == 1 else "wall"
+    flop = 2 * rows * inner * outer
+    rates = {
+        name.split()[1]: [flop / value for value in seconds.pop(name)[clock]]
+        for name in work
+        if name.startswith("products ")
+    }
+    medians = {name: median(found[clock]) for name, found in seconds.items()}
+    floor = FLOP_PER_PIXEL * pixels[:, 0].numel() / max(map(median, rates.values()))
+    outputs = {name: encoder(pixels).last_hidden_state.float() for name, encoder in subjects.items()}
+    base = "native" if "native" in outputs else "default"
     values = {
-        "dtype": arguments.dtype,
-        "size": arguments.size,
-        "batch": arguments.batch,
-        "threads": arguments.threads,
+        **_results.settings(options, "no_native", "repetitions"),
         "clock_of_ratios": clock,
-        "seconds": {
-            name: {kind: summary(measured) for kind, measured in values.items()} for name, values in times.items()
-        },
-        "native_over": {n: round(median["native"] / median[n], 3) for n in ("default", "fused") if native},
-        "gflops_of_products": {of: summary([value / 1e9 for value in values]) for of, values in rates.items()},
-        "time_over_products": {name: round(value / floor, 3) for name, value in median.items()},
+        "seconds": {name: {kind: summary(values) for kind, values in found.items()} for name, found in seconds.items()},
+        "native_over": {name: round(medians["native"] / medians[name], 3) for name in medians if base == "native"},
+        "gflops_of_products": {kind: summary([value / 1e9 for value in found]) for kind, found in rates.items()},
+        "time_over_products": {name: round(value / floor, 3) for name, value in medians.items()},
         "difference": {
-            name: float(f"{(output - reference).norm() / reference.norm():.2g}") for name, output in outputs.items()
+            name: float(f"{(output - outputs[base]).norm() / outputs[base].norm():.2g}")
+            for name, output in outputs.items()
         },
-        "difference_to": "native" if native else "default",
+        "difference_to": base,
         "onednn_bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         "milliseconds_of_operations": {
-            name: _results.operations(lambda encoder=encoder: encoder(pixels))
-            for name, encoder in encoders.items()
-            if name != "native" or arguments.dtype == "float32"
+            name: _results.operations(work[name]) for name in subjects if name != "native" or options.dtype == "float32"
         },
         "load_average": {"before": load_before, "after": os.getloadavg()},
     }
-    _results.write(arguments, values)
+    _results.write(options, values)
 
 
 if __name__ == "__main__":

@@ -23,15 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _results import parser, write
+from _results import HELD_OUT_SERIES, parser, questions, settings, write
 
 from transformers_fastvlm.checkpoints import tiny_checkpoint
-from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.evaluation.eval_run import EvaluationOptions, evaluate
 from transformers_fastvlm.evaluation.own_data import OwnData
 from transformers_fastvlm.evaluation.tasks import import_harness
-
-HELD_OUT_SERIES = 2026
 
 
 class Clock:
@@ -65,13 +62,10 @@ class Clock:
 
 def write_scenes(folder: Path, count: int) -> Path:
     """Write scenes that no training used as a user's own data."""
-    scenes = SceneDataset(count, seed=HELD_OUT_SERIES, task="questions", aspect="any")
     with open(folder / "scenes.jsonl", "w", encoding="utf-8") as file:
-        for index in range(count):
-            row = scenes[index]
-            question, answer = (message["content"] for message in row["messages"])
-            row["images"][0].save(folder / f"{index}.png")
-            line = {"image": f"{index}.png", "question": question.removeprefix("<image>\n"), "answer": answer}
+        for index, row in enumerate(questions(count)):
+            row["picture"].save(folder / f"{index}.png")
+            line = {"image": f"{index}.png", "question": row["question"], "answer": row["answer"]}
             file.write(json.dumps(line) + "\n")
     return folder / "scenes.jsonl"
 
@@ -121,16 +115,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    made = parser(__doc__)
-    made.add_argument("--scenes", type=int, default=500)
-    made.add_argument("--batch-size", type=int, default=16)
-    made.add_argument("--dtype", default="float32")
-    options = made.parse_args()
+    options = parser(__doc__, scenes=500, batch_size=16, dtype="float32").parse_args()
     torch.set_num_threads(1)  # the engine's processor time is that of one thread
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(options, Path(folder))
-    chosen = {name: getattr(options, name) for name in ("scenes", "batch_size", "dtype")}
-    about = {"model": "tiny", **chosen, "series": HELD_OUT_SERIES, "threads": torch.get_num_threads()}
+    about = {"model": "tiny", **settings(options), "series": HELD_OUT_SERIES, "threads": torch.get_num_threads()}
     write(options, about | measured, packages=["lmms-eval"])
 
 

@@ -14,8 +14,6 @@ in transformers.js on Node, about square and about oblong pictures: from this pa
 picture, prepared by transformers.js itself. `grey_levels` is the mean distance between the two, of 255.
 """
 
-import argparse
-import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -23,44 +21,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+import _results
+from _results import HELD_OUT_SERIES, differences, percent, questions
 
-from transformers_fastvlm.bench.machine import machine, versions
 from transformers_fastvlm.checkpoints import tiny_checkpoint
-from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.engines import Sampling, load_engine
 from transformers_fastvlm.engines.onnx_engine import OnnxEngine
 from transformers_fastvlm.export import TARGETS, Export, export
 
-HELD_OUT_SERIES = 2026
 MAX_NEW_TOKENS = 32
 REFERENCE = "pytorch float32"
 SCRIPT = Path(__file__).parent.parent / "tests" / "export" / "javascript" / "run.mjs"
 
 
-def rows_of(count: int, aspect: str) -> list[dict[str, Any]]:
-    """Return `count` scenes as {picture, question, answer, conversation}."""
-    scenes = SceneDataset(count, seed=HELD_OUT_SERIES, aspect=aspect)
-    rows = []
-    for index in range(count):
-        row = scenes[index]
-        question, answer = (message["content"] for message in row["messages"][:2])
-        question, picture = question.removeprefix("<image>\n"), row["images"][0]
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-        rows.append(
-            {
-                "picture": picture,
-                "question": question,
-                "answer": answer,
-                "conversation": [{"role": "user", "content": content}],
-            }
-        )
-    return rows
-
-
-def percent(given: list[str], rows: list[dict[str, Any]]) -> float:
-    """Return how many of the answers are the right ones."""
-    return round(100 * sum(text == row["answer"] for text, row in zip(given, rows, strict=True)) / len(rows), 2)
+def share(given: list[str], rows: list[dict[str, Any]]) -> float:
+    """Return the percentage of the answers that are the right ones."""
+    return percent([text == row["answer"] for text, row in zip(given, rows, strict=True)])
 
 
 def measure_precisions(done: Export, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -68,24 +44,17 @@ def measure_precisions(done: Export, rows: list[dict[str, Any]]) -> dict[str, An
     sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
     given: dict[str, list[str]] = {}
     for name in (REFERENCE, *done.precisions):
-        engine: Any
         if name == REFERENCE:
             engine = load_engine("transformers", str(tiny_checkpoint()), dtype="float32")
         else:
-            engine = OnnxEngine(done.directory, name)
+            engine = load_engine("onnx", str(done.directory), precision=name)
         given[name] = [answer.text for answer in engine.generate([row["conversation"] for row in rows], sampling)]
         engine.close()
-        print(f"{name:16} {percent(given[name], rows)} %", flush=True)
-    correct = {name: percent(texts, rows) for name, texts in given.items()}
+        print(f"{name:16} {share(given[name], rows)} %", flush=True)
+    correct = {name: share(texts, rows) for name, texts in given.items()}
     return {
         "exact_answers_percent": correct,
-        "against_pytorch_float32": {
-            name: {
-                "points": round(correct[name] - correct[REFERENCE], 2),
-                "other_answers": sum(a != b for a, b in zip(given[name], given[REFERENCE], strict=True)),
-            }
-            for name in done.precisions
-        },
+        "against_pytorch_float32": differences(given, correct, REFERENCE),
         "relative_error": done.report.errors,
     }
 
@@ -95,12 +64,12 @@ def measure_javascript(done: Export, folder: Path, count: int) -> dict[str, Any]
     processor = OnnxEngine(done.directory, "float32").processor
     found = {}
     for aspect in ("square", "oblong"):
-        rows = rows_of(count, aspect)
+        rows = questions(count, aspect=aspect)
         with tempfile.TemporaryDirectory() as name:
             results = _answers_in_node(done.directory, folder, Path(name), rows, processor)
         found[aspect] = {
-            "our_pixel_values": percent([result["text"] for result in results], rows),
-            "own_pixel_values": percent([result["own"] for result in results], rows),
+            "our_pixel_values": share([result["text"] for result in results], rows),
+            "own_pixel_values": share([result["own"] for result in results], rows),
             "grey_levels": round(sum(result["distance"] for result in results) / count, 2),
         }
         print(f"{aspect:16} {found[aspect]}", flush=True)
@@ -129,33 +98,25 @@ def _answers_in_node(
     return [json.loads(line) for line in lines]
 
 
-def _versions(folder: Path | None) -> dict[str, str]:
-    found = versions() | {name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
-    if folder is not None:
-        package = folder / "node_modules" / "@huggingface" / "transformers" / "package.json"
-        found["transformers.js"] = json.loads(package.read_text(encoding="utf-8"))["version"]
-        found["node"] = subprocess.run(
-            ["node", "--version"], check=True, stdout=subprocess.PIPE, text=True
-        ).stdout.strip()
-    return found
+def node_versions(folder: Path) -> dict[str, str]:
+    """Return the versions of transformers.js and of Node."""
+    package = folder / "node_modules" / "@huggingface" / "transformers" / "package.json"
+    node = subprocess.run(["node", "--version"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return {"transformers.js": json.loads(package.read_text(encoding="utf-8"))["version"], "node": node}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scenes", type=int, default=500)
+    parser = _results.parser(__doc__, scenes=500, node_scenes=200)
     parser.add_argument("--node", type=Path, metavar="FOLDER", help="folder with node_modules")
-    parser.add_argument("--node-scenes", type=int, default=200)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     found: dict[str, Any] = {"scenes": options.scenes, "series": HELD_OUT_SERIES}
     with tempfile.TemporaryDirectory() as work:
         done = export("onnx", tiny_checkpoint(), Path(work) / "tiny", precision=TARGETS["onnx"].precisions)
-        found |= measure_precisions(done, rows_of(options.scenes, "any"))
+        found |= measure_precisions(done, questions(options.scenes))
         if options.node is not None:
             found["transformers_js"] = measure_javascript(done, options.node, options.node_scenes)
-    found |= {"machine": machine(torch.device("cpu")), "versions": _versions(options.node)}
-    if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            found["transformers_js"]["versions"] = node_versions(options.node)
+    _results.write(options, found, packages=["onnx", "onnxruntime", "onnxscript"])
 
 
 if __name__ == "__main__":

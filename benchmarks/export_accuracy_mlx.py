@@ -14,19 +14,18 @@ after every few scenes and say how many they are about, so that a run can be sto
 """
 
 import argparse
-import importlib.metadata
-import json
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _results
 import torch
-from tiny_accuracy import HELD_OUT_SERIES, MAX_NEW_TOKENS, compared, score
+from _results import HELD_OUT_SERIES, differences
+from tiny_accuracy import MAX_NEW_TOKENS, overall, score
 from transformers import AutoProcessor, FastVlmForConditionalGeneration
 
-from transformers_fastvlm.bench.machine import machine, versions
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.export import Source, export
@@ -141,10 +140,7 @@ def preprocessing(folder: Path, source: Source, model: Any) -> Answers:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--scenes", type=int, default=500, help="of each series")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = _results.parser(__doc__, scenes=500).parse_args()
     warnings.simplefilter("ignore")  # of mlx-vlm and what it imports
     source = Source(tiny_checkpoint())
     model = source.model(torch.float32)
@@ -165,27 +161,20 @@ def main() -> None:
                 for name, texts in answers(new).items():
                     given[part].setdefault(name, []).extend(texts)
                 rows[part] += [{key: value for key, value in row.items() if key != "images"} for row in new]
-            report(rows, given, options.out)
+            report(rows, given, options)
 
 
-def report(rows: dict[str, list[dict[str, Any]]], given: dict[str, dict[str, list[str]]], out: Path | None) -> None:
+def report(
+    rows: dict[str, list[dict[str, Any]]], given: dict[str, dict[str, list[str]]], options: argparse.Namespace
+) -> None:
     """Print the results so far, and write them."""
     results: dict[str, Any] = {}
     for part, answers in given.items():
         scores = {name: score(rows[part], texts) for name, texts in answers.items()}
-        results[part] = {"exact_answers_percent": scores, "against_pytorch": compared(scores, answers, REFERENCE)}
-        shown = ", ".join(f"{name} {result['overall']}" for name, result in scores.items())
-        print(f"{len(rows[part])} scenes, {part}: {shown}", flush=True)
-    about = {
-        "scenes": {part: len(asked_rows) for part, asked_rows in rows.items()},
-        "series": HELD_OUT_SERIES,
-        **results,
-        "machine": machine(torch.device("cpu")),
-        "versions": versions()
-        | {name: importlib.metadata.version(name) for name in ("mlx", "mlx-vlm", "timm", "torchvision")},
-    }
-    if out is not None:
-        out.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        against = differences(answers, overall(scores), REFERENCE)
+        results[part] = {"exact_answers_percent": scores, "against_pytorch": against}
+    about = {"scenes": {part: len(asked_rows) for part, asked_rows in rows.items()}, "series": HELD_OUT_SERIES}
+    _results.write(options, about | results, packages=["mlx", "mlx-vlm"])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 import _results
 
@@ -40,23 +41,15 @@ def write_checkpoint(directory: Path) -> int:
     """Write random weights of the 0.5B size under Apple's names and return the file's size."""
     import torch
 
-    from transformers_fastvlm import FastVLMConfig, FastVLMForConditionalGeneration
+    from transformers_fastvlm import FastVLMConfig
+    from transformers_fastvlm.bench.random_weights import random_model
 
-    config = FastVLMConfig.from_preset("0.5b")
-    with torch.device("meta"):
-        model = FastVLMForConditionalGeneration(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    for tensor in model.state_dict().values():
-        tensor.fill_(0.01)
-    model.tie_weights()
-    model.save_pretrained(directory)
+    random_model(FastVLMConfig.from_preset("0.5b"), torch.bfloat16, torch.device("cpu")).save_pretrained(directory)
     return (directory / "model.safetensors").stat().st_size
 
 
 def main() -> None:
-    parser = _results.parser(__doc__)
-    parser.add_argument("--runs", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = _results.parser(__doc__, runs=3).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(Path(folder))
         cases = {
@@ -64,14 +57,12 @@ def main() -> None:
             "loaded": LOAD.format(directory=folder),
             "every_weight_read": TOUCH.format(directory=folder),
         }
-        peaks = {name: sorted(peak_bytes(code) for _ in range(arguments.runs)) for name, code in cases.items()}
-    median = {name: values[len(values) // 2] for name, values in peaks.items()}
+        peaks = {name: [peak_bytes(code) for _ in range(arguments.runs)] for name, code in cases.items()}
+    bare = median(peaks["bare"])
     values = {
         "file_bytes": size,
         "peak_bytes": peaks,
-        "ratio_to_file": {
-            name: round((median[name] - median["bare"]) / size, 3) for name in ("loaded", "every_weight_read")
-        },
+        "ratio_to_file": {name: round((median(peaks[name]) - bare) / size, 3) for name in cases if name != "bare"},
     }
     _results.write(arguments, values)
 

@@ -10,11 +10,10 @@ look at. `whole` is what the image processor does with a path, `decoded` with a 
 """
 
 import argparse
-import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +23,7 @@ from PIL import Image, features
 
 from transformers_fastvlm import FastVLMImageProcessorPil
 from transformers_fastvlm.bench import photo_jpeg
-from transformers_fastvlm.bench.measuring import spread
-
-WARMUP = 2
-
-
-def main() -> None:
-    parser = _results.parser(__doc__)
-    parser.add_argument("--width", type=int, default=4000)
-    parser.add_argument("--height", type=int, default=3000)
-    parser.add_argument("--size", type=int, default=1024, help="height and width of the pixel values")
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, for torchvision's resizing")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--torchvision", action="store_true", help="also the processor that uses torchvision")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "photo.jpg"
-        path.write_bytes(photo_jpeg(options.width, options.height))
-        size = path.stat().st_size
-        results = measure(steps(str(path), options), options.repetitions)
-    values = {
-        "settings": {key: value for key, value in vars(options).items() if key not in ("out", "note")},
-        "jpeg_bytes": size,
-        "libjpeg_turbo": features.version("libjpeg_turbo"),
-        "results": results,
-    }
-    _results.write(options, values)
+from transformers_fastvlm.bench.measuring import in_turns
 
 
 def steps(path: str, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
@@ -63,7 +34,6 @@ def steps(path: str, options: argparse.Namespace) -> dict[str, Callable[[], Any]
             image.load()
             return image
 
-    decoded = decode()
     processors: dict[str, Any] = {"pil": FastVLMImageProcessorPil(size=options.size)}
     if options.torchvision:
         from transformers_fastvlm import FastVLMImageProcessor
@@ -71,29 +41,30 @@ def steps(path: str, options: argparse.Namespace) -> dict[str, Callable[[], Any]
         processors["torchvision"] = FastVLMImageProcessor(size=options.size)
     found: dict[str, Callable[[], Any]] = {"decode": decode}
     for name, processor in processors.items():
-        found[f"{name}: decoded"] = lambda processor=processor: processor(decoded, return_tensors="pt")
+        found[f"{name}: decoded"] = partial(processor, decode(), return_tensors="pt")
         for batch in options.batches:
-            pictures = [path] * batch
-            found[f"{name}: whole, batch {batch}"] = lambda processor=processor, pictures=pictures: processor(
-                pictures, return_tensors="pt"
-            )
+            found[f"{name}: whole, batch {batch}"] = partial(processor, [path] * batch, return_tensors="pt")
     return found
 
 
-def measure(work: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, Any]:
-    """Run everything in turns and return the spread of each one's seconds."""
-    wall: dict[str, list[float]] = {name: [] for name in work}
-    processor: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(WARMUP + repetitions):
-        for name, step in work.items():
-            start = time.perf_counter(), time.process_time()
-            step()
-            end = time.perf_counter(), time.process_time()
-            if turn >= WARMUP:
-                wall[name].append(end[0] - start[0])
-                processor[name].append(end[1] - start[1])
-        print(f"turn {turn + 1} of {WARMUP + repetitions}", file=sys.stderr, flush=True)
-    return {name: {"seconds": spread(wall[name]), "processor_seconds": spread(processor[name])} for name in work}
+def main() -> None:
+    parser = _results.parser(__doc__, width=4000, height=3000, size=1024, repetitions=9, threads=None, batches=[1, 8])
+    parser.add_argument("--torchvision", action="store_true", help="also the processor that uses torchvision")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "photo.jpg"
+        path.write_bytes(photo_jpeg(options.width, options.height))
+        size = path.stat().st_size
+        work = steps(str(path), options)
+        times = in_turns(work, options.repetitions, warmup=2, progress=partial(print, file=sys.stderr, flush=True))
+    values = {
+        "settings": _results.settings(options),
+        "jpeg_bytes": size,
+        "libjpeg_turbo": features.version("libjpeg_turbo"),
+        "results": {name: found.spread() for name, found in times.items()},
+    }
+    _results.write(options, values)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from typing import Any
 
 import _results
 import torch
+from _results import HELD_OUT_SERIES
 from PIL import Image
-from tiny_accuracy import HELD_OUT_SERIES, REFERENCE, answers, load
+from tiny_accuracy import REFERENCE, answers, load
 from torch import nn
 from transformers import AutoProcessor
 
@@ -298,10 +299,8 @@ def kept(file: Path | None, scenes: int, asked: list[str]) -> dict[str, list[dic
 
 
 def main() -> None:
-    parser = _results.parser(__doc__)
+    parser = _results.parser(__doc__, scenes=500, batch_size=50)
     parser.add_argument("model", type=Path, nargs="?", help="directory of the model; default: that of the package")
-    parser.add_argument("--scenes", type=int, default=500)
-    parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--studies", nargs="+", choices=studies(256), default=[*studies(256)])
     parser.add_argument("--plot", type=Path, help="file for a plot, PNG")
     options = parser.parse_args()

@@ -20,13 +20,12 @@ from typing import Any
 
 import _results
 import torch
+from _results import HELD_OUT_SERIES, differences, percent
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.inference import fuse
 
-# Training takes its scenes from series 1 to 3, its evaluation from series 10.
-HELD_OUT_SERIES = 2026
 REFERENCE = "float32"
 QUANTIZED = ("int8", "int4")
 VARIANTS = (REFERENCE, "fused", "bfloat16", "float16", *QUANTIZED)
@@ -38,14 +37,15 @@ def load(directory: Path, variant: str, device: str) -> Any:
     dtype = "bfloat16" if variant in QUANTIZED else REFERENCE if variant == "fused" else variant
     options: dict[str, Any] = {}
     if variant in QUANTIZED:
-        options = {"quantization_config": _quantization_config(variant, device), "device_map": device}
+        options = {"quantization_config": quantization_config(variant, device), "device_map": device}
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, **options).eval()
     if variant not in QUANTIZED:
         model.to(device)
     return fuse(model) if variant == "fused" else model
 
 
-def _quantization_config(variant: str, device: str) -> Any:
+def quantization_config(variant: str, device: str) -> Any:
+    """Return how a user makes weights of 8 or 4 bits, as docs/quantization.md says."""
     try:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
     except ImportError as error:
@@ -109,35 +109,22 @@ def score(rows: list[dict[str, Any]], given: list[str]) -> dict[str, Any]:
         right.setdefault(row["kind"], []).append(answer == expected)
         if answer != expected:
             wrong.append(f"{row['id']}: {question.removeprefix('<image>').strip()} {expected} / {answer}")
-    every = [hit for hits in right.values() for hit in hits]
     return {
-        "overall": round(100 * sum(every) / len(every), 2),
-        **{kind: round(100 * sum(hits) / len(hits), 2) for kind, hits in sorted(right.items())},
+        "overall": percent([hit for hits in right.values() for hit in hits]),
+        **{kind: percent(hits) for kind, hits in sorted(right.items())},
         "wrong": wrong[:20],
     }
 
 
-def compared(
-    results: dict[str, dict[str, Any]], given: dict[str, list[str]], title: str = REFERENCE
-) -> dict[str, dict[str, Any]]:
-    """Return, for each result but that of `title`, how far it is from it."""
-    return {
-        name: {
-            "points": round(result["overall"] - results[title]["overall"], 2),
-            "other_answers": sum(a != b for a, b in zip(given[name], given[title], strict=True)),
-        }
-        for name, result in results.items()
-        if name != title
-    }
+def overall(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Return the percentage over all kinds of questions of each result."""
+    return {name: result["overall"] for name, result in results.items()}
 
 
 def main() -> None:
-    parser = _results.parser(__doc__)
+    parser = _results.parser(__doc__, scenes=2000, batch_size=50, device="cpu")
     parser.add_argument("model", type=Path, help="directory of the model")
-    parser.add_argument("--scenes", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     processor = AutoProcessor.from_pretrained(options.model)
     wanted = [name for name in VARIANTS if name in options.variants or name == REFERENCE]
@@ -156,8 +143,8 @@ def main() -> None:
         return results, given
 
     results, given = run({name: name for name in wanted}, "any")
-    differences = compared(results, given)
-    for name, difference in differences.items():
+    found = differences(given, overall(results), REFERENCE)
+    for name, difference in found.items():
         print(f"{name:16} {difference['points']:+.2f} points, {difference['other_answers']} other answers")
     for title, aspect, image_options in (
         ("square", "square", {}),
@@ -169,7 +156,7 @@ def main() -> None:
         "scenes": options.scenes,
         "series": HELD_OUT_SERIES,
         "exact_answers_percent": results,
-        "against_float32": differences,
+        "against_float32": found,
     }
     _results.write(options, values, device=options.device, packages=["torchao"])
 

@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,60 +28,39 @@ IMPLEMENTATIONS = ("ours", "native")
 
 
 def arguments() -> argparse.Namespace:
-    parser = _results.parser(__doc__)
-    parser.add_argument("--preset", default="0.5b", help="size of the model: 0.5b, 1.5b, 7b")
+    parser = _results.parser(
+        __doc__,
+        preset="0.5b",
+        image_size=512,
+        batch_size=2,
+        tokens=164,
+        dtype=["bfloat16", "float32"],
+        checkpointing=["off", "on"],
+        steps=3,
+        warmup=1,
+        rounds=1,
+        threads=None,
+        device="cpu",
+    )
     parser.add_argument("--layers", type=int, help="layers of the language model, if not the preset's")
-    parser.add_argument("--image-size", type=int, default=512, help="height and width of the pixels")
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=164, help="tokens of a row, those of its one image included")
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], help="types of the weights; no autocast")
-    parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
-    parser.add_argument("--steps", type=int, default=3, help="timed steps in each process")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
-    parser.add_argument("--rounds", type=int, default=1, help="processes of each implementation, in turns")
     parser.add_argument("--native-steps", type=int, help="timed steps of the port, if it takes very long")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--child", nargs=4, metavar=("IMPLEMENTATION", "DIRECTORY", "DTYPE", "CHECKPOINTING"))
     return parser.parse_args()
 
 
 def write_checkpoints(options: argparse.Namespace, folder: Path) -> None:
-    """Write one set of random weights of the preset's shape for each implementation."""
+    """Write the same random weights of the preset's shape for each implementation."""
     import torch
-    from safetensors.torch import save_file
 
-    from transformers_fastvlm import FastVLMConfig, FastVLMForConditionalGeneration
-    from transformers_fastvlm.checkpoints.configs import native_config
-    from transformers_fastvlm.checkpoints.native import NOT_IN_NATIVE, to_native_name
+    from transformers_fastvlm import FastVLMConfig
+    from transformers_fastvlm.bench.random_weights import native_twin, random_model
 
     config: Any = FastVLMConfig.from_preset(options.preset)
     if options.layers:
         config.text_config.num_hidden_layers = options.layers
         config.text_config.layer_types = config.text_config.layer_types[: options.layers]
-    with torch.device("meta"):
-        model = FastVLMForConditionalGeneration(config)
-    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
-    tensors = {}
-    for name, empty in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if empty.ndim > 1 and "layer_scale" not in name:
-            # Of a size that lets activations keep theirs, so that no number is too small or large for its type.
-            scaled = noise * empty[0].numel() ** -0.5
-            value = scaled.repeat(-(-empty.numel() // len(noise)))[: empty.numel()].reshape(empty.shape)
-        else:
-            gain = 0.1 if "layer_scale" in name else 0.0 if name.endswith(("bias", "mean", "tracked")) else 1.0
-            value = torch.full(empty.shape, gain)
-        tensors[name] = value.to(torch.bfloat16 if empty.is_floating_point() else empty.dtype)
-    for implementation in IMPLEMENTATIONS:
-        (folder / implementation).mkdir()
-    config.save_pretrained(folder / "ours")
-    save_file(tensors, folder / "ours" / "model.safetensors", {"format": "pt"})
-    content = native_config(config, config.text_config.vocab_size)
-    (folder / "native" / "config.json").write_text(json.dumps(content))
-    renamed = {str(to_native_name(name)): value for name, value in tensors.items() if name not in NOT_IN_NATIVE}
-    save_file(renamed, folder / "native" / "model.safetensors", {"format": "pt"})
+    for implementation, own in (("ours", config), ("native", native_twin(config))):
+        random_model(own, torch.bfloat16, torch.device("cpu")).save_pretrained(folder / implementation)
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -93,6 +71,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
 
     import transformers_fastvlm
+    from transformers_fastvlm.bench.measuring import Clock, Times, peak_bytes
 
     implementation, directory, dtype, checkpointing = options.child
     torch.set_num_threads(options.threads)
@@ -110,23 +89,15 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     # Named so from Transformers 5.23 on, where the old name warns.
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    wall: list[float] = []
-    processor: list[float] = []
+    clock, times = Clock(options.device), Times()
     losses: list[float] = []
 
-    def now() -> tuple[float, float]:
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter(), time.process_time()
-
-    class Clock(TrainerCallback):
+    class Watch(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = now()
+            self.start = clock.now()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            end = now()
-            wall.append(end[0] - self.start[0])
-            processor.append(end[1] - self.start[1])
+            times.add(self.start, clock.now())
 
         def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
             if logs and "loss" in logs:
@@ -150,15 +121,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
                 **{name: checkpointing == "on", f"{name}_kwargs": {"use_reentrant": False}},
             ),
             train_dataset=rows * steps,  # type: ignore[arg-type]
-            callbacks=[Clock()],
+            callbacks=[Watch()],
         )
         trainer.train()
-    if options.device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        status = Path("/proc/self/status").read_text().splitlines()
-        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
-    return {"seconds": wall, "processor_seconds": processor, "losses": losses, "peak_bytes": peak}
+    peak = peak_bytes(torch.device(options.device))
+    return {"seconds": times.wall, "processor_seconds": times.processor, "losses": losses, "peak_bytes": peak}
 
 
 def run_child(options: argparse.Namespace, folder: Path, implementation: str, dtype: str, on: str) -> dict[str, Any]:
@@ -179,15 +146,13 @@ def run_child(options: argparse.Namespace, folder: Path, implementation: str, dt
 
 def summarise(options: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Put the runs of one implementation together, warm-up left out."""
-    wall = [seconds for run in runs for seconds in run["seconds"][options.warmup :]]
-    processor = [seconds for run in runs for seconds in run["processor_seconds"][options.warmup :]]
+    timed = {
+        kind: [round(seconds, 3) for run in runs for seconds in run[kind][options.warmup :]]
+        for kind in ("seconds", "processor_seconds")
+    }
     return {
-        "samples_per_second": float(f"{options.batch_size / median(wall):.4g}"),
-        "seconds": {"median": round(median(wall), 3), "all": [round(seconds, 3) for seconds in wall]},
-        "processor_seconds": {
-            "median": round(median(processor), 3),
-            "all": [round(seconds, 3) for seconds in processor],
-        },
+        "samples_per_second": float(f"{options.batch_size / median(timed['seconds']):.4g}"),
+        **{kind: {"median": median(values), "all": values} for kind, values in timed.items()},
         "first_loss": round(runs[0]["losses"][0], 4),
         "peak_bytes": max(run["peak_bytes"] for run in runs),
     }
@@ -200,16 +165,13 @@ def compare(options: argparse.Namespace, folder: Path, dtype: str, on: str) -> d
         for implementation in IMPLEMENTATIONS:
             runs[implementation].append(run_child(options, folder, implementation, dtype, on))
     ours, native = (summarise(options, runs[implementation]) for implementation in IMPLEMENTATIONS)
+    over = {kind: round(native[kind]["median"] / ours[kind]["median"], 3) for kind in ("seconds", "processor_seconds")}
     return {
         "dtype": dtype,
         "gradient_checkpointing": on == "on",
         "native": native,
         "ours": ours,
-        "native_over_ours": {
-            "seconds": round(native["seconds"]["median"] / ours["seconds"]["median"], 3),
-            "processor_seconds": round(native["processor_seconds"]["median"] / ours["processor_seconds"]["median"], 3),
-            "peak_bytes": round(native["peak_bytes"] / ours["peak_bytes"], 3),
-        },
+        "native_over_ours": {**over, "peak_bytes": round(native["peak_bytes"] / ours["peak_bytes"], 3)},
     }
 
 

@@ -14,102 +14,73 @@ the median rates; answers are compared, and the number of those that differ is p
 
 import argparse
 import os
-import time
+from functools import partial
 from statistics import median
 from typing import Any
 
 import _results
 
-HELD_OUT_SERIES = 2026
-DESCRIBE = "Describe the picture."
 
-
-def requests_of(round_number: int, count: int) -> list[Any]:
-    """Return the conversations of a round, which no other round has."""
-    from transformers_fastvlm.data.scenes import SceneDataset
-
-    scenes = SceneDataset(count, seed=HELD_OUT_SERIES, start=round_number * count)
-    conversations = []
-    for index in range(count):
-        row = scenes[index]
-        question = DESCRIBE if index % 2 else row["messages"][0]["content"].removeprefix("<image>\n")
-        content = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": question}]
-        conversations.append([{"role": "user", "content": content}])
-    return conversations
+def conversations_of(turn: int, count: int) -> list[Any]:
+    """Return the conversations of a turn, which no other turn has."""
+    rows = _results.questions(count, start=turn * count)
+    for row in rows[1::2]:
+        row["conversation"] = _results.ask(row["picture"], "Describe the picture.")
+    return [row["conversation"] for row in rows]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return the rates of each side and their ratios."""
     import torch
 
-    from transformers_fastvlm.engines import Answer, Sampling, load_engine
+    from transformers_fastvlm.bench.measuring import in_turns
+    from transformers_fastvlm.engines import Sampling, load_engine
 
     torch.set_num_threads(options.threads)
     sampling = Sampling(max_new_tokens=options.max_new_tokens)
-    engines = {
-        "vllm": load_engine("vllm", options.model, dtype=options.dtype, batch_size=options.requests, cache_gib=1.0),
-        "generate_one_by_one": load_engine("transformers", options.model, dtype=options.dtype, batch_size=1),
-        "generate_batch": load_engine("transformers", options.model, dtype=options.dtype, batch_size=options.requests),
+    many = {"dtype": options.dtype, "batch_size": options.requests}
+    engines: dict[str, Any] = {
+        "vllm": load_engine("vllm", options.model, **many, cache_gib=1.0),
+        "generate_one_by_one": load_engine("transformers", options.model, **many | {"batch_size": 1}),
+        "generate_batch": load_engine("transformers", options.model, **many),
     }
-    rates: dict[str, list[float]] = {name: [] for name in engines}
-    tokens = different = 0
+    asked = [conversations_of(turn, options.requests) for turn in range(1 + options.rounds)]
+    given: dict[str, list[Any]] = {name: [] for name in engines}
+
+    def answer(name: str) -> None:
+        given[name].append(engines[name].generate(asked[len(given[name])], sampling))
+
     try:
-        for round_number in range(options.rounds + 1):
-            conversations = requests_of(round_number, options.requests)
-            answers: dict[str, list[Answer]] = {}
-            names = list(engines)
-            shift = round_number % len(names)
-            for name in names[shift:] + names[:shift]:
-                start = time.perf_counter()
-                answers[name] = engines[name].generate(conversations, sampling)
-                seconds = time.perf_counter() - start
-                if round_number:  # the first is for warming up
-                    rates[name].append(sum(answer.completion_tokens for answer in answers[name]) / seconds)
-            if round_number:
-                tokens += sum(answer.completion_tokens for answer in answers["vllm"])
-                pairs = zip(answers["vllm"], answers["generate_one_by_one"], strict=True)
-                different += sum(ours.text != theirs.text for ours, theirs in pairs)
+        times = in_turns({name: partial(answer, name) for name in engines}, options.rounds)
     finally:
         for engine in engines.values():
             engine.close()
+    tokens = {name: [sum(one.completion_tokens for one in turn) for turn in given[name][1:]] for name in engines}
+    rates = {
+        name: [count / seconds for count, seconds in zip(tokens[name], times[name].wall, strict=True)]
+        for name in engines
+    }
     medians = {name: median(found) for name, found in rates.items()}
+    ours, theirs = ([one.text for turn in given[name][1:] for one in turn] for name in ("vllm", "generate_one_by_one"))
     return {
         "tokens_a_second": {name: round(rate, 2) for name, rate in medians.items()},
         "tokens_a_second_of_each_round": {name: [round(rate, 2) for rate in found] for name, found in rates.items()},
         "ratio_to_one_by_one": round(medians["vllm"] / medians["generate_one_by_one"], 3),
         "ratio_to_batch": round(medians["vllm"] / medians["generate_batch"], 3),
-        "tokens": tokens,
-        "answers_that_differ": different,
+        "tokens": sum(tokens["vllm"]),
+        "answers_that_differ": sum(a != b for a, b in zip(ours, theirs, strict=True)),
     }
 
 
 def main() -> None:
-    parser = _results.parser(__doc__)
-    parser.add_argument("--model", help="directory or hub repository; the embedded tiny model unless given")
-    parser.add_argument("--requests", type=int, default=32, help="requests at once")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser = _results.parser(
+        __doc__, model="tiny", requests=32, rounds=5, max_new_tokens=64, dtype="float32", threads=None
+    )
     options = parser.parse_args()
     # As many threads on all sides, on any cores; vLLM would bind its own to some.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-
-    from transformers_fastvlm.checkpoints import tiny_checkpoint
-
-    name = options.model or "tiny"
-    options.model = options.model or str(tiny_checkpoint())
-    values = {
-        "model": name,
-        "requests": options.requests,
-        "rounds": options.rounds,
-        "max_new_tokens": options.max_new_tokens,
-        "dtype": options.dtype,
-        "threads": options.threads,
-        "results": measure(options),
-    }
-    _results.write(options, values, packages=["vllm"])
+    _results.write(options, {**_results.settings(options), "results": measure(options)}, packages=["vllm"])
 
 
 if __name__ == "__main__":

@@ -5,14 +5,23 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from test_registration_order import run
-from transformers_fastvlm import FastVLMForConditionalGeneration, FastVLMProcessor
+from transformers_fastvlm import (
+    FastViTHDBackbone,
+    FastViTHDModel,
+    FastVLMForConditionalGeneration,
+    FastVLMModel,
+    FastVLMProcessor,
+)
+from transformers_fastvlm.checkpoints import convert
+from transformers_fastvlm.engines import Sampling, load_engine
 
 
 @pytest.fixture
@@ -36,7 +45,7 @@ def test_no_weights(copy: Path) -> None:
 def test_truncated_weights(size: int, copy: Path) -> None:
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(OSError, match=f"{re.escape(str(copy))}.*truncated or not a safetensors file"):
+    with pytest.raises(OSError, match=f"{re.escape(str(copy))}.*truncated or damaged"):
         AutoModelForImageTextToText.from_pretrained(copy)
 
 
@@ -69,8 +78,160 @@ def test_wrong_shape(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     tensors["model.mm_projector.0.weight"] = torch.zeros(64, 128)
     rewrite(copy, tensors)
-    with pytest.raises(RuntimeError, match="mismatch"):
+    with pytest.raises(ValueError, match=r"other shapes.*linear_1.weight"):
         AutoModelForImageTextToText.from_pretrained(copy)
+
+
+ENCODER = "model.vision_tower.vision_tower.model."
+PROJECTOR = "model.mm_projector."
+# What is taken out of a checkpoint, and which classes miss it.
+MISSING = {
+    "projector": (PROJECTOR, [FastVLMForConditionalGeneration, FastVLMModel]),
+    "stage 4": (
+        ENCODER + "network.7.",
+        [FastVLMForConditionalGeneration, FastVLMModel, FastViTHDModel, FastViTHDBackbone],
+    ),
+    "encoder": (ENCODER, [FastVLMForConditionalGeneration, FastVLMModel, FastViTHDModel, FastViTHDBackbone]),
+    "everything": ("", [FastVLMForConditionalGeneration, FastVLMModel, FastViTHDModel, FastViTHDBackbone]),
+}
+QUANTIZATIONS: dict[str, dict[str, Any] | None] = {
+    "full": None,
+    "fp8": {"quant_method": "fp8"},
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("what", MISSING)
+def test_missing_tensors_whatever_config_json_says(what: str, quantization: str, copy: Path) -> None:
+    """Quantized or not, whole or an encoder, and not even one tensor: never a random weight for a missing one."""
+    start, classes = MISSING[what]
+    tensors = load_file(copy / "model.safetensors")
+    rewrite(copy, {name: t for name, t in tensors.items() if not name.startswith(start)} or {"x": torch.zeros(1)})
+    config = json.loads((copy / "config.json").read_text())
+    if settings := QUANTIZATIONS[quantization]:
+        if settings["quant_method"] == "bitsandbytes":
+            pytest.importorskip("bitsandbytes")
+        (copy / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    for cls in classes:
+        with pytest.raises(ValueError, match=r"no values for tensors|not one tensor of this model"):
+            cls.from_pretrained(copy)
+
+
+def test_encoder_out_of_another_models_weights(copy: Path) -> None:
+    rewrite(copy, {"model.layers.0.weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"not one tensor of this model, it is another's"):
+        FastViTHDModel.from_pretrained(copy)
+
+
+PROJECTOR_WEIGHT = "model.mm_projector.0.weight"
+OURS = "model.multi_modal_projector.linear_1.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int64, torch.complex64], ids=str)
+def test_weights_that_are_no_weights(dtype: torch.dtype, copy: Path, tmp_path: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    rewrite(copy, tensors | {PROJECTOR_WEIGHT: tensors[PROJECTOR_WEIGHT].to(dtype)})
+    loads: list[Any] = [
+        FastVLMForConditionalGeneration.from_pretrained,
+        lambda _: convert(copy, tmp_path / "o", "apple"),
+    ]
+    for load in loads:
+        with pytest.raises(ValueError, match=r"1 tensors that are not weights: model\.multi_modal_projector.*type"):
+            load(copy)
+    if dtype != torch.complex64:  # which safetensors itself does not read
+        assert FastViTHDModel.from_pretrained(copy)  # whose own tensors are weights
+
+
+def test_one_tensor_with_two_values(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    rewrite(copy, tensors | {OURS: tensors[PROJECTOR_WEIGHT].clone()})
+    assert FastVLMForConditionalGeneration.from_pretrained(copy)  # the same one twice
+    rewrite(copy, tensors | {OURS: tensors[PROJECTOR_WEIGHT] + 1})
+    with pytest.raises(ValueError, match=r"linear_1\.weight is stored 2 times with different values"):
+        AutoModelForImageTextToText.from_pretrained(copy)
+
+
+def sharded(copy: Path, shards: dict[str, dict[str, torch.Tensor]]) -> None:
+    (copy / "model.safetensors").unlink()
+    for name, tensors in shards.items():
+        save_file(tensors, copy / name, metadata={"format": "pt"})
+    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_one_tensor_in_two_shards(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    other = {PROJECTOR_WEIGHT: tensors[PROJECTOR_WEIGHT] + 1}
+    sharded(copy, {"a.safetensors": tensors, "b.safetensors": other})
+    with pytest.raises(ValueError, match=r"stored 2 times with different values.*a\.safetensors, .*b\.safetensors"):
+        AutoModelForImageTextToText.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("where", ["../outside.safetensors", "{tmp}/outside.safetensors"])
+def test_shard_outside_of_the_folder(where: str, copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    save_file(tensors, copy.parent / "outside.safetensors", metadata={"format": "pt"})
+    (copy / "model.safetensors").unlink()
+    name = where.format(tmp=copy.parent)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    for cls in (AutoModelForImageTextToText, FastViTHDModel):
+        with pytest.raises(ValueError, match=r"names the shard .*same directory"):
+            cls.from_pretrained(copy)
+
+
+def test_weights_that_are_nan(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(copy, tensors | {name: torch.full_like(tensors[name], float("nan"))})
+    engine = load_engine("transformers", str(copy), device="cpu")
+    with pytest.raises(ValueError, match=r"first scores are NaN"):
+        engine.generate([[{"role": "user", "content": "Hi"}]], Sampling(max_new_tokens=4))
+    model = AutoModelForImageTextToText.from_pretrained(copy)
+    with pytest.raises(ValueError, match=r"first scores are NaN"):
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=4)
+
+
+def test_tokenizer_beyond_the_embeddings(copy: Path) -> None:
+    """A tokenizer with more tokens than the model is refused when both are loaded, and by the model for such an id."""
+    processor = FastVLMProcessor.from_pretrained(copy)
+    processor.tokenizer.add_tokens([f"<box{number}>" for number in range(40)])
+    processor.save_pretrained(copy)
+    with pytest.raises(ValueError, match=r"the tokenizer gives '<box39>' the id 523, but .* embeddings for 0 to 511"):
+        load_engine("transformers", str(copy), device="cpu")
+    model = AutoModelForImageTextToText.from_pretrained(copy)
+    for ids, message in {523: r"holds 523, but .*0 to 511", -3: r"holds -3, but", -200: r"-200, the pl"}.items():
+        with pytest.raises(ValueError, match=message):
+            model(torch.tensor([[5, ids, 6]]))
+        with pytest.raises(ValueError, match=message):
+            model.generate(torch.tensor([[5, ids, 6]]), max_new_tokens=2)
+
+
+def test_calls_of_apples_remote_code(copy: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(copy)
+    with pytest.raises(ValueError, match=r"placeholder of Apple's remote code.*apply_chat_template.*migration"):
+        model.generate(torch.tensor([[5, -200, 6]]), max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"images=.*remote code.*apply_chat_template"):
+        model.generate(torch.tensor([[5, 6]]), images=torch.zeros(1, 3, 64, 64), max_new_tokens=2)
+    with pytest.raises(AttributeError, match=r"get_vision_tower.*remote code.*apply_chat_template"):
+        model.get_vision_tower()
+
+
+def test_another_placeholder_in_the_tokenizer(copy: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(copy)
+    pixels = torch.zeros(1, 3, 256, 256)
+    with pytest.raises(ValueError, match=r"image_token_id is 483; .*repeats so often is 484.*config\.image_token_id"):
+        model(torch.tensor([[5, *[484] * 16, 6]]), pixel_values=pixels)
+    with pytest.raises(ValueError, match=r"Let the processor make both"):
+        model(torch.tensor([[5, 6]]), pixel_values=pixels)
+
+
+def test_model_without_its_tokenizer(copy: Path, tmp_path: Path) -> None:
+    AutoModelForImageTextToText.from_pretrained(copy).save_pretrained(tmp_path / "saved")
+    for cls in (AutoProcessor, FastVLMProcessor):
+        with pytest.raises(OSError, match=r"saved has no tokenizer files.*processor.save_pretrained.*processing_class"):
+            cls.from_pretrained(tmp_path / "saved")
 
 
 def test_foreign_checkpoint(copy: Path) -> None:

@@ -20,7 +20,8 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from helpers import expand, golden_images
 from transformers_fastvlm import FastVLMProcessor
-from transformers_fastvlm.conversations import answer_mask, plain_message, spread
+from transformers_fastvlm.conversations import answer_mask, plain_message
+from transformers_fastvlm.images.videos import spread
 from transformers_fastvlm.processing_fastvlm import chat_template_for
 
 VICUNA = (
@@ -224,7 +225,7 @@ def test_template_errors(processors: Callable[[str], FastVLMProcessor], name: st
         with pytest.raises(Exception, match="system message only as the first"):
             processor.apply_chat_template([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}])
         with pytest.raises(Exception, match="role tool"):
-            processor.apply_chat_template([{"role": "tool", "content": "a"}])
+            processor.tokenizer.apply_chat_template([{"role": "tool", "content": "a"}], tokenize=False)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "llama"])
@@ -315,18 +316,19 @@ def test_video_as_frames(processor: FastVLMProcessor, as_array: bool) -> None:
         processor.apply_chat_template(user({"type": "video", "video": []}))
 
 
-def test_video_file(processor: FastVLMProcessor, tmp_path: Path) -> None:
-    path = tmp_path / "video.mp4"
+@pytest.mark.parametrize("name", ["video.mp4", "video.webm", "video.mkv", "10:30.mp4"])
+def test_video_file(name: str, processor: FastVLMProcessor, tmp_path: Path) -> None:
+    path = tmp_path / name
     chat = user({"type": "video", "path": str(path)}, text("Q"))
     if importlib.util.find_spec("av") is None:
         path.write_bytes(b"")
-        with pytest.raises(ImportError, match="pip install av"):
+        with pytest.raises(ImportError, match="needs av: pip install"):
             processor.apply_chat_template(chat)
         return
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
+        stream = container.add_stream("libvpx" if name.endswith("webm") else "mpeg4", rate=10)
         stream.width = stream.height = 64
         for index in range(20):
             frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 10 * index, np.uint8), format="rgb24")
@@ -334,6 +336,25 @@ def test_video_file(processor: FastVLMProcessor, tmp_path: Path) -> None:
         container.mux(stream.encode())
     inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, num_frames=4, return_tensors="pt")
     assert inputs["pixel_values"].shape == (4, 3, 256, 256)
+    levels = (inputs["pixel_values"].mean((1, 2, 3)) * 25.5).tolist()
+    assert levels == pytest.approx([0, 6, 13, 19], abs=1)  # from the first to the last
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no video", b"half"], ids=["missing", "empty", "text", "cut"])
+def test_video_file_that_cannot_be_read(content: bytes | None, processor: FastVLMProcessor, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mkv"
+    if content == b"half":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg4", rate=10)
+            stream.width = stream.height = 64
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+            container.mux(stream.encode())
+        path.write_bytes(path.read_bytes()[:200])
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"the video '.*clip\.mkv'"):
+        processor.apply_chat_template(user({"type": "video", "path": str(path)}), tokenize=True, return_dict=True)
 
 
 @pytest.mark.skipif(
@@ -360,6 +381,34 @@ def test_literal_placeholder_beside_an_image(processor: FastVLMProcessor, pictur
 def test_unknown_part(processor: FastVLMProcessor, part: Any) -> None:
     with pytest.raises(ValueError, match="A part of a message is"):
         processor.apply_chat_template(user(part))
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ("Hi", "conversation is 'Hi'.*expected a list of messages"),
+        ([{"role": "tool", "content": "a"}], "role 'tool'; expected 'system', 'user'"),
+        ([{"role": "User", "content": "a"}], "role 'User'; expected"),
+        ([{"content": "a"}], "role 'None'; expected"),
+        ([{"role": "user", "content": None}], "role 'user' has no content"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant"}], "role 'assistant' has no content"),
+    ],
+)
+def test_message_that_is_none(processor: FastVLMProcessor, conversation: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(conversation)
+
+
+def test_developer_is_system(processor: FastVLMProcessor) -> None:
+    def rendered(role: str) -> Any:
+        return processor.apply_chat_template([{"role": role, "content": "Be brief."}, *user(text("Hi"))])
+
+    assert rendered("developer") == rendered("system") and "Be brief." in rendered("system")
+
+
+def test_a_template_of_the_users_own_may_have_more_roles(processor: FastVLMProcessor) -> None:
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    assert processor.apply_chat_template([{"role": "tool", "content": "a"}], chat_template=template) == "tool:a;"
 
 
 @pytest.mark.parametrize("chat", [[], [[]]])

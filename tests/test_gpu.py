@@ -2,9 +2,11 @@
 """What only an accelerator can show; `make test-gpu` runs it on CUDA or MPS, whichever there is."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from helpers import golden_images, random_pixels, relative_error
@@ -59,6 +61,41 @@ def test_generate(name: str, dtype: torch.dtype, device: str, checkpoint, golden
     for options in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None, **options)
         assert out.shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+class _NoFloat64(TorchDispatchMode):
+    """Apple's GPUs have no float64: whatever makes one elsewhere than on the CPU fails."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64 and made.device.type != "cpu":
+            pytest.fail(f"{func} made a float64 tensor on {made.device}")
+        return made
+
+
+@torch.no_grad()
+def test_merging_needs_no_float64(device: str) -> None:
+    torch.manual_seed(0)
+    config = FastViTHDConfig(
+        depths=[1, 1, 2, 1, 1], hidden_sizes=[32, 64, 128, 256, 512], layer_scale_init_value=0.1, reparameterized=False
+    )
+    model = FastViTHDModel(config).eval().to(device)
+    pixels = random_pixels(1, 256, 256).to(device)
+    expected = model(pixels).last_hidden_state
+    with _NoFloat64():
+        model.reparameterize()
+    assert {parameter.device.type for parameter in model.parameters()} == {device}
+    assert relative_error(model(pixels).last_hidden_state, expected) < 1e-3
+
+
+def test_ids_without_embeddings(device: str, checkpoint) -> None:
+    """An error of ours and not an assertion of the device's, after which nothing works any more."""
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint("qwen2_untied")).to(device)
+    for wrong in (-200, 600):
+        with pytest.raises(ValueError, match=str(wrong)):
+            model.generate(torch.tensor([[5, wrong, 6]], device=device), max_new_tokens=2)
+    ids = torch.tensor([[5, 6]], device=device)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None).shape == (1, 4)
 
 
 @torch.no_grad()

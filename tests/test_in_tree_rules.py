@@ -171,6 +171,34 @@ def test_messages_may_be_objects(kind: Any, processor: FastVLMProcessor, picture
         processor.apply_chat_template([*plain, "hello"], **options)
 
 
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"role": "tool", "content": "42"}, "the role 'tool'; expected 'system', 'user' or 'assistant'"),
+        ({"role": "asistant", "content": "42"}, "the role 'asistant'; expected"),
+        ({"content": "42"}, "the role 'None'; expected"),
+        ({"role": "user", "content": None}, "role 'user' has no content; expected a string or a list of parts"),
+    ],
+    ids=str,
+)
+def test_messages_that_the_templates_have_no_place_for(
+    message: dict[str, Any], error: str, processor: FastVLMProcessor
+) -> None:
+    with pytest.raises(ValueError, match=error):
+        processor.apply_chat_template([{"role": "user", "content": "Hi"}, message], tokenize=False)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    shown = f"<{message.get('role', '')}>{message['content'] or ''}"
+    assert processor.apply_chat_template([message], chat_template=template, tokenize=False) == shown
+
+
+def test_developer_is_system(processor: FastVLMProcessor) -> None:
+    system, developer = (
+        processor.apply_chat_template([{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+        for role in ("system", "developer")
+    )
+    assert system == developer and "helpful assistant" not in system
+
+
 def test_nothing_is_logged_or_warned_about(model: Any, processor: FastVLMProcessor, picture: Any) -> None:
     """Renamed arguments of Transformers first show as remarks in its log. Warnings are errors anyway."""
     records: list[logging.LogRecord] = []
@@ -213,10 +241,16 @@ def test_a_version_that_renames_arguments_again_is_refused(
     Version(transformers.__version__) < Version("5.19"), reason="its scheduler does not know nested configurations"
 )
 def test_continuous_batching_of_text(model: Any) -> None:
-    """Transformers' scheduler runs the class; it takes token ids only, so that these prompts have no images."""
+    """Transformers' scheduler runs the class; it takes token ids only, so that these prompts have no images.
+
+    Unless told how large its cache is to be, it takes most of the memory that is free, and clears all of it.
+    """
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [40, 41]]
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     expected = [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in prompts]
     config = model.generation_config.__class__(**options, pad_token_id=0)
-    found = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+    found = model.generate_batch(prompts, config, continuous_batching_config=small, progress_bar=False)
     assert [found[name].generated_tokens for name in sorted(found)] == expected

@@ -307,6 +307,12 @@ def test_layers_are_sped_up_only_where_it_helps(without_half_types: None) -> Non
     )
     kernels.speed_up_linear_layers(model)
     assert [name for name, module in model.items() if type(module) is kernels.Linear] == ["slow"]
+    model.float()  # still on the CPU
+    assert type(model["slow"]) is kernels.Linear
+    own = kernels.Linear(4, 4)
+    for layer in (model["slow"], own):
+        layer.to("meta")  # as on any device that is not the CPU
+    assert type(model["slow"]) is nn.Linear and type(own) is kernels.Linear
 
 
 def test_layers_stay_where_half_types_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,16 +25,27 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "inference"),
     ("modeling_fastvlm", "processing_fastvlm"),
     ("image_processing_fastvlm", "modeling_fastvithd"),
+    ("generation_fastvlm", "outputs_fastvlm", "parallel_training", "strict_loading"),
     ("image_processing_pil_fastvlm",),
     ("image_processing_common",),
     ("configuration_fastvlm",),
+    ("conversations",),
     ("images",),
-    ("compat", "conversations", "kernels", "tensor_names", "tokens"),
+    ("compat", "configuration_checks", "kernels", "storage", "tensor_names", "tokens"),
+    ("checkpoint_files",),
     ("_optional", "_version", "random_streams"),
 )
 # Neither side imports anything of the other, whatever the layers. Of images/ the model may know AnyRes alone.
 ANYRES = f"{PACKAGE}.images.anyres"
-MODELING = {"kernels", "modeling_fastvithd", "modeling_fastvlm"}
+MODELING = {
+    "generation_fastvlm",
+    "kernels",
+    "modeling_fastvithd",
+    "modeling_fastvlm",
+    "outputs_fastvlm",
+    "parallel_training",
+    "strict_loading",
+}
 PROCESSING = {
     "conversations",
     "image_processing_common",
@@ -52,6 +64,10 @@ DEPENDENCIES_OF_UNIT = {
     "training": {"yaml"},
     "vllm_plugin": {"vllm"},  # which is what imports it
 }
+
+LONGEST = 600
+# The encoder is read as a whole; of the other the parts that are not the model's are to go elsewhere.
+LONG_FILES = {"modeling_fastvithd.py", "modeling_fastvlm.py"}
 
 RANK = {unit: rank for rank, layer in enumerate(reversed(LAYERS)) for unit in layer}
 
@@ -129,8 +145,74 @@ def violations(root: Path) -> list[str]:
     return found
 
 
+def circles(root: Path) -> list[set[str]]:
+    """Return the sets of modules under `root` that import each other, on import, in functions, or for types alone."""
+    files = {module_name(file, root): file for file in sorted(root.rglob("*.py"))}
+    imported: dict[str, set[str]] = {}
+    for module, file in files.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+        names = {name for name, _, _ in imports_of(tree, module, file.name == "__init__.py")}
+        # The last part of `from .samples import load` is a name, not a module.
+        imported[module] = {name if name in files else name.rpartition(".")[0] for name in names} & files.keys()
+    reached = {module: _reached(imported, module) for module in imported}
+    found = [{other for other in reached[module] if module in reached[other]} for module in files]
+    return [
+        {module.removeprefix(f"{root.name}.") for module in circle}
+        for index, circle in enumerate(found)
+        if circle and circle not in found[:index]
+    ]
+
+
+def _reached(imported: dict[str, set[str]], start: str) -> set[str]:
+    """Return all modules that one leads to; itself only by way of others, or by importing itself."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        fresh = imported[waiting.pop()] - found
+        found |= fresh
+        waiting += fresh
+    return found
+
+
 def test_imports_point_down() -> None:
     assert violations(SOURCE) == []
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(SOURCE) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ({"a": "from .b import x", "b": "from .c import y", "c": "from . import d", "d": ""}, []),
+        ({"a": "from .b import x", "b": "from . import a"}, [{"a", "b"}]),
+        ({"a": "from .b import x", "b": "def f():\n    from .a import y"}, [{"a", "b"}]),
+        ({"a": "import transformers_fastvlm.b", "b": "from .c import z", "c": "from .a import x"}, [{"a", "b", "c"}]),
+        ({"a": "from .b import x", "b": "from .a import y", "c": "from .d import f", "d": "from .c import g"}, 2),
+        (
+            {"room.a": "from . import b", "room.b": "from .a import x", "c": "from .room import a"},
+            [{"room.a", "room.b"}],
+        ),
+        ({"room.__init__": "from .a import x", "room.a": "from . import x"}, [{"room", "room.a"}]),
+        ({"room.__init__": "from .a import x", "room.a": "from . import b", "room.b": ""}, []),
+    ],
+)
+def test_the_check_of_circles(tmp_path: Path, sources: dict[str, str], expected: list[set[str]] | int) -> None:
+    root = tmp_path / PACKAGE
+    (root / "room").mkdir(parents=True)
+    (root / "room" / "__init__.py").touch()
+    for name, source in sources.items():
+        (root / f"{name.replace('.', '/')}.py").write_text(source)
+    assert (len(circles(root)) if isinstance(expected, int) else circles(root)) == expected
+
+
+def test_a_files_name_is_its_own_and_no_file_is_long() -> None:
+    files = [file for file in sorted(SOURCE.rglob("*.py")) if file.name != "__init__.py"]
+    names = Counter(file.name for file in files)
+    assert [name for name, count in names.items() if count > 1] == []
+    lines = {file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert {name for name, count in lines.items() if count > LONGEST} <= LONG_FILES
 
 
 def test_only_compat_asks_for_versions_and_names_of_transformers() -> None:

@@ -41,8 +41,6 @@ PROGRAMS = {
     "serve.md": "tests/server/test_http_docs.py",
 }
 """Pages whose blocks `<!-- test with PACKAGE -->` run in a test of their own, with more files than are here."""
-OTHERS = ("data.md",)
-"""Pages whose fragments do not say yet that they are fragments."""
 PICTURES = {".jpg": "large_rgb.jpg", ".jpeg": "large_rgb.jpg", ".png": "square_rgb.png"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -126,6 +124,7 @@ def folder(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 @each_page
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # of PyTorch, where there is no GPU
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # of TRL, with Transformers 5.23
 def test_python_runs(
     page: Path,
     checkpoint: Callable[[str], Path],
@@ -162,7 +161,7 @@ def test_fragments_say_so(page: Path) -> None:
     silent = [
         f"line {block.line}: neither marked to run nor `# Fragment: …`"
         for block in python
-        if not (block.marked or block.needs or block.code.startswith("# Fragment: ")) and page.name not in OTHERS
+        if not (block.marked or block.needs or block.code.startswith("# Fragment: "))
     ]
     assert silent == []
 

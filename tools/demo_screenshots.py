@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.demo import Page
+from transformers_fastvlm.engines import load_engine
 
 SLOW = 240_000  # milliseconds
 MOST_BYTES = 150_000
@@ -72,10 +71,9 @@ def main(folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
-    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint())
-    processor = AutoProcessor.from_pretrained(tiny_checkpoint())
+    engine = load_engine("transformers", "tiny", batch_size=1)
     name = "the tiny model of the package, for drawn scenes"
-    with Page(model, processor, name=name, scenes=True) as page, sync_playwright() as driver:
+    with Page(engine, name=name, scenes=True) as page, sync_playwright() as driver:
         address = page.start()
         browser = driver.chromium.launch(executable_path=chromium, args=FLAGS)
         for file, (width, height), scheme in (

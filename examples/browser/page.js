@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The page: a camera or a picture, a question, and an answer; about a camera, one answer after the other.
+// The page: an image or a camera, a question, and an answer. An image waits for Ask; about what the camera sees there is
+// one answer after the other.
 
 const part = (id) => document.getElementById(id);
 const [video, canvas, status, answer, question] = ["video", "canvas", "status", "answer", "question"].map(part);
-const [cameraButton, fileInput, askButton] = ["camera", "file", "ask"].map(part);
+const [cameraButton, fileInput, askButton, stopButton] = ["camera", "file", "ask", "stop"].map(part);
 const address = new URLSearchParams(location.search);
 const worker = new Worker("./worker.js", { type: "module" });
 
 let stream = null; // of the camera, while it is on
-let chosen = false; // whether the canvas has a picture
+let chosen = false; // whether the canvas has an image
 let wish = 0; // grows with everything that the user wants: what was begun for an older one comes to an end
 let running = false;
 let last = Promise.resolve(); // ends with the answer that is being written
@@ -35,7 +36,7 @@ function request(message, transferred = []) {
 
 function show(isRunning) {
   running = isRunning;
-  askButton.textContent = running ? "Stop" : "Ask";
+  stopButton.disabled = !running;
 }
 
 function halt() {
@@ -58,7 +59,11 @@ async function describe(mine) {
 }
 
 function run() {
-  if (!stream && !chosen) return;
+  if (askButton.disabled) return;
+  if (!stream && !chosen) {
+    say("Choose an image first, or turn the camera on.");
+    return;
+  }
   halt();
   const mine = wish;
   show(true);
@@ -104,27 +109,39 @@ async function choose(file) {
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    say(`${file.name} is not a picture that this browser can read.`, "error");
+    say(`${file.name} is not an image that this browser can read.`, "error");
     return;
   }
   if (stream) stopCamera();
+  else halt();
   canvas.width = bitmap.width;
   canvas.height = bitmap.height;
   canvas.getContext("2d").drawImage(bitmap, 0, 0);
   bitmap.close();
   chosen = true;
   document.body.dataset.view = "picture";
-  run();
+  answer.textContent = "";
+  say("Ask a question about this image.");
 }
 
 cameraButton.addEventListener("click", () => (stream ? stopCamera() : startCamera()));
-askButton.addEventListener("click", () => (running ? halt() : run()));
+askButton.addEventListener("click", run);
+stopButton.addEventListener("click", halt);
 question.addEventListener("keydown", (event) => event.key === "Enter" && run());
 fileInput.addEventListener("change", () => fileInput.files.length && choose(fileInput.files[0]));
 
-const device = address.get("device") ?? (navigator.gpu ? "webgpu" : "wasm");
+/** Return WebGPU's adapter, or null: a browser may know WebGPU and have no adapter for it. */
+async function gpuAdapter() {
+  try {
+    return (await navigator.gpu?.requestAdapter()) ?? null;
+  } catch {
+    return null;
+  }
+}
+
 say("Loading the model …");
 try {
+  const device = address.get("device") ?? ((await gpuAdapter()) ? "webgpu" : "wasm");
   await request({
     kind: "load",
     directory: address.get("model") ?? "model",

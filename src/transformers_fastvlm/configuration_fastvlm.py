@@ -13,6 +13,7 @@ import copy
 import os
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from huggingface_hub import try_to_load_from_cache
@@ -20,8 +21,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .checkpoint_files import read_json
+from .configuration_checks import check_fields, check_model_type, explained
 from .images import anyres
-from .tokens import image_token_id_of
+from .tokens import HUB_KEYS, image_token_id_of
 
 NUM_STAGES = 5
 ENCODER_STRIDE = 64
@@ -220,8 +223,37 @@ def vision_features(hidden_sizes: Any, multi_scale: str | None = None) -> int:
     return own + sum(widths[:-1]) if multi_scale else own
 
 
+class _CheckedConfig(PreTrainedConfig):
+    """What both configurations share: a file that cannot be right is an error which names folder, file and field."""
+
+    _also_of: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Read a configuration. See `PreTrainedConfig.from_pretrained`.
+
+        Raises:
+            ValueError: config.json is of another model, or a field of it has a value that cannot be.
+        """
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # as the Auto classes do
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json as it is, and check it."""
+        file = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
+        if os.path.isfile(file):
+            read_json(Path(file))  # Transformers takes whatever JSON it finds for an object
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        check_model_type(config, pretrained_model_name_or_path, cls._also_of)
+        check_fields(config, pretrained_model_name_or_path)
+        return config, kwargs
+
+
 @strict
-class FastViTHDConfig(BackboneConfigMixin, PreTrainedConfig):
+class FastViTHDConfig(BackboneConfigMixin, _CheckedConfig):
     """Configuration of the FastViTHD encoder; the defaults are those of every published FastVLM.
 
     Args:
@@ -256,6 +288,7 @@ class FastViTHDConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "fastvithd"
     base_config_key = "vision_config"
+    _also_of: ClassVar[tuple[str, ...]] = ("fastvithd",)
 
     num_channels: int = 3
     image_size: int = 1024
@@ -333,11 +366,18 @@ class FastViTHDConfig(BackboneConfigMixin, PreTrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read an encoder's config.json, or that of a whole FastVLM in either form."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return (nested_from_flat(config) if is_flat(config) else config), kwargs
+        with explained(config, pretrained_model_name_or_path):
+            return (nested_from_flat(config) if is_flat(config) else config), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build the configuration from a dictionary."""
+        with explained(config_dict, kwargs.get("name_or_path")):
+            return super().from_dict(config_dict, **kwargs)
 
 
 @strict
-class FastVLMConfig(PreTrainedConfig):
+class FastVLMConfig(_CheckedConfig):
     """Configuration of a FastVLM: an encoder, a two-layer projector and a causal language model.
 
     Args:
@@ -438,7 +478,8 @@ class FastVLMConfig(PreTrainedConfig):
         hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if is_flat(config):
-            config = _with_image_token_id(config, str(pretrained_model_name_or_path), hub)
+            with explained(config, pretrained_model_name_or_path):
+                config = _with_image_token_id(config, str(pretrained_model_name_or_path), hub)
         return config, kwargs
 
     @classmethod
@@ -447,9 +488,12 @@ class FastVLMConfig(PreTrainedConfig):
 
         For Apple's form, `name_or_path` in `kwargs` (the Auto classes pass it) says where the tokenizer files are.
         """
-        if is_flat(config_dict):
-            config_dict = _with_image_token_id(config_dict, kwargs.get("name_or_path"), None)
-        return super().from_dict(config_dict, **kwargs)
+        source = kwargs.get("name_or_path")
+        check_fields(config_dict, source)
+        with explained(config_dict, source):
+            if is_flat(config_dict):
+                config_dict = _with_image_token_id(config_dict, source, None)
+            return super().from_dict(config_dict, **kwargs)
 
 
 class LlavaQwen2Config(FastVLMConfig):
@@ -470,9 +514,6 @@ class LlavaLlamaConfig(FastVLMConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return FastVLMConfig.from_dict(config_dict, **kwargs)
-
-
-HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
 def _with_image_token_id(flat: dict[str, Any], source: str | None, hub: dict[str, Any] | None) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .images.videos import spread, spread_frames
+
 __all__ = [
     "DEFAULT_VIDEO_FRAMES",
     "MAX_VIDEO_FRAMES",
@@ -19,9 +21,9 @@ __all__ = [
     "answer_mask",
     "image_sources",
     "is_message",
+    "known_role",
     "plain_message",
     "render_with_spans",
-    "spread",
 ]
 
 DEFAULT_VIDEO_FRAMES = 8
@@ -54,7 +56,8 @@ def plain_message(message: Any, num_frames: int = DEFAULT_VIDEO_FRAMES) -> dict[
         num_frames: frames that stand for a video, 1 to 32.
 
     Raises:
-        ValueError: a part that is not understood, a video without frames, or `num_frames` out of range.
+        ValueError: a part that is not understood, a video without frames or one that cannot be read, or `num_frames`
+            out of range.
         ImportError: a video file, but nothing to read it with.
     """
     plain = _as_mapping(message)
@@ -64,6 +67,20 @@ def plain_message(message: Any, num_frames: int = DEFAULT_VIDEO_FRAMES) -> dict[
     if not isinstance(content, list | tuple):
         return dict(plain)
     return {**plain, "content": [plain for part in content for plain in _plain_parts(part, num_frames)]}
+
+
+def known_role(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with a role of the package's templates, which would render any word; "developer" is "system".
+
+    Raises:
+        ValueError: another role, or no content.
+    """
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "developer", "user", "assistant"):
+        raise ValueError(f"A message has the role {str(role)[:100]!r}; expected 'system', 'user' or 'assistant'.")
+    if content is None:
+        raise ValueError(f"A message of role {role!r} has no content; expected a string or a list of parts.")
+    return {**message, "role": "system"} if role == "developer" else message
 
 
 def render_with_spans(
@@ -137,29 +154,10 @@ def _frames(part: Mapping[str, Any], num_frames: int) -> list[Any]:
         raise ValueError(f"num_frames is {num_frames}; expected 1 to {MAX_VIDEO_FRAMES}.")
     video = next((part[key] for key in _VIDEO_SOURCES if key in part), None)
     if isinstance(video, str | os.PathLike):
-        from transformers.video_utils import load_video
-
-        try:
-            frames, _ = load_video(
-                os.fspath(video), sample_indices_fn=lambda metadata, **_: spread(metadata.total_num_frames, num_frames)
-            )
-        except ImportError as error:
-            raise ImportError(
-                "Reading a video file needs PyAV: pip install av. Or pass a list of frames as the part's video."
-            ) from error
-        return list(frames)
+        return spread_frames(video, num_frames)
     if video is None or len(video) == 0:
         raise ValueError("A video part has no frames; give it a list of frames or a file as video, or a path or url.")
     return [video[index] for index in spread(len(video), num_frames)]
-
-
-def spread(total: int, wanted: int) -> list[int]:
-    """Return up to `wanted` indices below `total`, evenly spread from the first to the last; of one, the middle."""
-    if wanted >= total:
-        return list(range(total))
-    if wanted == 1:
-        return [total // 2]
-    return [round(index * (total - 1) / (wanted - 1)) for index in range(wanted)]
 
 
 def answer_mask(

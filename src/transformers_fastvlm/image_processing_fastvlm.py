@@ -22,7 +22,8 @@ from .image_processing_common import (
     per_channel,
 )
 from .images.anyres import best_resolution, fitted_size
-from .images.decoding import check_dimensions, load_pixels, oriented
+from .images.bounds import check_dimensions
+from .images.decoding import load_pixels, oriented
 from .images.reading import (
     array_to_uint8,
     channel_axis,

@@ -12,13 +12,13 @@ conditional position encoding, large-kernel downsampling); MobileOne, arXiv 2206
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN, GELUActivation
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -29,7 +29,9 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from . import kernels
+from .configuration_checks import check_model_type
 from .configuration_fastvlm import ENCODER_STRIDE, FastViTHDConfig, FastVLMConfig
+from .strict_loading import StrictPreTrainedModel
 
 # Positions in `network`: from this downsampling on, float16 weights work on float32 activations (see `_trunk`).
 FIRST_FLOAT32_MODULE = 8
@@ -64,7 +66,13 @@ def _conv_gelu(conv: nn.Module, act: nn.Module, hidden: Tensor) -> Tensor:
 
 def _runs_backward() -> bool:
     """Whether this is called from within a backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and kernels.in_backward()
+
+
+def _exact(tensor: Tensor | None) -> Tensor:
+    """Return a tensor in float64, on the CPU, since not every device has that type."""
+    assert tensor is not None
+    return (tensor if tensor.is_meta else tensor.cpu()).double()
 
 
 class _BatchNorm2d(nn.BatchNorm2d):
@@ -99,8 +107,8 @@ class _BatchNorm2d(nn.BatchNorm2d):
 
     def as_scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Return the float64 factors a, b of its evaluation form a * x + b, each of shape (channels,)."""
-        scale = self.weight.double() / torch.sqrt(self.running_var.double() + self.eps)
-        return scale, self.bias.double() - self.running_mean.double() * scale
+        scale = _exact(self.weight) / torch.sqrt(_exact(self.running_var) + self.eps)
+        return scale, _exact(self.bias) - _exact(self.running_mean) * scale
 
 
 class _ChannelLayerNorm(nn.LayerNorm):
@@ -132,12 +140,13 @@ class _ConvNorm(nn.Module):
     def merged(self) -> tuple[Tensor, Tensor]:
         """Return kernel and bias, in float64, of the one convolution that equals this pair in evaluation."""
         scale, shift = self.bn.as_scale_and_shift()
-        return self.conv.weight.double() * scale[:, None, None, None], shift
+        return _exact(self.conv.weight) * scale[:, None, None, None], shift
 
 
 def _identity_kernel(conv: nn.Conv2d) -> Tensor:
-    """Return the float64 kernel, of the shape of `conv`'s, under which a same-size convolution is the identity."""
-    kernel = torch.zeros(conv.weight.shape, dtype=torch.float64, device=conv.weight.device)
+    """Return the float64 kernel, on the CPU, of the shape of `conv`'s, under which the map stays as it is."""
+    device = "meta" if conv.weight.is_meta else "cpu"
+    kernel = torch.zeros(conv.weight.shape, dtype=torch.float64, device=device)
     out_channels, in_per_group, height, width = kernel.shape
     channel = torch.arange(out_channels, device=kernel.device)
     kernel[channel, channel % in_per_group, height // 2, width // 2] = 1.0
@@ -302,7 +311,7 @@ class RepMixer(nn.Module):
         kernel, bias = self.mixer.merged_kernel()
         norm_scale, norm_shift = self.norm.rbr_skip.as_scale_and_shift()
         identity = _identity_kernel(conv)
-        scale = self.layer_scale.double().flatten()
+        scale = _exact(self.layer_scale).flatten()
         kernel = identity + scale[:, None, None, None] * (kernel - identity * norm_scale[:, None, None, None])
         bias = scale * (bias - norm_shift)
         self.reparam_conv = merged_conv(conv, kernel, bias)
@@ -329,8 +338,8 @@ class RepCPE(nn.Module):
         """Put the addition of x into the convolution."""
         if self.merged:
             return
-        kernel = self.pe.weight.double() + _identity_kernel(self.pe)
-        self.reparam_conv = merged_conv(self.pe, kernel, self.pe.bias.double())
+        kernel = _exact(self.pe.weight) + _identity_kernel(self.pe)
+        self.reparam_conv = merged_conv(self.pe, kernel, _exact(self.pe.bias))
         del self.pe
         self.merged = True
 
@@ -558,7 +567,7 @@ class ClipHead(nn.Module):
         return pooled.to(self.proj.dtype) @ self.proj
 
 
-class FastViTHDPreTrainedModel(PreTrainedModel):
+class FastViTHDPreTrainedModel(StrictPreTrainedModel):
     """What the encoder classes share: configuration, capabilities, initialisation and the trunk of stem and stages."""
 
     config: FastViTHDConfig
@@ -576,6 +585,7 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
         "hidden_states": OutputRecorder(FastViTHDStage, capture_initial_hidden_state=False),
         "attentions": OutputRecorder(FastViTHDAttention, index=1),
     }
+    _may_be_missing = ("multi_scale.",)
     # Whether `inference.fuse` has changed the parameters, for good.
     fused = False
 
@@ -591,7 +601,7 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=(2.0 / module.weight[0].numel()) ** 0.5)
         elif isinstance(module, RepMixer | RepCPE) and module.merged:
             identity = _identity_kernel(module.reparam_conv)
-            init.copy_(module.reparam_conv.weight, identity.to(module.reparam_conv.weight.dtype))
+            init.copy_(module.reparam_conv.weight, identity.to(module.reparam_conv.weight))
         elif isinstance(module, RepMixer | RepMixerBlock | AttentionBlock):
             for name, parameter in module.named_parameters(recurse=False):
                 if name.startswith("layer_scale"):
@@ -720,6 +730,8 @@ class FastViTHDPreTrainedModel(PreTrainedModel):
         """Load an encoder, also out of a checkpoint of a whole FastVLM. See `PreTrainedModel.from_pretrained`."""
         if isinstance(config, FastVLMConfig):
             config = config.vision_config
+        if config is not None and not isinstance(config, FastViTHDConfig | str | os.PathLike):
+            check_model_type({"model_type": config.model_type}, pretrained_model_name_or_path, ("fastvithd",))
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:

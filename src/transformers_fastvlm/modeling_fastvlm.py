@@ -5,98 +5,36 @@ Sources: FastVLM, arXiv 2412.13303, section 3; LLaVA-1.5, arXiv 2310.03744, sect
 LLaVA-NeXT's AnyRes, arXiv 2407.07895, section 3 (tiles). Written from the papers and the published tensors.
 """
 
-import copy
 import os
-import warnings
-from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, LogitsProcessorList
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
-from transformers.quantizers import AutoQuantizationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from . import compat, kernels
-from .configuration_fastvlm import HUB_KEYS, FastVLMConfig
+from .configuration_fastvlm import FastVLMConfig
+from .generation_fastvlm import NeverThePlaceholder, check_scores, has_tokens, one_cache
 from .images import anyres
 from .kernels.quantized import speed_up_quantized_layers
 from .modeling_fastvithd import FastViTHDModel
+from .outputs_fastvlm import FastVLMCausalLMOutputWithPast, FastVLMModelOutputWithPast
+from .parallel_training import others_may_have_images, zero_through_vision
+from .strict_loading import StrictPreTrainedModel, for_language_model_alone
 from .tensor_names import rename_state
-from .tokens import image_token_id_of
+from .tokens import HUB_KEYS, image_token_id_of
 
-
-class _WithImageOutputs:
-    """What outputs that hold an image encoder's output have in common."""
-
-    image_outputs: BaseModelOutputWithPooling | None
-
-    @property
-    def image_hidden_states(self) -> Any:
-        """The features at the placeholders, `image_outputs.pooler_output`, under their older name."""
-        return None if self.image_outputs is None else self.image_outputs.pooler_output
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """Return the values that are not None, the image encoder's output as a tuple of its own."""
-        values = super().to_tuple()  # type: ignore[misc]
-        return tuple(value.to_tuple() if value is self.image_outputs else value for value in values)
-
-
-@dataclass
-class FastVLMModelOutputWithPast(_WithImageOutputs, BaseModelOutputWithPast):
-    """Output of `FastVLMModel`: that of the installed Transformers' language models, and `image_outputs`.
-
-    Args:
-        last_hidden_state: (batch, length, hidden_size) of the language model.
-        cache: the language model's cache; `past_key_values` before Transformers 5.24.
-        hidden_states: of the language model, one more than layers, each (batch, length, hidden_size).
-        attentions: of the language model, one a layer, each (batch, heads, length, length).
-        image_outputs: output of `get_image_features`. Its `pooler_output` is what was put at the placeholders:
-            (images, tokens, hidden_size), or a list of (tokens, hidden_size) where images have different numbers of
-            tokens. None without images.
-    """
-
-    image_outputs: BaseModelOutputWithPooling | None = None
-
-
-@dataclass
-class FastVLMCausalLMOutputWithPast(_WithImageOutputs, CausalLMOutputWithPast):
-    """Output of `FastVLMForConditionalGeneration`: that of the installed Transformers' models, and `image_outputs`.
-
-    Args:
-        loss: scalar, if labels were given.
-        logits: (batch, kept positions, vocab_size).
-        cache: the language model's cache; `past_key_values` before Transformers 5.24.
-        hidden_states: of the language model, one more than layers, each (batch, length, hidden_size).
-        attentions: of the language model, one a layer, each (batch, heads, length, length).
-        image_outputs: as in `FastVLMModelOutputWithPast`.
-    """
-
-    image_outputs: BaseModelOutputWithPooling | None = None
-
-
-class _NeverThePlaceholder(LogitsProcessor):
-    """Keeps generate() from answering with the image placeholder, which no image would belong to."""
-
-    supports_continuous_batching = True
-
-    def __init__(self, image_token_id: int):
-        self.image_token_id = image_token_id
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (rows, vocab_size) with that of the placeholder at minus infinity."""
-        index = torch.full((1,), self.image_token_id, device=scores.device)
-        return scores.index_fill(-1, index, -float("inf"))
+REMOTE_CODE_ADVICE = (
+    "Here the processor prepares text and images: processor.apply_chat_template(messages, tokenize=True, "
+    'return_dict=True, return_tensors="pt"), then model.generate(**inputs). See docs/migration.md.'
+)
+"""What to do in place of the calls on Apple's model cards."""
 
 
 class FastVLMMultiModalProjector(nn.Module):
@@ -117,7 +55,7 @@ class FastVLMMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(features)))
 
 
-class FastVLMPreTrainedModel(PreTrainedModel):
+class FastVLMPreTrainedModel(StrictPreTrainedModel):
     """What the FastVLM classes share: configuration, capabilities, initialisation and strict loading."""
 
     config: FastVLMConfig
@@ -130,6 +68,7 @@ class FastVLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _may_be_missing = ("model.vision_tower.multi_scale.", "vision_tower.multi_scale.")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -148,8 +87,7 @@ class FastVLMPreTrainedModel(PreTrainedModel):
         quantizes the layers of the language model alone: encoder, projector and head keep the type they are loaded in.
 
         Raises:
-            OSError: if a file is missing, truncated or not safetensors.
-            ValueError: if the checkpoint has tensors that this model does not know, or lacks some that it needs.
+            OSError, ValueError: see `StrictPreTrainedModel.from_pretrained`.
         """
         source = pretrained_model_name_or_path
         if isinstance(config, FastVLMConfig) and config.image_token_id_is_inferred and not os.path.isdir(str(source)):
@@ -157,14 +95,8 @@ class FastVLMPreTrainedModel(PreTrainedModel):
             hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
             config.image_token_id = image_token_id_of(source, **hub)
         if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _for_language_model_alone(kwargs["quantization_config"])
-        try:
-            loaded = super().from_pretrained(source, *model_args, config=config, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"A weight file of {str(source)!r} cannot be read ({error}). It is truncated or not a safetensors "
-                "file: download or copy it again."
-            ) from error
+            kwargs["quantization_config"] = for_language_model_alone(kwargs["quantization_config"])
+        loaded = super().from_pretrained(source, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model._freeze_clip_head()  # loading made new parameters
         compat.check_adapters(model)
@@ -172,42 +104,6 @@ class FastVLMPreTrainedModel(PreTrainedModel):
         kernels.speed_up_linear_layers(model)
         speed_up_quantized_layers(model)
         return loaded
-
-    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        """Refuse unknown and missing tensors, where Transformers would only print a report."""
-        super()._adjust_missing_and_unexpected_keys(loading_info)
-        if getattr(self, "hf_quantizer", None) is not None or getattr(self.config, "quantization_config", None):
-            return
-        if loading_info.unexpected_keys:
-            raise ValueError(_key_error("tensors that this model does not know", loading_info.unexpected_keys))
-        optional = ("model.vision_tower.multi_scale.", "vision_tower.multi_scale.")
-        missing = {key for key in loading_info.missing_keys if not key.startswith(optional)}
-        # An empty checkpoint is how Transformers asks for a newly initialised model.
-        if missing and len(missing) < len(self.state_dict()):
-            raise ValueError(_key_error("no values for tensors that this model needs", missing))
-
-
-def _for_language_model_alone(quantization_config: Any) -> Any:
-    """Return a quantization configuration that leaves out encoder, projector and head unless it names others."""
-    if isinstance(quantization_config, dict):
-        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
-    fields = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules")  # by method
-    field = next((name for name in fields if hasattr(quantization_config, name)), None)
-    if field is None or getattr(quantization_config, field) is not None:
-        return quantization_config
-    kept = [prefix + part for part in ("vision_tower", "multi_modal_projector") for prefix in ("model.", "")]
-    quantization_config = copy.copy(quantization_config)
-    setattr(quantization_config, field, [*kept, "lm_head"])
-    return quantization_config
-
-
-def _key_error(what: str, keys: set[str]) -> str:
-    names = sorted(keys)
-    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return (
-        f"The checkpoint has {what}: {listed}. Its config.json describes another model than its weights, or a shard is "
-        "missing. Compare the two, or download the checkpoint again."
-    )
 
 
 def _accept_stored_names(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -222,11 +118,20 @@ def _accept_stored_names(module: Any, state_dict: dict[str, Any], prefix: str, *
         state_dict.setdefault(prefix + "lm_head.weight", state_dict[embeddings])
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    """Whether processes fetch this module's parameters from each other when it runs: FSDP, FSDP2 or ZeRO-3."""
-    if any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__):
-        return True
-    return any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False))
+def _has_values(input_ids: Tensor) -> bool:
+    """Whether the ids can be looked at: not on the meta device, and not while a graph is recorded."""
+    return not (input_ids.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def _foreign_ids(input_ids: Tensor, rows: int) -> str:
+    """Say what is wrong with ids that have no embedding."""
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low == -200:
+        return f"input_ids holds -200, the placeholder of Apple's remote code. {REMOTE_CODE_ADVICE}"
+    return (
+        f"input_ids holds {low if low < 0 else high}, but this model has embeddings for 0 to {rows - 1}. The tokenizer "
+        "has tokens that the model does not: load both from one checkpoint, or call model.resize_token_embeddings."
+    )
 
 
 class FastVLMModel(FastVLMPreTrainedModel):
@@ -269,7 +174,8 @@ class FastVLMModel(FastVLMPreTrainedModel):
             if self.config.mm_patch_merge_type == "flat":
                 joined.append(view.flatten(0, 1))
                 continue
-            pinpoints = self._pinpoints_for(tile)
+            own = self.config.vision_config.image_size
+            pinpoints = anyres.scaled_pinpoints(self.config.image_grid_pinpoints or (), own, tile)
             rows, columns = anyres.tile_grid(size, pinpoints, tile)
             if view.shape[0] != 1 + rows * columns:
                 raise ValueError(
@@ -284,11 +190,6 @@ class FastVLMModel(FastVLMPreTrainedModel):
                 grid = torch.cat((grid, newline), dim=1)
             joined.append(torch.cat((view[0], grid.flatten(0, 1))))
         return joined
-
-    def _pinpoints_for(self, tile: int) -> list[list[int]]:
-        """Return the pinpoints, scaled when the processor was asked for another size than the checkpoint's."""
-        own = self.config.vision_config.image_size
-        return [[width * tile // own, height * tile // own] for width, height in self.config.image_grid_pinpoints]
 
     @can_return_tuple
     def get_image_features(
@@ -352,14 +253,16 @@ class FastVLMModel(FastVLMPreTrainedModel):
         token = torch.full((), image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def _embed(self, input_ids: Tensor, check: bool) -> Tensor:
         """Embed tokens; placeholders beyond the embedding rows are looked up as row 0 and overwritten later."""
-        image_token_id = self.config.image_token_id
-        if image_token_id is not None and image_token_id >= self.config.text_config.vocab_size:
+        image_token_id, rows = self.config.image_token_id, self.config.text_config.vocab_size
+        if image_token_id is not None and image_token_id >= rows:
             input_ids = input_ids.masked_fill(input_ids == image_token_id, 0)
+        if check and bool(((input_ids < 0) | (input_ids >= rows)).any()):
+            raise ValueError(_foreign_ids(input_ids, rows))
         return self.get_input_embeddings()(input_ids)
 
-    def _scatter(self, mask: Tensor, inputs_embeds: Tensor, features: Any) -> Tensor:
+    def _scatter(self, mask: Tensor, inputs_embeds: Tensor, features: Any, input_ids: Tensor | None) -> Tensor:
         """Put the features of all images, in order, at the placeholders."""
         if not isinstance(features, Tensor):
             features = torch.cat(list(features))
@@ -377,19 +280,26 @@ class FastVLMModel(FastVLMPreTrainedModel):
                 lambda: (
                     # TRL looks for the first sentence, to explain its max_length.
                     f"Image features and image tokens do not match: input_ids has {int(mask.sum())} <image> "
-                    f"placeholders, but the images have {count} features. Let the processor make both, with one "
-                    "<image> in the text for each image."
+                    f"placeholders, but the images have {count} features. {self._advice(input_ids, count)}"
                 ),
             )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), features)
 
+    def _advice(self, input_ids: Tensor | None, count: int) -> str:
+        """Say what to do where placeholders and features do not match: the tokenizer may have another placeholder."""
+        ids, counts = (torch.empty(0),) * 2 if input_ids is None else input_ids.unique(return_counts=True)
+        if (repeated := ids[counts == count]).numel() != 1 or count < 2:
+            return "Let the processor make both, with one <image> in the text for each image."
+        return (
+            f"This model's config.image_token_id is {self.config.image_token_id}; the id that input_ids repeats so "
+            f"often is {int(repeated)}. If that is processor.image_token_id, set model.config.image_token_id to it."
+        )
+
     def _check_no_placeholders(self, input_ids: Tensor | None, cache: Cache | None) -> None:
         """Raise if a prompt has placeholders although there are no images to put there."""
-        if input_ids is None or self.config.image_token_id is None or torch.compiler.is_compiling():
+        if input_ids is None or self.config.image_token_id is None or not _has_values(input_ids):
             return
-        if input_ids.is_meta:
-            return
-        if input_ids.shape[1] == 1 or _has_tokens(cache):
+        if input_ids.shape[1] == 1 or has_tokens(cache):
             return
         count = int((input_ids == self.config.image_token_id).sum())
         if count:
@@ -397,46 +307,6 @@ class FastVLMModel(FastVLMPreTrainedModel):
                 f"input_ids has {count} <image> placeholders, but there are no images: pass pixel_values, or remove "
                 "<image> from the text."
             )
-
-    def _others_may_have_images(self, cache: Cache | None) -> bool:
-        """Whether this process must run the encoder although its batch has no image.
-
-        Processes that train one model exchange the gradients of every parameter, and where parameters are sharded
-        also the parameters, each time a module runs. One that leaves the encoder out makes the others wait for ever.
-        """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
-        if torch.distributed.get_world_size() == 1:
-            return False
-        if _has_tokens(cache):
-            return False
-        vision = (self.vision_tower, self.multi_modal_projector)
-        if self.training and torch.is_grad_enabled():
-            if any(parameter.requires_grad for part in vision for parameter in part.parameters()):
-                return True
-        return any(_is_sharded(module) for part in vision for module in part.modules())
-
-    def _zero_through_vision(self) -> Tensor:
-        """Return a scalar 0 that encoder and projector have computed, so that their gradients are zeros, not missing.
-
-        One black picture of the smallest size passes in evaluation mode, so that it leaves no trace in running
-        statistics and nothing random happens. An encoder that has neither keeps its mode, and so its checkpointing of
-        gradients: under ZeRO-3 all processes must compute the same blocks again.
-        """
-        training = [module for module in self.vision_tower.modules() if module.training]
-        traces = (isinstance(module, nn.BatchNorm2d) or getattr(module, "rate", 0) for module in training)
-        if not self.config.vision_config.attention_dropout and not any(traces):
-            training = []
-        for module in training:
-            module.training = False
-        try:
-            channels, side = self.config.vision_config.num_channels, self.config.vision_config.stride
-            black = torch.zeros((1, channels, side, side), device=self.device)
-            zero = self.get_image_features(black, return_dict=True).pooler_output[:0].sum()
-        finally:
-            for module in training:
-                module.training = True
-        return zero if self.image_newline is None else zero + self.image_newline[:0].sum()
 
     @can_return_tuple
     def forward(
@@ -471,7 +341,7 @@ class FastVLMModel(FastVLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        cache = _one_cache(cache, past_key_values)
+        cache = one_cache(cache, past_key_values)
         if compat.PAGES_COME_AS_CACHE and not isinstance(cache, Cache | None):
             kwargs["cache"], cache = cache, None
         images = (mm_encoder_outputs or {}).get("image")
@@ -482,14 +352,16 @@ class FastVLMModel(FastVLMPreTrainedModel):
             images = self.get_image_features(pixel_values, image_sizes, num_tiles, return_dict=True, **wanted)
         # Before the embedding, as with images: processes must run their modules in one order.
         zero = None
-        if images is None and self._others_may_have_images(cache):
-            zero = self._zero_through_vision()
+        if images is None and not has_tokens(cache) and others_may_have_images(self):
+            zero = zero_through_vision(self)
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self._embed(input_ids)
+            # Once a prompt, not once a token: a GPU has to be waited for.
+            is_prompt = input_ids.shape[1] > 1 and isinstance(cache, Cache | None) and "cache" not in kwargs
+            inputs_embeds = self._embed(input_ids, is_prompt and _has_values(input_ids))
         if images is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-            inputs_embeds = self._scatter(mask, inputs_embeds, images.pooler_output)
+            inputs_embeds = self._scatter(mask, inputs_embeds, images.pooler_output, input_ids)
         else:
             self._check_no_placeholders(input_ids, cache)
         if zero is not None:
@@ -504,23 +376,6 @@ class FastVLMModel(FastVLMPreTrainedModel):
             **kwargs,
         )
         return FastVLMModelOutputWithPast(**outputs, image_outputs=images)
-
-
-def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """Return the cache that was passed under one of its two names."""
-    if cache is not None and past_key_values is not None:
-        raise ValueError("Pass only one of cache and past_key_values: both name the cache of earlier tokens.")
-    if past_key_values is None:
-        return cache
-    if compat.CACHE != "past_key_values" and not torch.compiler.is_compiling():
-        message = "`past_key_values` is deprecated since Transformers 5.24; pass the cache as `cache`."
-        warnings.warn(message, FutureWarning, stacklevel=3)
-    return past_key_values
-
-
-def _has_tokens(cache: Any) -> bool:
-    """Whether a cache holds earlier tokens. The paged one of continuous batching, for many prompts, cannot say."""
-    return isinstance(cache, Cache) and int(cache.get_seq_length()) > 0
 
 
 class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
@@ -551,6 +406,19 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the head."""
         self.lm_head = value
+
+    def get_vision_tower(self) -> nn.Module:
+        """Refuse, with what to do: Apple's model cards take their image processor from here.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(f"get_vision_tower() is a call of Apple's remote code. {REMOTE_CODE_ADVICE}")
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        if "images" in model_kwargs:
+            raise ValueError(f"images=… is an argument of Apple's remote code. {REMOTE_CODE_ADVICE}")
+        super()._validate_model_kwargs(model_kwargs)
 
     def get_image_features(
         self,
@@ -641,7 +509,7 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=_one_cache(cache, past_key_values),
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             image_sizes=image_sizes,
             num_tiles=num_tiles,
@@ -694,7 +562,7 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         processors = super()._get_logits_processor(*args, **kwargs)
         image_token_id = self.config.image_token_id
         if image_token_id is not None and image_token_id < self.config.text_config.vocab_size:
-            processors.insert(0, _NeverThePlaceholder(image_token_id))
+            processors.insert(0, NeverThePlaceholder(image_token_id))
         return processors
 
     def _prefill(
@@ -713,8 +581,10 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
                     "chunk all images. Upgrade, or pass prefill_chunk_size=None."
                 )
         cache = model_kwargs.get(compat.CACHE)
-        is_first_iteration = is_first_iteration or not _has_tokens(cache)
-        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration, **kwargs)
+        is_first_iteration = is_first_iteration or not has_tokens(cache)
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration, **kwargs)
+        check_scores(outputs.logits)
+        return outputs
 
 
 __all__ = [

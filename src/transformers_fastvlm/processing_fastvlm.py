@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedConfig
@@ -24,16 +25,16 @@ from .conversations import (
     answer_mask,
     image_sources,
     is_message,
+    known_role,
     plain_message,
     render_with_spans,
 )
 from .image_processing_pil_fastvlm import FastVLMImageProcessorPil
 from .images import anyres
-from .tokens import IMAGE_TOKEN
+from .tokens import HUB_KEYS, IMAGE_TOKEN, TOKENIZER_FILES
 
 __all__ = ["FastVLMProcessor", "chat_template_for"]
 
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 _TEMPLATES = {"llama": "vicuna_v1"}
 
 
@@ -109,7 +110,7 @@ class FastVLMProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read processor_config.json, or where there is none say what config.json implies."""
-        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+        hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
         processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "processor_class" not in processor_dict:
             config = FastVLMConfig.from_pretrained(pretrained_model_name_or_path, **hub)
@@ -133,7 +134,7 @@ class FastVLMProcessor(ProcessorMixin):
         backend = kwargs.pop("backend", None)
         kwargs.pop("use_fast", None)
         image_processor, tokenizer = kwargs.pop("image_processor", None), kwargs.pop("tokenizer", None)
-        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        hub = {key: kwargs[key] for key in HUB_KEYS if key in kwargs}
         if image_processor is None:
             image_class = _image_processor_class(backend)
             names = image_class.valid_kwargs.__annotations__
@@ -147,6 +148,7 @@ class FastVLMProcessor(ProcessorMixin):
                 kwargs.setdefault("chat_template", processor_dict.get("chat_template"))
             # The tokenizer's files name its class; with a bare configuration AutoTokenizer does not read config.json.
             kwargs["config"] = PreTrainedConfig()
+            _check_tokenizer_files(pretrained_model_name_or_path, kwargs.get("subfolder"))
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return [image_processor, tokenizer]
 
@@ -279,15 +281,23 @@ class FastVLMProcessor(ProcessorMixin):
         As in Transformers. A content is a string or a list of parts: `{"type": "text", "text": …}`, `{"type": "image"}`
         with `url`, `path`, `base64` or `image`, OpenAI's `image_url`, and `{"type": "video"}` with `video` (frames),
         `path` or `url`, which becomes `num_frames` images (default 8, at most 32) spread evenly from first to last
-        frame; to the model they are pictures, it was trained on no videos. The conversation itself is not changed.
+        frame; to the model they are pictures, it was trained on no videos. Roles are user, assistant and system, which
+        may also be called developer. The conversation itself is not changed.
 
         With `return_assistant_tokens_mask=True`, `assistant_masks` marks exactly the tokens to be learned, on every
         supported version and with images; these may also come as `processor_kwargs={"images": …}`, for conversations
         of strings.
 
         Raises:
-            ValueError: no messages, a part that is not understood, too many frames, or what a call raises.
+            ValueError: no messages, a role or part that is not understood, no content, a video that cannot be read,
+                too many frames, or what a call raises. Other roles than system (or developer), user and assistant need
+                a template that has them.
         """
+        if isinstance(conversation, str):
+            raise ValueError(
+                f"conversation is {_shown(conversation)}; expected a list of messages, such as "
+                '[{"role": "user", "content": "…"}]. For a finished prompt call the processor itself: text=….'
+            )
         batched = isinstance(conversation, list | tuple) and conversation and not is_message(conversation[0])
         chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
         if not all(chats):
@@ -295,6 +305,8 @@ class FastVLMProcessor(ProcessorMixin):
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
         frames = processor_kwargs.pop("num_frames", kwargs.pop("num_frames", DEFAULT_VIDEO_FRAMES))
         chats = [[plain_message(message, frames) for message in chat] for chat in chats]
+        if (chat_template or self.chat_template) in (chat_template_for("qwen2"), chat_template_for("llama")):
+            chats = [[known_role(message) for message in chat] for chat in chats]
         names = TextKwargs.__annotations__.keys() | self.image_processor.valid_kwargs.__annotations__.keys()
         names -= compat.TEMPLATE_ARGUMENTS
         processor_kwargs |= {name: kwargs.pop(name) for name in list(kwargs) if name in names}
@@ -330,6 +342,8 @@ class FastVLMProcessor(ProcessorMixin):
             processor_kwargs["add_special_tokens"] = False
         sources = [[source for message in chat for source in image_sources(message)] for chat in chats]
         images = processor_kwargs.pop("images", None) or sources
+        if _flat(images):
+            images = self.image_processor.fetch_images(images)  # decoding takes long, and needs no lock
         with RENDERING:
             inputs: BatchFeature = self(
                 text=prompts,
@@ -342,6 +356,16 @@ class FastVLMProcessor(ProcessorMixin):
         replaced = inputs.pop("text_replacement_offsets", None) or [[] for _ in prompts]
         inputs["assistant_masks"] = [answer_mask(*row) for row in zip(offsets, replaced, spans, strict=True)]
         return inputs.convert_to_tensors(tensor_type=processor_kwargs.get("return_tensors"))
+
+
+def _check_tokenizer_files(directory: str | os.PathLike[str], subfolder: str | None) -> None:
+    """Raise OSError for a directory without a tokenizer, as a model's `save_pretrained` alone leaves it."""
+    folder = Path(directory, subfolder or "")
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise OSError(
+            f"{folder} has no tokenizer files ({', '.join(TOKENIZER_FILES[:3])}). Save the processor there too: "
+            f"processor.save_pretrained({str(folder)!r}); or pass processing_class=processor to Trainer."
+        )
 
 
 def _image_token_id(tokenizer: Any) -> int:

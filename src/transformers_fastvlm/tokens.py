@@ -15,10 +15,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["IMAGE_TOKEN", "image_token_id_of"]
+__all__ = ["HUB_KEYS", "IMAGE_TOKEN", "TOKENIZER_FILES", "image_token_id_of"]
+
+HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Arguments of `from_pretrained` that say which files of the hub are meant, and how they are fetched."""
 
 IMAGE_TOKEN = "<image>"
 """Text of the placeholder in prompts and in the tokenizer."""
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
+"""Files that a tokenizer may be in; where there is none of them, there is no tokenizer."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +36,6 @@ _FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULT_TOKENS: dict[str, dict[str, str]] = {
     # What a tokenizer class assumes where tokenizer_config.json is silent (a null there means none).
@@ -56,7 +61,7 @@ def image_token_id_of(directory_or_repo: str | os.PathLike[str], **hub_kwargs: A
         ValueError: a tokenizer file that is not what its name says.
         OSError: the repository, or its revision, does not exist.
     """
-    hub_kwargs = {key: value for key, value in hub_kwargs.items() if key in _HUB_ARGUMENTS}
+    hub_kwargs = {key: value for key, value in hub_kwargs.items() if key in HUB_KEYS}
     files: dict[str, Path] = {}
     for name in _FILES:
         if name in ("vocab.json", "tokenizer.model") and "tokenizer.json" in files:

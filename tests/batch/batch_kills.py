@@ -97,7 +97,8 @@ def main() -> None:
 
     writes = [("write", number, True) for number in range(1, batches + 2)]
     syncs = [("fsync", number, half) for number in (1, 2, 3, batches + 3) for half in (False, True)]
-    for name, number, half in [*writes, *syncs, ("replace", 1, False), ("replace", 1, True), ("unlink", 1, False)]:
+    ends = [("replace", 1, False), ("replace", 1, True), ("unlink", 1, False), ("unlink", 2, False)]
+    for name, number, half in [*writes, *syncs, *ends]:
         title = f"{name}{number}{half}"
 
         def killed(name: str = name, number: int = number, half: bool = half, title: str = title) -> None:

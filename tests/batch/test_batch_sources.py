@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from transformers_fastvlm.batch import SourceOptions
-from transformers_fastvlm.batch.batch_run import plan
-from transformers_fastvlm.batch.requests import PromptTemplate, Request, conversation_about
+from transformers_fastvlm.batch.planning import plan
+from transformers_fastvlm.batch.requests import PromptTemplate, Request
 from transformers_fastvlm.batch.sources import find_sources
-from transformers_fastvlm.data.fingerprints import fingerprint
 
 PROMPT = "What is it?"
 
@@ -107,27 +106,6 @@ def test_a_changed_input_has_another_identity(folder: Path) -> None:
     with open(folder / "b.png", "ab") as file:
         file.write(b"more")
     assert identity() != before
-
-
-def test_fingerprint_of_a_large_file(tmp_path: Path) -> None:
-    file = tmp_path / "large"
-    with open(file, "wb") as sparse:
-        sparse.truncate(2**26 + 100)
-    before, whole = fingerprint(file, 2**26), fingerprint(file)
-    assert fingerprint(file, 2**26) == before
-    with open(file, "r+b") as sparse:
-        sparse.seek(-3, os.SEEK_END)
-        sparse.write(b"end")
-    changed = fingerprint(file, 2**26)
-    assert fingerprint(file) != whole
-    with open(file, "ab") as sparse:
-        sparse.write(b"\0")
-    assert len({before, changed, fingerprint(file, 2**26)}) == 3
-    middle = fingerprint(file)
-    with open(file, "r+b") as sparse:
-        sparse.seek(2**16 + 1000)
-        sparse.write(b"x" * 12_000)
-    assert fingerprint(file) != middle
 
 
 @pytest.mark.parametrize(
@@ -263,21 +241,6 @@ def test_prompt_template() -> None:
     assert PromptTemplate("{__class__}").columns == ("__class__",)
     with pytest.raises(ValueError, match="'__class__' of the prompt is empty"):
         PromptTemplate("{__class__}").fill(row)
-
-
-def test_place_of_the_picture() -> None:
-    picture = Image.new("RGB", (8, 8))
-
-    def parts(text: str) -> list[str]:
-        (message,) = conversation_about(picture, text)
-        return [part.get("text", "PICTURE") for part in message["content"]]
-
-    assert parts("Which?") == ["PICTURE", "Which?"]
-    assert parts("<image>\nWhich?") == ["PICTURE", "\nWhich?"]
-    assert parts("In <image>, what?") == ["In ", "PICTURE", ", what?"]
-    assert conversation_about(picture, "?", "Be brief.")[0] == {"role": "system", "content": "Be brief."}
-    with pytest.raises(ValueError, match="has 2 <image>, but a row has one picture"):
-        parts("<image> <image>")
 
 
 # Batches

@@ -13,8 +13,9 @@ av = pytest.importorskip("av", reason="videos need PyAV, of the extra batch")
 
 from transformers_fastvlm.batch import BatchOptions, SourceOptions, run_batch  # noqa: E402
 from transformers_fastvlm.batch.sources import find_sources  # noqa: E402
-from transformers_fastvlm.batch.videos import VideoFrames, count_frames  # noqa: E402
-from transformers_fastvlm.engines import Answer, Sampling  # noqa: E402
+from transformers_fastvlm.batch.video_frames import count_frames  # noqa: E402
+from transformers_fastvlm.engines import Answer  # noqa: E402
+from transformers_fastvlm.images.videos import VideoFrames  # noqa: E402
 
 
 def film(path: Path, frames: int = 60, rate: int = 10, codec: str = "mpeg4", keys: int = 12, **options: str) -> Path:
@@ -113,7 +114,7 @@ def test_a_folder_with_films_and_pictures(tmp_path: Path) -> None:
 class Reader:
     """Answers with the number of the frame that it is shown, which the pixels say."""
 
-    def generate(self, conversations: Any, sampling: Sampling) -> list[Answer]:
+    def generate(self, conversations: Any, sampling: Any) -> list[Answer]:
         pictures = [part["image"] for chat in conversations for part in chat[-1]["content"] if part["type"] == "image"]
         return [
             Answer(text=f"frame {number_of(picture)}", finish_reason="stop", prompt_tokens=1, completion_tokens=1)

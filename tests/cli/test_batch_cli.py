@@ -58,8 +58,8 @@ def test_errors_are_reported_and_the_exit_code_says_so(run, model, photos, tmp_p
     result = run("batch", photos, "-o", out, "-p", PROMPT, "-m", model, "--max-new-tokens", 2, code=1)
     lines = result.stderr.splitlines()
     assert lines[0].startswith(f"3 rows in {out}")
-    assert lines[1] == "1 files in the folders are neither pictures nor videos and were left out"
-    assert lines[2] == "fastvlm: 1 rows have no answer, but an error:"
+    assert lines[1] == "1 file in the folders left out: neither picture nor video"
+    assert lines[2] == "fastvlm: 1 row without an answer:"
     assert lines[3].startswith(f"  {photos / 'gray_l.png'}: ") and "not an image" in lines[3]
     assert [row["error"] is None for row in rows_of(out)] == [False, True, True]
 

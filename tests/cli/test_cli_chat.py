@@ -12,20 +12,20 @@ from PIL import Image
 from transformers_fastvlm import FastViTHDModel, FastVLMModel
 from transformers_fastvlm.cli import chat
 from transformers_fastvlm.cli.cli_errors import UserError
-from transformers_fastvlm.cli.session import Session
+from transformers_fastvlm.engines import Request, Sampling, TransformersEngine
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, Any]]]:
     """Let the model's answers through and collect the conversations that it was asked to continue."""
     conversations: list[list[dict[str, Any]]] = []
-    original = Session.answer
+    original = TransformersEngine.stream
 
-    def answer(self: Session, conversation: list[dict[str, Any]], *args: Any) -> Any:
+    def stream(self: TransformersEngine, conversation: list[dict[str, Any]], *args: Any, **options: Any) -> Request:
         conversations.append(conversation)
-        return original(self, conversation, *args)
+        return original(self, conversation, *args, **options)
 
-    monkeypatch.setattr(Session, "answer", answer)
+    monkeypatch.setattr(TransformersEngine, "stream", stream)
     return conversations
 
 
@@ -119,21 +119,38 @@ def test_goes_on_after_an_error_of_a_user(
     assert said.count("/clear") == 2  # at the beginning, and for /help
 
 
+class Engine:
+    """Says yes, or fails."""
+
+    error: Exception | None = None
+
+    def new_memory(self) -> None:
+        return None
+
+    def stream(self, *_: Any, **__: Any) -> Any:
+        if self.error is not None:
+            raise self.error
+        return Yes(["yes"])
+
+
+class Yes(list[str]):
+    """A request that is answered."""
+
+    def result(self) -> Any:
+        return SimpleNamespace(text="yes", finish_reason="stop")
+
+
 @pytest.fixture
-def talk(monkeypatch: pytest.MonkeyPatch) -> chat._Conversation:
-    session = SimpleNamespace(answer=lambda messages, say: SimpleNamespace(text="yes", remark=None))
-    return chat._Conversation(session, None, [Image.new("RGB", (8, 8))], do_exif_transpose=True)
+def talk() -> chat._Conversation:
+    return chat._Conversation(Engine(), Sampling(), None, [Image.new("RGB", (8, 8))], do_exif_transpose=True)
 
 
 def test_a_question_that_failed_is_not_part_of_the_conversation(talk: chat._Conversation) -> None:
-    def fail(*_: Any) -> None:
-        raise ValueError("too long")
-
-    answer, talk.session.answer = talk.session.answer, fail
+    talk.engine.error = ValueError("too long")
     with pytest.raises(ValueError, match="too long"):
         talk.turn("A question")
     assert talk.messages == [] and len(talk.pictures) == 1
-    talk.session.answer = answer
+    talk.engine.error = None
     assert talk.turn("Another") and summary(talk.messages) == ["u image Another", "a …"] and talk.pictures == []
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastvlm generate`: the golden answers, its input and output, and what it refuses."""
 
+import _thread
 import http.server
 import json
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,12 +15,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
-from transformers_fastvlm import FastVLMForConditionalGeneration
 from transformers_fastvlm.cli.cli_images import question
-from transformers_fastvlm.cli.options import DtypeName
-from transformers_fastvlm.cli.session import Sampling, Session, _Stream, load
+from transformers_fastvlm.engines import Request, TransformersEngine
 
 QUESTION = "Describe the image."
 
@@ -53,7 +53,7 @@ def golden_answer(golden: Path, model: Path, case: str, tokens: int) -> str:
         ids = expected.get_tensor(f"{case}.greedy").tolist()[:tokens]
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 @pytest.mark.parametrize("name", ["qwen2_tied", "qwen2_untied", "qwen2_anyres"])
@@ -69,7 +69,7 @@ def test_two_pictures_as_the_reference(model, golden, ask) -> None:
     pictures = [golden / "images" / name for name in case["images"]]
     text = "How many dogs are there, and what colour is the sign?"
     first = ask(*pictures, "-p", text, "-m", model)
-    assert first["answer"] == golden_answer(golden, model, "two_images", 6).strip()
+    assert first["answer"] == golden_answer(golden, model, "two_images", 6)
     assert (first["tokens"]["prompt"], first["tokens"]["image"]) == (case["length"], 32)
     assert ask(*pictures, "-p", f"<image>\n<image>\n{text}", "-m", model)["tokens"] == first["tokens"]
 
@@ -79,7 +79,7 @@ def test_json(model, wide, ask) -> None:
     assert result["model"] == str(model) and result["images"] == [str(wide)]
     assert (result["prompt"], result["system"]) == (QUESTION, "Be brief.")
     assert result["tokens"]["image"] == 16 and 0 < result["tokens"]["answer"] <= 6
-    assert result["stopped"] in ("end", "length")
+    assert result["finish_reason"] in ("stop", "length") and result["engine"] == "transformers"
     assert (result["device"].split(":")[0], result["dtype"], result["size"]) == (auto_device(), "float32", 256)
     assert list(result["seconds"]) == ["load", "preprocess", "first_token", "generate"]
     assert 0 < result["seconds"]["first_token"] <= result["seconds"]["generate"]
@@ -125,11 +125,11 @@ def test_images_are_turned_by_exif(model, tmp_path, ask) -> None:
     picture.paste("blue", (0, 0, 20, 32))
     picture.save(tmp_path / "turned.png", exif=exif_orientation(6))
     picture.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "plain.png")
-    session = load(str(model))
     seen = []
+    processor = AutoProcessor.from_pretrained(model)
 
     def pixels(conversation: Any) -> torch.Tensor:
-        return session.processor.apply_chat_template(
+        return processor.apply_chat_template(
             conversation, tokenize=True, return_dict=True, return_tensors="pt"
         ).pixel_values
 
@@ -171,13 +171,14 @@ def test_sampling_by_seed(checkpoint, wide, ask) -> None:
     assert answers[0] == answers[1] and len(set(answers)) > 1
 
 
-def test_greedy_although_the_checkpoint_samples(model, wide) -> None:
-    session = load(str(model))
-    session.sampling = Sampling(max_new_tokens=12)
-    assert session.model.generation_config.do_sample
-    conversation = [{"role": "user", "content": question(QUESTION, [Image.open(wide)])}]
-    assert len({session.answer(conversation).text for _ in range(3)}) == 1
-    assert not session.model.generation_config.do_sample
+def test_greedy_although_the_checkpoint_samples(copy_of, wide, ask) -> None:
+    model = copy_of("qwen2_untied")
+    config = json.loads((model / "generation_config.json").read_text())
+    assert config["do_sample"]
+    answers = {ask(wide, "-p", QUESTION, "-m", model)["answer"] for _ in range(3)}
+    config |= {"num_beams": 2, "num_return_sequences": 2, "return_dict_in_generate": True}
+    (model / "generation_config.json").write_text(json.dumps(config))
+    assert {ask(wide, "-p", QUESTION, "-m", model)["answer"]} == answers and len(answers) == 1
 
 
 def test_beams(model, wide, ask) -> None:
@@ -185,45 +186,18 @@ def test_beams(model, wide, ask) -> None:
     assert result["seconds"]["first_token"] is None and result["tokens"]["answer"] > 0
 
 
-def test_answer_is_cut_at_the_end_of_the_context(model) -> None:
-    session = load(str(model), dtype=DtypeName.float32)
-    conversation = [{"role": "user", "content": "Read the text."}]
-    session.processor.context_length = session.answer(conversation).prompt_tokens + 3
-    assert session.answer(conversation).answer_tokens <= 3
-    session.processor.context_length -= 3
-    with pytest.raises(Exception, match="no room for an answer"):
-        session.answer(conversation)
-
-
-def test_interrupted_answer_is_kept(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    session: Session = load(str(model))
-
-    def generate(streamer: _Stream, **_: Any) -> None:
-        for tokens in ([[1, 2]], *([token] for token in session.processor.tokenizer("hi").input_ids)):
-            streamer.put(torch.tensor(tokens))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(session.model, "generate", generate)
-    answer = session.answer([{"role": "user", "content": "?"}])
-    assert (answer.stopped, answer.answer_tokens, answer.text) == (
-        "interrupted",
-        len(session.processor.tokenizer("hi").input_ids),
-        "hi",
+def test_says_by_what_an_answer_was_cut(checkpoint, copy_of, run, ask) -> None:
+    words = ("generate", "-p", "Read the text.")
+    assert (
+        "cut after 2 tokens; --max-new-tokens allows"
+        in run(*words, "-m", checkpoint("llama"), "--max-new-tokens", 2).stderr
     )
-
-
-def test_streams_whole_characters_and_all_of_them(model) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    text = "naïve 日本語 🙂 and more, " * 12
-    ids = tokenizer(text).input_ids
-    pieces: list[str] = []
-    stream = _Stream(tokenizer, pieces.append)
-    stream.put(torch.tensor([[1, 2, 3]]))
-    for token in ids:
-        stream.put(torch.tensor([token]))
-    stream.end()
-    assert len(pieces) > 100 and not any("\ufffd" in piece for piece in pieces)
-    assert stream.finish([*ids, tokenizer.eos_token_id]) == text == "".join(pieces)
+    model = copy_of("llama")
+    config = json.loads((model / "config.json").read_text())
+    prompt = ask("-p", "Read the text.", "-m", model)["tokens"]["prompt"]
+    for room, expected in ((3, "cut after 3 tokens; the model's context is full"), (0, "no room for an answer")):
+        (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": prompt + room}))
+        assert expected in run(*words, "-m", model, code=0 if room else 2).stderr
 
 
 @pytest.mark.parametrize(
@@ -258,8 +232,8 @@ def test_refuses_pictures(model, wide, tmp_path, fails) -> None:
     assert "not an image" in fails("generate", "-", *options, stdin="no picture")
     assert "truncated" in fails("generate", "-", *options, stdin=wide.read_bytes()[:2000])
     assert "more than once" in fails("generate", "-", "-", *options)
-    assert "2 <image>, but there are 1 pictures" in fails("generate", wide, "-p", "<image> <image>", "-m", model)
-    assert "1 <image>, but there are 0 pictures" in fails("generate", "-p", "What is <image>?", "-m", model)
+    assert "2 <image>, but there is 1 image" in fails("generate", wide, "-p", "<image> <image>", "-m", model)
+    assert "1 <image>, but there are 0 images" in fails("generate", "-p", "What is <image>?", "-m", model)
 
 
 def test_refuses_models(tmp_path, copy_of, fails) -> None:
@@ -302,6 +276,8 @@ def test_without_a_network(fails, monkeypatch: pytest.MonkeyPatch, tmp_path) -> 
 
 def test_refuses_options(model, run, fails) -> None:
     options = ("generate", "-p", "?", "-m", model)
+    assert "--precision is for --engine onnx" in fails(*options, "--precision", "q4")
+    assert "are fixed in an ONNX export" in fails(*options, "--engine", "onnx", "--dtype", "float32")
     assert "--top-p has no effect" in fails(*options, "--top-p", 0.5)
     assert "--seed has no effect" in fails(*options, "--seed", 1)
     assert "--top-p is 0" in fails(*options, "--top-p", 0, "--temperature", 1)
@@ -342,14 +318,23 @@ def test_a_temperature_near_0_is_greedy(model, run, temperature: str) -> None:
 def test_interrupting_an_answer_ends_with_130(model, run, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
     hi = AutoTokenizer.from_pretrained(model)("hi").input_ids
 
-    def generate(self: object, streamer: _Stream, **_: object) -> None:
-        for tokens in ([[1, 2]], *([token] for token in hi)):
-            streamer.put(torch.tensor(tokens))
-        raise KeyboardInterrupt
+    def answer(self: TransformersEngine, requests: list[Any]) -> None:
+        for token in hi:
+            requests[0].take(token)
+        time.sleep(0.1)  # the main thread waits for more
+        _thread.interrupt_main()
+        while not requests[0].take(hi[0]):
+            time.sleep(0.01)
 
-    monkeypatch.setattr(FastVLMForConditionalGeneration, "generate", generate)
+    def take(self: Request, token: int) -> bool:
+        return plain(self, token) if self.tokens < len(hi) else self.cancelled
+
+    plain = Request.take
+    monkeypatch.setattr(Request, "take", take)
+    monkeypatch.setattr(TransformersEngine, "_answer", answer)
     shown = run("generate", "-p", "?", "-m", model, *(["--json"] if as_json else []), code=130).stdout
-    assert (json.loads(shown)["stopped"] == "interrupted") if as_json else shown == "hi\n"
+    found = json.loads(shown) if as_json else {"answer": shown[:-1], "finish_reason": "cancelled"}
+    assert (found["answer"], found["finish_reason"]) == ("hi", "cancelled")
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "README.md"])

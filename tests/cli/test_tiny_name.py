@@ -132,7 +132,7 @@ def _merged(files: dict[str, Path], **options: Any) -> Any:
 
 def _recipe(**model: Any) -> Any:
     from transformers_fastvlm.training import Recipe
-    from transformers_fastvlm.training.part_loading import load_model
+    from transformers_fastvlm.training.recipe_loading import load_model
 
     return load_model(Recipe.from_dict({"model": model, "train": {"learning_rate": 1e-4}}))[0]
 
@@ -178,9 +178,9 @@ def _measured(files: dict[str, Path]) -> Any:
 
 
 def _identity(files: dict[str, Path]) -> None:
-    from transformers_fastvlm.evaluation.eval_journal import model_identity
+    from transformers_fastvlm.checkpoints.checkpoint_identity import checkpoint_identity
 
-    assert model_identity("tiny") == model_identity(str(tiny_checkpoint()))
+    assert checkpoint_identity("tiny") == checkpoint_identity(str(tiny_checkpoint()))
 
 
 LOADERS: dict[str, tuple[Callable[[dict[str, Path]], Any], str | None]] = {

@@ -106,7 +106,8 @@ def test_trainer(checkpoint: Callable[[str], Path], golden: Path, tmp_path: Path
         train_dataset=data.load(rows, golden / "images"),
         data_collator=collator,
     )
-    assert np.isfinite(trainer.train().training_loss)
+    trainer.train()
+    assert trainer.state.global_step == 8
     assert sorted(number for batch, _ in seen for number in batch) == sorted(list(range(8)) * 2)
     assert all({number % 2 for number in batch} == {int(pixels)} for batch, pixels in seen)
     assert seen[:4] != seen[4:]

@@ -17,7 +17,7 @@ from transformers_fastvlm.data import folders
 from transformers_fastvlm.data.folders import files_below
 from transformers_fastvlm.evaluation.own_data import read_own_data
 from transformers_fastvlm.training import load_recipe
-from transformers_fastvlm.training.part_loading import load_data
+from transformers_fastvlm.training.recipe_loading import load_data
 
 datasets = pytest.importorskip("datasets", reason="needs the package datasets")
 
@@ -223,7 +223,7 @@ def test_images_begin_at_the_folder(folder: Path) -> None:
 
 
 def test_much_parquet_needs_no_memory(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_IN_MEMORY", 1)
+    monkeypatch.setattr(folders, "IN_MEMORY", 1)
     below = folder / "a [b]"
     below.mkdir()
     datasets.Dataset.from_list([row(OURS)]).to_parquet(below / "rows*.parquet")

@@ -2,6 +2,7 @@
 """What threads may share: rows, collators, and processors whose conversations are rendered with masks."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from transformers_fastvlm import FastVLMProcessor
-from transformers_fastvlm.conversations import render_with_spans
+from transformers_fastvlm.conversations import RENDERING, render_with_spans
 from transformers_fastvlm.data import FastVLMDataCollator
 from transformers_fastvlm.data.json_rows import JsonRows
 
@@ -66,6 +67,32 @@ def test_labels_and_masks(masks_too: bool, checkpoint: Callable[[str], Path]) ->
         found = list(pool.map(lambda work: work[0](work[1]), works))
     wrong = [number for number, work in enumerate(works) if not torch.equal(found[number], expected[work])]
     assert wrong == []
+
+
+class Watched(os.PathLike[str]):
+    """A path that notes, when it is opened, whether another thread could render meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.free = path, False
+
+    def __fspath__(self) -> str:
+        def render() -> bool:
+            free = RENDERING.acquire(blocking=False)
+            if free:
+                RENDERING.release()
+            return free
+
+        with ThreadPoolExecutor(1) as pool:
+            self.free = pool.submit(render).result()
+        return str(self.path)
+
+
+def test_images_are_decoded_while_others_render(processor: FastVLMProcessor, golden: Path) -> None:
+    image = Watched(golden / "images" / "square_rgb.png")
+    content = [{"type": "image", "path": image}, {"type": "text", "text": "What?"}]
+    chat = [{"role": "user", "content": content}, {"role": "assistant", "content": "A square."}]
+    processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assert image.free
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n", "  ", "\n  ", "x\n  "])

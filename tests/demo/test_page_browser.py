@@ -4,6 +4,7 @@
 Nothing here waits a fixed time; every wait polls, and allows for a slow machine.
 """
 
+import contextlib
 import functools
 import gc
 import importlib.util
@@ -30,6 +31,7 @@ from transformers_fastvlm import FastViTHDModel  # noqa: E402
 from transformers_fastvlm.checkpoints import tiny_checkpoint  # noqa: E402
 from transformers_fastvlm.data.scenes import SceneDataset  # noqa: E402
 from transformers_fastvlm.demo import Page  # noqa: E402
+from transformers_fastvlm.engines import TransformersEngine  # noqa: E402
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = [
@@ -65,7 +67,9 @@ def parts() -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def page(parts: tuple[Any, Any]) -> Iterator[tuple[Page, str]]:
     """The page with the embedded model, served, and its address."""
-    with Page(*parts, name="tiny", scenes=True, notice="For <b>tests</b>.", max_new_tokens=64) as page:
+    engine = TransformersEngine(*parts, batch_size=1)
+    shown = Page(engine, name="tiny", scenes=True, notice="For <b>tests</b>.", max_new_tokens=64)
+    with contextlib.closing(engine), shown as page:
         yield page, page.start()
     gc.collect()  # here, where it may warn, and not in another module's tests
 
@@ -270,7 +274,7 @@ def test_stop(visit: Callable[..., Any], page: tuple[Page, str], parts: tuple[An
     config = parts[0].generation_config
     before = config.eos_token_id, served.answerer.max_new_tokens
     config.eos_token_id, served.answerer.max_new_tokens = None, 10_000
-    served.answerer.context, context = 20_000, served.answerer.context
+    parts[1].context_length, context = 20_000, parts[1].context_length
     try:
         box(tab).fill("Describe the picture.")
         box(tab).press("Enter")
@@ -279,21 +283,23 @@ def test_stop(visit: Callable[..., Any], page: tuple[Page, str], parts: tuple[An
         expect(status(tab)).to_contain_text("stopped")
     finally:
         config.eos_token_id, served.answerer.max_new_tokens = before
-        served.answerer.context = context
+        parts[1].context_length = context
     assert len(tab.get_by_test_id("bot").inner_text()) > 20
     expect(tab.get_by_role("button", name="Submit", exact=True)).to_be_visible()
     expect(tab.get_by_role("button", name="Describe", exact=True)).to_be_enabled()
 
 
-def test_a_conversation_that_is_too_long(visit: Callable[..., Any], page: tuple[Page, str]) -> None:
-    served, tab = page[0], visit()
-    context, served.answerer.context = served.answerer.context, 12
+def test_a_conversation_that_is_too_long(
+    visit: Callable[..., Any], page: tuple[Page, str], parts: tuple[Any, Any]
+) -> None:
+    tab = visit()
+    context, parts[1].context_length = parts[1].context_length, 12
     try:
         box(tab).fill("Describe the picture, and all that is in it, word by word.")
         box(tab).press("Enter")
         assert "has become too long" in refused(tab) and "the model reads 12" in refused(tab)
     finally:
-        served.answerer.context = context
+        parts[1].context_length = context
 
 
 def test_visitors_are_apart_and_leave_nothing(
@@ -423,7 +429,7 @@ def test_forged_requests(visit: Callable[..., Any], page: tuple[Page, str], tmp_
 
 
 def test_the_page_is_bound_to_this_machine_and_cleans_up(parts: tuple[Any, Any]) -> None:
-    page = Page(*parts, name="tiny")
+    page = Page(TransformersEngine(*parts), name="tiny")
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
     with page:
         assert page.start().startswith("http://127.0.0.1:") and folder.is_dir()

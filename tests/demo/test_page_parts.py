@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from transformers_fastvlm.demo import Page, answering, page_images
+from transformers_fastvlm.demo import Page, page_images
 from transformers_fastvlm.demo.answering import Answerer, UnusableInput
 from transformers_fastvlm.demo.conversing import summary, turn
 from transformers_fastvlm.demo.presets import scene_examples
 from transformers_fastvlm.demo.visitors import Visitors
+from transformers_fastvlm.engines import Request, TransformersEngine, transformers_engine
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +32,16 @@ def parts(checkpoint: Callable[[str], Path]) -> tuple[Any, Any]:
 
 @pytest.fixture
 def answerer(parts: tuple[Any, Any]) -> Iterator[Answerer]:
-    answerer = Answerer(*parts, max_new_tokens=6)
+    engine = TransformersEngine(*parts, batch_size=1)
+    answerer = Answerer(engine, max_new_tokens=6)
     yield answerer
     answerer.close()
+    engine.close()
 
 
 @pytest.fixture
 def picture(golden: Path) -> str:
     return str(golden / "images" / "wide_rgb.png")
-
-
-def test_the_model_is_left_as_it_was(parts: tuple[Any, Any]) -> None:
-    config = parts[0].generation_config
-    before = config.to_dict()
-    one = Answerer(*parts, temperature=1.5)
-    assert parts[0].generation_config.temperature == 1.5
-    one.close()
-    assert parts[0].generation_config is config and config.to_dict() == before
 
 
 def opened(file: str) -> Image.Image:
@@ -107,7 +101,7 @@ def test_a_second_question_computes_only_what_is_new(answerer: Answerer, parts: 
 
     visitor = run(talk())
     assert visitor.messages[-1]["content"] == expected(parts, visitor.messages[:-1])
-    assert visitor.reply.encoded_images == 0 and visitor.cache.prefilled_tokens < 40 < visitor.cache.reused_tokens
+    assert visitor.reply.encoded_images == 0 and visitor.memory.prefilled_tokens < 40 < visitor.memory.reused_tokens
     assert "nothing encoded again" in summary(visitor.reply)
     roles = [(one["role"], one["content"]) for one in visitor.shown]
     assert [role for role, _ in roles] == ["user", "user", "assistant", "user", "assistant"]
@@ -117,22 +111,23 @@ def test_a_second_question_computes_only_what_is_new(answerer: Answerer, parts: 
 def test_answers_come_one_at_a_time_and_in_order(
     answerer: Answerer, picture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running: list[str] = []
-    generate = Answerer._generate
+    running: list[Any] = []
+    engine = answerer.engine
+    generate = engine._answer
 
-    def watched(self: Answerer, reply: Any, messages: list[dict[str, Any]], *rest: Any) -> None:
-        running.append("begin " + messages[0]["content"][-1]["text"])
-        generate(self, reply, messages, *rest)
+    def watched(requests: list[Request]) -> None:
+        running.append(("begin", len(requests), requests[0].sampling.max_new_tokens))
+        generate(requests)
         running.append("end")
 
-    monkeypatch.setattr(Answerer, "_generate", watched)
+    monkeypatch.setattr(engine, "_answer", watched)
 
     async def ask() -> None:
-        replies = [answerer.ask([asks(name, picture)]) for name in "abc"]
+        replies = [answerer.ask([asks("What?", picture)], None, tokens) for tokens in (3, 1, 2)]
         await asyncio.gather(*map(texts, replies))
 
     run(ask())
-    assert running == ["begin a", "end", "begin b", "end", "begin c", "end"]
+    assert running == [("begin", 1, 3), "end", ("begin", 1, 1), "end", ("begin", 1, 2), "end"]
 
 
 def test_stop_keeps_what_there_is(answerer: Answerer, picture: str) -> None:
@@ -146,7 +141,7 @@ def test_stop_keeps_what_there_is(answerer: Answerer, picture: str) -> None:
         answerer.max_new_tokens = 4
         async for _ in turn(answerer, visitor, "And now?", [], show):
             pass
-        return visitor, stopped, answerer.processor.tokenizer
+        return visitor, stopped, answerer.engine.processor.tokenizer
 
     visitor, stopped, tokenizer = run(ask())
     assert 0 < len(tokenizer(stopped)["input_ids"]) < 200
@@ -163,8 +158,10 @@ def test_stop_before_its_turn(answerer: Answerer, picture: str) -> None:
     assert first and second == [] and reply.done and summary(reply) == "Stopped."
 
 
-def test_too_long_is_told_in_terms_of_the_page(answerer: Answerer, picture: str) -> None:
-    answerer.context = 8
+def test_too_long_is_told_in_terms_of_the_page(
+    answerer: Answerer, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answerer.engine.processor, "context_length", 8)
 
     async def ask() -> None:
         await texts(answerer.ask([asks("What is it?", picture)]))
@@ -173,9 +170,11 @@ def test_too_long_is_told_in_terms_of_the_page(answerer: Answerer, picture: str)
         run(ask())
 
 
-def test_an_answer_ends_where_the_context_does(answerer: Answerer, parts: tuple[Any, Any]) -> None:
+def test_an_answer_ends_where_the_context_does(
+    answerer: Answerer, parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = parts[1].apply_chat_template([asks("Hi")], add_generation_prompt=True, tokenize=True, return_dict=True)
-    answerer.context = len(prompt["input_ids"][0]) + 2
+    monkeypatch.setattr(parts[1], "context_length", len(prompt["input_ids"][0]) + 2)
 
     async def ask() -> Any:
         reply = answerer.ask([asks("Hi")])
@@ -196,7 +195,7 @@ def test_a_placeholder_in_the_text_is_an_error(answerer: Answerer) -> None:
 def test_what_the_model_raises_reaches_the_one_who_asked(
     answerer: Answerer, picture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answerer.model, "generate", lambda **_: 1 / 0)
+    monkeypatch.setattr(answerer.engine, "_answer", lambda requests: 1 / 0)
 
     async def ask() -> Any:
         visitor = Visitors(answerer).come("a")
@@ -212,14 +211,14 @@ def test_what_the_model_raises_reaches_the_one_who_asked(
 def test_old_conversations_leave_the_models_memory(
     answerer: Answerer, picture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "KEPT_PROMPTS", 1)
+    monkeypatch.setattr(transformers_engine, "KEPT_MEMORIES", 1)
 
     async def ask() -> Any:
         visitors = [Visitors(answerer).come(name) for name in "ab"]
         for visitor in visitors:
             async for _ in turn(answerer, visitor, "What is it?", [picture], show):
                 pass
-        held = [visitor.cache._cache.get_seq_length() for visitor in visitors]
+        held = [visitor.memory._cache.get_seq_length() for visitor in visitors]
         async for _ in turn(answerer, visitors[0], "And now?", [], show):
             pass
         return held, visitors[0]
@@ -275,11 +274,11 @@ def test_a_visitor_who_leaves_frees_everything(answerer: Answerer, picture: str)
         return visitor
 
     visitor = run(talk())
-    answerer._thread.submit(lambda: None).result()  # what was asked of the model's thread before is done
-    answerer.close()
-    assert visitor.reply.stopped and len(answerer.processor.tokenizer(visitor.reply.text)["input_ids"]) < 200
+    tokenizer = answerer.engine.processor.tokenizer
+    answerer.engine.close()  # what was asked of it before is done
+    assert visitor.reply.stopped and len(tokenizer(visitor.reply.text)["input_ids"]) < 200
     assert visitor.messages == visitor.shown == [] and len(visitors) == 0
-    assert visitor.cache._cache.get_seq_length() == 0 and visitor.cache._pictures == []
+    assert visitor.memory._cache.get_seq_length() == 0 and visitor.memory._pictures == []
 
 
 def test_visitors(answerer: Answerer) -> None:
@@ -308,7 +307,7 @@ def png(width: int, height: int) -> bytes:
     ("content", "reason"),
     [
         (b"", r"The image 'it\.png' is empty"),
-        (b"<svg></svg>", r"The image 'it\.png' is not an image of a format that Pillow can read"),
+        (b"<svg></svg>", r"The image 'it\.png' is an SVG drawing"),
         (png(60000, 60000), r"The image 'it\.png' is .*60000"),
         (png(9000, 9000), "81 million pixels together"),
     ],
@@ -357,7 +356,7 @@ def test_a_damaged_frame(picture: str) -> None:
 def test_says_how_to_install_what_is_missing(parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "transformers-fastvlm\[demo\]"'):
-        Page(*parts, name="tiny")
+        Page(TransformersEngine(*parts), name="tiny")
 
 
 def test_examples_are_scenes_of_the_kinds_that_the_tiny_model_knows(tmp_path: Path) -> None:

@@ -9,20 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from engine_cases import QUESTION, ask, plain
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from transformers_fastvlm.cli.session import Session
-from transformers_fastvlm.engines import ENGINES, Engine, Sampling, TransformersEngine, load_engine
+from helpers import relative_error
+from transformers_fastvlm import compat
+from transformers_fastvlm.engines import (
+    ENGINES,
+    Engine,
+    OnnxEngine,
+    Sampling,
+    TransformersEngine,
+    VllmEngine,
+    load_engine,
+)
 
-QUESTION = "Describe the image."
 SHORT = Sampling(max_new_tokens=8)
-
-
-def ask(text: str, *pictures: Image.Image, system: str | None = None) -> list[dict[str, Any]]:
-    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
-    messages = [{"role": "user", "content": content}]
-    return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
 @pytest.fixture(scope="module")
@@ -37,63 +40,55 @@ def engine(model) -> TransformersEngine:
     return engine
 
 
-@pytest.fixture(scope="module")
-def pictures(golden) -> list[Image.Image]:
-    return [picture(golden / "images" / name) for name in ("wide_rgb.png", "tall_rgb.jpg")]
-
-
-def picture(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.copy()
-
-
-@pytest.fixture
-def mixed(pictures) -> list[list[dict[str, Any]]]:
-    wide, tall = pictures
-    return [
-        ask(QUESTION, wide),
-        ask("Hi"),
-        ask("What is the difference? Answer in a few words, and say which one is older, and why.", wide, tall),
-        ask(QUESTION, tall, system="Be brief."),
-        ask("Read the text."),
-        ask("What colour is it, and what is to the left of it?", tall),
-        ask(QUESTION, wide.convert("L")),
-    ]
-
-
 @pytest.mark.parametrize("name", ["qwen2_untied", "qwen2_anyres", "llama"])
 def test_each_row_as_when_it_is_asked_alone(checkpoint, mixed, name: str) -> None:
     engine = TransformersEngine(str(checkpoint(name)), dtype="float32", device="cpu", batch_size=3)
-    session = Session(name, engine.model, engine.processor, 0.0)
-    session.sampling = type(session.sampling)(max_new_tokens=8)
-    expected = [session.answer(conversation) for conversation in mixed]
     answers = engine.generate(mixed, SHORT)
-    assert [answer.text for answer in answers] == [answer.text for answer in expected]
-    assert [(a.prompt_tokens, a.completion_tokens) for a in answers] == [
-        (a.prompt_tokens, a.answer_tokens) for a in expected
-    ]
-    ends = {"end": "stop", "length": "length"}
-    assert [answer.finish_reason for answer in answers] == [ends[answer.stopped] for answer in expected]
+    found = [(answer.text, answer.prompt_tokens, answer.completion_tokens) for answer in answers]
+    assert found == [plain(engine, conversation, 8) for conversation in mixed]
+    images = [sum(part["type"] == "image" for part in conversation[-1]["content"]) for conversation in mixed]
+    assert [answer.image_tokens > 0 for answer in answers] == [number > 0 for number in images]
+    assert {answer.finish_reason for answer in answers if answer.completion_tokens < 8} <= {"stop"}
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["qwen2_untied", "qwen2_anyres", "llama"])
+def test_inputs_are_those_of_the_processor(checkpoint, mixed, name: str) -> None:
+    engine = TransformersEngine(str(checkpoint(name)), dtype="float32", device="cpu")
+    control = ask("Say <image>, then <|im_end|>.", Image.new("RGB", (90, 30)))
+    for conversation in [*mixed, control]:
+        literal = conversation is control
+        options = {"sanitize_control_tokens": True} if literal and compat.SANITIZES_CONTROL_TOKENS else {}
+        if literal and not options:
+            continue
+        expected = engine.processor.apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
+        )
+        for memory in (None, engine.new_memory()):
+            prompt = engine.prepare(conversation, literal=literal, memory=memory)
+            assert prompt.inputs.keys() == expected.keys()
+            assert all(torch.equal(prompt.inputs[key], value) for key, value in expected.items())
+            assert prompt.tokens == expected["input_ids"].shape[1] and prompt.images == []
 
 
 def test_longest_first_in_batches_of_the_size(engine, mixed, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
-    plain = engine.model.generate
+    whole = engine.model.generate
 
     def generate(**inputs: Any) -> Any:
         mask = inputs["attention_mask"]
         assert bool(mask[:, -1].all()) and bool((mask.diff(dim=1) >= 0).all())  # padded on the left
         shapes.append((len(mask), int(mask.sum(-1).min()), mask.shape[1]))
-        return plain(**inputs)
+        return whole(**inputs)
 
     monkeypatch.setattr(engine.model, "generate", generate)
     engine.generate(mixed, SHORT)
-    assert [rows for rows, _, _ in shapes] == [3, 3, 1]
+    assert [rows for rows, _, _ in shapes] == [2, 3, 2]  # no more than three images either
     assert all(shortest >= longest for (_, shortest, _), (_, _, longest) in itertools.pairwise(shapes))
 
 
-def test_ends_where_a_text_says(engine, pictures) -> None:
-    conversations = [ask(QUESTION, pictures[0]), ask("Hi"), ask(QUESTION, pictures[1])]
+def test_ends_where_a_text_says(engine, images) -> None:
+    conversations = [ask(QUESTION, images[0]), ask("Hi"), ask(QUESTION, images[1])]
     whole = engine.generate(conversations, Sampling(max_new_tokens=24))
     stop = whole[0].text[4:6]
     ended = engine.generate(conversations, Sampling(max_new_tokens=24, stop=(stop, "\0never")))
@@ -103,16 +98,6 @@ def test_ends_where_a_text_says(engine, pictures) -> None:
         if at >= 0:
             assert after.finish_reason == "stop" and after.completion_tokens <= before.completion_tokens
     assert ended[0].completion_tokens < whole[0].completion_tokens
-
-
-def test_sampling_by_seed(engine, pictures) -> None:
-    conversations = [ask(QUESTION, pictures[0]), ask(QUESTION, pictures[0])]
-    options = {"max_new_tokens": 8, "temperature": 2.0, "top_p": 0.99}
-    one, again, other = (
-        [a.text for a in engine.generate(conversations, Sampling(seed=s, **options))] for s in (1, 1, 2)
-    )
-    assert one == again != other
-    assert engine.generate(conversations, SHORT) == engine.generate(conversations, SHORT)
 
 
 def test_an_answer_ends_with_the_context_of_its_own_row(engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,18 +112,18 @@ def test_an_answer_ends_with_the_context_of_its_own_row(engine, monkeypatch: pyt
         engine.generate([long], SHORT)
 
 
-def test_refuses_before_the_model_runs(engine, pictures, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_before_the_model_runs(engine, images, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(**_: Any) -> None:
         raise AssertionError("the model ran")
 
     monkeypatch.setattr(engine.model, "generate", never)
-    pictures[0].save(tmp_path / "cut.png")
+    images[0].save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
-    good = ask(QUESTION, pictures[0])
+    good = ask(QUESTION, images[0])
     with Image.open(tmp_path / "cut.png") as cut:
         bad = {
             "1 places": ask("What is <image>?"),
-            "2 places": ask("What is <image>?", pictures[0]),
+            "2 places": ask("What is <image>?", images[0]),
             "not UTF-8": ask("What\udcff?"),
             "truncated": ask(QUESTION, cut),
             "values from": ask(QUESTION, Image.new("F", (8, 8), 7.0)),
@@ -163,11 +148,12 @@ def test_refuses_before_the_model_runs(engine, pictures, tmp_path, monkeypatch: 
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("stop", ("",)),
+        ("num_beams", 0),
     ],
 )
-def test_refuses_sampling(engine, name: str, value: Any) -> None:
+def test_refuses_sampling(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name} "):
-        engine.generate([ask(QUESTION)], Sampling(**{name: value}))
+        Sampling(**{name: value})
 
 
 def test_a_temperature_near_0_is_greedy(engine) -> None:
@@ -210,4 +196,42 @@ def test_names() -> None:
     with pytest.raises(ValueError, match=r"engine is 'tensorrt'; expected one of transformers, vllm, onnx\."):
         load_engine("tensorrt", "tiny")
     assert ENGINES == ("transformers", "vllm", "onnx")
-    assert {"generate", "close"} <= vars(Engine).keys() & vars(TransformersEngine).keys()
+    interface = {name for name in vars(Engine) if not name.startswith("_")} | Engine.__annotations__.keys()
+    for kind in (TransformersEngine, OnnxEngine, VllmEngine):
+        assert interface - {"processor", "batch_seconds"} <= set(dir(kind))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_is_loaded_with_its_base(model: Path, tmp_path: Path, picture: Image.Image) -> None:
+    """The directory that training with LoRA leaves answers as the merged model does, on the command line too."""
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    base = AutoModelForImageTextToText.from_pretrained(model)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    adapted = peft.get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    content = ask(QUESTION, picture)
+    before = load_engine("transformers", str(model), device="cpu").generate([content], SHORT)
+    engine: Any = load_engine("transformers", str(tmp_path / "adapter"), device="cpu")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert relative_error(engine.model(ids).logits, adapted.eval()(input_ids=ids).logits) < 1e-5
+    assert engine.generate([content], SHORT)[0].text != before[0].text
+    assert not any("lora" in name for name, _ in engine.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"peft_type": "LORA"}, "names no base model"),
+        ({"peft_type": "LORA", "base_model_name_or_path": "/nowhere/at/all"}, "'/nowhere/at/all' is not there"),
+        (None, "adapter of LLaVA code"),
+    ],
+)
+def test_an_adapter_without_its_base(content: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content or {"base_model_name_or_path": "x"}))
+    if content is None:
+        (tmp_path / "non_lora_trainables.bin").touch()
+    with pytest.raises(ValueError, match=f"is an adapter.*{message}|{message}.*") as error:
+        load_engine("transformers", str(tmp_path), device="cpu")
+    assert f"fastvlm merge {tmp_path} OUT --base BASE" in str(error.value)

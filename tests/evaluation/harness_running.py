@@ -69,9 +69,9 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
-def kill_after(process: subprocess.Popen, journal: Path, lines: int) -> None:
-    """Kill a command as soon as its journal has so many lines, or let it end before that."""
-    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < lines):
+def kill_after(process: subprocess.Popen, journal: Path, batches: int) -> None:
+    """Kill a command as soon as its journal has so many batches after its first line, or let it end before that."""
+    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") <= batches):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -104,7 +104,7 @@ def test_options_that_contradict_each_other(tmp_path: Path) -> None:
         "tiny", "--tasks", "card", "--data", tmp_path / "a.jsonl", "--out", tmp_path
     )
     said = refusal("tiny", "--tasks", "card", "--engine", "abacus", "--out", tmp_path)
-    assert "--engine is 'abacus'; expected one of transformers, vllm" in said
+    assert "'abacus' is not one of" in " ".join(said.replace("│", " ").split())
     said = refusal("tiny", "--data", tmp_path / "a.jsonl", "--precision", "q4", "--out", tmp_path)
     assert "--precision is for --engine onnx" in said
 

@@ -160,7 +160,7 @@ def test_several_pictures_and_none_in_one_batch(tmp_path: Path, checkpoint: Call
     assert run.time_to_first_token is not None and run.time_to_first_token > 0
     assert 0 < run.seconds["generate"] < run.seconds["total"]
     journal = (tmp_path / "out" / JOURNAL).read_text().splitlines()
-    assert len(journal) == 1 and len(json.loads(journal[0])) == 3
+    assert len(journal) == 2 and len(json.loads(journal[1])) == 3
 
 
 def test_a_picture_that_cannot_be_read_stops_the_run_and_is_named(

@@ -217,44 +217,76 @@ COUNT_ANSWERS = """() => {
 }"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_the_page_in_chromium(workplace: Path, tmp_path: Path) -> None:
+NO_ADAPTER = """Object.defineProperty(navigator, "gpu", { value: { requestAdapter: async () => null } });"""
+
+
+@contextlib.contextmanager
+def chromium(**context: Any) -> Iterator[Any]:
+    """Open a page in a headless Chromium with a camera that needs no asking."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright drives the browser")
-    _, cases = write_cases(tmp_path, 1)
-    (picture, question, _), case = scenes(1)[0], cases[0]
-    with served(workplace) as address, playwright.sync_playwright() as tools:
+    with playwright.sync_playwright() as tools:
         browser = tools.chromium.launch(
             executable_path=CHROMIUM,
             args=["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
         )
         try:
-            page = browser.new_context(permissions=["camera"], viewport={"width": 800, "height": 900}).new_page()
+            page = browser.new_context(permissions=["camera"], **context).new_page()
             page.set_default_timeout(1000 * ENOUGH_SECONDS)
-            asked, problems = [], []
-            page.on("request", lambda request: asked.append(request.url))
-            page.on("pageerror", lambda error: problems.append(str(error)))
-            page.goto(f"{address}/?dtype=fp32&device=wasm")
-            page.wait_for_selector("body[data-ready]")
-
-            pixels = base64.b64encode(Path(case["pixels"]).read_bytes()).decode()
-            assert (
-                page.evaluate(ASK, [pixels, case["shape"], case["input_ids"]]) == pytorch_answer(picture, question)[1]
-            )
-
-            page.fill("#question", question)
-            page.set_input_files("#file", case["picture"])
-            page.wait_for_function("document.getElementById('ask').textContent === 'Ask' && answer.textContent")
-            assert page.get_attribute("#status", "data-kind") == ""
-            page.screenshot(path=os.environ.get("FASTVLM_SCREENSHOT", str(tmp_path / "page.png")))
-
-            page.evaluate(COUNT_ANSWERS)
-            page.click("#camera")
-            page.wait_for_function("document.body.dataset.view === 'camera' && video.videoWidth > 0")
-            page.wait_for_function("window.answers >= 2 && answer.textContent")
-            page.click("#camera")
-            page.wait_for_function("document.getElementById('ask').textContent === 'Ask'")
-            assert page.get_attribute("body", "data-view") == "picture"
-            assert problems == []
-            assert all(url.startswith((address, "blob:", "data:")) for url in asked), asked
+            yield page
         finally:
             browser.close()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_page_in_chromium(workplace: Path, tmp_path: Path) -> None:
+    _, cases = write_cases(tmp_path, 1)
+    (picture, question, _), case = scenes(1)[0], cases[0]
+    with served(workplace) as address, chromium(viewport={"width": 800, "height": 900}) as page:
+        asked, problems = [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(f"{address}/?dtype=fp32&device=wasm")
+        page.wait_for_selector("body[data-ready]")
+
+        pixels = base64.b64encode(Path(case["pixels"]).read_bytes()).decode()
+        assert page.evaluate(ASK, [pixels, case["shape"], case["input_ids"]]) == pytorch_answer(picture, question)[1]
+
+        page.fill("#question", question)
+        page.set_input_files("#file", case["picture"])
+        page.wait_for_selector("body[data-view=picture]")
+        # The image waits for a question: nothing runs, and Ask is Ask.
+        assert page.is_disabled("#stop") and page.inner_text("#answer") == ""
+        assert page.inner_text("#ask") == "Ask" and "Ask a question" in page.inner_text("#status")
+        page.click("#ask")
+        assert page.inner_text("#ask") == "Ask" and page.is_enabled("#stop")
+        page.wait_for_function("document.getElementById('stop').disabled && answer.textContent")
+        assert page.get_attribute("#status", "data-kind") == ""
+        page.screenshot(path=os.environ.get("FASTVLM_SCREENSHOT", str(tmp_path / "page.png")))
+
+        page.evaluate(COUNT_ANSWERS)
+        page.click("#camera")
+        page.wait_for_function("document.body.dataset.view === 'camera' && video.videoWidth > 0")
+        page.wait_for_function("window.answers >= 2 && answer.textContent")
+        page.click("#stop")
+        page.wait_for_function("document.getElementById('stop').disabled")
+        page.click("#camera")
+        assert page.get_attribute("body", "data-view") == "picture" and page.is_disabled("#stop")
+        assert problems == []
+        assert all(url.startswith((address, "blob:", "data:")) for url in asked), asked
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_page_without_an_adapter_and_without_a_model(workplace: Path) -> None:
+    with served(workplace) as address, chromium(viewport={"width": 900, "height": 500}) as page:
+        page.add_init_script(NO_ADAPTER)
+        page.goto(f"{address}/?dtype=fp32")
+        page.wait_for_selector("body[data-ready]")
+        assert page.inner_text("#status") == "Ready, on wasm."
+        page.click("#ask")
+        assert page.inner_text("#status").startswith("Choose an image first") and page.is_disabled("#stop")
+
+        page.goto(f"{address}/?model=nowhere&device=wasm")
+        page.wait_for_selector("#status[data-kind=error]")
+        assert "could not be loaded" in page.inner_text("#status")
+        box = page.locator("#status").bounding_box()
+        assert box is not None and box["y"] + box["height"] < 500 and page.evaluate("window.scrollY") == 0

@@ -1,25 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of reading image files, by every way into the package: upright, within bounds, or a clear error."""
 
-import base64
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from ways_in import WAYS, by_processor
 
-from transformers_fastvlm import FastVLMImageProcessor, FastVLMImageProcessorPil, data
-from transformers_fastvlm.batch.sources import SourceOptions, find_sources
+from transformers_fastvlm import FastVLMImageProcessor, FastVLMImageProcessorPil
 from transformers_fastvlm.cli.cli_images import read_picture
 from transformers_fastvlm.data.image_files import ImageFolder
-from transformers_fastvlm.evaluation.own_data import read_own_data
 from transformers_fastvlm.images.decoding import load_stored, oriented
-from transformers_fastvlm.images.reading import read_image
-from transformers_fastvlm.server import request_images as http_images
-from transformers_fastvlm.server.protocol import Picture
 
 ORIENTATION = 0x0112
 TURNED = (*range(2, 9),)
@@ -58,83 +52,9 @@ def stored_and_upright(content: bytes, orientation: int) -> tuple[np.ndarray, np
     return np.asarray(stored), np.asarray(turned)
 
 
-Way = Callable[[Path, bytes, bool], Any]
-
-
-def by_processor(source: Callable[[Path, bytes], Any], kind: Any = FastVLMImageProcessorPil) -> Way:
-    """A way in whose result is compared as the image processor's RGB image, before it is resized."""
-
-    def read(path: Path, content: bytes, turns: bool) -> Any:
-        processor = kind(size=64)
-        image = processor.fetch_images(source(path, content))
-        pixels = processor.process_image(image, do_convert_rgb=True, do_exif_transpose=turns)
-        return pixels if isinstance(pixels, Image.Image) else np.moveaxis(pixels.numpy(), 0, -1)
-
-    return read
-
-
-def by_engine(path: Path, content: bytes, turns: bool) -> Any:
-    """What a tool hands on is not turned once more by the processor."""
-    image = read_picture(str(path), turns)
-    return FastVLMImageProcessorPil(size=64).process_image(image, do_convert_rgb=True, do_exif_transpose=True)
-
-
-def by_batch(path: Path, content: bytes, turns: bool) -> Any:
-    (request,) = find_sources([str(path)], SourceOptions(prompt="?", do_exif_transpose=turns))
-    assert request.picture is not None
-    return request.picture()
-
-
-def by_table(path: Path, content: bytes, turns: bool) -> Any:
-    table = path.with_name("rows.jsonl")
-    table.write_text(f'{{"image": "{path.name}"}}')
-    (request,) = find_sources([str(table)], SourceOptions(prompt="?", do_exif_transpose=turns))
-    assert request.picture is not None
-    return request.picture()
-
-
-def by_data(path: Path, content: bytes, turns: bool) -> Any:
-    row = {"image": path.name, "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]}
-    dataset = data.load([row], path.parent, do_exif_transpose=turns)
-    assert dataset.image_folder(0).size_of(path.name) == dataset[0]["images"][0].size[::-1]
-    return dataset[0]["images"][0]
-
-
-def by_evaluation(path: Path, content: bytes, turns: bool) -> Any:
-    rows = path.with_name("questions.jsonl")
-    rows.write_text(f'{{"image": "{path.name}", "question": "q", "answer": "a"}}')
-    return read_own_data(rows, "exact", do_exif_transpose=turns).images.open(path.name)
-
-
-def by_server(path: Path, content: bytes, turns: bool) -> Any:
-    (image,) = http_images.decode([Picture("data:", "messages[0]")], [content], 10**6, turns, lambda: None)
-    return image
-
-
-WAYS: dict[str, Way] = {
-    "path": by_processor(lambda path, content: path),
-    "path as text": by_processor(lambda path, content: str(path)),
-    "base64": by_processor(lambda path, content: base64.b64encode(content).decode()),
-    "data URI": by_processor(lambda path, content: f"data:image/x;base64,{base64.b64encode(content).decode()}"),
-    "torchvision": by_processor(lambda path, content: path, FastVLMImageProcessor),
-    "reader": lambda path, content, turns: oriented(read_image(path), turns),
-    "command line": lambda path, content, turns: read_picture(str(path), turns),
-    "command line, then processor": by_engine,
-    "batch": by_batch,
-    "batch table": by_table,
-    "data": by_data,
-    "data bytes": lambda path, content, turns: ImageFolder(None, do_exif_transpose=turns).open({"bytes": content}),
-    "evaluation": by_evaluation,
-    "server": by_server,
-}
-NOT_BY_THE_SERVER = ("TIFF", "AVIF")
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_images_are_upright_by_every_way_in(format: str, way: str, tmp_path: Path) -> None:
-    if way == "server" and format in NOT_BY_THE_SERVER:
-        return
     for orientation in (1, *TURNED):
         content = with_orientation(orientation, format, **FORMATS[format])
         path = tmp_path / f"{orientation}.{format.lower()}"

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """PromptCache: tokens of a fresh run, and nothing computed twice."""
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +321,7 @@ def test_the_image_processor_prepares_a_picture_once(loaded: Setup) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_ids": torch.ones(2, 5, dtype=torch.long)}, r"shape \(2, 5\); expected \(1, length\)"),
+        ({"input_ids": torch.arange(10).view(2, 5)}, r"shape \(2, 5\); expected \(1, length\)"),
         ({"attention_mask": torch.tensor([[0, 1]])}, "expected a prompt without padding"),
         ({"pixel_values": None}, r"placeholders, but the 0 pictures have 0 features"),
         ({"num_tiles": torch.tensor([1])}, "image_sizes must be given too"),
@@ -341,6 +344,28 @@ def test_refuses(change: dict[str, Any], message: str, plain: Setup) -> None:
         plain.cache.generate(**(inputs | GREEDY | change))
 
 
+def test_several_answers_to_one_prompt(plain: Setup) -> None:
+    """Rows that are the same are prefilled once, and the next question finds the prompt in the cache."""
+    inputs = plain.cache.prepare([user("What is it?", plain.pictures[0])])
+    (alone,) = plain.cache.generate(**inputs, **GREEDY).tolist()
+    plain.cache.reset()
+    inputs |= {name: inputs[name].expand(3, -1) for name in ("input_ids", "attention_mask")}
+    plain.fed = 0
+    rows = plain.cache.generate(**inputs, generation_config=GenerationConfig(**GREEDY)).tolist()
+    assert rows == [alone] * 3
+    assert plain.fed == inputs["input_ids"].shape[1] - 1 + 3 * GREEDY["max_new_tokens"]
+    plain.ask([user("What is it?", plain.pictures[0])])
+    assert plain.cache.prefilled_tokens == 1
+
+
+def test_threads_get_their_own_answers(plain: Setup) -> None:
+    questions = ["What is it?", "How many dogs are there?", "And the colour?"] * 2
+    talks = [[user(text, plain.pictures[index % 2])] for index, text in enumerate(questions)]
+    expected = [plain.cache.answer(talk, **GREEDY) for talk in talks]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda talk: plain.cache.answer(talk, **GREEDY), talks)) == expected
+
+
 def test_chunked_prefill(plain: Setup) -> None:
     talk = [user("What is it?", plain.pictures[0])]
     if compat.GENERATE_KEEPS_ENCODER_OUTPUTS:
@@ -350,3 +375,13 @@ def test_chunked_prefill(plain: Setup) -> None:
     plain.ask(talk, prefill_chunk_size=20)
     plain.ask([*talk, said("a cat"), user("Where is it, and why, and since when?")], prefill_chunk_size=4)
     assert plain.cache.reused_tokens > 10
+
+
+def test_copies_of_an_image_memory(processor: Any, picture: Any) -> None:
+    memory = ImageMemory(processor.image_processor, {}, max_images=2)
+    memory([picture], return_tensors="pt")
+    for twin in (copy.copy(memory), copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
+        assert twin.size == processor.image_processor.size
+        assert twin([picture], return_tensors="pt")["pixel_values"].equal(
+            processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+        )

@@ -155,6 +155,26 @@ def test_only_what_the_fast_products_can_do_is_given_to_them(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_written_over(kind: str) -> None:
+    """load_state_dict writes into the tensors that are there; what was packed of the old values is not used."""
+
+    def layer(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        layers = nn.Sequential(nn.Linear(128, 96)).to(torch.bfloat16)
+        torchao.quantization.quantize_(layers, KINDS[kind]())
+        quantized.speed_up_quantized_layers(layers)
+        assert type(layers[0]) is quantized.QuantizedLinear
+        return layers
+
+    x = torch.randn(1, 128).to(torch.bfloat16)
+    first, second = layer(0), layer(1)
+    with torch.no_grad():
+        old, new = first(x), second(x)
+        first.load_state_dict(second.state_dict())
+        assert first(x).equal(new) and not new.equal(old)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_decoding_in_bfloat16(kind: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """from_pretrained makes the fast layers, and a step with a cache computes what the whole row does."""
     directory = checkpoint("qwen2_untied")

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from PIL import Image
 
+from transformers_fastvlm.engines import TransformersEngine
 from transformers_fastvlm.server import Settings, listen
 from transformers_fastvlm.server.application import Service
 from transformers_fastvlm.server.server import server_of
@@ -70,7 +71,9 @@ def lower(headers: Any) -> dict[str, str]:
 @contextlib.contextmanager
 def running(model: Any, processor: Any, send_buffer: int | None = None, **settings: Any) -> Iterator[Running]:
     """Serve a model until the end of the block, and then drain; `send_buffer` is the system's, for each client."""
-    service = Service(model, processor, Settings(**{"name": "tiny"} | settings))
+    chosen = Settings(**{"name": "tiny"} | settings)
+    engine = TransformersEngine(model, processor, batch_size=chosen.batch_size)
+    service = Service(engine, chosen)
     bound = listen("127.0.0.1", 0)
     if send_buffer is not None:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
@@ -84,6 +87,7 @@ def running(model: Any, processor: Any, send_buffer: int | None = None, **settin
     finally:
         service.draining = True
         thread.join(PATIENCE)
+        engine.close()
         bound.close()
         assert not thread.is_alive()
 

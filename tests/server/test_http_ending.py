@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process of `fastvlm serve`: how it starts, and how it ends."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from http_running import PATIENCE, Process, Running, asks, load_tiny, request_by
 
 from helpers import own_words
 from transformers_fastvlm.checkpoints import tiny_checkpoint
+from transformers_fastvlm.engines import TransformersEngine
 from transformers_fastvlm.server import Settings, listen, serve
 
 TOKENS = 150
@@ -76,11 +78,11 @@ def test_sigterm_finishes_what_was_taken_on(process: Process) -> None:
 
 def test_a_model_that_ended_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(*load_tiny()) as server:
-        worker = server.service.worker
-        monkeypatch.setattr(worker, "_answer", lambda jobs: (_ for _ in ()).throw(SystemExit))
+        engine = server.service.engine
+        monkeypatch.setattr(engine, "_answer", lambda requests: (_ for _ in ()).throw(SystemExit))
         status, answer, _ = server.post(asks())
         assert status == 500 and answer["error"]["code"] == "internal_error"
-        until(lambda: not worker.is_alive)
+        until(lambda: not engine.is_alive)
         assert server.get("/health")[:2] == (503, {"status": "failed", "requests": 0})
         status, answer, _ = server.post(asks())
         assert status == 503 and answer["error"]["code"] == "model_failed"
@@ -105,8 +107,9 @@ def test_serving_leaves_the_process_as_it_was() -> None:
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with listen("127.0.0.1", 0) as bound:
-        serve(model, processor, Settings(name="tiny", max_pixels=1000), bound, ready)
+    engine = TransformersEngine(model, processor)
+    with listen("127.0.0.1", 0) as bound, contextlib.closing(engine):
+        serve(engine, Settings(name="tiny", max_pixels=1000), bound, ready)
     assert seen == [(1000, 200)]
     until(lambda: set(threading.enumerate()) <= before[1])  # that of the client
     assert state() == before

@@ -16,8 +16,8 @@ import pytest
 
 from transformers_fastvlm.images.fetching import Budget
 from transformers_fastvlm.server.api_errors import ApiError
-from transformers_fastvlm.server.fetching import Fetcher, is_public
 from transformers_fastvlm.server.protocol import Picture
+from transformers_fastvlm.server.remote_images import Fetcher, is_public
 
 CONTENT = b"picture" * 1000
 LIMIT = 2 * len(CONTENT)

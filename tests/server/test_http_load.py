@@ -51,8 +51,8 @@ def is_idle(server: Running) -> bool:
 
 
 def rows(server: Running) -> int:
-    """Return how many requests wait or run in the worker."""
-    return len(server.service.worker._queue)
+    """Return how many requests wait in the engine."""
+    return len(server.service.engine._queue)
 
 
 def test_a_client_that_leaves_frees_its_work(slow: Running) -> None:
@@ -65,7 +65,7 @@ def test_a_client_that_leaves_frees_its_work(slow: Running) -> None:
             connection.close()
         until(lambda: is_idle(slow))
         assert rows(slow) == 0
-        # The worker is free at once, not after thousands of tokens: what it answers next is complete and short.
+        # The engine is free at once, not after thousands of tokens: what it answers next is complete and short.
         status, answer, _ = slow.post(asks(max_tokens=2))
         assert status == 200 and answer["usage"]["completion_tokens"] == 2
 

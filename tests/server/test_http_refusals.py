@@ -59,13 +59,6 @@ def picture(side: int = 64) -> str:
     return data_url(Image.new("RGB", (side, side), "red"))
 
 
-def moving() -> str:
-    file = io.BytesIO()
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    return "data:image/gif;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def truncated() -> str:
     file = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(file, "PNG")
@@ -106,13 +99,12 @@ def test_a_body_that_is_no_request(server: Running, body: bytes, part: str) -> N
         ("data:image/png;base64,iVB%2", "base64 of the picture is broken"),
         ("data:image/png;base64,\u00e9\u00e9\u00e9\u00e9", "base64 of the picture is broken"),
         ("data:image/png;base64,", "empty"),
-        ("data:image/png;base64,aGVsbG8gd29ybGQ=", "not a picture"),
+        ("data:image/png;base64,aGVsbG8gd29ybGQ=", "not an image of a format"),
         ("data:image/png,hello", "expected data:image/...;base64"),
         (bomb(60_000, 60_000), "too many pixels"),
-        (bomb(1000, 1000), "this server takes 500000"),
+        (bomb(1000, 1000), "too many pixels; this server takes 500000"),
         (bomb(600, 800), "truncated or damaged"),
         (truncated(), "truncated or damaged"),
-        (moving(), "moves"),
         ("file:///etc/passwd", "Files are never read"),
         ("/etc/passwd", "Files are never read"),
         ("ftp://example.com/a.png", "Files are never read"),

@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run in a process of its own, to be killed: `python resumable.py RECIPE KILL_AT`.
-
-KILL_AT is a step after which the process kills itself, or "save N", for in the middle of writing the N-th checkpoint,
-or "never".
-"""
+"""A run in a process of its own, which kills itself."""
 
 import os
 import signal
-import sys
 
 import torch
+import yaml
 from transformers import Trainer, TrainerCallback
 
-from transformers_fastvlm.training import load_recipe, run
+from transformers_fastvlm.training import Recipe, run
 
 
 def die() -> None:
@@ -48,11 +44,9 @@ def kill_in_save(number: int) -> None:
     Trainer._save_optimizer_and_scheduler = save  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
+def run_until(recipe: str, when: str) -> None:
+    """Run a recipe, given as YAML, until after a step, or with "save N" until in the middle of the N-th checkpoint."""
     torch.set_num_threads(1)
-    when = sys.argv[2].split()
-    if when[0] == "save":
-        kill_in_save(int(when[1]))
-    elif when[0] != "never":
-        kill_at_step(int(when[0]))
-    run(load_recipe(sys.argv[1]), resume=True)
+    kind, _, number = when.rpartition(" ")
+    (kill_in_save if kind == "save" else kill_at_step)(int(number))
+    run(Recipe.from_dict(yaml.safe_load(recipe)), resume=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from transformers_fastvlm.data import FastVLMDataCollator, load
+from transformers_fastvlm.training import FastVLMTrainer
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 from stepping import CHECKPOINTING
@@ -44,7 +45,7 @@ def trainer_of(kind: str, loaded: tuple[Any, Any], rows: Any, out: Path, **optio
         **options.pop("arguments", {}),
     }
     configuration: Any = TrainingArguments
-    trainer: Any = Trainer
+    trainer: Any = FastVLMTrainer if kind == "FastVLMTrainer" else Trainer
     if kind == "SFTTrainer":
         trl = pytest.importorskip("trl", reason="needs TRL")
         pytest.importorskip("datasets", reason="needs datasets")
@@ -57,9 +58,8 @@ def trainer_of(kind: str, loaded: tuple[Any, Any], rows: Any, out: Path, **optio
         args=configuration(**arguments),
         train_dataset=rows,
         eval_dataset=rows,
-        data_collator=FastVLMDataCollator(processor),
         processing_class=processor,
-        **options,
+        **{"data_collator": FastVLMDataCollator(processor), **options},
     )
 
 
@@ -141,3 +141,33 @@ def test_placeholders_are_never_learned(load_tiny: Loaded, rows: Any) -> None:
         losses = [model(**{**batch, "labels": labels}).loss for labels in (copied, meant, batch["labels"])]
     assert losses[0] == losses[1] != losses[2]
     assert (copied == processor.image_token_id).any(), "the caller's labels are left as they are"
+
+
+def test_placeholders_in_labels_do_not_count_as_learned(load_tiny: Loaded, rows: Any, tmp_path: Path) -> None:
+    """The loss is divided by the labels that `Trainer` counts before the model sees them."""
+    own = FastVLMDataCollator(load_tiny()[1])
+    placeholder = own.processor.image_token_id
+
+    def of_others(samples: list[Any]) -> dict[str, torch.Tensor]:
+        batch = own(samples)
+        return {**batch, "labels": torch.where(batch["input_ids"] == placeholder, placeholder, batch["labels"])}
+
+    losses = []
+    for collator in (own, of_others):
+        arguments = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "max_steps": 1}
+        arguments |= {"logging_steps": 1, "save_strategy": "no"}
+        options = {"kind": "FastVLMTrainer", "arguments": arguments, "data_collator": collator}
+        trainer = trainer_of(loaded=load_tiny(), rows=rows, out=tmp_path, **options)
+        trainer.train()
+        losses.append((trainer.state.log_history[0]["loss"], trainer.evaluate()["eval_loss"]))
+    assert losses[0] == losses[1]
+
+
+def test_a_sampler_may_be_asked_for_again(load_tiny: Loaded, rows: Any, tmp_path: Path) -> None:
+    trainer = trainer_of("FastVLMTrainer", load_tiny(), rows, tmp_path, group=True)
+    before = list(trainer.callback_handler.callbacks)
+    samplers = [trainer.get_train_dataloader().sampler for _ in range(3)]
+    assert trainer.callback_handler.callbacks == before
+    trainer.state.epoch = 4.0
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert trainer._get_train_sampler().epoch == 0 and samplers[-1] is not samplers[0]

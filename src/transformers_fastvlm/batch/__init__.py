@@ -10,8 +10,9 @@ Example:
     >>> run_batch(["photos"], "answers.jsonl", load, options, about=about)  # doctest: +SKIP
 """
 
-from .batch_journal import JournalError
-from .batch_run import COLUMNS, BatchOptions, Interrupted, Report, run_batch
-from .sources import SourceOptions
+from ..storage.journal_file import JournalError
+from .batch_rows import COLUMNS, Report
+from .batch_run import BatchOptions, Interrupted, run_batch
+from .requests import SourceOptions
 
 __all__ = ["COLUMNS", "BatchOptions", "Interrupted", "JournalError", "Report", "SourceOptions", "run_batch"]

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves: JSONL, Parquet or subtitles, each written beside its place and moved there when it is whole."""
 
-import contextlib
-import filecmp
 import itertools
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from .batch_journal import json_line, sync_folder
+from .._optional import needs
+from ..storage.atomic_files import partial_of, replacing, state_of
+from ..storage.journal_file import json_line
+from .batch_rows import COLUMNS
+from .requests import EXTRA, printable
+from .sources import Inputs
 
-__all__ = ["FORMATS", "require_format", "state_of", "subtitles", "write_rows", "write_subtitles"]
+__all__ = ["FORMATS", "Outputs", "outputs_for", "require_format", "subtitles", "write_rows"]
 
 FORMATS = (".jsonl", ".parquet", ".srt")
 _ROWS_A_PART = 8192
@@ -37,13 +41,100 @@ def require_format(path: Path) -> None:
         _pyarrow()
 
 
-def state_of(path: str | os.PathLike[str]) -> list[int] | None:
-    """Return what changes when a file does: its size and modification time; None if there is no file."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return [found.st_size, found.st_mtime_ns]
+class Outputs:
+    """The files that a run writes.
+
+    Args:
+        rows: the file of all rows; where it ends in .srt, that of the one video.
+        captions: the file of subtitles of each video, by its name in the rows.
+
+    Attributes:
+        journal: of the run, beside `rows`, or where that is a link beside the file that it leads to.
+    """
+
+    def __init__(self, rows: Path, captions: Mapping[str, Path]) -> None:
+        self.rows, self.captions = rows, captions
+        self._files = list(dict.fromkeys([rows, *captions.values()]))
+        real = Path(os.path.realpath(rows))
+        self.journal = real.with_name(real.name + ".journal")
+
+    def states(self) -> dict[str, Any]:
+        """Return the states of the files that exist already, by their names; see `state_of`."""
+        return {str(path): state for path in self._files if (state := state_of(path)) is not None}
+
+    def refuse_inputs(self, inputs: Iterable[str]) -> None:
+        """Refuse to write what is read, by whatever name or link.
+
+        Raises:
+            ValueError: an output, or the journal, is one of the inputs.
+        """
+        written = [*self._files, *map(partial_of, self._files), self.journal]
+        there = [path for path in written if path.exists()]
+        for file in inputs if there else ():
+            for path in there:
+                if os.path.exists(file) and os.path.samefile(path, file):
+                    raise ValueError(
+                        f"{str(path)!r} would be written, but it is the input {file!r}. Name another output."
+                    )
+
+    def write(self, rows: Iterable[dict[str, Any]], every: float, replaces: Mapping[str, Any]) -> None:
+        """Write all rows, and the subtitles of each video.
+
+        Args:
+            rows: in order, each with `COLUMNS`.
+            every: seconds between a video's frames.
+            replaces: `states` of what may be replaced.
+
+        Raises:
+            FileExistsError: another file is there, which is left as it is, unless it holds just this.
+        """
+        shown: dict[str, list[dict[str, Any]]] = {name: [] for name in self.captions}
+
+        def noted() -> Iterator[dict[str, Any]]:
+            for row in rows:
+                if row["source"] in shown:
+                    shown[row["source"]].append({"time": row["time"], "answer": row["answer"]})
+                yield row
+
+        if self.rows.suffix.lower() == ".srt":
+            deque(noted(), maxlen=0)
+        else:
+            write_rows(self.rows, noted(), replaces.get(str(self.rows)))
+        for name, path in self.captions.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path, (replaces.get(str(path)),)) as file:
+                for block in subtitles(shown[name], every):
+                    file.write(block.encode("utf-8", "backslashreplace"))
+
+
+def outputs_for(rows: Path, found: Inputs, folder: str | os.PathLike[str] | None) -> Outputs:
+    """Return the files that a run over inputs writes.
+
+    Args:
+        rows: see `Outputs`.
+        found: the inputs.
+        folder: where the subtitles of videos go; None for none.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: see `require_format`; or the videos do not fit subtitles.
+    """
+    require_format(rows)
+    videos = found.videos()
+    if rows.suffix.lower() == ".srt":
+        if len(videos) != 1 or not found.only_videos() or folder is not None:
+            raise ValueError(
+                f"the output {str(rows)!r} is subtitles, which need one video and nothing else, but there are "
+                f"{len(videos)} videos. Name a .jsonl file, and a folder with --srt."
+            )
+        return Outputs(rows, {printable(videos[0]): rows})
+    if folder is None:
+        return Outputs(rows, {})
+    files = {printable(video): Path(folder) / f"{Path(video).stem}.srt" for video in videos}
+    if not files:
+        raise ValueError("--srt writes the captions of videos, but no video is among the inputs.")
+    if len(set(files.values())) < len(videos):
+        raise ValueError("two videos have the same name, and so would their subtitles. Take them one by one.")
+    return Outputs(rows, files)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any = None) -> None:
@@ -51,7 +142,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any = No
 
     Args:
         path: of the file.
-        rows: all with the keys of `running.COLUMNS`, in that order.
+        rows: all with the keys of `COLUMNS`, in that order.
         replaces: the state of a file in its place that may be replaced, see `state_of`; None if there was none.
 
     Raises:
@@ -60,16 +151,9 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any = No
     if path.suffix.lower() == ".parquet":
         _write_parquet(path, rows, replaces)
         return
-    with _replacing(path, replaces) as file:
+    with replacing(path, (replaces,)) as file:
         for row in rows:
             file.write(json_line(row))
-
-
-def write_subtitles(path: Path, rows: Iterable[Mapping[str, Any]], every: float, replaces: Any = None) -> None:
-    """Write the rows of one video as SRT; see `subtitles` and `write_rows`."""
-    with _replacing(path, replaces) as file:
-        for block in subtitles(rows, every):
-            file.write(block.encode("utf-8", "backslashreplace"))
 
 
 def subtitles(rows: Iterable[Mapping[str, Any]], every: float) -> Iterator[str]:
@@ -100,49 +184,19 @@ def _clock(seconds: float) -> str:
     return f"{hours:02}:{minutes:02}:{rest // 1000:02},{rest % 1000:03}"
 
 
-@contextlib.contextmanager
-def _replacing(path: Path, replaces: Any) -> Iterator[IO[bytes]]:
-    """Open a file beside `path` that takes its place at the end, on the disk, or goes away after an error.
-
-    Where `path` is a link, that is the place of what it leads to. What appeared there meanwhile is not replaced.
-    """
-    path = Path(os.path.realpath(path))
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # The same bytes are there where an earlier process was killed just after this.
-        if state_of(path) not in (None, replaces) and not filecmp.cmp(path, partial, shallow=False):
-            raise FileExistsError(
-                f"{str(path)!r} appeared, or was changed, since the run began, and is not replaced. Move it away and "
-                "give the same command again; what was done is kept."
-            )
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
 def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any) -> None:
     pa, pq = _pyarrow()
     text, number, real = pa.string(), pa.int64(), pa.float64()
     types = {"row": number, "time": real, "prompt_tokens": number, "completion_tokens": number}
-    from .batch_run import COLUMNS
-
     schema = pa.schema([(name, types.get(name, text)) for name in COLUMNS])
     remaining = iter(rows)
-    with _replacing(path, replaces) as file, pq.ParquetWriter(file, schema) as writer:
+    with replacing(path, (replaces,)) as file, pq.ParquetWriter(file, schema) as writer:
         while part := list(itertools.islice(remaining, _ROWS_A_PART)):
             writer.write_table(pa.Table.from_pylist(part, schema=schema))
 
 
 def _pyarrow() -> tuple[Any, Any]:
-    try:
+    with needs("pyarrow", "Parquet", EXTRA):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError('Parquet needs pyarrow: pip install "transformers-fastvlm[batch]".') from error
     return pa, pq

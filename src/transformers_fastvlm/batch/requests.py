@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One question about one picture, as the sources ask it; prompts and their placeholders."""
+"""Requests, which the sources make: one question about one picture; and prompts with the columns of a table in them."""
 
 import os
 import re
@@ -8,14 +8,35 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..data.row_fields import is_absent
-from ..tokens import IMAGE_TOKEN
+from ..storage.atomic_files import state_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["PromptTemplate", "Request", "conversation_about", "printable", "reason_of"]
+__all__ = ["EXTRA", "PromptTemplate", "Request", "SourceOptions", "printable"]
+
+EXTRA = 'pip install "transformers-fastvlm[batch]"'
 
 _PLACEHOLDER = re.compile(r"\{\{([^\W\d][\w -]*)\}\}|\{([^\W\d][\w -]*)\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How requests are made of inputs.
+
+    Args:
+        prompt: what to ask; `{column}` stands for a table's value.
+        image_column: a table's column of pictures: paths, or in Parquet also the bytes of files.
+        image_folder: where a table's paths begin and stay in; None for the table's own folder.
+        every: seconds between a video's frames.
+        do_exif_transpose: whether images are turned as their EXIF orientation says, and videos as their files say.
+    """
+
+    prompt: str
+    image_column: str = "image"
+    image_folder: str | None = None
+    every: float = 5.0
+    do_exif_transpose: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +62,10 @@ class Request:
     file: str | None = None
     time: float | None = None
     error: str | None = None
+
+    def file_state(self) -> list[int] | None:
+        """Return what changes when the picture's file does; None where it is in no file, or that is gone."""
+        return None if self.file is None else state_of(self.file)
 
 
 class PromptTemplate:
@@ -73,28 +98,6 @@ class PromptTemplate:
             return str(value)
 
         return _PLACEHOLDER.sub(value_of, self.text)
-
-
-def conversation_about(picture: "Image", question: str, system: str | None = None) -> list[dict[str, Any]]:
-    """Return the messages of a question: the picture first, or where the text itself says <image>.
-
-    Raises:
-        ValueError: the text says it more than once.
-    """
-    parts = question.split(IMAGE_TOKEN)
-    if len(parts) > 2:
-        raise ValueError(f"the question has {len(parts) - 1} {IMAGE_TOKEN}, but a row has one picture; write it once.")
-    shown = {"type": "image", "image": picture}
-    before, after = (parts[0], parts[1]) if len(parts) == 2 else ("", question)
-    texts = [[{"type": "text", "text": text}] if text else [] for text in (before, after)]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": [*texts[0], shown, *texts[1]]}]
-    return messages if system is None else [{"role": "system", "content": system}, *messages]
-
-
-def reason_of(error: BaseException) -> str:
-    """Return why something failed, on one line; with the class where the message may need it."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 def printable(name: str | os.PathLike[str]) -> str:

@@ -3,21 +3,22 @@
 
 import functools
 import glob
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..data.folders import files_below
-from .requests import PromptTemplate, Request, printable
+from ..storage.digests import joined
+from .requests import PromptTemplate, Request, SourceOptions, printable
+from .table_sources import TableSource, open_table
+from .video_frames import count_frames, require_av, video_requests
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["TABLES", "VIDEOS", "Inputs", "Source", "SourceOptions", "find_sources"]
+__all__ = ["TABLES", "VIDEOS", "Inputs", "Source", "find_sources"]
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 VIDEOS = (
@@ -38,42 +39,39 @@ VIDEOS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """How requests are made of inputs.
+class FileSource:
+    """Pictures and videos.
 
     Args:
-        prompt: what to ask; `{column}` stands for a table's value.
-        image_column: a table's column of pictures: paths, or in Parquet also the bytes of files.
-        image_folder: where a table's paths begin and stay in; None for the table's own folder.
-        every: seconds between a video's frames.
-        do_exif_transpose: whether images are turned as their EXIF orientation says, and videos as their files say.
+        name: as the user named them.
+        files: their paths.
+        options: how requests are made.
     """
 
-    prompt: str
-    image_column: str = "image"
-    image_folder: str | None = None
-    every: float = 5.0
-    do_exif_transpose: bool = True
-
-
-class Source(Protocol):
-    """An input, as the user named it.
-
-    Attributes:
-        name: that name.
-    """
-
-    name: str
+    def __init__(self, name: str, files: Sequence[str], options: SourceOptions) -> None:
+        self.name, self.files, self.options = name, list(files), options
 
     def identity(self) -> dict[str, Any]:
-        """Return what is the same as long as the input is: its name, `count` of what it holds, and a `digest`."""
+        """Return name, number of files, and a digest of their names and sizes."""
+        digest = joined(f"{printable(file)}\0{_size_of(file)}" for file in self.files)
+        return {"name": printable(self.name), "count": len(self.files), "digest": digest}
 
     def rows(self) -> int | None:
-        """Return how many requests it will make, exactly or about; None if that is not known."""
+        """Return the number of pictures and, as far as their files say, of frames."""
+        counts = [count_frames(file, self.options.every) if is_video(file) else 1 for file in self.files]
+        return None if None in counts else sum(count or 0 for count in counts)
 
     def __iter__(self) -> Iterator[Request]:
-        """Yield its requests, the same each time."""
+        for file in self.files:
+            if is_video(file):
+                yield from video_requests(file, self.options)
+            else:
+                opened = functools.partial(_open, file, self.options.do_exif_transpose)
+                yield Request(source=printable(file), question=self.options.prompt, picture=opened, file=file)
+
+
+Source: TypeAlias = FileSource | TableSource
+"""An input, as the user named it: its requests, the same each time, their number, and what it is known by."""
 
 
 @dataclass(frozen=True)
@@ -119,41 +117,6 @@ class Inputs:
         return all(isinstance(source, FileSource) and all(map(is_video, source.files)) for source in self.sources)
 
 
-class FileSource:
-    """Pictures and videos.
-
-    Args:
-        name: as the user named them.
-        files: their paths.
-        options: how requests are made.
-    """
-
-    def __init__(self, name: str, files: Sequence[str], options: SourceOptions) -> None:
-        self.name, self.files, self.options = name, list(files), options
-
-    def identity(self) -> dict[str, Any]:
-        """Return name, number of files, and a digest of their names and sizes."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(os.fsencode(file) + b"\0%d\n" % _size_of(file))
-        return {"name": printable(self.name), "count": len(self.files), "digest": digest.hexdigest()}
-
-    def rows(self) -> int | None:
-        """Return the number of pictures and, as far as their files say, of frames."""
-        counts = [_frames_of(file, self.options.every) if is_video(file) else 1 for file in self.files]
-        return None if None in counts else sum(count or 0 for count in counts)
-
-    def __iter__(self) -> Iterator[Request]:
-        for file in self.files:
-            if is_video(file):
-                from .videos import video_requests
-
-                yield from video_requests(file, self.options)
-            else:
-                opened = functools.partial(_open, file, self.options.do_exif_transpose)
-                yield Request(source=printable(file), question=self.options.prompt, picture=opened, file=file)
-
-
 def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
     """Return the sources that the user named.
 
@@ -191,8 +154,6 @@ def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
         elif not os.path.isfile(name):
             raise ValueError(f"{name!r} is no regular file; expected a file or a folder.")
         elif name.lower().endswith(TABLES):
-            from .table_sources import open_table
-
             sources.append(open_table(name, options))
         else:
             sources.append(FileSource(name, [name], options))
@@ -207,8 +168,6 @@ def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
         if isinstance(source, FileSource) and any(file.lower().endswith(TABLES) for file in source.files):
             raise ValueError(f"{source.name!r} has tables; name them one by one, not by a pattern.")
     if found.videos():
-        from .videos import require_av
-
         require_av()
     return found
 
@@ -218,20 +177,14 @@ def is_video(file: str) -> bool:
     return file.lower().endswith(VIDEOS)
 
 
-@functools.cache
-def _picture_suffixes() -> tuple[str, ...]:
-    from PIL import Image
-
-    known = Image.registered_extensions()
-    return tuple(suffix for suffix, name in known.items() if name in Image.OPEN and suffix not in (*VIDEOS, ".pdf"))
-
-
 def _in_folder(folder: str) -> tuple[list[str], int]:
     """Return the pictures and videos in a folder and all below it, in order, and the number of other files.
 
     Linked folders are entered too, each folder once.
     """
-    suffixes = (*_picture_suffixes(), *VIDEOS)
+    from ..images.formats import image_suffixes
+
+    suffixes = (*image_suffixes(), *VIDEOS)
     files: list[str] = []
     others = 0
     for file in files_below(folder):
@@ -244,11 +197,11 @@ def _in_folder(folder: str) -> tuple[list[str], int]:
 
 def _open(file: str, do_exif_transpose: bool) -> "Image":
     from ..images.decoding import oriented
-    from ..images.reading import read_image
+    from ..images.reading import read_file
 
     if not os.path.isfile(file):
         raise FileNotFoundError(f"the image file {file!r} does not exist any more.")
-    return oriented(read_image(Path(file)), do_exif_transpose)
+    return oriented(read_file(file, f"the image file {file!r}"), do_exif_transpose)
 
 
 def _size_of(file: str) -> int:
@@ -257,9 +210,3 @@ def _size_of(file: str) -> int:
         return os.path.getsize(file)
     except OSError:
         return -1
-
-
-def _frames_of(file: str, every: float) -> int | None:
-    from .videos import count_frames
-
-    return count_frames(file, every)

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..data.fingerprints import fingerprint
+from .._optional import needs
 from ..data.image_files import ImageFolder
 from ..data.json_rows import JsonRows
 from ..data.row_fields import is_absent
 from ..data.sample_errors import shortened
-from .requests import PromptTemplate, Request, printable
-from .sources import SourceOptions
+from ..engines.prompts import is_utf8
+from ..storage.digests import file_digest
+from .requests import EXTRA, PromptTemplate, Request, SourceOptions, printable
 
 __all__ = ["CsvSource", "JsonSource", "ParquetSource", "TableSource", "open_table"]
 
@@ -38,6 +39,8 @@ class TableSource:
         OSError: it cannot be read, or there is no such image folder.
     """
 
+    _count: int
+
     def __init__(self, name: str, options: SourceOptions) -> None:
         self.name, self.options = name, options
         self._prompt = PromptTemplate(options.prompt)
@@ -46,11 +49,11 @@ class TableSource:
 
     def identity(self) -> dict[str, Any]:
         """Return name, number of rows, and a digest of the file."""
-        return {"name": printable(self.name), "count": self.rows(), "digest": fingerprint(self.name)}
+        return {"name": printable(self.name), "count": self.rows(), "digest": file_digest(self.name)}
 
-    def rows(self) -> int | None:
+    def rows(self) -> int:
         """Return the number of rows."""
-        raise NotImplementedError
+        return self._count
 
     def _values(self) -> Iterator[Mapping[str, Any] | str]:
         """Yield each row, or why it cannot be read."""
@@ -74,7 +77,7 @@ class TableSource:
         question = None
         try:
             filled = self._prompt.fill(row)
-            if not _is_utf8(filled):
+            if not is_utf8(filled):
                 raise ValueError("the question has half a character (a lone surrogate). Write the file again.")
             question = filled
             if is_absent(image) or image == "":
@@ -141,10 +144,6 @@ class CsvSource(TableSource):
         self._check_columns(columns)
         self._count = sum(1 for _ in self._values())
 
-    def rows(self) -> int | None:
-        """Return the number of rows."""
-        return self._count
-
     def _records(self) -> Iterator[list[str] | str]:
         """Yield the fields of each record, or why it cannot be read; empty lines are passed over.
 
@@ -167,7 +166,7 @@ class CsvSource(TableSource):
                     lines.again_from_second()
                     records = csv.reader(lines, delimiter=delimiter, strict=True)
                     continue
-                if not all(map(_is_utf8, fields)):
+                if not all(map(is_utf8, fields)):
                     yield f"the row is not UTF-8 (line {first}). Convert the file."
                 elif fields:
                     yield fields
@@ -190,6 +189,7 @@ class JsonSource(TableSource):
     def __init__(self, name: str, options: SourceOptions) -> None:
         super().__init__(name, options)
         self._rows = JsonRows(name)
+        self._count = len(self._rows) + (self._rows.damage is not None)  # a row that is cut off is one
         self._check_keys()
 
     def _check_keys(self) -> None:
@@ -206,10 +206,6 @@ class JsonSource(TableSource):
         if first:
             self._check_columns([column for column in first if column not in missing])
 
-    def rows(self) -> int | None:
-        """Return the number of rows, that which is cut off among them."""
-        return len(self._rows) + (self._rows.damage is not None)
-
     def _values(self) -> Iterator[Mapping[str, Any] | str]:
         for index in range(len(self._rows)):
             try:
@@ -225,11 +221,9 @@ class ParquetSource(TableSource):
 
     def __init__(self, name: str, options: SourceOptions) -> None:
         super().__init__(name, options)
-        try:
+        with needs("pyarrow", "Parquet", EXTRA):
             import pyarrow as pa
             import pyarrow.parquet as pq
-        except ImportError as error:
-            raise ImportError('Parquet needs pyarrow: pip install "transformers-fastvlm[batch]".') from error
         try:
             with pq.ParquetFile(name) as file:
                 self._count = file.metadata.num_rows
@@ -237,10 +231,6 @@ class ParquetSource(TableSource):
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{name} is not a Parquet file, or it is damaged: {error}") from error
         self._check_columns(columns)
-
-    def rows(self) -> int | None:
-        """Return the number of rows."""
-        return self._count
 
     def _values(self) -> Iterator[Mapping[str, Any] | str]:
         import pyarrow as pa
@@ -266,11 +256,3 @@ def open_table(name: str, options: SourceOptions) -> TableSource:
     """
     kinds = {".csv": CsvSource, ".tsv": CsvSource, ".parquet": ParquetSource}
     return kinds.get(Path(name).suffix.lower(), JsonSource)(name, options)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from .cases import Case, Options, cases
-from .machine import machine, versions
-from .measuring import spread
+from .measuring import ratio, spread, surroundings
 from .photo import photo_jpeg
 
 __all__ = ["FORMAT", "run"]
@@ -58,14 +57,13 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
             Path(picture).write_bytes(photo_jpeg(PHOTO_SIDE, PHOTO_SIDE))
         for _, group in groupby(cases(options), key=lambda case: case.group):
             results += _run_group(list(group), options, picture, progress)
-        size = _size_of(picture)
+        width, height = _size_of(picture)
     return {
         "format": FORMAT,
         "kind": "models",
-        "machine": machine(device),
-        "versions": versions(),
+        **surroundings(device),
         "options": options.as_dict(),
-        "picture": {"drawn": options.image is None, "width": size[0], "height": size[1]},
+        "picture": {"drawn": options.image is None, "width": width, "height": height},
         "results": results,
         "ratios": _ratios(results),
     }
@@ -89,9 +87,11 @@ def check_device(name: str) -> torch.device:
 
 
 def _size_of(picture: str) -> tuple[int, int]:
-    from PIL import Image
+    from ..images.decoding import open_image
+    from ..images.reading import open_file
 
-    with Image.open(picture) as image:
+    what = f"the image file {picture!r}"
+    with open_file(picture, what) as file, open_image(file, what) as image:
         return image.size
 
 
@@ -102,7 +102,9 @@ def _run_group(
         workers = []
         for case in group:
             progress(f"building {_name(case)}")
-            workers.append(stack.enter_context(_worker(case, options, picture)))
+            worker = stack.enter_context(_Worker(case, options))
+            worker.facts = worker.ask({"case": asdict(case), "options": options.as_dict(), "picture": picture})
+            workers.append(worker)
         runs: list[list[dict[str, Any]]] = [[] for _ in workers]
         for turn in range(options.warmup + options.repetitions):
             kind = "warm-up" if turn < options.warmup else "run"
@@ -117,7 +119,7 @@ def _run_group(
 class _Worker:
     """A process of `worker.py` and the line of JSON to and from it."""
 
-    def __init__(self, case: Case, options: Options, picture: str) -> None:
+    def __init__(self, case: Case, options: Options) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
         # The package may have been imported from a source tree that is not on a new process' path.
         root = str(Path(__file__).parents[2])
@@ -130,7 +132,10 @@ class _Worker:
             text=True,
             env=environment,
         )
-        self.facts = self.ask({"case": asdict(case), "options": options.as_dict(), "picture": picture})
+        self.facts: dict[str, Any] = {}
+
+    def __enter__(self) -> "_Worker":
+        return self
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a request and return the answer; an error there is raised here."""
@@ -155,7 +160,7 @@ class _Worker:
             raise kind(f"{_name(self.case)}: {named}{found['message']}")
         return found
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the process."""
         if self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
@@ -169,17 +174,6 @@ class _Worker:
             self.process.stdout.close()
 
 
-@contextlib.contextmanager
-def _worker(case: Case, options: Options, picture: str) -> Iterator[_Worker]:
-    worker = _Worker.__new__(_Worker)
-    try:
-        worker.__init__(case, options, picture)  # type: ignore[misc]
-        yield worker
-    finally:
-        if hasattr(worker, "process"):
-            worker.close()
-
-
 def _name(case: Case) -> str:
     side = "" if case.resolution is None else f" {case.resolution} px"
     return f"{case.label}{side} {case.dtype} batch {case.batch}"
@@ -187,14 +181,15 @@ def _name(case: Case) -> str:
 
 def _result(case: Case, options: Options, facts: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     timed = runs[options.warmup :]
-    seconds = {name: spread([run["seconds"][name] for run in timed]) for name in _ordered(timed[0]["seconds"])}
+    whole = "unsplit_from_pixels"
+    names = [*PARTS, *(name for name in timed[0]["seconds"] if name not in (*PARTS, whole))]
+    names = [name for name in names if name in timed[0]["seconds"]]
+    seconds = {name: spread([run["seconds"][name] for run in timed]) for name in names}
     # The whole without a split may have been measured in the warm-up only.
-    unsplit = [run["seconds"].get("unsplit_from_pixels") for run in timed]
-    values = [value for value in unsplit if value is not None] or [
-        value for run in runs if (value := run["seconds"].get("unsplit_from_pixels")) is not None
-    ]
-    seconds["unsplit_from_pixels"] = spread(values)
-    described = {
+    unsplit = [[run["seconds"][whole] for run in some if whole in run["seconds"]] for some in (timed, runs)]
+    seconds[whole] = spread(unsplit[0] or unsplit[1])
+    load = {"import": facts["import_seconds"], "model": facts["load_seconds"]}
+    result = {
         "model": case.label,
         "kind": case.kind,
         "source": case.source,
@@ -203,25 +198,16 @@ def _result(case: Case, options: Options, facts: dict[str, Any], runs: list[dict
         "batch": case.batch,
         "fused": case.fuse,
         "reference": None if case.reference is None else {"model": case.reference[0], "resolution": case.reference[1]},
+        **{name: value for name, value in facts.items() if name != "import_seconds"},
+        "load_seconds": {name: round(value, 3) for name, value in load.items()},
+        "seconds": seconds,
+        "tokens_per_second": spread([case.batch / run["seconds"]["decode"] for run in timed]),
     }
-    facts = dict(facts)
-    load = {"import": facts.pop("import_seconds"), "model": facts.pop("load_seconds")}
-    result = described | facts
-    result["load_seconds"] = {name: round(value, 3) for name, value in load.items()}
-    result["seconds"] = seconds
-    result["tokens_per_second"] = spread([case.batch / run["seconds"]["decode"] for run in timed])
     if torch.device(options.device).type == "cpu":
-        names = [name for name in seconds if name != "unsplit_from_pixels"]
         result["processor_seconds"] = {
             name: spread([run["processor_seconds"][name] for run in timed]) for name in names
         }
-    result["peak_bytes"], result["imports_bytes"] = runs[-1]["peak_bytes"], runs[-1]["imports_bytes"]
-    return result
-
-
-def _ordered(seconds: dict[str, float]) -> list[str]:
-    rest = [name for name in seconds if name not in PARTS and name != "unsplit_from_pixels"]
-    return [*(name for name in PARTS if name in seconds), *rest]
+    return result | {name: runs[-1][name] for name in ("peak_bytes", "imports_bytes")}
 
 
 def _ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -235,7 +221,7 @@ def _ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         measure = "processor_seconds" if "processor_seconds" in result else "seconds"
         for kind in dict.fromkeys(("seconds", measure)):
             times, own = ({name: value["median"] for name, value in which[kind].items()} for which in (result, other))
-            ratios = {name: times[name] / own[name] for name in _RATIOS if name in times and own.get(name)}
+            ratios = {name: ratio(times[name], own[name]) for name in _RATIOS if name in times and own.get(name)}
             found.append(
                 {
                     "model": result["model"],
@@ -245,7 +231,7 @@ def _ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "dtype": result["dtype"],
                     "batch": result["batch"],
                     "of": kind,
-                    "ratios": {name: float(f"{ratio:.4g}") for name, ratio in ratios.items()},
+                    "ratios": ratios,
                 }
             )
     return found

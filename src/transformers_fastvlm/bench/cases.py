@@ -9,12 +9,10 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..checkpoints.embedded import resolve_model
+from ..checkpoints.published import SIZES
 from ..configuration_fastvlm import ENCODER_STRIDE, FastVLMConfig
 
 __all__ = ["LLAVA_ONEVISION", "NATIVE", "SIZES", "Case", "Options", "cases"]
-
-SIZES = ("0.5B", "1.5B", "7B")
-"""Models that are made by their shape, with random weights."""
 
 NATIVE = "native"
 LLAVA_ONEVISION = "llava-onevision-0.5b"
@@ -31,7 +29,8 @@ class Case:
     Attributes:
         label: what it is called in tables; unique together with resolution, dtype and batch.
         kind: "fastvlm", "native", "llava-onevision" or "other".
-        source: one of `SIZES`, "tiny", or the directory or hub repository of a checkpoint.
+        source: one of `SIZES` (made by its shape, with random weights), "tiny", or the directory or hub repository of
+            a checkpoint.
         resolution: height and width in pixels; None for what the processor of an "other" model does.
         reference: label and resolution of the case that this one is compared with; None for the reference itself.
         group: cases of one group run in turns.

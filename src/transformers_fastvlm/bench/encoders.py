@@ -3,6 +3,7 @@
 
 import contextlib
 import functools
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,8 @@ from torch import nn
 from .._optional import needs
 from .bench_run import FORMAT, check_device
 from .cases import Options
-from .machine import machine, versions
-from .measuring import Clock, spread
-from .random_weights import random_model
+from .measuring import Clock, in_turns, surroundings
+from .random_weights import encoder_config, random_model
 
 __all__ = ["ENCODERS", "run_encoders"]
 
@@ -82,8 +82,7 @@ def run_encoders(
     return {
         "format": FORMAT,
         "kind": "encoders",
-        "machine": machine(device),
-        "versions": versions(),
+        **surroundings(device),
         "options": options.as_dict(),
         "gemm_flops_per_second": {name: float(f"{rate:.4g}") for name, rate in rates.items()},
         "results": results,
@@ -102,27 +101,19 @@ def _measure(
     clock: Clock,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    facts = {(name, side): _tokens_and_flops(name, side) for name, side in work}
-    wall: dict[tuple[str, int], list[float]] = {key: [] for key in work}
-    processor: dict[tuple[str, int], list[float]] = {key: [] for key in work}
     device = torch.device(options.device)
     pixels = {side: torch.rand(batch, 3, side, side).to(device, getattr(torch, dtype)) for _, side in work}
-    for turn in range(options.warmup + options.repetitions):
-        progress(f"{dtype} batch {batch}: turn {turn + 1} of {options.warmup + options.repetitions}")
-        for key in work:
-            name, side = key
-            start = clock.now()
-            modules[name](pixels[side])
-            end = clock.now()
-            if turn >= options.warmup:
-                wall[key].append(end[0] - start[0])
-                processor[key].append(end[1] - start[1])
+    times = in_turns(
+        {(name, side): functools.partial(modules[name], pixels[side]) for name, side in work},
+        options.repetitions,
+        warmup=options.warmup,
+        clock=clock,
+        progress=lambda line: progress(f"{dtype} batch {batch}: {line}"),
+    )
     results = []
-    for key in work:
-        name, side = key
-        tokens, flops = facts[name, side]
-        flops *= batch
-        seconds = spread(wall[key])
+    for name, side in work:
+        tokens, flops = _tokens_and_flops(name, side)
+        measured = times[name, side].spread()
         result: dict[str, Any] = {
             "model": name,
             "resolution": side,
@@ -130,12 +121,12 @@ def _measure(
             "batch": batch,
             "parameters": sizes[name],
             "tokens": tokens,
-            "gigaflop": round(flops / 1e9, 1),
-            "share_of_gemm_rate": round(flops / seconds["median"] / rate, 3),
-            "seconds": seconds,
+            "gigaflop": round(batch * flops / 1e9, 1),
+            "share_of_gemm_rate": round(batch * flops / measured["seconds"]["median"] / rate, 3),
+            "seconds": measured["seconds"],
         }
         if device.type == "cpu":
-            result["processor_seconds"] = spread(processor[key])
+            result["processor_seconds"] = measured["processor_seconds"]
         results.append(result)
     return results
 
@@ -167,15 +158,7 @@ def _build(
     module: nn.Module
     forward: Callable[[torch.Tensor], Any]
     if encoder.timm_name is None:
-        from .. import FastVLMConfig
-
-        # fuse() and the random weights take whole models, so there is a language model, as small as can be.
-        config: Any = FastVLMConfig.from_preset("0.5b")
-        config.text_config.vocab_size, config.text_config.pad_token_id = 1, 0
-        config.text_config.num_hidden_layers = 1
-        config.text_config.layer_types = config.text_config.layer_types[:1]
-        config.vision_config.projection_dim = 0
-        model: Any = random_model(config, dtype, device)
+        model: Any = random_model(encoder_config(), dtype, device)
         if name.endswith(_FUSED):
             from ..inference import fuse
 
@@ -212,12 +195,10 @@ def _gemm_rate(dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
     """Return the floating-point operations a second of a large matrix product, the median of some."""
     side = _GEMM_SIDE.get(device.type, 8192)
     left, right = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(1 + _GEMM_RUNS):
-        start = clock.now()[0]
-        torch.mm(left, right)
-        times.append(clock.now()[0] - start)
-        if times[-1] > _GEMM_SLOW_SECONDS:
+    seconds = 0.0
+    for repetitions in (1, _GEMM_RUNS):
+        found = in_turns({"product": lambda: torch.mm(left, right)}, repetitions, warmup=0, clock=clock)
+        seconds = statistics.median(found["product"].wall)
+        if seconds > _GEMM_SLOW_SECONDS:
             break  # a type that this processor has no instructions for
-    measured = times[1:] or times
-    return 2 * side**3 / spread(measured)["median"]
+    return 2 * side**3 / seconds

@@ -1,34 +1,115 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks that wait for the device, the split of one call of generate(), and what many of them amount to."""
+"""Measuring: clocks that wait for the device, work in turns, what many runs amount to, and the record of it all."""
 
 import functools
+import importlib.metadata
+import json
+import os
+import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import LogitsProcessor
 
-__all__ = ["Clock", "Split", "peak_bytes", "spread"]
+from ..storage.atomic_files import write_lines
+
+__all__ = [
+    "Clock",
+    "Split",
+    "Times",
+    "in_turns",
+    "machine",
+    "peak_bytes",
+    "ratio",
+    "spread",
+    "surroundings",
+    "versions",
+    "write_record",
+]
 
 Moment = tuple[float, float]
+Name = TypeVar("Name", bound=Hashable)
+
+_PACKAGES = ("torch", "torchvision", "transformers", "timm", "pillow", "numpy")
+_VECTOR = ("avx", "amx", "fma", "asimd", "sve", "bf16", "i8mm")
 
 
 class Clock:
     """Wall time and processor time of this process, in seconds, once the device has done all its work."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "xpu": torch.xpu.synchronize}
-        self._wait: Callable[[], None] = waits.get(device.type, lambda: None)
+        self._wait: Callable[[], None] = waits.get(torch.device(device).type, lambda: None)
 
     def now(self) -> Moment:
         """Return (wall, processor) seconds since some moment in the past."""
         self._wait()
         return time.perf_counter(), time.process_time()
+
+
+@dataclass
+class Times:
+    """Seconds of some runs, by the wall and by the processor; on a shared machine the latter is the one to compare."""
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+    def add(self, start: Moment, end: Moment) -> None:
+        """Add the run between two moments."""
+        self.wall.append(end[0] - start[0])
+        self.processor.append(end[1] - start[1])
+
+    def spread(self) -> dict[str, dict[str, Any]]:
+        """Return the spread of both."""
+        return {"seconds": spread(self.wall), "processor_seconds": spread(self.processor)}
+
+    def rates(self, amount: float, name: str) -> dict[str, float]:
+        """Return `amount` by the median seconds, as "`name`_per_second" and "`name`_per_processor_second"."""
+        kinds = {"second": self.wall, "processor_second": self.processor}
+        return {f"{name}_per_{kind}": round(amount / statistics.median(values), 3) for kind, values in kinds.items()}
+
+
+def in_turns(
+    work: Mapping[Name, Callable[[], Any]],
+    repetitions: int,
+    *,
+    warmup: int = 1,
+    clock: Clock | None = None,
+    before: Callable[[Name, int], Any] = lambda name, turn: None,
+    rotate: bool = True,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[Name, Times]:
+    """Run everything once a turn, and return each one's times, those of the first `warmup` turns left out.
+
+    Whatever else the machine does meets all of them alike, and none is always the first of a turn.
+
+    Args:
+        work: what is measured, by name.
+        before: called with name and turn right before each run, outside its time.
+        rotate: False keeps the order of `work` in every turn.
+        progress: called with a line before each turn.
+    """
+    clock = clock or Clock()
+    times = {name: Times() for name in work}
+    names = list(work)
+    for turn in range(warmup + repetitions):
+        progress(f"turn {turn + 1} of {warmup + repetitions}")
+        first = turn % len(names) if rotate else 0
+        for name in names[first:] + names[:first]:
+            before(name, turn)
+            start = clock.now()
+            work[name]()
+            end = clock.now()
+            if turn >= warmup:
+                times[name].add(start, end)
+    return times
 
 
 class Split(LogitsProcessor):
@@ -57,8 +138,8 @@ class Split(LogitsProcessor):
             output = inner(*args, **kwargs)
             end = self.clock.now()
             part = self.parts.setdefault(name, [0.0, 0.0])
-            part[0] += end[0] - start[0]
-            part[1] += end[1] - start[1]
+            for kind in range(2):
+                part[kind] += end[kind] - start[kind]
             return output
 
         module.forward = forward
@@ -89,6 +170,11 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {name: float(f"{value:.5g}") for name, value in found.items()} | {"runs": len(values)}
 
 
+def ratio(times: float, reference: float) -> float:
+    """Return how many times `reference` a value is, to four digits."""
+    return float(f"{times / reference:.4g}")
+
+
 def peak_bytes(device: torch.device) -> int | None:
     """Return the most memory that this process has had: on CUDA of the device, else resident; None where unknown.
 
@@ -108,3 +194,53 @@ def peak_bytes(device: torch.device) -> int | None:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return None
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Describe processor, memory and, where `device` is one, the accelerator."""
+    fields: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    described: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.release().split('-')[0]}, {platform.machine()}",
+        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cpu_instructions": [flag for flag in flags if flag.startswith(_VECTOR)],
+        "cpu_count": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None,
+    }
+    if hasattr(os, "sched_getaffinity"):
+        described["cpus_allowed"] = len(os.sched_getaffinity(0))
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return described
+
+
+def versions(further: Iterable[str] = ()) -> dict[str, str]:
+    """Return the versions of Python, of this package and of those that the figures depend on, where installed."""
+    from .. import __version__
+
+    found = {"python": platform.python_version(), "transformers_fastvlm": __version__}
+    for package in (*_PACKAGES, *further):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def surroundings(device: torch.device | str = "cpu", packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what of a record is not measured: `machine` and `versions`."""
+    return {"machine": machine(torch.device(device)), "versions": versions(packages)}
+
+
+def write_record(record: Mapping[str, Any], out: str | os.PathLike[str] | None) -> str:
+    """Return a record as JSON, and write it to `out`, if there is one."""
+    text = json.dumps(record, indent=2) + "\n"
+    if out is not None:
+        write_lines(out, text.splitlines())
+    return text

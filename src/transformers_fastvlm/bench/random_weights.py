@@ -5,14 +5,38 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-__all__ = ["random_model"]
+from .. import FastVLMConfig
+from ..checkpoints.configs import native_config
+
+__all__ = ["encoder_config", "native_twin", "random_model"]
 
 _PATTERN = 1 << 20
 _LAYER_SCALE = 0.1
 _DEPTHWISE = 0.1
+
+
+def encoder_config() -> FastVLMConfig:
+    """Return the published encoder's configuration, with a language model as small as can be.
+
+    `fuse` and `random_model` take whole models.
+    """
+    config: Any = FastVLMConfig.from_preset("0.5b")
+    config.text_config.vocab_size, config.text_config.pad_token_id = 1, 0
+    config.text_config.num_hidden_layers = 1
+    config.text_config.layer_types = config.text_config.layer_types[:1]
+    config.vision_config.projection_dim = 0
+    found: FastVLMConfig = config
+    return found
+
+
+def native_twin(config: Any) -> Any:
+    """Return the configuration of Transformers' own `fast_vlm`, with timm's encoder, of the same shapes."""
+    fields = native_config(config, config.text_config.vocab_size)
+    fields = {key: value for key, value in fields.items() if key not in ("dtype", "transformers_version")}
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def random_model(

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from .. import FastVLMConfig, kernels
 from .._optional import needs
 from ..checkpoints.embedded import resolve_model
-from ..images.anyres import unpadded_grid
+from ..images.anyres import scaled_pinpoints, unpadded_grid
 from .cases import LLAVA_ONEVISION_SIDE, NATIVE, SIZES, Case
-from .random_weights import random_model
+from .random_weights import native_twin, random_model
 
 __all__ = ["Subject", "build"]
 
@@ -46,15 +46,15 @@ class Subject:
     Attributes:
         model: on its device, in evaluation mode.
         preprocess: from picture files to the model's inputs, on the CPU.
-        encoder, projector: parts of the model; None where it has none of a known name.
         weights: "random" or "checkpoint".
+        encoder, projector: parts of the model; None where it has none of a known name.
     """
 
     model: Any
     preprocess: Callable[[list[str]], Inputs]
-    encoder: nn.Module | None
-    projector: nn.Module | None
     weights: str
+    encoder: nn.Module | None = None
+    projector: nn.Module | None = None
 
 
 def build(case: Case, options: dict[str, Any]) -> Subject:
@@ -86,9 +86,7 @@ def _fastvlm(case: Case, options: dict[str, Any], dtype: torch.dtype, device: to
     image_options: dict[str, Any] = {"size": side, "image_aspect_ratio": config.image_aspect_ratio}
     if config.image_aspect_ratio == "anyres":
         own = config.vision_config.image_size
-        image_options["image_grid_pinpoints"] = [
-            [width * side // own, height * side // own] for width, height in config.image_grid_pinpoints
-        ]
+        image_options["image_grid_pinpoints"] = scaled_pinpoints(config.image_grid_pinpoints, own, side)
     processor = _image_processor("FastVLMImageProcessor", options)(**image_options)
 
     def preprocess(pictures: list[str]) -> Inputs:
@@ -103,21 +101,19 @@ def _fastvlm(case: Case, options: dict[str, Any], dtype: torch.dtype, device: to
     if case.source in SIZES:
         model = random_model(config, dtype, device, options["attn_implementation"])
         kernels.speed_up_linear_layers(model)  # as from_pretrained does
-        return Subject(model, preprocess, None, None, "random")
-    return Subject(_load(case.source, dtype, device, options), preprocess, None, None, "checkpoint")
+        return Subject(model, preprocess, "random")
+    return Subject(_load(case.source, dtype, device, options), preprocess, "checkpoint")
 
 
 def _native(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Subject:
     """Transformers' own `fast_vlm` of the same shape, with its image processor and random weights."""
     with needs("timm", "--against native", 'pip install "transformers-fastvlm[bench]"'):
         import timm  # noqa: F401
-    from ..checkpoints.configs import native_config, native_processor_files
+    from ..checkpoints.configs import native_processor_files
 
     config = _config(case)
     config.vision_config.image_size = case.resolution
-    fields = native_config(config, config.text_config.vocab_size)
-    fields = {key: value for key, value in fields.items() if key not in ("dtype", "transformers_version")}
-    native = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    native = native_twin(config)
     described = native_processor_files(config)["preprocessor_config.json"]
     names = ("image_processor_type", "processor_class")
     processor = _image_processor("LlavaImageProcessor", options)(
@@ -127,11 +123,11 @@ def _native(case: Case, options: dict[str, Any], dtype: torch.dtype, device: tor
     def preprocess(pictures: list[str]) -> Inputs:
         images = [_opened(picture) for picture in pictures]
         inputs = {"pixel_values": processor(images, return_tensors="pt", **_place(options))["pixel_values"]}
-        counts = [fields["image_seq_length"]] * len(pictures)
+        counts = [native.image_seq_length] * len(pictures)
         return inputs | _prompts(counts, config.image_token_id, options["prompt_tokens"])
 
     model = random_model(native, dtype, device, options["attn_implementation"])
-    return Subject(model, preprocess, None, None, "random")
+    return Subject(model, preprocess, "random")
 
 
 def _llava_onevision(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Subject:
@@ -168,9 +164,7 @@ def _llava_onevision(case: Case, options: dict[str, Any], dtype: torch.dtype, de
         inputs = {name: value for name, value in inputs.items() if name in allowed}
         return inputs | _prompts(counts, config.image_token_id, options["prompt_tokens"])
 
-    return Subject(
-        random_model(config, dtype, device, options["attn_implementation"]), preprocess, None, None, "random"
-    )
+    return Subject(random_model(config, dtype, device, options["attn_implementation"]), preprocess, "random")
 
 
 def _other(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Subject:
@@ -185,7 +179,7 @@ def _other(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torc
         )
         return dict(inputs)
 
-    return Subject(_load(case.source, dtype, device, options), preprocess, None, None, "checkpoint")
+    return Subject(_load(case.source, dtype, device, options), preprocess, "checkpoint")
 
 
 def _config(case: Case) -> Any:
@@ -226,11 +220,9 @@ def _place(options: dict[str, Any]) -> dict[str, Any]:
 
 def _opened(picture: str) -> Any:
     """Return a picture that is decoded: Transformers' image processors take no paths."""
-    from PIL import Image
+    from ..images.reading import read_file
 
-    image = Image.open(picture)
-    image.load()
-    return image
+    return read_file(picture, f"the image file {picture!r}")
 
 
 def _prompts(image_tokens: list[int], image_token_id: int, text_tokens: int) -> Inputs:

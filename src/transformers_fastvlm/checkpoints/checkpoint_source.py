@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checkpoint_files import refuse_integers
 from ..configuration_fastvlm import FastVLMConfig, is_flat
 from .configs import config_from_native, native_vocabulary
 from .embedded import resolve_model
@@ -109,6 +110,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     names = {name: to_ours(name) for name in stored if not is_dropped(name)}
     _refuse_unknown(directory, [name for name, ours in names.items() if ours is None])
     tensors = {ours: stored[name] for name, ours in names.items() if ours is not None}
+    refuse_integers(tensors)
     if len(tensors) != len(names):
         twice = sorted(name for name, ours in names.items() if name != ours and ours in names)
         raise ValueError(f"{directory} holds tensors under Apple's names and under ours: {', '.join(twice[:10])}.")

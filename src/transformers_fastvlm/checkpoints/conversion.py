@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from ..storage.atomic_files import new_directory, require_new
 from ..tokens import IMAGE_TOKEN, image_token_id_of
 from .checkpoint_source import Checkpoint, Layout, read_checkpoint
 from .configs import apple_config, native_config, native_processor_files
-from .directories import new_directory
 from .embedded import resolve_model
 from .files import read_json, write_directory, write_json, write_tensors
 from .layouts import to_apple_name, to_our_name
@@ -116,8 +116,7 @@ def convert(
         raise ValueError(f"layout is {layout!r}; expected one of {', '.join(map(repr, get_args(Layout)))}.")
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a directory; expected one with a FastVLM checkpoint.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty directory. Choose a new one; nothing is overwritten.")
+    require_new(out)
     if out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{out} lies inside the source {source}, which is never written to. Choose another place.")
     checkpoint = read_checkpoint(source)

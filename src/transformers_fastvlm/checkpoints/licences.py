@@ -10,8 +10,6 @@ APPLES = "apple-amlr"
 RESEARCH_ONLY = f"for research only, not for commercial use, and so is everything derived from them ({APPLES})"
 """What Apple's weights are."""
 
-_PUBLISHED_WIDTHS = [96, 192, 384, 768, 1536]
-
 
 def may_be_apples(licence: str | None, widths: Iterable[int]) -> bool:
     """Return whether weights are Apple's, or could be: no licence is stated, and the encoder has the published widths.
@@ -20,7 +18,9 @@ def may_be_apples(licence: str | None, widths: Iterable[int]) -> bool:
         licence: as `stated_licence` returns it.
         widths: of the encoder's five stages, `hidden_sizes` of its configuration.
     """
-    return licence == APPLES or (licence is None and list(widths) == _PUBLISHED_WIDTHS)
+    from ..configuration_fastvlm import PUBLISHED_WIDTHS  # with it comes torch
+
+    return licence == APPLES or (licence is None and tuple(widths) == PUBLISHED_WIDTHS)
 
 
 def stated_licence(name: str, texts: Iterable[str], card: str | None) -> str | None:

@@ -11,7 +11,7 @@ from .layouts import to_our_name
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_projector"]
+__all__ = ["load_projector", "load_tensors"]
 
 _NAMES = tuple(
     f"model.multi_modal_projector.{layer}.{kind}" for layer in ("linear_1", "linear_2") for kind in ("weight", "bias")
@@ -36,7 +36,7 @@ def load_projector(path: str | os.PathLike[str]) -> "dict[str, torch.Tensor]":
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected the mm_projector.bin of a first training stage.")
-    content = _load(path)
+    content = load_tensors(path)
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a dictionary of the projector's tensors.")
     unknown = [name for name in content if to_our_name(name) not in _NAMES]
@@ -57,7 +57,12 @@ def load_projector(path: str | os.PathLike[str]) -> "dict[str, torch.Tensor]":
     return {name: tensors[name] for name in _NAMES}
 
 
-def _load(path: Path) -> Any:
+def load_tensors(path: Path) -> Any:
+    """Return what a safetensors file or a pickle holds, on the CPU; a pickle is read as data only.
+
+    Raises:
+        ValueError: it is damaged, or holds what is not data.
+    """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastvlm batch`: the same question about many pictures, answered into one file."""
 
-import enum
 import signal
 import threading
 from collections.abc import Callable
@@ -12,19 +11,13 @@ import typer
 
 from . import options
 from .cli_errors import FAILURE, INTERRUPTED, TERMINATED, notice, one_line, reports_errors
+from .progress_bars import progress_bar
 
 if TYPE_CHECKING:
     from ..batch import Report
-    from ..engines.base import Engine
+    from ..engines import Engine
 
 __all__ = ["batch"]
-
-
-class EngineName(enum.StrEnum):
-    """Values of --engine."""
-
-    transformers = "transformers"
-    vllm = "vllm"
 
 
 @reports_errors
@@ -51,9 +44,8 @@ def batch(
         ),
     ],
     model: options.Model = options.DEFAULT_MODEL,
-    engine: Annotated[
-        EngineName, typer.Option(help="What runs the model; vLLM must be installed for vllm.")
-    ] = EngineName.transformers,
+    engine: options.Engine = options.EngineName.transformers,
+    precision: options.Precision = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Pictures that are answered together; a kill costs one such batch at most.")
     ] = 16,
@@ -91,25 +83,17 @@ def batch(
     Example: fastvlm batch photos -o captions.jsonl -p "Describe the picture."
     """
     from ..batch import BatchOptions, Interrupted, run_batch
-    from ..engines.base import Sampling
-    from .model_sources import check_loadable, licence_notice, read_config
-    from .session import Sampling as Chosen
+    from .asking import check_model, engine_settings, load, sampling_of
 
-    Chosen(max_new_tokens, temperature, top_p, 1, seed).check()
-    settings: dict[str, Any] = {"dtype": dtype.value, "device": device, "size": size}
-    config = read_config(model)
-    check_loadable(model, config)
+    sampling = sampling_of(max_new_tokens, temperature, top_p, seed)
+    settings = engine_settings(engine, precision, device, dtype, size)
+    check_model(engine, model)
 
-    def load() -> "Engine":
+    def start() -> "Engine":
         from transformers.utils import logging
 
-        from ..engines import load_engine
-
         logging.disable_progress_bar()
-        loaded = load_engine(engine.value, model, batch_size=batch_size, **settings)
-        if message := licence_notice(model, config):
-            notice(message)
-        return loaded
+        return load(engine, model, settings, batch_size)
 
     chosen = BatchOptions(
         prompt=prompt,
@@ -118,20 +102,15 @@ def batch(
         every=every,
         do_exif_transpose=do_exif_transpose,
         system=system,
-        sampling=Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=1.0 if top_p is None else top_p,
-            seed=seed,
-        ),
+        sampling=sampling,
         batch_size=batch_size,
     )
     about = {"model": model, "engine": engine.value, **settings}
     stopping = _Stopping()
     try:
-        with stopping, _Progress() as bar:
+        with stopping, progress_bar("answering") as show:
             report = run_batch(
-                inputs, output, load, chosen, about=about, subtitles=srt, restart=restart, progress=bar.show
+                inputs, output, start, chosen, about=about, subtitles=srt, restart=restart, progress=show
             )
     except Interrupted as error:
         kept = f" They are kept in {error.journal}; the same command goes on from there." if error.rows else ""
@@ -169,44 +148,22 @@ class _Stopping:
         raise KeyboardInterrupt
 
 
-class _Progress:
-    """A bar on standard error, where that is a terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self._task = self._bar.add_task("answering", total=None)
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, done: int, total: int | None) -> None:
-        """Show how many rows are done; the total of videos is an estimate."""
-        self._bar.update(self._task, completed=done, total=None if total is None else max(done, total))
-
-
 def _tell(report: "Report", say: Callable[[str], None] = notice) -> None:
     """Print what was written and what could not be answered."""
+    from ..batch.batch_rows import counted
+
     details = []
     if report.resumed_rows:
         details.append(f"{report.resumed_rows:,} of them done before")
     if report.cut:
         details.append(f"{report.cut:,} cut at --max-new-tokens")
-    say(f"{report.rows:,} rows in {report.output}" + (f" ({', '.join(details)})" if details else ""))
+    say(f"{counted(report.rows, 'row')} in {report.output}" + (f" ({', '.join(details)})" if details else ""))
     for path in report.subtitles:
         say(f"captions in {path}")
     if report.left_out:
-        say(f"{report.left_out:,} files in the folders are neither pictures nor videos and were left out")
+        say(f"{counted(report.left_out, 'file')} in the folders left out: neither picture nor video")
     if report.errors:
-        say(f"fastvlm: {report.errors:,} rows have no answer, but an error:")
+        say(f"fastvlm: {counted(report.errors, 'row')} without an answer:")
         for place, error in report.examples:
             say(f"  {place}: {one_line(ValueError(error))}")
         if report.errors > len(report.examples):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastvlm bench`: time to the first token and its parts, tokens a second and memory, beside other models."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -84,6 +83,7 @@ def bench(
         _check_matplotlib()
 
     from ..bench import Options, run, run_encoders, write_plots
+    from ..bench.measuring import write_record
 
     place = _device(device)
     chosen = Options(
@@ -111,14 +111,13 @@ def bench(
             notice(line)
 
     record = run_encoders(chosen, progress=progress) if encoders else run(chosen, progress)
-    text = json.dumps(record, indent=2)
+    text = write_record(record, out)
     if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
         notice(f"wrote {out}")
     for file in write_plots(record, plots) if plots is not None else ():
         notice(f"wrote {file}")
     if as_json:
-        typer.echo(text)
+        typer.echo(text, nl=False)
     elif encoders:
         _print_encoders(record)
     else:

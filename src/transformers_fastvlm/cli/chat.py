@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastvlm chat`: several turns about one or more pictures."""
 
+import contextlib
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
 from .cli_errors import UserError, notice, one_line, reports_errors
 from .cli_images import STDIN, question, read_picture, read_pictures
+
+if TYPE_CHECKING:
+    from ..engines import Engine, Sampling
 
 __all__ = ["chat"]
 
@@ -24,6 +28,8 @@ def chat(
         list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures to talk about: files or http(s) addresses.")
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
+    engine: options.Engine = options.EngineName.transformers,
+    precision: options.Precision = None,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DtypeName.auto,
     size: options.Size = None,
@@ -43,37 +49,35 @@ def chat(
 
     Example: fastvlm chat street.jpg
     """
-    from .session import Sampling, load
+    from .asking import engine_settings, load, sampling_of
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
-    sampling.check()
+    sampling = sampling_of(max_new_tokens, temperature, top_p, seed, num_beams)
+    settings = engine_settings(engine, precision, device, dtype, size)
     if STDIN in (images or []):
         raise UserError("chat reads questions from standard input, so a picture cannot come from there. Give a file.")
     first = read_pictures(images or [], do_exif_transpose)
-    session = load(model, device, dtype, size)
-    session.sampling = sampling
+    loaded = load(engine, model, settings)
     interactive = sys.stdin.isatty()
     if reconfigure := getattr(sys.stdin, "reconfigure", None):
         reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused, and the chat goes on
     if interactive:
         notice(_HELP)
-    talk = _Conversation(session, system, first, do_exif_transpose)
-    while (line := _next_line(interactive)) is not None:
-        try:
-            if not talk.turn(line):
-                return
-        except (UserError, OSError, ValueError) as error:
-            if not interactive or debug or isinstance(error, BrokenPipeError):
-                raise
-            notice(f"fastvlm: {one_line(error)}")
+    talk = _Conversation(loaded, sampling, system, first, do_exif_transpose)
+    with contextlib.closing(loaded):
+        while (line := _next_line(interactive)) is not None:
+            try:
+                if not talk.turn(line):
+                    return
+            except (UserError, OSError, ValueError) as error:
+                if not interactive or debug or isinstance(error, BrokenPipeError):
+                    raise
+                notice(f"fastvlm: {one_line(error)}")
 
 
 def _next_line(interactive: bool) -> str | None:
     """Return the next line of standard input, or None at its end."""
     try:
         if interactive and sys.stdout.isatty():
-            import contextlib
-
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (gives input() line editing)
             return input("> ")
@@ -91,9 +95,12 @@ def _next_line(interactive: bool) -> str | None:
 class _Conversation:
     """The turns so far, and the pictures that the next question brings."""
 
-    def __init__(self, session: Any, system: str | None, pictures: list[Any], do_exif_transpose: bool) -> None:
-        self.session, self.system, self.first = session, system, pictures
+    def __init__(
+        self, engine: "Engine", sampling: "Sampling", system: str | None, pictures: list[Any], do_exif_transpose: bool
+    ) -> None:
+        self.engine, self.sampling, self.system, self.first = engine, sampling, system, pictures
         self.do_exif_transpose = do_exif_transpose
+        self.memory = engine.new_memory()
         self.clear()
 
     def clear(self) -> None:
@@ -130,15 +137,15 @@ class _Conversation:
 
     def _ask(self, text: str) -> None:
         from ..engines.prompts import is_utf8
-        from .session import remark
+        from .asking import answer, remark
 
         if not is_utf8(text):
             raise UserError("the prompt is not UTF-8; convert it, or set the terminal to UTF-8.")
 
         messages = [*self.messages, {"role": "user", "content": question(text, self.pictures)}]
-        answer = self.session.answer(messages, lambda piece: typer.echo(piece, nl=False))
+        answered = answer(self.engine, messages, self.sampling, self.memory, lambda piece: typer.echo(piece, nl=False))
         typer.echo()
-        remark(answer)
+        remark(answered, self.sampling)
         # Kept only now: a question that failed is not part of the conversation.
-        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        self.messages = [*messages, {"role": "assistant", "content": answered.text}]
         self.pictures = []

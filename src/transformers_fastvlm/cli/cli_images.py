@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..tokens import IMAGE_TOKEN
 from .cli_errors import UserError
 
 if TYPE_CHECKING:
@@ -53,39 +52,23 @@ def read_picture(name: str, do_exif_transpose: bool = True) -> "Image":
 
 
 def _from_stdin() -> "Image":
-    from PIL import Image, UnidentifiedImageError
-
-    from ..images.decoding import load_stored
+    from ..images.decoding import read_stored
 
     content = sys.stdin.buffer.read()
     if not content:
         raise UserError("standard input is empty; expected a picture, as in: fastvlm generate - -p '…' < photo.jpg")
-    try:
-        return load_stored(Image.open(io.BytesIO(content)), "the picture on standard input")
-    except UnidentifiedImageError as error:
-        raise UserError("standard input is not an image of a format that Pillow can read, or it is damaged.") from error
+    return read_stored(io.BytesIO(content), "the picture on standard input")
 
 
 def question(text: str, pictures: "Sequence[Image]") -> list[dict[str, Any]]:
-    """Return the parts of a user's message: the pictures first, or where the text itself says <image>.
+    """Return the parts of a user's message; see `place_images`.
 
     Raises:
         UserError: the text has <image>, but not once for each picture.
     """
-    parts = text.split(IMAGE_TOKEN)
-    if len(parts) == 1:
-        return [*_images(pictures), {"type": "text", "text": text}]
-    if len(parts) - 1 != len(pictures):
-        raise UserError(
-            f"the text has {len(parts) - 1} {IMAGE_TOKEN}, but there are {len(pictures)} pictures to put there. Leave "
-            f"{IMAGE_TOKEN} out to put the pictures first; if it is meant literally, write it otherwise."
-        )
-    message: list[dict[str, Any]] = []
-    for index, words in enumerate(parts):
-        message += _images(pictures[index - 1 : index]) if index else []
-        message += [{"type": "text", "text": words}] if words else []
-    return message
+    from ..engines.image_places import place_images
 
-
-def _images(pictures: "Sequence[Image]") -> list[dict[str, Any]]:
-    return [{"type": "image", "image": picture} for picture in pictures]
+    try:
+        return place_images(text, pictures)
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -9,6 +9,7 @@ import typer
 
 from . import options
 from .cli_errors import notice, reports_errors
+from .progress_bars import progress_bar
 
 __all__ = ["convert"]
 
@@ -42,23 +43,12 @@ def convert(
 
     Example: fastvlm convert apple/FastVLM-0.5B fastvlm-native --to native
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
     from ..checkpoints import convert as convert_checkpoint
     from .model_sources import RESEARCH_ONLY, licence_of, local_files
 
     directory = local_files(source)
-    console = Console(stderr=True)
-    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("converting", total=None)
-        done = convert_checkpoint(
-            directory,
-            out,
-            to.value,
-            progress=lambda written, total, name: progress.update(task, completed=written, total=total),
-        )
+    with progress_bar("converting", in_bytes=True) as show:
+        done = convert_checkpoint(directory, out, to.value, progress=show)
     for name in done.dropped:
         notice(f"left out on purpose: {name}")
     for name in done.not_copied:

@@ -10,6 +10,7 @@ import typer
 
 from . import options
 from .cli_errors import FAILURE, UserError, escaped, notice, reports_errors
+from .progress_bars import progress_bar
 
 if TYPE_CHECKING:
     from ..data.check import Report
@@ -79,16 +80,10 @@ def check(
     """
     if model is None and (max_length is not None or conversation is not ConversationName.sft):
         raise UserError("--max-length and --conversation need --model, whose tokenizer counts the tokens.")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from ..data.check import check_dataset
 
     processor = None if model is None else _processor(model)
-    console = Console(stderr=True)
-    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("reading", total=None)
+    with progress_bar("reading") as show_progress:
         report = check_dataset(
             source,
             image_folder,
@@ -101,7 +96,7 @@ def check(
             max_length=max_length,
             limit=limit,
             num_workers=workers,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=show_progress,
         )
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))

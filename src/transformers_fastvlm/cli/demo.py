@@ -24,6 +24,8 @@ def demo(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on.")
     ] = None,
+    engine: options.Engine = options.EngineName.transformers,
+    precision: options.Precision = None,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DtypeName.auto,
     size: options.Size = None,
@@ -41,15 +43,16 @@ def demo(
     """
     from ..checkpoints.embedded import resolve_model, tiny_checkpoint
     from ..demo import Page, check_gradio
+    from .asking import engine_settings, load
     from .model_sources import licence_notice, read_config
-    from .session import load
 
     check_gradio()
-    session = load(model, device, dtype, size)
+    settings = engine_settings(engine, precision, device, dtype, size)
+    # One at a time, so that each visitor's conversation is reused; vLLM keeps them by itself.
+    loaded = load(engine, model, settings, 1 if engine == options.EngineName.transformers else None)
     scenes = resolve_model(model) == str(tiny_checkpoint())
     page = Page(
-        session.model,
-        session.processor,
+        loaded,
         name="the tiny model of the package, for drawn scenes" if scenes else model,
         notice=licence_notice(model, read_config(model)),
         scenes=scenes,
@@ -57,7 +60,7 @@ def demo(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
-    with page, _until_asked_to_end() as ended:
+    with contextlib.closing(loaded), page, _until_asked_to_end() as ended:
         try:
             address = page.start(host, port)
         except OSError as error:

@@ -4,12 +4,13 @@
 import enum
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options
 from .cli_errors import UserError, notice, reports_errors
+from .progress_bars import progress_bar
 
 if TYPE_CHECKING:
     from ..evaluation.results import EvaluationRun
@@ -53,12 +54,8 @@ def evaluate(
     batch: Annotated[
         int, typer.Option(min=1, help="Questions that are answered together; a kill costs one such batch at most.")
     ] = 16,
-    engine: Annotated[
-        str, typer.Option(help="What runs the model: transformers, vllm, or onnx for an export.")
-    ] = "transformers",
-    precision: Annotated[
-        str | None, typer.Option(help="Of the engine onnx: which of an export's precisions, such as q4f16.")
-    ] = None,
+    engine: options.Engine = options.EngineName.transformers,
+    precision: options.Precision = None,
     include: Annotated[Path | None, typer.Option(help="Folder with YAML files of further tasks of lmms-eval.")] = None,
     page: Annotated[
         bool | None,
@@ -82,32 +79,22 @@ def evaluate(
 
     Example: fastvlm eval apple/FastVLM-0.5B --tasks chartqa,docvqa_val --out results
     """
-    from ..engines import ENGINES
     from ..evaluation.eval_run import EvaluationOptions
     from ..evaluation.eval_run import evaluate as run_evaluation
-    from .model_sources import check_loadable, licence_notice, read_config
+    from .asking import check_model, engine_settings
+    from .model_sources import licence_notice
 
-    if engine not in ENGINES:
-        raise UserError(f"--engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
     if (tasks is None) == (data is None):
         raise UserError("give either --tasks, such as card, or --data, a file or folder of your own questions.")
-    config = read_config(model)
-    if engine != "onnx":
-        check_loadable(model, config)
-    chosen: dict[str, Any] = {"dtype": dtype.value, "device": device, "size": size}
-    if engine == "onnx":
-        if chosen != {"dtype": "auto", "device": "auto", "size": None}:
-            raise UserError("--dtype, --device and --size are fixed in an ONNX export; choose its --precision.")
-        chosen = {"precision": precision}
-    elif precision is not None:
-        raise UserError(f"--precision is for --engine onnx; the engine {engine} has --dtype.")
+    config = check_model(engine, model)
+    chosen = engine_settings(engine, precision, device, dtype, size)
 
     def loaded() -> None:
         if message := licence_notice(model, config):
             typer.echo(message, file=errors)
 
     errors = sys.stderr  # the evaluation sends what others print there to a file
-    with _Progress(errors) as bar:
+    with progress_bar("answering", errors) as show:
         run = run_evaluation(
             model,
             out,
@@ -120,47 +107,16 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 limit=limit,
                 do_exif_transpose=do_exif_transpose,
-                engine=engine,
+                engine=engine.value,
                 engine_options=chosen,
                 batch_size=batch,
                 pictures=page,
                 time_first_token=first_token,
             ),
-            progress=bar.show,
+            progress=show,
             loaded=loaded,
         )
     _tell(run, out)
-
-
-class _Progress:
-    """A bar on standard error, where that is a terminal."""
-
-    def __init__(self, stream: Any) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(file=stream)
-        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(
-            *columns,
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self._task = self._bar.add_task("answering", total=None)
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, done: int, total: int) -> None:
-        """Show how many questions are answered."""
-        self._bar.update(self._task, completed=done, total=total)
 
 
 def _tell(run: "EvaluationRun", out: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..storage.atomic_files import write_lines
 from . import options
 from .cli_errors import UserError, notice, reports_errors
 from .model_sources import check_loadable, licence_notice, read_config
@@ -116,7 +117,7 @@ def eval_encoder(
         progress=progress,
     )
     if out is not None:
-        out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_lines(out, [json.dumps(record, indent=2)])
         notice(f"wrote {out}")
     if as_json:
         typer.echo(json.dumps(record, indent=2))

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..checkpoints.published import SIZES
 from . import options
 from .cli_errors import UserError, notice, reports_errors
 from .text_tables import print_table
@@ -21,9 +22,7 @@ class CardName(enum.StrEnum):
 
     auto = "auto"
     none = "none"
-    small = "0.5B"
-    medium = "1.5B"
-    large = "7B"
+    small, medium, large = SIZES
 
 
 @reports_errors
@@ -58,7 +57,8 @@ def eval_report(
     from ..evaluation.eval_plots import plot_points, write_plot
     from ..evaluation.page import write_page
     from ..evaluation.report import make_report, markdown, notes, run_names, tables
-    from ..evaluation.results import read_run, write_lines
+    from ..evaluation.results import read_run
+    from ..storage.atomic_files import write_lines
 
     if out is not None and plot and find_spec("matplotlib") is None:
         plot = False

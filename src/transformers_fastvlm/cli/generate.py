@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastvlm generate`: one answer about pictures, or to a text alone."""
 
+import contextlib
 import json
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +13,7 @@ from .cli_errors import INTERRUPTED, reports_errors
 from .cli_images import question, read_pictures
 
 if TYPE_CHECKING:
-    from .session import Answer
+    from ..engines import Answer, Sampling
 
 __all__ = ["generate"]
 
@@ -35,6 +37,8 @@ def generate(
         ),
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
+    engine: options.Engine = options.EngineName.transformers,
+    precision: options.Precision = None,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DtypeName.auto,
     size: options.Size = None,
@@ -55,42 +59,50 @@ def generate(
 
     Example: fastvlm generate street.jpg -p "What number is on the sign?"
     """
-    from .session import Sampling, load
+    from .asking import answer, engine_settings, load, sampling_of
 
     names = images or []
-    sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
-    sampling.check()
+    sampling = sampling_of(max_new_tokens, temperature, top_p, seed, num_beams)
+    settings = engine_settings(engine, precision, device, dtype, size)
     message = question(prompt, read_pictures(names, do_exif_transpose))
     conversation: list[dict[str, Any]] = [{"role": "user", "content": message}]
     if system is not None:
         conversation.insert(0, {"role": "system", "content": system})
-    session = load(model, device, dtype, size)
-    session.sampling = sampling
-    if not as_json:
-        answer = session.answer(conversation, lambda text: typer.echo(text, nl=False))
-        typer.echo()
-        _end(answer)
-        return
-    answer = session.answer(conversation)
+    start = time.perf_counter()
+    loaded = load(engine, model, settings)
+    load_seconds = time.perf_counter() - start
+    with contextlib.closing(loaded):
+        if not as_json:
+            answered = answer(loaded, conversation, sampling, say=lambda text: typer.echo(text, nl=False))
+            typer.echo()
+            _end(answered, sampling)
+            return
+        answered = answer(loaded, conversation, sampling)
+        about = {"device": loaded.device, "dtype": loaded.dtype, "size": loaded.size}
+    seconds = answered.seconds
     result = {
         "model": model,
         "images": names,
         "system": system,
         "prompt": prompt,
-        "answer": answer.text,
-        "stopped": answer.stopped,
+        "answer": answered.text,
+        "finish_reason": answered.finish_reason,
         "tokens": {
-            "prompt": answer.prompt_tokens,
-            "image": answer.image_tokens,
-            "answer": answer.answer_tokens,
+            "prompt": answered.prompt_tokens,
+            "image": answered.image_tokens,
+            "answer": answered.completion_tokens,
         },
         "seconds": {
             name: None if value is None else round(value, 4)
-            for name, value in {"load": session.load_seconds, **answer.seconds}.items()
+            for name, value in {
+                "load": load_seconds,
+                "preprocess": seconds.prepare,
+                "first_token": seconds.first_token,
+                "generate": seconds.generate,
+            }.items()
         },
-        "device": session.device,
-        "dtype": session.dtype,
-        "size": session.size,
+        "engine": engine.value,
+        **about,
         "sampling": {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -100,13 +112,13 @@ def generate(
         },
     }
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
-    _end(answer)
+    _end(answered, sampling)
 
 
-def _end(answer: "Answer") -> None:
+def _end(answered: "Answer", sampling: "Sampling") -> None:
     """Say how the answer ended; half an answer must not look like a whole one to a script."""
-    from .session import remark
+    from .asking import remark
 
-    remark(answer)
-    if answer.stopped == "interrupted":
+    remark(answered, sampling)
+    if answered.finish_reason == "cancelled":
         raise typer.Exit(INTERRUPTED)

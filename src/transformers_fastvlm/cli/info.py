@@ -17,7 +17,7 @@ from ..checkpoints.embedded import resolve_model
 from ..checkpoints.licences import APPLES, RESEARCH_ONLY, may_be_apples
 from . import options
 from .cli_errors import UserError, reports_errors
-from .model_sources import check_loadable, licence_of, read_config
+from .model_sources import check_loadable, licence_of, read_config, refuse_adapter
 
 __all__ = ["info"]
 
@@ -62,6 +62,7 @@ def info(
 
 
 def _facts(model: str) -> dict[str, Any]:
+    refuse_adapter(model)
     raw = read_config(model)
     directory = _directory(model)
     config: Any

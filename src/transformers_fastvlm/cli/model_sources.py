@@ -9,25 +9,37 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.adapters import base_of_adapter
 from ..checkpoints.embedded import resolve_model
 from ..checkpoints.licences import APPLES, RESEARCH_ONLY, stated_licence
+from ..configuration_checks import check_fields
 from .cli_errors import UserError
 
-__all__ = ["RESEARCH_ONLY", "check_loadable", "licence_notice", "licence_of", "local_files", "read_config"]
+__all__ = [
+    "RESEARCH_ONLY",
+    "check_loadable",
+    "licence_notice",
+    "licence_of",
+    "local_files",
+    "read_config",
+    "refuse_adapter",
+]
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _OURS = ("fastvlm", "llava_qwen2", "llava_llama")
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """Return the config.json of a directory or hub repository, as it is.
+    """Return the config.json of a directory or hub repository, as it is; for an adapter that of its base model.
 
     Raises:
         UserError: there is no such directory or repository, it cannot be reached, or has no config.json.
+        ValueError: a field of it has a value that cannot be.
     """
     from transformers import PreTrainedConfig
 
     model = resolve_model(model)
+    model = base_of_adapter(model) or model
     if os.path.isdir(model):
         if not os.path.isfile(os.path.join(model, "config.json")):
             raise UserError(f"{model!r} has no config.json; expected the directory of a FastVLM checkpoint.")
@@ -53,6 +65,7 @@ def read_config(model: str) -> dict[str, Any]:
             f"config.json of {model!r} is no JSON object (or is nested too deep); expected that of a FastVLM "
             "checkpoint. Copy the checkpoint again."
         )
+    check_fields(config, model)
     return config
 
 
@@ -86,12 +99,19 @@ def check_loadable(model: str, config: dict[str, Any]) -> None:
         raise UserError(f"{model!r} has model_type {kind!r}; expected a FastVLM ({', '.join(_OURS)}).")
 
 
+def refuse_adapter(model: str) -> None:
+    """Raise UserError for the directory of an adapter, which is no whole checkpoint."""
+    if base := base_of_adapter(resolve_model(model)):
+        raise UserError(f"{model!r} is an adapter of {base}. Merge it first: fastvlm merge {model} OUT.")
+
+
 def local_files(source: str) -> Path:
     """Return the directory of a checkpoint, fetched from the hub if it is not a local one.
 
     Raises:
-        UserError: there is neither a directory nor a reachable repository of that name.
+        UserError: there is neither a directory nor a reachable repository of that name, or it is an adapter.
     """
+    refuse_adapter(source)
     read_config(source)
     source = resolve_model(source)
     if os.path.isdir(source):
@@ -106,6 +126,7 @@ def local_files(source: str) -> Path:
 
 def licence_of(model: str) -> str | None:
     """Return the name of the licence that a checkpoint states, "apple-amlr" for Apple's; None if it states none."""
+    model = base_of_adapter(resolve_model(model)) or model
     if model.startswith("apple/"):
         return APPLES
     return stated_licence(model, [_text(model, "LICENSE") or ""], _text(model, "README.md"))

@@ -14,11 +14,14 @@ __all__ = [
     "Device",
     "Dtype",
     "DtypeName",
+    "Engine",
+    "EngineName",
     "ExifTranspose",
     "MaxNewTokens",
     "Model",
     "ModelArgument",
     "NumBeams",
+    "Precision",
     "Seed",
     "Size",
     "Source",
@@ -39,6 +42,14 @@ class DtypeName(enum.StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class EngineName(enum.StrEnum):
+    """Values of --engine."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+    onnx = "onnx"
 
 
 def _multiple_of_64(size: int | None) -> int | None:
@@ -73,6 +84,13 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help=NAMES)]
 Device = Annotated[str, typer.Option(help="auto (CUDA, else Apple's GPU, else the CPU), cpu, cuda, cuda:1, mps, …")]
 Dtype = Annotated[
     DtypeName, typer.Option(help="auto is the checkpoint's own, but float32 for a float16 checkpoint on a CPU.")
+]
+Engine = Annotated[
+    EngineName,
+    typer.Option(help="What runs the model: transformers; vllm, where it is installed; onnx for an export's folder."),
+]
+Precision = Annotated[
+    str | None, typer.Option(help="Of the engine onnx: which of an export's precisions, such as q4f16.")
 ]
 Size = Annotated[
     int | None,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastvlm serve`: OpenAI's chat completions, answered by a model on this machine."""
 
+import contextlib
 import ipaddress
 import os
 from typing import Annotated
@@ -38,6 +39,8 @@ def serve(
         str | None,
         typer.Option(help="What clients call the model. Default: as it was given; of a directory, the last part."),
     ] = None,
+    engine: options.Engine = options.EngineName.transformers,
+    precision: options.Precision = None,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DtypeName.auto,
     size: options.Size = None,
@@ -94,7 +97,7 @@ def serve(
     """
     from ..server import Settings, listen
     from ..server import serve as run
-    from .session import load
+    from .asking import engine_settings, load
 
     settings = Settings(
         name=name or (os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model),
@@ -111,12 +114,14 @@ def serve(
         fetch_timeout=fetch_timeout,
         do_exif_transpose=do_exif_transpose,
     )
-    with listen(host, port) as bound:
-        session = load(model, device, dtype, size)
+    chosen = engine_settings(engine, precision, device, dtype, size)
+    if engine == options.EngineName.vllm:
+        chosen["max_images"] = max_images
+    with listen(host, port) as bound, contextlib.closing(load(engine, model, chosen, batch_size)) as loaded:
         if settings.api_key is None and not ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
             notice(f"fastvlm: no key is set, so anyone who reaches this machine can use the model; set {_KEY}.")
 
         def ready(url: str) -> None:
-            notice(f"fastvlm: {settings.name} ({session.device}, {session.dtype}) answers at {url}/v1; Ctrl-C ends it.")
+            notice(f"fastvlm: {settings.name} ({loaded.device}, {loaded.dtype}) answers at {url}/v1; Ctrl-C ends it.")
 
-        run(session.model, session.processor, settings, bound, ready)
+        run(loaded, settings, bound, ready)

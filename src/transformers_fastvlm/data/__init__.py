@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from .batching import ModalityLengthSampler, grouped_sampler, row_lengths
     from .check import Report, check_dataset
     from .collator import FastVLMDataCollator
+    from .loading import load
     from .sample_errors import ImageError, LengthError, SampleError
-    from .samples import SampleDataset, load
+    from .samples import SampleDataset
 
 _MODULE_OF = {
     "FastVLMDataCollator": "collator",
@@ -24,7 +25,7 @@ _MODULE_OF = {
     "SampleError": "sample_errors",
     "check_dataset": "check",
     "grouped_sampler": "batching",
-    "load": "samples",
+    "load": "loading",
     "row_lengths": "batching",
 }
 

@@ -61,8 +61,14 @@ def row_lengths(dataset: Any, tokens_per_image: int = _DEFAULT_IMAGE_TOKENS) -> 
     return lengths, has_image
 
 
-def grouped_sampler(dataset: Any, args: Any) -> "ModalityLengthSampler | None":
+def grouped_sampler(
+    dataset: Any, args: Any, tokens_per_image: int = _DEFAULT_IMAGE_TOKENS
+) -> "ModalityLengthSampler | None":
     """Return the sampler that fits a run's `TrainingArguments`, or None for a data set without a length.
+
+    Args:
+        dataset, tokens_per_image: as in `row_lengths`.
+        args: of the run.
 
     Example:
         >>> class GroupingTrainer(Trainer):  # doctest: +SKIP
@@ -76,7 +82,7 @@ def grouped_sampler(dataset: Any, args: Any) -> "ModalityLengthSampler | None":
     """
     if not hasattr(dataset, "__len__"):
         return None
-    lengths, has_image = row_lengths(dataset)
+    lengths, has_image = row_lengths(dataset, tokens_per_image)
     return ModalityLengthSampler(
         lengths,
         has_image,

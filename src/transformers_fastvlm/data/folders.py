@@ -31,7 +31,8 @@ _STATE = "state.json"
 _SPLITS = "dataset_dict.json"
 _NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", _SPLITS, _STATE)
 _KINDS = ((".parquet",), (".arrow",), (".json", ".jsonl"))
-_IN_MEMORY = 2**30
+IN_MEMORY = 2**30
+"""Most bytes of Parquet files that are read into memory."""
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -252,7 +253,7 @@ def _read_json(path: str, folder: str) -> dict[str, Any]:
 def _opened(files: Sequence[str]) -> list[Any]:
     """Return the data set of each file."""
     datasets = package(f"{files[0]!r} holds rows")
-    in_memory = sum(map(os.path.getsize, files)) <= _IN_MEMORY
+    in_memory = sum(map(os.path.getsize, files)) <= IN_MEMORY
     return [_open(file, datasets, in_memory) for file in files]
 
 

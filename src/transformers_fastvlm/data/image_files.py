@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..images.base64_images import from_base64
-from ..images.decoding import check_dimensions, load_pixels, load_stored, oriented, stands_on_its_side
-from ..images.reading import pil_to_rgb
+from ..images.decoding import load_pixels, load_stored, open_image, oriented, read_stored, stands_on_its_side
+from ..images.reading import open_file, pil_to_rgb
 from .folders import is_within
 from .sample_errors import ImageError, SampleError, shortened
 
@@ -60,11 +60,11 @@ class ImageFolder:
             SampleError: its name leads out of the folder or is an address.
         """
         if isinstance(source, Image.Image):
-            with _errors("the image"):
+            with _errors():
                 return _checked(oriented(load_pixels(source), self.do_exif_transpose), "the image")
         file, what = self._file_of(source)
-        with _errors(what), file, Image.open(file) as image:
-            return _checked(oriented(load_stored(image, what), self.do_exif_transpose), what)
+        with _errors(), file:
+            return _checked(oriented(read_stored(file, what), self.do_exif_transpose), what)
 
     def size_of(self, source: Any) -> tuple[int, int]:
         """Return the height and width that `open` gives, after decoding all of the image, so that any damage shows.
@@ -74,9 +74,8 @@ class ImageFolder:
         if isinstance(source, Image.Image):
             return self.open(source).size[::-1]
         file, what = self._file_of(source)
-        with _errors(what), file, Image.open(file) as image:
+        with _errors(), file, open_image(file, what) as image:
             width, height = image.size
-            check_dimensions(width, height, what)
             image.draft(None, (max(1, width // 8), max(1, height // 8)))
             drafted = image.size != (width, height)
             stored = _checked(load_stored(image, what), what)
@@ -116,12 +115,8 @@ class ImageFolder:
                 f"{what} {how}: expected a file at {shortened(path)}. {_other_name(path)}Check the image folder, "
                 f"{str(self.folder)!r}."
             )
-        with _errors(what):
-            file = open(path, "rb")  # noqa: SIM115
-            if os.fstat(file.fileno()).st_size == 0:
-                file.close()
-                raise ImageError(f"{what} is empty (0 bytes): {path!r}.")
-        return file, what
+        with _errors():
+            return open_file(path, what), what
 
     def _path_of(self, name: str) -> str:
         """Return the path of a name, which lies in the folder."""
@@ -192,17 +187,11 @@ def _checked(image: Image.Image, what: str) -> Image.Image:
 
 
 @contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """Turn what Pillow and the system raise into ImageError."""
+def _errors() -> Iterator[None]:
+    """Turn what is wrong with an image into ImageError."""
     try:
         yield
     except SampleError:
         raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{what} is not an image of a format that Pillow can read, or it is damaged.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{what} is too large: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it.") from error
-    except (OSError, SyntaxError) as error:
-        raise ImageError(f"{what} cannot be read: {error}.") from error
     except ValueError as error:
         raise ImageError(str(error)) from error

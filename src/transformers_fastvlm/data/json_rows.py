@@ -15,12 +15,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .fingerprints import fingerprint
+from ..storage.digests import file_digest
 from .sample_errors import Place, SampleError, shortened
 
 __all__ = ["JsonRows"]
 
-_CHUNK = 2**24
+CHUNK = 2**24
+"""Bytes of a file that are read at once while its rows are looked for."""
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
 _SHORTEST_ROW = len('{"messages":[]}')
@@ -126,7 +127,7 @@ class JsonRows:
 
     def digest(self) -> str:
         """Return a digest of the whole file."""
-        return fingerprint(self.path)
+        return file_digest(self.path)
 
     def _why(self, error: Exception, content: bytes) -> str:
         if isinstance(error, UnicodeDecodeError):
@@ -150,7 +151,7 @@ class JsonRows:
         first = file.tell()
         breaks: list[np.ndarray] = []
         position = first
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(CHUNK):
             breaks.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position)
             position += len(chunk)
         ends = np.concatenate(breaks) if breaks else np.empty(0, np.int64)
@@ -274,6 +275,6 @@ def _elements(file: BinaryIO) -> Iterator[tuple[int, int]]:
 
 def _more(file: BinaryIO, text: str) -> tuple[str, bool]:
     """Return a text with what follows it in the file, and whether that is the end; reads at least as much again."""
-    wanted = max(_CHUNK, len(text))
+    wanted = max(CHUNK, len(text))
     content = file.read(wanted)
     return text + content.decode("latin-1"), len(content) < wanted

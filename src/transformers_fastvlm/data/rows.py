@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
-from .fingerprints import fingerprint, joined
+from ..storage.digests import file_digests, joined
 from .row_fields import SYSTEM_KEYS
 from .sample_errors import Place, SampleError
 
 __all__ = ["HubRows", "JoinedRows", "ListRows", "Rows"]
 
-_WHOLE = 2**30  # bytes of a file that are read to tell whether it changed
 _WORDS = ("id", "conversations", "messages", *SYSTEM_KEYS)
 
 
@@ -75,7 +74,7 @@ class HubRows:
 
     def digest(self) -> str:
         """Return a digest of the files, or what the package datasets says of how the rows were made."""
-        return joined(fingerprint(file, _WHOLE) for file in self._files) if self._files else self._made
+        return joined(file_digests(self._files)) if self._files else self._made
 
     def _read(self, table: Any, row: int) -> Mapping[str, Any]:
         values: Mapping[str, Any] = table[row : row + 1].to_pylist()[0]
@@ -93,27 +92,28 @@ class JoinedRows:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return the number of the part that a row is in, and the row's number there."""
+        number = bisect_right(self._ends, row)
+        return number, row - (self._ends[number - 1] if number else 0)
+
     def __getitem__(self, row: int) -> Mapping[str, Any]:
-        part, inside = self._located(row)
-        return part[inside]
+        number, inside = self.locate(row)
+        return self._parts[number][inside]
 
     def text_of(self, row: int) -> Mapping[str, Any]:
         """Return a row without what only its images need."""
-        part, inside = self._located(row)
-        return part.text_of(inside)
+        number, inside = self.locate(row)
+        return self._parts[number].text_of(inside)
 
     def place(self, row: int, sample_id: str | None = None) -> Place:
         """Return how a row is named."""
-        part, inside = self._located(row)
-        return part.place(inside, sample_id)
+        number, inside = self.locate(row)
+        return self._parts[number].place(inside, sample_id)
 
     def digest(self) -> str:
         """Return a digest of all parts."""
         return joined(part.digest() for part in self._parts)
-
-    def _located(self, row: int) -> tuple[Rows, int]:
-        number = bisect_right(self._ends, row)
-        return self._parts[number], row - (self._ends[number - 1] if number else 0)
 
 
 class ListRows:

@@ -11,7 +11,7 @@ _LONGEST = 80
 
 
 # A data loader raises what its worker raised again, with all of the traceback for a message.
-_FROM_WORKER = re.compile(r"Caught \w+ in .*worker.*\.\n(?:.*\n)*[\w.]*\.data\.errors\.\w+: (?P<message>.+)")
+_FROM_WORKER = re.compile(r"Caught \w+ in .*worker.*\.\n(?:.*\n)*[\w.]*\.sample_errors\.\w+: (?P<message>.+)")
 
 
 def shortened(value: Any) -> str:

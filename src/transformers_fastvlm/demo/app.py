@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ..engines import Engine
 from .answering import Answerer
 from .camera_tab import camera_tab
 from .chat_tab import chat_tab
@@ -38,8 +39,7 @@ class Page:
     at the end; its name is in the environment (GRADIO_TEMP_DIR), so have one page at a time in a process.
 
     Args:
-        model: `FastVLMForConditionalGeneration`.
-        processor: its `FastVLMProcessor`.
+        engine: the model; one that answers one visitor at a time keeps their conversations. Whoever made it closes it.
         name: of the checkpoint, shown on the page.
         notice: what to say of its licence.
         scenes: whether the model knows drawn scenes only: offers such pictures, and questions in its words.
@@ -48,22 +48,21 @@ class Page:
         temperature: 0 takes the likeliest token, so that a question gets the same answer each time; above 0 samples.
 
     Attributes:
-        answerer: answers one visitor at a time.
+        answerer: asks the engine.
         visitors: who looks at the page.
 
     Raises:
         ImportError: Gradio is not installed.
 
     Example:
-        >>> with Page(model, processor, name="mine") as page:  # doctest: +SKIP
+        >>> with Page(engine, name="mine") as page:  # doctest: +SKIP
         ...     print(page.start())
         ...     input("Enter ends it. ")
     """
 
     def __init__(
         self,
-        model: Any,
-        processor: Any,
+        engine: Engine,
         *,
         name: str,
         notice: str | None = None,
@@ -81,7 +80,7 @@ class Page:
         blocks = _blocks_class()
         import gradio as gr
 
-        self.answerer = Answerer(model, processor, max_new_tokens, temperature)
+        self.answerer = Answerer(engine, max_new_tokens, temperature)
         self.visitors = Visitors(self.answerer)
         presets, examples = (SCENES, scene_examples(folder)) if scenes else (GENERAL, [])
         with blocks(title="FastVLM", analytics_enabled=False, delete_cache=_UPLOADS_KEPT, fill_width=False) as page:

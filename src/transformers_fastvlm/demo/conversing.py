@@ -52,7 +52,7 @@ async def turn(
     shown = [] if pictures else list(shown_before)
     shown += [{"role": "user", "content": one} for one in (*small, question)]
     opening = [] if system is None else [{"role": "system", "content": system}]
-    reply = visitor.reply = answerer.ask([*opening, *messages], visitor.cache)
+    reply = visitor.reply = answerer.ask([*opening, *messages], visitor.memory)
     visitor.shown = shown
     yield
     try:

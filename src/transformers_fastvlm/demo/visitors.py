@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..inference import PromptCache
 from .answering import Answerer, Reply, UnusableInput
 
 __all__ = ["MAX_VISITORS", "Visitor", "Visitors"]
@@ -20,14 +19,14 @@ class Visitor:
     """One visitor's conversation.
 
     Attributes:
-        cache: what the model remembers of it.
+        memory: what the engine remembers of it.
         messages: the conversation as the model is asked to continue it, pictures included.
         shown: the same as the page shows it.
         reply: the answer in the conversation that was asked for last.
         caption: the answer about a camera frame that was asked for last.
     """
 
-    cache: PromptCache
+    memory: Any
     messages: list[dict[str, Any]] = field(default_factory=list)
     shown: list[dict[str, Any]] = field(default_factory=list)
     reply: Reply | None = None
@@ -70,7 +69,7 @@ class Visitors:
     def come(self, session: str) -> Visitor:
         """Begin a conversation; one that the same page had ends."""
         self.leave(session)
-        visitor = self._known[session] = Visitor(self._answerer.new_cache())
+        visitor = self._known[session] = Visitor(self._answerer.engine.new_memory())
         while len(self._known) > self._most:
             self.leave(next(iter(self._known)))
         return visitor
@@ -96,4 +95,4 @@ class Visitors:
         visitor.start_over()
         if visitor.caption is not None:
             visitor.caption.stop()
-        self._answerer.forget(visitor.cache)
+        self._answerer.engine.forget(visitor.memory)

@@ -5,16 +5,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .base import Answer, Conversation, Engine, Sampling
+    from .base import Answer, Conversation, PromptTooLong, Sampling
+    from .engine import Engine
     from .onnx_engine import OnnxEngine
+    from .prompts import Prompt
+    from .request import Request
     from .transformers_engine import TransformersEngine
     from .vllm_engine import VllmEngine
 
 _MODULE_OF = {
     "Answer": "base",
     "Conversation": "base",
-    "Engine": "base",
+    "Engine": "engine",
     "OnnxEngine": "onnx_engine",
+    "Prompt": "prompts",
+    "PromptTooLong": "base",
+    "Request": "request",
     "Sampling": "base",
     "TransformersEngine": "transformers_engine",
     "VllmEngine": "vllm_engine",
@@ -29,6 +35,9 @@ __all__ = [
     "Conversation",
     "Engine",
     "OnnxEngine",
+    "Prompt",
+    "PromptTooLong",
+    "Request",
     "Sampling",
     "TransformersEngine",
     "VllmEngine",
@@ -36,11 +45,11 @@ __all__ = [
 ]
 
 
-def load_engine(name: str, model: str, **options: Any) -> "Engine":
+def load_engine(engine: str, model: str, **options: Any) -> "Engine":
     """Load a model into an engine.
 
     Args:
-        name: "transformers", "vllm" or "onnx".
+        engine: "transformers", "vllm" or "onnx".
         model: directory or hub repository of a FastVLM checkpoint, or "tiny"; for "onnx", what `fastvlm export onnx`
             wrote.
         **options: of the engine, such as `dtype` and `device`; see `TransformersEngine`, `VllmEngine` and `OnnxEngine`.
@@ -50,19 +59,19 @@ def load_engine(name: str, model: str, **options: Any) -> "Engine":
         ImportError: the engine's package is not installed.
         OSError: there is no such checkpoint, or its files are damaged.
     """
-    if name == "transformers":
+    if engine == "transformers":
         from .transformers_engine import TransformersEngine
 
         return TransformersEngine(model, **options)
-    if name == "vllm":
+    if engine == "vllm":
         from .vllm_engine import VllmEngine
 
         return VllmEngine(model, **options)
-    if name == "onnx":
+    if engine == "onnx":
         from .onnx_engine import OnnxEngine
 
         return OnnxEngine(model, **options)
-    raise ValueError(f"engine is {name!r}; expected one of {', '.join(ENGINES)}.")
+    raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading a checkpoint as users ask for it: on which device, in which type, for which size of pictures."""
 
+import os
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from ..checkpoints.adapters import attach, base_of_adapter, merge
 from ..checkpoints.embedded import resolve_model
+from ..configuration_checks import check_directory
+from ..images.anyres import scaled_pinpoints
 from ..tokens import IMAGE_TOKEN
 
 __all__ = ["DTYPES", "check_dtype", "find_device", "image_options", "load_model"]
@@ -59,9 +63,7 @@ def image_options(config: Any, size: int | None) -> dict[str, Any]:
     options: dict[str, Any] = {"size": {"height": size, "width": size}}
     if config.image_aspect_ratio == "anyres":
         own = config.vision_config.image_size
-        options["image_grid_pinpoints"] = [
-            [width * size // own, height * size // own] for width, height in config.image_grid_pinpoints
-        ]
+        options["image_grid_pinpoints"] = scaled_pinpoints(config.image_grid_pinpoints, own, size)
     return options
 
 
@@ -69,28 +71,72 @@ def load_model(model: str, device: torch.device, dtype: str = "auto", size: int 
     """Return a `FastVLMForConditionalGeneration`, ready to answer, and its `FastVLMProcessor`.
 
     Args:
-        model: directory or hub repository, or "tiny".
+        model: directory or hub repository, or "tiny"; or the directory of a LoRA adapter (peft's), which is merged into
+            the base model that its adapter_config.json names.
         device: where the model goes; see `find_device`.
         dtype: "auto" is the checkpoint's own, but float32 where that is float16 and the device a CPU; or one of the
             other `DTYPES`.
         size: height and width, in pixels, that pictures are resized to, a multiple of 64; None for the checkpoint's.
 
     Raises:
-        ValueError: an option that is none of these, or files of different checkpoints.
+        ImportError: an adapter, but peft is not installed.
+        ValueError: an option that is none of these, files of different checkpoints, a config.json that cannot be right,
+            or an adapter that does not fit its base.
         OSError: there is no such checkpoint, or its files are damaged.
     """
     check_dtype(dtype)
     source = resolve_model(model)
-    processor: Any = AutoProcessor.from_pretrained(source, **image_options(AutoConfig.from_pretrained(source), size))
+    adapter = source if (base := base_of_adapter(source)) else None
+    source = base or source
+    if os.path.isdir(source):
+        check_directory(source)
+    config: Any = AutoConfig.from_pretrained(source)
+    trained = adapter if adapter and os.path.isfile(os.path.join(adapter, "processor_config.json")) else None
+    processor: Any = AutoProcessor.from_pretrained(trained or source, **image_options(config, size))
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         source, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
     )
     if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16:
         loaded = loaded.float()
+    if adapter:
+        loaded = merge(attach(loaded, adapter))
+        if trained and size is None:  # it may have been trained at another resolution
+            loaded.config.vision_config.image_size = processor.image_processor.size["height"]
     loaded = loaded.to(device).eval()
+    _answer_once(loaded.generation_config)
+    _check_vocabulary(model, loaded, processor)
     if loaded.config.image_token_id != processor.image_token_id:
         raise ValueError(
             f"{model!r}: config.json has image_token_id {loaded.config.image_token_id}, but {IMAGE_TOKEN} is "
             f"{processor.image_token_id} in the tokenizer. The files belong to different checkpoints."
         )
     return loaded, processor
+
+
+def _answer_once(generation_config: Any) -> None:
+    """Take back what a checkpoint's generation_config.json asks of `generate()` that no tool here could hand on.
+
+    Tools answer each conversation once, by sampling or greedily; beams and several answers would come as rows that
+    they do not expect, and `return_dict_in_generate` as something that is no tensor of tokens.
+    """
+    one = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+    none = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+    for name, value in (one | dict.fromkeys(none, False)).items():
+        if getattr(generation_config, name, None):
+            setattr(generation_config, name, value)
+    for name in ("num_beam_groups", "penalty_alpha", "prefill_chunk_size", "early_stopping", "length_penalty"):
+        if getattr(generation_config, name, None) is not None:
+            setattr(generation_config, name, None)
+
+
+def _check_vocabulary(name: str, model: Any, processor: Any) -> None:
+    """Raise ValueError where the tokenizer has ids that the model has no embedding for; <image> needs none."""
+    rows = model.config.text_config.vocab_size
+    own = {token: index for token, index in processor.tokenizer.get_vocab().items() if token != IMAGE_TOKEN}
+    token, highest = max(own.items(), key=lambda item: item[1])
+    if highest >= rows:
+        raise ValueError(
+            f"{name!r}: the tokenizer gives {token!r} the id {highest}, but the model has embeddings for 0 to "
+            f"{rows - 1} (vocab_size in config.json). The files belong to different checkpoints, or tokens were added "
+            "without model.resize_token_embeddings."
+        )

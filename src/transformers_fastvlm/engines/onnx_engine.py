@@ -3,7 +3,6 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from .. import FastVLMImageProcessorPil, FastVLMProcessor
 from .._optional import needs
 from ..processing_fastvlm import chat_template_for
-from .base import Answer, Conversation, Sampling
-from .prompts import Prompt, check_sampling, read_prompts, tokenizer_options
+from .engine_thread import ThreadedEngine
+from .prompts import Prompt
+from .request import Request
+from .row_sampling import RowSampling
 
 __all__ = ["FILE_SUFFIX", "OnnxEngine", "OnnxModel"]
 
@@ -141,8 +142,8 @@ class OnnxModel:
         return embeds
 
 
-class OnnxEngine:
-    """An `Engine` on onnxruntime, with this package's own processor.
+class OnnxEngine(ThreadedEngine):
+    """An `Engine` on onnxruntime, with this package's own processor. It answers one request after the other.
 
     Args:
         directory: written by `fastvlm export onnx`.
@@ -159,76 +160,50 @@ class OnnxEngine:
     Example:
         >>> engine = OnnxEngine("fastvlm-onnx", "q4f16")  # doctest: +SKIP
         >>> question = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]  # doctest: +SKIP
-        >>> engine.generate([[{"role": "user", "content": question}]], Sampling())[0].text  # doctest: +SKIP
+        >>> engine.generate([[{"role": "user", "content": question}]])[0].text  # doctest: +SKIP
     """
+
+    _NAME = "onnx"
+    device = "cpu"
 
     def __init__(
         self, directory: str | os.PathLike[str], precision: str | None = None, *, threads: int | None = None
     ) -> None:
         self.model = OnnxModel(directory, precision, threads=threads)
-        self.processor = _processor(self.model)
+        super().__init__(_processor(self.model), batch_size=1)
         ends = _json(self.model.directory / "generation_config.json").get("eos_token_id")
         ends = self.model.config.get("eos_token_id") if ends is None else ends
-        self._ends = set(ends if isinstance(ends, list) else [ends])
+        self._end_tokens = set(ends if isinstance(ends, list) else [ends])
+
+    @property
+    def dtype(self) -> str:
+        """The export's precision."""
+        return self.model.precision
 
     def close(self) -> None:
-        """Give back the memory."""
+        """Answer what is queued, end the thread and give back the memory."""
+        super().close()
         self.model.close()
 
-    def generate(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
-        """Answer each conversation, one after the other, in their order.
+    def _ends(self) -> set[int]:
+        return self._end_tokens
 
-        All of them are checked, and their pictures decoded, before the model runs.
+    def _encoded(self, prompt: Prompt, memory: Any = None) -> Prompt:
+        if prompt.images:
+            prompt.inputs = dict(self.processor.image_processor(prompt.images, return_tensors="np"))
+            prompt.images = []
+        return prompt
 
-        Raises:
-            ValueError: a conversation has an image without a place, a place without an image, an image that cannot be
-                used, or fills the model's context; or an option of `sampling` is out of range. None is answered then.
-        """
-        check_sampling(sampling)
-        prompts = read_prompts(self.processor, conversations, self.processor.context_length)
-        return [self._answer(prompt, sampling, index) for index, prompt in enumerate(prompts)]
-
-    def _answer(self, prompt: Prompt, sampling: Sampling, index: int) -> Answer:
-        rng = np.random.default_rng(None if sampling.seed is None else (sampling.seed, index))
-        inputs = self.processor(
-            text=[prompt.text],
-            images=[prompt.images] if prompt.images else None,
-            return_tensors="np",
-            **tokenizer_options(self.processor.tokenizer, prompt.text),
-        )
-        ids, mask = np.asarray(inputs["input_ids"]), np.asarray(inputs["attention_mask"])
-        pixels = inputs.get("pixel_values")
-        features = None if pixels is None else self.model.image_features(np.asarray(pixels))
-        embeds = self.model.merge(ids, features)
-        length, context = ids.shape[1], self.processor.context_length
-        room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - length)
-        past: dict[str, np.ndarray] | None = None
-        tokens: list[int] = []
-        text, ended = "", False
-        while len(tokens) < room and not ended:
-            logits, past = self.model.decode(embeds, mask, past)
-            token = _choose(logits[0, -1], sampling, rng)
-            tokens.append(token)
-            if token in self._ends:
-                ended = True
-                break
-            if sampling.stop:
-                text = self._text(tokens)
-                ended = any(stop in text for stop in sampling.stop)
-            embeds = self.model.embeddings(np.array([[token]]))
+    def _answer(self, requests: list[Request]) -> None:
+        (request,) = requests
+        ids = np.array([request.prompt.expanded()])
+        pixels = request.prompt.inputs.get("pixel_values")
+        embeds = self.model.merge(ids, None if pixels is None else self.model.image_features(np.asarray(pixels)))
+        mask, choose = np.ones_like(ids), RowSampling([request.sampling])
+        logits, past = self.model.decode(embeds, mask)
+        while not request.take(token := int(choose(None, torch.from_numpy(logits[:, -1])).argmax())):
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
-        text = self._text(tokens)
-        cut = min((text.find(stop) for stop in sampling.stop if stop in text), default=len(text))
-        return Answer(
-            text=text[:cut].strip(),
-            finish_reason="stop" if ended else "length",
-            prompt_tokens=length,
-            completion_tokens=len(tokens),
-        )
-
-    def _text(self, tokens: list[int]) -> str:
-        text: str = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
+            logits, past = self.model.decode(self.model.embeddings(np.array([[token]])), mask, past)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -254,18 +229,3 @@ def _processor(model: OnnxModel) -> FastVLMProcessor:
         chat_template=chat_template_for(kind),
         context_length=text.get("max_position_embeddings"),
     )
-
-
-def _choose(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
-    """Return the next token: the likeliest, or one drawn at the temperature among the likeliest that reach top_p."""
-    if sampling.greedy:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
-    if sampling.top_p < 1:
-        order = np.argsort(-probabilities, kind="stable")
-        before = probabilities[order].cumsum() - probabilities[order]
-        probabilities[order[before >= sampling.top_p]] = 0
-        probabilities /= probabilities.sum()
-    return int(rng.choice(len(probabilities), p=probabilities))

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every engine does before the model runs: conversations become prompts, or errors that say what is wrong."""
 
+import copy
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
+from .. import compat
 from ..images.decoding import load_pixels, oriented
 from ..images.reading import pil_to_rgb
 from ..tokens import IMAGE_TOKEN
-from .base import MAX_SEED, MAX_TEMPERATURE, Conversation, Sampling
+from .base import Conversation, PromptTooLong
 
-__all__ = ["Prompt", "check_sampling", "is_utf8", "read_prompts", "tokenizer_options"]
+__all__ = ["LiteralTexts", "Prompt", "is_utf8", "read_prompt"]
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -21,83 +24,65 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Prompt:
-    """A conversation that was checked.
+    """A conversation that was checked and tokenized.
 
     Args:
-        text: rendered by the chat template.
-        ids: the text's tokens, one a picture.
-        images: decoded, in their order.
-        tokens: of text and pictures together.
+        ids: its tokens, one placeholder an image.
+        image_token_id: the placeholder.
+        image_tokens: of each image.
+        images: decoded, in their order; empty once `inputs` hold them.
+        inputs: of the model, for this prompt alone, where the engine makes them beforehand.
+        seconds: that it took to make all this.
     """
 
-    text: str
     ids: list[int]
+    image_token_id: int
+    image_tokens: list[int]
     images: list[Image.Image]
-    tokens: int
+    inputs: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Of texts and images together."""
+        return len(self.ids) - len(self.image_tokens) + sum(self.image_tokens)
+
+    def expanded(self) -> list[int]:
+        """Return the tokens with one placeholder for each token of an image."""
+        counts = iter(self.image_tokens)
+        repeated = ([token] * (next(counts) if token == self.image_token_id else 1) for token in self.ids)
+        return [token for tokens in repeated for token in tokens]
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raise ValueError for an option out of its range."""
-    if sampling.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {sampling.max_new_tokens}; expected 1 or more.")
-    if not 0 <= sampling.temperature <= MAX_TEMPERATURE:  # false for nan as well
-        raise ValueError(
-            f"temperature is {sampling.temperature}; expected a number from 0 (greedy) to {MAX_TEMPERATURE:g}."
-        )
-    if sampling.seed is not None and not 0 <= sampling.seed <= MAX_SEED:
-        raise ValueError(f"seed is {sampling.seed}; expected a whole number from 0 to 2**64 - 1.")
-    if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p is {sampling.top_p}; expected above 0 and up to 1.")
-    if "" in sampling.stop:
-        raise ValueError("stop holds an empty text, at which every answer would end; expected texts of one or more.")
-
-
-def read_prompts(
-    processor: Any, conversations: Sequence[Conversation], context: int | None, max_images: int | None = None
-) -> list[Prompt]:
-    """Render conversations, decode their pictures and count their tokens.
+def read_prompt(
+    processor: Any,
+    conversation: Conversation,
+    *,
+    context: int | None,
+    max_images: int | None = None,
+    literal: "LiteralTexts | None" = None,
+) -> Prompt:
+    """Render a conversation, decode its images and count its tokens.
 
     Args:
         processor: the checkpoint's `FastVLMProcessor`.
-        conversations: each of messages in Transformers' form, with Pillow images.
+        conversation: messages in Transformers' form, with Pillow images.
         context: tokens of a conversation and its answer; None for any number.
-        max_images: most pictures of a conversation; None for any number.
+        max_images: most images of a conversation; None for any number.
+        literal: encodes texts whose control tokens are text; None where they are what they are.
 
     Raises:
-        ValueError: a conversation has an image without a place, a place without an image, too many images, an image
-            that cannot be used, or fills the context; the message says which conversation, where there are several.
+        PromptTooLong: it fills the context.
+        ValueError: an image without a place, a place without an image, too many images, or an image or a text that
+            cannot be used.
     """
-    prompts = []
-    for index, conversation in enumerate(conversations):
-        try:
-            prompts.append(_prompt(processor, conversation, context, max_images))
-        except ValueError as error:
-            where = f"Conversation {index}: " if len(conversations) > 1 else ""
-            raise ValueError(f"{where}{error}") from error
-    return prompts
-
-
-def is_utf8(text: str) -> bool:
-    """Return whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
-    return not _SURROGATES.search(text)
-
-
-def tokenizer_options(tokenizer: Any, text: str) -> dict[str, bool]:
-    """Return the option that keeps a tokenizer from writing a second token of the beginning before a rendered text."""
-    starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return {"add_special_tokens": False} if starts else {}
-
-
-def _prompt(processor: Any, conversation: Conversation, context: int | None, max_images: int | None) -> Prompt:
     # Turned here, so that sizes, and with them the numbers of tokens, are those that the image processor sees.
     turns = getattr(processor.image_processor, "do_exif_transpose", True)
-    images = [image for message in conversation for image in _pictures(message, turns)]
-    text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    if not is_utf8(text):
-        raise ValueError("the text has bytes that are not UTF-8. Decode it by the encoding that it is in.")
-    places = text.count(IMAGE_TOKEN)
+    images = [image for message in conversation for image in _images(message, turns)]
+    ids = _ids(processor, conversation, literal)
+    places = ids.count(processor.image_token_id)
     if places != len(images):
         raise ValueError(
             f"the text has {places} places for images ({IMAGE_TOKEN}), but there are {len(images)} images. If "
@@ -108,35 +93,84 @@ def _prompt(processor: Any, conversation: Conversation, context: int | None, max
             f"the conversation has {len(images)} images, but this engine takes {max_images}. Load it with a larger "
             "max_images."
         )
-    ids = processor.tokenizer(text, **tokenizer_options(processor.tokenizer, text))["input_ids"]
-    found = processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width) for image in images])
-    tokens = len(ids) - len(images) + sum(found.num_image_tokens or [])
-    if context is not None and tokens >= context:
-        raise ValueError(
-            f"the conversation has {tokens} tokens and fills the model's context of {context}, with no room for an "
-            "answer. Shorten it, or use fewer or smaller pictures."
-        )
-    return Prompt(text, ids, images, tokens)
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width) for image in images])
+    prompt = Prompt(
+        ids=ids,
+        image_token_id=processor.image_token_id,
+        image_tokens=list(counts.num_image_tokens or []),
+        images=images,
+    )
+    if context is not None and prompt.tokens >= context:
+        raise PromptTooLong(prompt.tokens, context)
+    return prompt
 
 
-def _pictures(message: dict[str, Any], do_exif_transpose: bool) -> Iterator[Image.Image]:
+class LiteralTexts:
+    """Encodes conversations in whose texts control tokens, `<image>` included, are text like any other.
+
+    Transformers changes the tokenizer's settings for that, so this has a copy of it, for one thread at a time. Before
+    5.23 it cannot, and control tokens stay what they are.
+
+    Args:
+        processor: the checkpoint's `FastVLMProcessor`.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._template, self._tokenizer = processor.chat_template, copy.deepcopy(processor.tokenizer)
+        self._lock = threading.Lock()
+
+    def encode(self, conversation: Conversation) -> list[int]:
+        """Return the tokens of a conversation, one placeholder an image."""
+        options = {"sanitize_control_tokens": True} if compat.SANITIZES_CONTROL_TOKENS else {}
+        with self._lock:
+            encoded = self._tokenizer.apply_chat_template(
+                conversation,
+                chat_template=self._template,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **options,
+            )
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
+    return not _SURROGATES.search(text)
+
+
+def _ids(processor: Any, conversation: Conversation, literal: "LiteralTexts | None") -> list[int]:
+    text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    if not is_utf8(text):
+        raise ValueError("the text has bytes that are not UTF-8. Decode it by the encoding that it is in.")
+    tokenizer = processor.tokenizer
+    # The text may begin with the token that the tokenizer would write before it.
+    bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    if literal is None:
+        ids: list[int] = tokenizer(text, add_special_tokens=not bos)["input_ids"]
+        return ids
+    return [*([] if bos else tokenizer("")["input_ids"]), *literal.encode(conversation)]
+
+
+def _images(message: dict[str, Any], do_exif_transpose: bool) -> Iterator[Image.Image]:
     """Yield the images of a message, decoded and oriented, of which nothing can turn out unusable later.
 
     Raises:
         ValueError: one is damaged, too large, or of a mode whose values do not fit into 8 bits; or a part is neither
-            text nor an opened picture. Names and addresses are for whoever calls to open, by rules of its own.
+            text nor an opened image. Names and addresses are for whoever calls to open, by rules of its own.
     """
     content = message.get("content")
     for part in content if isinstance(content, list) else []:
         if part.get("type") == "text":
             continue
-        picture = part.get("image") if part.get("type") == "image" else None
-        if not isinstance(picture, Image.Image):
+        image = part.get("image") if part.get("type") == "image" else None
+        if not isinstance(image, Image.Image):
             raise ValueError(
                 f"a part of a message is {str(part)[:80]!r}; expected type text with text, or type image with a Pillow "
                 "image."
             )
-        picture = oriented(load_pixels(picture), do_exif_transpose)
-        if picture.mode not in _PLAIN_MODES:
-            pil_to_rgb(picture)
-        yield picture
+        image = oriented(load_pixels(image), do_exif_transpose)
+        if image.mode not in _PLAIN_MODES:
+            pil_to_rgb(image)
+        yield image

@@ -1,33 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine over Transformers: one process, batches of similar length, padded on the left."""
+"""The engine over Transformers: its `generate()`, called in this one file."""
 
+import copy
 import gc
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from .base import Answer, Conversation, Sampling
+from ..inference import PromptCache
+from .engine_thread import ThreadedEngine
 from .model_loading import find_device, load_model
-from .prompts import Prompt, check_sampling, read_prompts, tokenizer_options
+from .prompts import Prompt
+from .request import Request
+from .row_sampling import RowSampling
 
 __all__ = ["TransformersEngine"]
 
+KEPT_MEMORIES = 4
+"""Conversations whose keys and values stay in the model's memory; a question in an older one is prefilled anew."""
 
-class TransformersEngine:
-    """A FastVLM that answers conversations with Transformers' `generate`.
 
-    The model runs on rows of similar length together, each padded on the left to the longest. What a row is answered
-    does not depend on the others, but for sums in another order: in half precision two tokens of nearly the same score
-    may change places. An engine serves one thread at a time.
+class TransformersEngine(ThreadedEngine):
+    """An `Engine` with Transformers' `generate`.
+
+    Requests that wait are answered together, each padded on the left to the longest, each ending by itself and sampling
+    by its own seed. What a row is answered does not depend on the others, but for sums in another order: in half
+    precision two tokens of nearly the same score may change places. A request that is alone reuses what its prompt has
+    in common with the last one of its memory (`PromptCache`). The model's generation configuration says what `Sampling`
+    does not, such as a repetition penalty, and is not changed.
 
     Args:
-        model: directory or hub repository, or "tiny".
+        model: directory or hub repository, or "tiny"; or a loaded `FastVLMForConditionalGeneration`, for this engine
+            alone.
+        processor: of a loaded model.
         dtype: "auto" is the checkpoint's own, but float32 where that is float16 and the device a CPU; or "float32",
             "bfloat16", "float16".
         device: "auto" (CUDA, else Apple's GPU, else the CPU) or a device of torch, such as "cuda:1".
-        size: height and width, in pixels, that pictures are resized to, a multiple of 64; None for the checkpoint's.
-        batch_size: most conversations that run through the model together.
+        size: height and width, in pixels, that images are resized to, a multiple of 64; None for the checkpoint's.
+        batch_size: most conversations that run through the model together, and, but for one conversation with more,
+            most images.
 
     Attributes:
         model: the loaded `FastVLMForConditionalGeneration`.
@@ -40,102 +53,189 @@ class TransformersEngine:
     Example:
         >>> engine = TransformersEngine("apple/FastVLM-0.5B")  # doctest: +SKIP
         >>> content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]  # doctest: +SKIP
-        >>> engine.generate([[{"role": "user", "content": content}]], Sampling())  # doctest: +SKIP
+        >>> engine.generate([[{"role": "user", "content": content}]])[0].text  # doctest: +SKIP
     """
+
+    _NAME = "transformers"
+    _BEAMS = True
 
     def __init__(
         self,
-        model: str,
+        model: Any,
+        processor: Any = None,
         *,
         dtype: str = "auto",
         device: str = "auto",
         size: int | None = None,
         batch_size: int = 16,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
-        self.batch_size = batch_size
-        self.model, self.processor = load_model(model, find_device(device), dtype, size)
+        if processor is None:
+            model, processor = load_model(model, find_device(device), dtype, size)
+        super().__init__(processor, batch_size)
+        self.model = model
+        self._kept: list[PromptCache] = []
 
-    def generate(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
-        """Answer each conversation, in their order.
+    @property
+    def device(self) -> str:
+        """Where the model is."""
+        return str(self.model.device)
 
-        All of them are checked, and their pictures decoded, before the model runs.
+    @property
+    def dtype(self) -> str:
+        """What the model computes in."""
+        return str(self.model.dtype).removeprefix("torch.")
 
-        Raises:
-            ValueError: a conversation has an image without a place, a place without an image, an image that cannot be
-                used, or fills the model's context; or an option of `sampling` is out of range. None is answered then.
-        """
-        check_sampling(sampling)
-        prompts = read_prompts(self.processor, conversations, self.processor.context_length)
-        self._set_options(sampling)
-        if sampling.seed is not None:
-            torch.manual_seed(sampling.seed)
-        # The longest first: if memory does not suffice, that shows at once.
-        order = sorted(range(len(prompts)), key=lambda index: -prompts[index].tokens)
-        answers: dict[int, Answer] = {}
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            answers.update(zip(rows, self._answers([prompts[row] for row in rows], sampling), strict=True))
-        return [answers[index] for index in range(len(prompts))]
+    def new_memory(self) -> PromptCache:
+        """See `Engine.new_memory`. The newest `KEPT_MEMORIES` that were used keep what they hold."""
+        return PromptCache(self.model, self.processor)
+
+    def forget(self, memory: PromptCache) -> None:
+        """See `Engine.forget`."""
+        with self._news:
+            self._forgotten.append(memory)
+            self._news.notify()
 
     def close(self) -> None:
-        """Give back the model's memory; the engine cannot be used after that."""
+        """Answer what is queued, end the thread and give back the memory; the engine cannot be used after that."""
+        super().close()
+        for memory in (*self._kept, *self._forgotten):
+            memory.reset()
+        self._kept.clear()
         self.model = self.processor = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _set_options(self, sampling: Sampling) -> None:
-        """Set how tokens are chosen.
+    def _ends(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
 
-        On the model: generate() takes a None as "not given", and falls back to the checkpoint's temperature.
+    def _encoded(self, prompt: Prompt, memory: PromptCache | None = None) -> Prompt:
+        ids = torch.tensor([prompt.expanded()])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if prompt.images:
+            processing = self.processor.image_processor if memory is None else memory.process_images
+            inputs |= processing(prompt.images, return_tensors="pt")
+        prompt.inputs, prompt.images = inputs, []
+        return prompt
+
+    # In the model's thread
+
+    def _goes_with(self, requests: list[Request], other: Request) -> bool:
+        if requests[0].sampling.num_beams > 1 or other.sampling.num_beams > 1:
+            return False
+        together = [*requests, other]
+        images = sum(len(one.prompt.image_tokens) for one in together)  # encoded at once, so they are bounded
+        return images <= (self.batch_size or images) or len({id(one.prompt) for one in together}) == 1
+
+    def _answer(self, requests: list[Request]) -> None:
+        first = requests[0]
+        memory, inputs = first.memory, self._on_device(first.prompt.inputs)
+        if len({id(one.prompt) for one in requests}) > 1:
+            memory, inputs = None, self._on_device(_together(requests, self._pad()))
+        elif len(requests) > 1:  # several answers to one prompt, which is prefilled once
+            memory = memory or self.new_memory()
+            inputs |= {name: inputs[name].expand(len(requests), -1) for name in ("input_ids", "attention_mask")}
+        if memory is not None:
+            self._keep(memory)
+        if first.sampling.num_beams > 1:
+            self._search(first, memory or self.new_memory(), inputs)
+        else:
+            options = {
+                "generation_config": self._config(max(one.room for one in requests)),
+                "logits_processor": LogitsProcessorList([RowSampling([one.sampling for one in requests])]),
+                "stopping_criteria": StoppingCriteriaList([_Watch(requests)]),
+            }
+            (self.model if memory is None else memory).generate(**inputs, **options)
+        for one in requests:
+            one.encoded_images = len(one.prompt.image_tokens)
+            if memory is not None:
+                one.cached_tokens, one.encoded_images = memory.reused_tokens, memory.encoded_images
+
+    def _search(self, request: Request, memory: PromptCache, inputs: dict[str, Tensor]) -> None:
+        """Answer by beam search, whose tokens are known at its end. It samples by PyTorch's own random state."""
+        sampling, config = request.sampling, self._config(request.room)
+        config.num_beams, config.do_sample = sampling.num_beams, not sampling.greedy
+        if config.do_sample:
+            config.temperature, config.top_p, config.top_k = sampling.temperature, sampling.top_p, 0
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=not sampling.greedy):
+            if not sampling.greedy:
+                torch.seed() if sampling.seed is None else torch.manual_seed(sampling.seed)
+            criteria = StoppingCriteriaList([_Cancelled(request)])
+            output = memory.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+        for token in output[0, inputs["input_ids"].shape[1] :].tolist():
+            if request.take(token):
+                break
+
+    def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.model.device) for name, value in inputs.items()}
+
+    def _keep(self, memory: PromptCache) -> None:
+        """Make a memory the newest, and empty those that are too many."""
+        self._kept = [one for one in self._kept if one is not memory] + [memory]
+        for old in self._kept[:-KEPT_MEMORIES]:
+            old.reset()
+        self._kept = self._kept[-KEPT_MEMORIES:]
+
+    def _pad(self) -> int:
+        config = self.model.generation_config
+        pads = (config.pad_token_id, self.processor.tokenizer.pad_token_id, *sorted(self._ends()), 0)
+        return next(pad for pad in pads if pad is not None)
+
+    def _config(self, max_new_tokens: int) -> GenerationConfig:
+        """Return a configuration for one greedy call of generate().
+
+        It is the model's, but for what is decided here. Nothing of that is None, for which generate() would take the
+        model's value.
         """
-        config = self.model.generation_config
-        config.do_sample = not sampling.greedy
-        config.temperature = sampling.temperature if config.do_sample else None
-        config.top_p = sampling.top_p if config.do_sample else None
-        config.top_k = 0 if config.do_sample else None
+        config = copy.deepcopy(self.model.generation_config)
+        config.max_length, config.max_new_tokens = None, max_new_tokens
+        config.do_sample, config.temperature, config.top_p, config.top_k = False, 1.0, 1.0, 50
+        config.num_beams = config.num_return_sequences = 1
+        config.return_dict_in_generate = config.output_scores = config.output_logits = False
+        config.output_attentions = config.output_hidden_states = False
+        config.use_cache, config.pad_token_id = True, self._pad()
+        return config
 
-    def _answers(self, prompts: list[Prompt], sampling: Sampling) -> Iterator[Answer]:
-        texts = [prompt.text for prompt in prompts]
-        images = [prompt.images for prompt in prompts]
-        inputs = self.processor(
-            text=texts,
-            images=images if any(images) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            **tokenizer_options(self.processor.tokenizer, texts[0]),
-        ).to(self.model.device)
-        lengths = inputs["attention_mask"].sum(-1).tolist()
-        context = self.processor.context_length
-        rooms = [sampling.max_new_tokens if context is None else context - length for length in lengths]
-        rooms = [min(room, sampling.max_new_tokens) for room in rooms]
-        options: dict[str, Any] = {}
-        if sampling.stop:
-            options = {"stop_strings": list(sampling.stop), "tokenizer": self.processor.tokenizer}
-        output = self.model.generate(**inputs, **options, max_new_tokens=max(rooms))
-        new = output[:, inputs["input_ids"].shape[1] :].tolist()
-        for length, room, tokens in zip(lengths, rooms, new, strict=True):
-            yield self._answer(tokens[:room], length, sampling.stop)
 
-    def _answer(self, tokens: list[int], prompt_tokens: int, stop: tuple[str, ...]) -> Answer:
-        """Return the answer that a row's new tokens are, up to its end; after that there is padding."""
-        config = self.model.generation_config
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        last = next((index for index, token in enumerate(tokens) if token in ends), None)
-        ended = last is not None
-        if last is not None:
-            tokens = tokens[: last + 1]
-        elif stop:
-            last = next((index for index, token in enumerate(tokens) if token == config.pad_token_id), len(tokens))
-            tokens = tokens[:last]
-        text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
-        found = [at for at in (text.find(words) for words in stop) if at >= 0]
-        return Answer(
-            text=(text[: min(found)] if found else text).strip(),
-            finish_reason="stop" if ended or found else "length",
-            prompt_tokens=prompt_tokens,
-            completion_tokens=len(tokens),
-        )
+class _Watch(StoppingCriteria):
+    """Passes each new token on, and ends each row by itself."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self.requests = requests
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        """Return for each row whether it is at its end, (rows,)."""
+        tokens = input_ids[:, -1].tolist()
+        ended = [request.take(token) for request, token in zip(self.requests, tokens, strict=True)]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+class _Cancelled(StoppingCriteria):
+    """Ends all rows of a beam search that nobody waits for."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        """Return for each row whether it is at its end, (rows,)."""
+        return torch.full((len(input_ids),), self.request.cancelled, device=input_ids.device)
+
+
+def _together(requests: list[Request], pad_token_id: int) -> dict[str, Tensor]:
+    """Return a batch of prompts, padded on the left; images stand one after the other."""
+    prompts = [request.prompt.inputs for request in requests]
+    length = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    ids = torch.full((len(prompts), length), pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        own = prompt["input_ids"][0]
+        ids[row, length - len(own) :] = own
+        mask[row, length - len(own) :] = 1
+    batch = {"input_ids": ids, "attention_mask": mask}
+    for name in ("pixel_values", "image_sizes", "num_tiles"):
+        parts = [prompt[name] for prompt in prompts if name in prompt]
+        if parts:
+            batch[name] = torch.cat(parts)
+    return batch

@@ -1,166 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classifiers on features that stay as they are: a linear probe, nearest neighbours, and embeddings of texts.
 
-Sources: linear probe as in CLIP, arXiv 2103.00020, section 3.2 and appendix A.3: logistic regression by L-BFGS, its
-regularisation chosen on held-out data; nearest neighbours with weights exp(similarity / 0.07) as in Z. Wu et al., arXiv
-1805.01978, section 3.4; zero-shot classification as in CLIP, section 3.1.
+Sources: linear probe as in CLIP, arXiv 2103.00020, section 3.2 and appendix A.3: scikit-learn's logistic regression by
+L-BFGS, its regularisation chosen on held-out data; nearest neighbours with weights exp(similarity / 0.07) as in Z. Wu
+et al., arXiv 1805.01978, section 3.4; zero-shot classification as in CLIP, section 3.1.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = [
-    "KNN_TEMPERATURE",
-    "REGULARISATIONS",
-    "LinearProbe",
-    "choose_regularisation",
-    "fit_probe",
-    "nearest_neighbours",
-    "read_text_embeddings",
-    "zero_shot",
-]
+from .._optional import needs
+from .tasks import EXTRA
 
-REGULARISATIONS = tuple(10.0**power for power in range(-6, 3))
-"""Strengths that the linear probe chooses from."""
+__all__ = ["REGULARISATIONS", "fit_probe", "nearest_neighbours", "read_text_embeddings", "zero_shot"]
 
-KNN_TEMPERATURE = 0.07
-_ITERATIONS = 1000
-_ROWS = 1024
+REGULARISATIONS = tuple(10.0**power for power in range(2, -7, -1))
+"""Strengths that the linear probe chooses from, the strongest first."""
 
-
-@dataclass(frozen=True)
-class LinearProbe:
-    """A linear classifier: logits ((x - mean) / scale) @ weight + bias.
-
-    Attributes:
-        mean, scale: (features,), of the training data.
-        weight: (features, classes).
-        bias: (classes,).
-        loss: the objective at the end, cross-entropy and penalty.
-        gradient: largest absolute value of its gradient there: how near this is to the optimum.
-    """
-
-    mean: Tensor
-    scale: Tensor
-    weight: Tensor
-    bias: Tensor
-    loss: float
-    gradient: float
-
-    def predict(self, features: Tensor) -> Tensor:
-        """Return the likeliest class, (rows,), of features (rows, features)."""
-        return (((features - self.mean) / self.scale) @ self.weight + self.bias).argmax(-1)
+_KNN_TEMPERATURE = 0.07
 
 
 def fit_probe(
-    features: Tensor, labels: Tensor, classes: int, regularisation: float, start: LinearProbe | None = None
-) -> LinearProbe:
+    features: Tensor, labels: Sequence[int], strengths: Sequence[float], held_out: Sequence[bool]
+) -> tuple[Any, float, dict[float, float]]:
     """Fit multinomial logistic regression to standardised features.
 
-    It minimises mean cross-entropy + regularisation / 2 * ‖weight‖², a convex function, by L-BFGS with a line search
-    from zero or from another probe; the bias is not penalised. Features that are constant count as 0.
+    It minimises mean cross-entropy + strength / 2 * ‖weight‖²; the bias is not penalised. Features that are constant
+    count as 0.
 
     Args:
-        features: (rows, features), floating point.
-        labels: (rows,), int64.
-        classes: how many there are; some may have no rows.
-        regularisation: 0 or more; at 0 separable data has no optimum, and the fit ends after its steps.
+        features: (rows, features), floating point, on the CPU.
+        labels: one a row.
+        strengths: of the regularisation, 0 or more. Of several, the one whose probe is right most often on the rows
+            that are held out is fitted to all; of equally good ones the first.
+        held_out: of each row whether it is for that choice; without a choice it has no use.
+
+    Returns:
+        The classifier, whose `predict` takes NumPy's (rows, features); the strength; and by strength the share of
+        right answers on what was held out, empty without a choice.
 
     Raises:
-        ValueError: features that are not finite, no rows, or a negative regularisation.
+        ImportError: scikit-learn is missing.
+        ValueError: features that are not finite, or a negative strength.
     """
-    if not len(features) or regularisation < 0:
-        raise ValueError(f"{len(features)} rows at regularisation {regularisation}; expected 1 or more at 0 or more.")
+    with needs("scikit-learn", "The method probe", EXTRA):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import GridSearchCV, PredefinedSplit
+        from sklearn.pipeline import Pipeline
+        from sklearn.preprocessing import StandardScaler
+
+    if min(strengths) < 0:
+        raise ValueError(f"regularisation is {min(strengths)}; expected 0 or more.")
     if not torch.isfinite(features).all():
         raise ValueError("features hold numbers that are not finite. Encode in float32 (--dtype float32).")
-    with torch.inference_mode(False), torch.enable_grad():
-        features = features.detach().clone()
-        mean = features.mean(0)
-        deviation = features.std(0, correction=0)
-        scale = torch.where(deviation > 1e-6 * mean.abs().clamp_min(1e-30), deviation, torch.ones_like(deviation))
-        inputs = (features - mean) / scale
-        labels = labels.clone()
-        parameters = torch.zeros(features.shape[1] + 1, classes, dtype=features.dtype, device=features.device)
-        if start is not None:
-            parameters.copy_(torch.cat([start.weight, start.bias[None]]))
-        parameters.requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [parameters],
-            max_iter=_ITERATIONS,
-            history_size=10,
-            tolerance_grad=1e-7,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            weight, bias = parameters[:-1], parameters[-1]
-            loss = F.cross_entropy(inputs @ weight + bias, labels) + regularisation / 2 * weight.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        loss = float(closure().detach())
-        gradient = parameters.grad
-        assert gradient is not None
-        return LinearProbe(
-            mean, scale, parameters[:-1].detach(), parameters[-1].detach(), loss, float(gradient.abs().max())
-        )
+    # scikit-learn weighs the sum of the rows' losses, by the inverse of the strength.
+    weights = {strength: 1 / (strength * len(features)) if strength else np.inf for strength in strengths}
+    regression = LogisticRegression(C=weights[strengths[0]], max_iter=1000, tol=1e-6)
+    probe = Pipeline([("scaled", StandardScaler()), ("regression", regression)])
+    rows = features.numpy()
+    if len(strengths) == 1:
+        return probe.fit(rows, labels), strengths[0], {}
+    folds = PredefinedSplit([0 if out else -1 for out in held_out])
+    search = GridSearchCV(probe, {"regression__C": list(weights.values())}, cv=folds).fit(rows, labels)
+    shares = dict(zip(strengths, map(float, search.cv_results_["mean_test_score"]), strict=True))
+    return search.best_estimator_, strengths[search.best_index_], shares
 
 
-def choose_regularisation(
-    features: Tensor,
-    labels: Tensor,
-    held_out_features: Tensor,
-    held_out_labels: Tensor,
-    classes: int,
-    strengths: Sequence[float] = REGULARISATIONS,
-) -> tuple[float, dict[float, float]]:
-    """Return the strength whose probe is right most often on held-out rows, and each one's share of right answers.
-
-    Of several the strongest is taken. Strengths are tried from the strongest on, each starting where the last ended.
-    """
-    found: dict[float, float] = {}
-    probe = None
-    for strength in sorted(strengths, reverse=True):
-        probe = fit_probe(features, labels, classes, strength, probe)
-        found[strength] = float((probe.predict(held_out_features) == held_out_labels).float().mean())
-    best = max(found, key=lambda strength: (found[strength], strength))
-    return best, found
-
-
-def nearest_neighbours(features: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int) -> Tensor:
+def nearest_neighbours(features: Tensor, labels: Sequence[int], queries: Tensor, k: int) -> Tensor:
     """Return the class, (queries,), that the k training rows of the largest cosine similarity vote for.
 
     Each votes with the weight exp(similarity / 0.07).
 
     Args:
-        features: (rows, features).
-        labels: (rows,), int64.
-        queries: (queries, features).
+        features: (rows, features), on the CPU.
+        labels: one a row.
+        queries: (queries, features), on the CPU.
 
     Raises:
+        ImportError: scikit-learn is missing.
         ValueError: k is not between 1 and the number of rows.
     """
+    with needs("scikit-learn", "The method knn", EXTRA):
+        from sklearn.neighbors import KNeighborsClassifier
+
     if not 1 <= k <= len(features):
         raise ValueError(f"k is {k}; expected 1 to {len(features)}, the number of training pictures.")
-    known = F.normalize(features, dim=-1)
-    predicted = []
-    for part in F.normalize(queries, dim=-1).split(_ROWS):
-        similarity, nearest = (part @ known.T).topk(k)
-        # Divided by the largest, so that no sum overflows; that changes no order.
-        weights = ((similarity - similarity[:, :1]) / KNN_TEMPERATURE).exp()
-        votes = torch.zeros(len(part), classes, dtype=weights.dtype, device=weights.device)
-        predicted.append(votes.scatter_add_(1, labels[nearest], weights).argmax(-1))
-    return torch.cat(predicted)
+
+    def votes(distances: np.ndarray) -> np.ndarray:
+        # Relative to the nearest one, so that no sum overflows; that changes no order.
+        return np.exp((distances.min(1, keepdims=True) - distances) / _KNN_TEMPERATURE)
+
+    classifier = KNeighborsClassifier(k, weights=votes, metric="cosine", algorithm="brute")
+    return torch.as_tensor(classifier.fit(features.numpy(), labels).predict(queries.numpy()))
 
 
 def zero_shot(embeddings: Tensor, texts: Tensor) -> Tensor:

@@ -13,13 +13,7 @@ from .. import FastViTHDModel, FastVLMImageProcessorPil
 from ..checkpoints.embedded import resolve_model
 from ..data.image_files import ImageFolder
 from .bootstrap import CONFIDENCE, RESAMPLES, interval, resampled_means
-from .classifiers import (
-    choose_regularisation,
-    fit_probe,
-    nearest_neighbours,
-    read_text_embeddings,
-    zero_shot,
-)
+from .classifiers import REGULARISATIONS, fit_probe, nearest_neighbours, read_text_embeddings, zero_shot
 from .labelled_images import LabelledImages, read_class_folders, read_labelled_images, split
 
 __all__ = ["KNN", "METHODS", "PROBE", "ZERO_SHOT", "encode", "judge_encoder", "load_encoder"]
@@ -78,6 +72,7 @@ def judge_encoder(
 
     Raises:
         OSError: no such model or folder.
+        ImportError: "probe" and "knn" need scikit-learn.
         ValueError: options, pictures or embeddings that cannot be used; the message names a picture's file.
     """
     _check(methods, text, batch_size, regularisation)
@@ -116,7 +111,7 @@ def judge_encoder(
         if method == PROBE:
             predicted, chosen = _probe(train, known, queries, regularisation, seed)
         elif method == KNN:
-            predicted = nearest_neighbours(known, torch.tensor(train.labels), queries, classes, number)
+            predicted = nearest_neighbours(known, train.labels, queries, number)
             chosen = {"k": number}
         else:
             assert texts is not None
@@ -252,17 +247,16 @@ def _check_head(encoder: FastViTHDModel, texts: Tensor, model: Any) -> None:
 def _probe(
     train: LabelledImages, known: Tensor, queries: Tensor, regularisation: float | None, seed: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    labels, classes = torch.tensor(train.labels), len(train.classes)
-    tried: dict[float, float] = {}
+    strengths, checked = REGULARISATIONS, set[str]()
     if regularisation is None:
-        index = {path: at for at, path in enumerate(train.paths)}
-        fit, check = ([index[path] for path in part.paths] for part in split(train, _HELD_OUT_FOR_REGULARISATION, seed))
-        regularisation, tried = choose_regularisation(known[fit], labels[fit], known[check], labels[check], classes)
-    probe = fit_probe(known, labels, classes, regularisation)
-    chosen: dict[str, Any] = {"regularisation": regularisation, "gradient": probe.gradient}
+        checked = set(split(train, _HELD_OUT_FOR_REGULARISATION, seed)[1].paths)
+    else:
+        strengths = (regularisation,)
+    probe, strength, tried = fit_probe(known, train.labels, strengths, [path in checked for path in train.paths])
+    chosen: dict[str, Any] = {"regularisation": strength, "iterations": int(probe["regression"].n_iter_.max())}
     if tried:
         chosen["tried"] = {f"{strength:g}": round(100 * share, 2) for strength, share in sorted(tried.items())}
-    return probe.predict(queries), chosen
+    return torch.as_tensor(probe.predict(queries.numpy())), chosen
 
 
 def _result(right: Tensor, labels: Tensor, method: str, seed: int) -> dict[str, Any]:

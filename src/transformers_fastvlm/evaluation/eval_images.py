@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small copies of the pictures of an evaluation, for its page."""
 
-import os
 from pathlib import Path
 
 from PIL import Image
 
 from ..images.reading import pil_to_rgb
+from ..storage.atomic_files import replacing
 
 __all__ = ["LARGEST_SIDE", "save_small"]
 
@@ -23,6 +23,5 @@ def save_small(picture: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     small = pil_to_rgb(picture).copy()
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    partial = path.with_name(path.name + ".partial")
-    small.save(partial, "JPEG", quality=85)
-    os.replace(partial, path)
+    with replacing(path, sync=False) as file:
+        small.save(file, "JPEG", quality=85)

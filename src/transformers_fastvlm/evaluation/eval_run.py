@@ -126,7 +126,7 @@ def evaluate(
             time_first_token=options.time_first_token,
             **chosen,
         )
-        dtype = _dtype(options, answering.engine)
+        dtype = answering.engine.dtype
         loaded()
         loading = time.perf_counter() - before_loading
         try:
@@ -288,17 +288,6 @@ def _with_pictures(samples: list[Sample], task: Any, folder: Path) -> Iterator[S
                 names.append(f"{sample.task}/{sample.doc_id}-{at}.jpg")
                 save_small(picture, folder / names[-1])
         yield Sample(**{**vars(sample), "images": tuple(names)})
-
-
-def _dtype(options: EvaluationOptions, engine: Any) -> str:
-    """Return the precision that an engine computes in."""
-    if options.engine == "transformers":
-        return str(engine.model.dtype).removeprefix("torch.")
-    if options.engine == "vllm":
-        return str(engine.llm.llm_engine.model_config.dtype).removeprefix("torch.")
-    if options.engine == "onnx":
-        return str(engine.model.precision)
-    return str(options.engine_options.get("dtype", "auto"))
 
 
 @functools.cache

@@ -14,9 +14,12 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from ..engines.base import Conversation, Engine, Sampling
+from ..checkpoints.checkpoint_identity import checkpoint_identity
+from ..engines.base import Conversation, Sampling
+from ..engines.engine import Engine
+from ..engines.image_places import LITERAL, place_images
 from ..tokens import IMAGE_TOKEN
-from .eval_journal import AnswerJournal, Journalled, answer_key, model_identity
+from .eval_journal import AnswerJournal, Journalled, answer_key
 
 __all__ = ["FastVLM"]
 
@@ -34,7 +37,8 @@ class _Answering:
     """What `FastVLM` does; lmms-eval's base class comes to it in `__getattr__` below.
 
     Answers are greedy, whatever a task asks, in batches of questions of similar length. A text that ends an answer
-    (`until`) cuts it afterwards. A literal `<image>` in a question, where no picture is meant, becomes `< image >`.
+    (`until`) cuts it afterwards. A question that has `<image>` once for each picture has them there; any other
+    number is literal text, which reaches the model as `< image >`.
 
     Args:
         pretrained: directory or hub repository of a FastVLM checkpoint.
@@ -90,7 +94,7 @@ class _Answering:
         name = engine if isinstance(engine, str) else type(engine).__name__
         if identity is None:
             identity = {"engine": name, **options}
-        self._identity = {"files": model_identity(pretrained), **identity} if journal is not None else {}
+        self._identity = {"files": checkpoint_identity(pretrained), **identity} if journal is not None else {}
         self._journal = None if journal is None else AnswerJournal(journal)
         self._progress, self._time_first_token = progress, time_first_token
         self.generate_seconds = self.reused_seconds = self.timing_seconds = 0.0
@@ -231,10 +235,7 @@ class _Answering:
             except _UNREADABLE as error:
                 raise ValueError(f"{where} has an image that cannot be read: {error}") from error
             conversations.append(
-                [
-                    {"role": message["role"], "content": [_part(part, where) for part in message["content"]]}
-                    for message in messages
-                ]
+                [{"role": message["role"], "content": _content(message["content"], where)} for message in messages]
             )
         return conversations
 
@@ -272,11 +273,22 @@ def _batches(
     return batches
 
 
+def _content(parts: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Return the parts of a message as engines take them, with the pictures where its question says <image>."""
+    found = [_part(part, where) for part in parts]
+    texts = [part["text"] for part in found if "text" in part]
+    pictures = [part["image"] for part in found if "image" in part]
+    if len(texts) == 1 and texts[0].count(IMAGE_TOKEN) == len(pictures):
+        return place_images(texts[0], pictures)
+    # The questions are others': what generate and batch refuse cannot be written otherwise here.
+    return [part | {"text": part["text"].replace(IMAGE_TOKEN, LITERAL)} if "text" in part else part for part in found]
+
+
 def _part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
     from PIL import Image
 
     if part["type"] == "text":
-        return {"type": "text", "text": part["text"].replace(IMAGE_TOKEN, f"< {IMAGE_TOKEN.strip('<>')} >")}
+        return {"type": "text", "text": part["text"]}
     picture = part.get("url")
     if part["type"] != "image" or not isinstance(picture, Image.Image):
         raise ValueError(

@@ -5,10 +5,12 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..storage.atomic_files import write_lines
 
 __all__ = [
     "IMAGES",
@@ -18,12 +20,13 @@ __all__ = [
     "Sample",
     "TaskResult",
     "read_run",
-    "write_lines",
     "write_run",
 ]
 
 RESULTS, SAMPLES, IMAGES = "results.json", "samples.jsonl", "images"
-_PARTIAL = ".partial"
+
+_Check = tuple[Callable[[Any], bool], str]
+"""What a value must be like, as a function and in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,28 +112,11 @@ def write_run(directory: str | os.PathLike[str], run: EvaluationRun) -> None:
     Raises:
         ValueError: something that `read_run` would refuse, such as a score out of range; nothing is written then.
     """
-    results: dict[str, Any] = {
-        "model": run.model,
-        "engine": run.engine,
-        "dtype": run.dtype,
-        "settings": dict(run.settings),
-        "versions": dict(run.versions),
-        "tasks": {name: _as_json(task) for name, task in run.tasks.items()},
-        "seconds": dict(run.seconds),
-        "time_to_first_token": run.time_to_first_token,
-    }
-    lines = [
-        {
-            "task": sample.task,
-            "doc_id": sample.doc_id,
-            "question": sample.question,
-            "answers": list(sample.answers),
-            "given": sample.given,
-            "score": sample.score,
-            "images": list(sample.images),
-        }
-        for sample in run.samples
-    ]
+    results = {name: value for name, value in asdict(run).items() if name != "samples"}
+    for task in results["tasks"].values():
+        if task["raw"] is None:
+            del task["raw"]
+    lines = [asdict(sample) for sample in run.samples]
     checked = _run(results, "the results")
     _check_samples(checked, [_sample(line, f"sample {at}") for at, line in enumerate(lines)], "the results")
     out = Path(directory)
@@ -171,26 +157,6 @@ def read_run(directory: str | os.PathLike[str]) -> EvaluationRun:
     return EvaluationRun(**{**vars(run), "samples": tuple(samples)})
 
 
-def _as_json(task: TaskResult) -> dict[str, Any]:
-    entry: dict[str, Any] = {"metric": task.metric, "score": task.score, "count": task.count}
-    return entry if task.raw is None else entry | {"raw": task.raw}
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file whole or not at all; half characters, which UTF-8 does not have, become question marks."""
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        with partial.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
-            for line in lines:
-                file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -205,56 +171,84 @@ def _loads(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not valid JSON ({error}); the file is damaged. Evaluate again.") from error
 
 
+def _number(largest: float, expected: str) -> _Check:
+    def right(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= largest
+
+    return right, f"a number {expected}"
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a name is that of a file below the directory that it is relative to."""
+    return not any(part in ("", ".", "..") for part in name.split("/")) and not set(name) & set("\\\0:")
+
+
+_TEXT: _Check = (lambda value: isinstance(value, str), "a text")
+_TEXTS: _Check = (
+    lambda value: isinstance(value, list | tuple) and all(isinstance(item, str) for item in value),
+    "a list of texts",
+)
+_OBJECT: _Check = (lambda value: isinstance(value, Mapping), "an object")
+_SECONDS = _number(math.inf, "of 0 or more")
+_PATH: _Check = (_is_inside, f"a path below {IMAGES}, with forward slashes")
+_RUN = {
+    **dict.fromkeys(("model", "engine", "dtype"), _TEXT),
+    **dict.fromkeys(("settings", "versions", "tasks", "seconds"), _OBJECT),
+    "time_to_first_token": (lambda value: value is None or _SECONDS[0](value), _SECONDS[1]),
+}
+_TASK = {
+    "metric": _TEXT,
+    "score": _number(100.0, "from 0 to 100"),
+    "count": (lambda value: type(value) is int and value >= 1, "a whole number of 1 or more"),
+    "raw": (lambda value: True, "anything"),
+}
+_SAMPLE = {
+    **dict.fromkeys(("task", "question", "given"), _TEXT),
+    "doc_id": (lambda value: type(value) in (int, str), "a whole number or a text"),
+    **dict.fromkeys(("answers", "images"), _TEXTS),
+    "score": _number(1.0, "from 0 to 1"),
+}
+
+
+def _check(value: Any, check: _Check, where: str) -> None:
+    if not check[0](value):
+        raise ValueError(
+            f"{where} is {str(value)[:80]!r} ({type(value).__name__}); expected {check[1]}. Evaluate again."
+        )
+
+
+def _fields(content: Any, checks: Mapping[str, _Check], where: str, separator: str = ": ") -> Any:
+    """Return `content`, an object with exactly these keys, but for "raw", whose values are right."""
+    _check(content, _OBJECT, where)
+    missing = [name for name in checks if name not in content and name != "raw"]
+    unknown = [name for name in content if name not in checks]
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: keys missing: {', '.join(missing) or 'none'}; not known: {', '.join(unknown) or 'none'}. "
+            "Another version of this package may have written it; evaluate again."
+        )
+    for name, value in content.items():
+        _check(value, checks[name], f"{where}{separator}{name}")
+    return content
+
+
 def _run(content: Any, where: str) -> EvaluationRun:
-    required = ("model", "engine", "dtype", "settings", "versions", "tasks", "seconds", "time_to_first_token")
-    values = _object(content, where, required)
-    for name in ("model", "engine", "dtype"):
-        _string(values[name], f"{where}: {name}")
-    for name in ("settings", "versions", "tasks", "seconds"):
-        if not isinstance(values[name], dict):
-            raise _wrong(f"{where}: {name}", values[name], "an object")
-    for name, version in values["versions"].items():
-        _string(version, f"{where}: versions, {name}")
-    seconds = _object(values["seconds"], f"{where}: seconds", ("total", "generate"))
-    for name, value in seconds.items():
-        _number(value, f"{where}: seconds, {name}", math.inf)
-    first = values["time_to_first_token"]
-    if first is not None:
-        _number(first, f"{where}: time_to_first_token", math.inf)
+    values = _fields(content, _RUN, where)
+    _fields(values["versions"], dict.fromkeys(values["versions"], _TEXT), f"{where}: versions", ", ")
+    _fields(values["seconds"], dict.fromkeys(("total", "generate"), _SECONDS), f"{where}: seconds", ", ")
     if not values["tasks"]:
         raise ValueError(f"{where}: tasks is empty; expected at least one. Evaluate again.")
-    tasks = {}
-    for name, entry in values["tasks"].items():
-        at = f"{where}: task {name!r}"
-        fields = _object(entry, at, ("metric", "score", "count"), ("raw",))
-        _string(fields["metric"], f"{at}: metric")
-        _number(fields["score"], f"{at}: score", 100.0)
-        if isinstance(fields["count"], bool) or not isinstance(fields["count"], int) or fields["count"] < 1:
-            raise _wrong(f"{at}: count", fields["count"], "a whole number of 1 or more")
-        tasks[name] = TaskResult(**fields)
+    tasks = {
+        name: TaskResult(**_fields(entry, _TASK, f"{where}: task {name!r}")) for name, entry in values["tasks"].items()
+    }
     return EvaluationRun(**{**values, "tasks": tasks})
 
 
 def _sample(content: Any, where: str) -> Sample:
-    values = _object(content, where, ("task", "doc_id", "question", "answers", "given", "score", "images"))
-    for name in ("task", "question", "given"):
-        _string(values[name], f"{where}: {name}")
-    if isinstance(values["doc_id"], bool) or not isinstance(values["doc_id"], int | str):
-        raise _wrong(f"{where}: doc_id", values["doc_id"], "a whole number or a text")
-    for name in ("answers", "images"):
-        if not isinstance(values[name], list) or not all(isinstance(item, str) for item in values[name]):
-            raise _wrong(f"{where}: {name}", values[name], "a list of texts")
+    values = _fields(content, _SAMPLE, where)
     for image in values["images"]:
-        _check_inside(image, f"{where}: images")
-    _number(values["score"], f"{where}: score", 1.0)
+        _check(image, _PATH, f"{where}: images")
     return Sample(**{**values, "answers": tuple(values["answers"]), "images": tuple(values["images"])})
-
-
-def _check_inside(name: str, where: str) -> None:
-    """Raise ValueError unless a name is that of a file below the directory it is relative to."""
-    parts = name.split("/")
-    if not name or any(part in ("", ".", "..") for part in parts) or set(name) & set("\\\0:"):
-        raise _wrong(where, name, f"a path below {IMAGES}, with forward slashes")
 
 
 def _check_samples(run: EvaluationRun, samples: list[Sample], where: str) -> None:
@@ -270,32 +264,3 @@ def _check_samples(run: EvaluationRun, samples: list[Sample], where: str) -> Non
     double = [key for key, number in Counter((sample.task, sample.doc_id) for sample in samples).items() if number > 1]
     if double:
         raise ValueError(f"{where}: sample {double[0][1]!r} of task {double[0][0]!r} is there twice. Evaluate again.")
-
-
-def _object(content: Any, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise _wrong(where, content, "an object")
-    missing = [name for name in required if name not in content]
-    unknown = [name for name in content if name not in (*required, *optional)]
-    if missing or unknown:
-        raise ValueError(
-            f"{where}: keys missing: {', '.join(missing) or 'none'}; not known: {', '.join(unknown) or 'none'}. "
-            "Another version of this package may have written it; evaluate again."
-        )
-    return content
-
-
-def _string(value: Any, where: str) -> None:
-    if not isinstance(value, str):
-        raise _wrong(where, value, "a text")
-
-
-def _number(value: Any, where: str, largest: float) -> None:
-    valid = not isinstance(value, bool) and isinstance(value, int | float)
-    if not valid or not math.isfinite(value) or not 0 <= value <= largest:
-        expected = "of 0 or more" if largest == math.inf else f"from 0 to {largest:g}"
-        raise _wrong(where, value, f"a number {expected}")
-
-
-def _wrong(where: str, value: Any, expected: str) -> ValueError:
-    return ValueError(f"{where} is {str(value)[:80]!r} ({type(value).__name__}); expected {expected}. Evaluate again.")

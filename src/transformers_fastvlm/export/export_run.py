@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints.directories import new_directory
+from ..storage.atomic_files import new_directory
 from .cards import model_card
 from .export_source import Source
 from .targets import TARGETS, ExportOptions, Report, Target, Writer

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from ..checkpoints.files import INDEX_FILE, SINGLE_FILE, write_json
+from ..checkpoints.files import INDEX_FILE, write_json
 
 __all__ = ["quantization_of", "read_weights", "write_weights"]
 
@@ -27,7 +28,7 @@ def quantization_of(precision: str) -> dict[str, Any] | None:
 def write_weights(
     out: Path, tensors: dict[str, Tensor], dtype: str, quantization: dict[str, Any] | None, quantizable: str
 ) -> None:
-    """Write tensors in MLX's safetensors, in shards of at most 5 GB.
+    """Write tensors in MLX's safetensors, in shards of at most 5 GB before any quantization.
 
     Args:
         tensors: by the names to write them under.
@@ -38,37 +39,24 @@ def write_weights(
     """
     import mlx.core as mx
 
-    shards: list[dict[str, Any]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        arrays = _arrays(name, tensor, dtype, quantization if name.startswith(quantizable) else None)
-        mx.eval(list(arrays.values()))
-        added = sum(array.nbytes for array in arrays.values())
-        if shards[-1] and size + added > _SHARD_BYTES:
-            _save(out / f"shard-{len(shards)}.safetensors", shards[-1])
-            shards.append({})
-            size = 0
-        size += added
-        shards[-1] |= arrays
-    if len(shards) == 1:
-        _save(out / SINGLE_FILE, shards[0])
-        return
-    _save(out / f"shard-{len(shards)}.safetensors", shards[-1])
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (out / f"shard-{number}.safetensors").rename(out / name)
-        weight_map.update(dict.fromkeys(shard, name))
-    total = sum((out / name).stat().st_size for name in set(weight_map.values()))
-    write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _save(file: Path, arrays: dict[str, Any]) -> None:
-    import mlx.core as mx
-
-    mx.save_safetensors(str(file), arrays, metadata={"format": "mlx"})
-    # Names are all that is needed from here on; the values are on the disk.
-    arrays.update(dict.fromkeys(arrays))
+    plan = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_SHARD_BYTES,
+    )
+    weight_map: dict[str, str] = {}
+    for file, names in plan.filename_to_tensors.items():
+        arrays: dict[str, Any] = {}
+        for name in names:
+            arrays |= _arrays(name, tensors[name], dtype, quantization if name.startswith(quantizable) else None)
+            mx.eval(list(arrays.values()))
+        mx.save_safetensors(str(out / file), arrays, metadata={"format": "mlx"})
+        weight_map |= dict.fromkeys(arrays, file)
+    if plan.is_sharded:
+        total = sum((out / file).stat().st_size for file in plan.filename_to_tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(out / INDEX_FILE, index)
 
 
 def _arrays(name: str, tensor: Tensor, dtype: str, quantization: dict[str, Any] | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ __all__ = [
     "fitted_size",
     "num_image_tokens",
     "num_tiles",
+    "scaled_pinpoints",
     "tile_grid",
     "unpadded_grid",
 ]
@@ -76,6 +77,14 @@ def check_pinpoints(pinpoints: Any, tile_size: int | Sequence[int] | None = None
                     f"tiles of {tile_w}x{tile_h}; choose pinpoints that are multiples of the tile, or another size."
                 )
     return checked
+
+
+def scaled_pinpoints(pinpoints: Sequence[Sequence[int]], own: int, size: int) -> list[list[int]]:
+    """Return `pinpoints` for tiles of `size` pixels in place of the checkpoint's `own`: grids of as many tiles.
+
+    Whoever asks the image processor for another size must pass these along, and the model stitches by them.
+    """
+    return [[width * size // own, height * size // own] for width, height in pinpoints]
 
 
 def _tile(tile_size: int | Sequence[int]) -> tuple[int, int]:

@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding image files: within bounds, upright, or a clear error.
+"""Decoding image files: of the formats that are read, within bounds, upright, or a clear error.
 
 Everything in the package that opens an image file does it through here, so that the same files are accepted and
-refused everywhere.
+refused everywhere. Of an image that moves, or of several pages, the first is taken.
 """
 
+import errno
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-__all__ = ["MAX_SIDE", "check_dimensions", "load_pixels", "load_stored", "oriented", "stands_on_its_side"]
+from .bounds import check_dimensions, check_file
+from .formats import describe, image_formats
 
-MAX_SIDE = 2**20
-"""Longest side, in pixels, of an image that is accepted."""
+__all__ = [
+    "is_machine_fault",
+    "load_pixels",
+    "load_stored",
+    "open_image",
+    "oriented",
+    "read_stored",
+    "stands_on_its_side",
+]
 
 _Transpose = Image.Transpose
 # From an upright image back to the stored one, by EXIF orientation.
@@ -32,23 +41,56 @@ _BACK = {
 _QUARTER_TURNS = (5, 6, 7, 8)
 
 
-class _PillowWhileReading:
-    """In place of a warning filter's pattern for modules: those of Pillow, in the threads that read an image."""
+_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, getattr(errno, "ESTALE", errno.EIO))
+_HEAD = 4096
+_DAMAGED_TAGS = ("Truncated", "Skipping tag", "offset too large")
 
-    def __init__(self) -> None:
-        self.reading = threading.local()
+
+class _Reading(threading.local):
+    """What this thread is doing.
+
+    Attributes:
+        depth: how many `quiet` it is within.
+        message: of the warning that Python is asking about.
+        heard: messages of Pillow's warnings, of the innermost `quiet`.
+    """
+
+    depth = 0
+    message = ""
+    heard: list[str] = []
+
+
+_reading = _Reading()
+
+
+class _Messages:
+    """In place of a warning filter's pattern for messages, which Python asks first: any, in threads that read."""
+
+    pattern = "(?!)"  # for those that copy filters to other threads, as scikit-learn does: the copy matches nothing
+
+    def match(self, message: str) -> bool:
+        _reading.message = message
+        return _reading.depth > 0
+
+
+class _Modules:
+    """In place of a warning filter's pattern for modules, which Python asks then: those of Pillow."""
+
+    pattern = "(?!)"
 
     def match(self, module: str) -> bool:
-        return getattr(self.reading, "depth", 0) > 0 and module.partition(".")[0] == "PIL"
+        found = module.partition(".")[0] == "PIL"
+        if found:
+            _reading.heard.append(_reading.message)
+        return found
 
 
-_pillow = _PillowWhileReading()
-_FILTER: Any = ("ignore", None, Warning, _pillow, 0)
+_FILTER: Any = ("ignore", _Messages(), Warning, _Modules(), 0)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what Pillow warns of, always about metadata, from standard error while this thread reads an image.
+def quiet() -> Iterator[list[str]]:
+    """Keep what Pillow warns of from standard error while this thread reads an image; yield what it was.
 
     `warnings.catch_warnings` changes what other threads see and restores what they have changed. This filter matches
     in no other thread and nothing but Pillow's warnings.
@@ -56,60 +98,125 @@ def quiet() -> Iterator[None]:
     filters: Any = warnings.filters
     if not filters or filters[0] is not _FILTER:
         filters.insert(0, _FILTER)
-    _pillow.reading.depth = getattr(_pillow.reading, "depth", 0) + 1
+    before, _reading.heard = _reading.heard, []
+    _reading.depth += 1
+    try:
+        yield _reading.heard
+    finally:
+        _reading.depth -= 1
+        _reading.heard = before
+
+
+def is_machine_fault(error: BaseException) -> bool:
+    """Return whether an error is about the machine, not about an image: no memory, no file handles, a failing disk.
+
+    It ends a run, where an error of an image is the image's own.
+    """
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE)
+
+
+@contextmanager
+def _errors_of(what: str, how: str) -> Iterator[None]:
+    """Turn whatever Pillow raises about an image into ValueError with its name."""
     try:
         yield
-    finally:
-        _pillow.reading.depth -= 1
+    except Exception as error:  # plugins raise OSError, SyntaxError, ValueError, EOFError, struct.error and more
+        if is_machine_fault(error):
+            raise
+        if isinstance(error, OSError) and str(error).startswith("out of memory"):  # as Pillow says it
+            raise MemoryError(f"{what}: {error}") from error
+        if isinstance(error, Image.DecompressionBombError):
+            raise ValueError(
+                f"{what} is too large: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+            ) from error
+        reason = str(error) if isinstance(error, OSError | ValueError | SyntaxError) and str(error) else repr(error)
+        raise ValueError(f"{what} {how}: {reason.rstrip('.')}.") from error
 
 
-def check_dimensions(width: int, height: int, what: str = "the image") -> None:
-    """Raise ValueError unless `what`, an image of this many pixels, may be decoded and resized.
+def open_image(file: Any, what: str, max_pixels: int | None = None) -> Image.Image:
+    """Return the image in a file, of which nothing but the head is decoded.
 
-    The number of pixels is limited by `PIL.Image.MAX_IMAGE_PIXELS`, which Pillow itself only warns about.
-    """
-    if width < 1 or height < 1:
-        raise ValueError(f"{what} is {width}x{height} pixels (width x height); both sides must be at least 1.")
-    if max(width, height) > MAX_SIDE:
-        raise ValueError(
-            f"{what} is {width}x{height} pixels (width x height); sides up to {MAX_SIDE} are supported. "
-            "Cut it into pieces first."
-        )
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise ValueError(
-            f"{what} is {width}x{height} = {width * height} pixels, more than the limit of {limit} against "
-            "decompression bombs. If you trust the source, raise PIL.Image.MAX_IMAGE_PIXELS or shrink the image first."
-        )
-
-
-def load_pixels(image: Image.Image, what: str = "the image") -> Image.Image:
-    """Decode a lazily opened Pillow image now, so that a truncated file is noticed; check its size first.
+    Args:
+        file: binary and seekable. It must stay open until the image is loaded.
+        what: how to call it in an error.
+        max_pixels: see `check_dimensions`.
 
     Raises:
-        ValueError: it is too large, truncated or damaged.
+        ValueError: it is empty, not of a format that is read, damaged, or too large.
+        OSError, MemoryError: of the machine; see `is_machine_fault`.
     """
-    check_dimensions(*image.size, what)
-    try:
-        with quiet():
-            image.load()
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error and more
-        raise ValueError(f"{what} is truncated or damaged: {error}.") from error
+    with _errors_of(what, "cannot be read"):
+        file.seek(0)
+        head = file.read(_HEAD)
+    if not head:
+        raise ValueError(f"{what} is empty (0 bytes).")
+    check_file(file, what, max_pixels)
+    with _errors_of(what, "is damaged"), quiet() as warned:
+        image = _opened(file, head)
+    if image is None:
+        known = describe(head)
+        raise ValueError(
+            f"{what} {known}"
+            if known
+            else f"{what} is not an image of a format that is read ({', '.join(image_formats())}), or it is damaged."
+        )
+    check_dimensions(*image.size, what, max_pixels)
+    if image.format == "TIFF" and (said := [text for text in warned if any(part in text for part in _DAMAGED_TAGS)]):
+        raise ValueError(f"{what} is damaged: {' '.join(said[0].split())}.")
     return image
 
 
-def load_stored(image: Image.Image, what: str) -> Image.Image:
+def _opened(file: Any, head: bytes) -> Image.Image | None:
+    """Return an image whose head was read, of any number of pixels; None if it is of no format that is read."""
+    formats = image_formats()
+    try:
+        return Image.open(file, formats=formats)
+    except UnidentifiedImageError:
+        return None
+    except Image.DecompressionBombError:
+        # Twice Pillow's limit, which is the process's; the caller's own is checked next.
+        for format in formats:
+            make, accepts = Image.OPEN[format]
+            if accepts is None or accepts(head[:16]) is True:
+                file.seek(0)
+                return make(file, "")
+        raise
+
+
+def load_pixels(image: Image.Image, what: str = "the image", max_pixels: int | None = None) -> Image.Image:
+    """Return an opened Pillow image with its pixels decoded, so that a truncated file is noticed; bounds come first.
+
+    Gray values of 16 bits, which Pillow reads from PGM as whole numbers of any size, become mode I;16.
+
+    Raises:
+        ValueError: it is too large, truncated or damaged.
+        OSError, MemoryError: of the machine; see `is_machine_fault`.
+    """
+    check_dimensions(*image.size, what, max_pixels)
+    file = getattr(image, "fp", None)
+    if isinstance(image, ImageFile.ImageFile) and image.tile and file is not None:
+        with _errors_of(what, "cannot be read"):
+            seekable = file.seekable()
+        if seekable:
+            check_file(file, what, max_pixels)
+    with _errors_of(what, "is truncated or damaged"), quiet():
+        image.load()
+    check_dimensions(*image.size, what, max_pixels)
+    return image.convert("I;16") if image.mode == "I" and image.format == "PPM" else image
+
+
+def load_stored(image: Image.Image, what: str, max_pixels: int | None = None) -> Image.Image:
     """Decode an image that was just opened; return the pixels that the file stores, their orientation beside them.
 
     Pillow turns a TIFF file while it decodes it, and forgets the orientation; both are undone here, so that one rule
     holds for all formats.
 
     Raises:
-        ValueError: see `load_pixels`.
+        ValueError, OSError, MemoryError: see `load_pixels`.
     """
     # Of other formats some say only after decoding what their orientation is.
     stated = orientation_of(image) if image.format == "TIFF" else 1
-    image = load_pixels(image, what)
+    image = load_pixels(image, what, max_pixels)
     if stated == 1 or orientation_of(image) != 1:
         return image
     image = image.transpose(_BACK[stated])
@@ -117,6 +224,16 @@ def load_stored(image: Image.Image, what: str) -> Image.Image:
     exif[ExifTags.Base.Orientation] = stated
     image.info["exif"] = exif.tobytes()  # where copies of the image know it from
     return image
+
+
+def read_stored(file: Any, what: str, max_pixels: int | None = None) -> Image.Image:
+    """Return the image in a file, decoded, as `load_stored` does; the file can be closed then.
+
+    Raises:
+        ValueError, OSError, MemoryError: see `open_image` and `load_pixels`.
+    """
+    with open_image(file, what, max_pixels) as image:
+        return load_stored(image, what, max_pixels)
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -8,14 +8,16 @@ used as it is raises; nothing is replaced, clipped or guessed.
 import io
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers.image_utils import ChannelDimension
 
+from ..tokens import IMAGE_TOKEN
 from .base64_images import from_base64, is_data_url
-from .decoding import check_dimensions, load_stored, quiet
+from .bounds import check_dimensions
+from .decoding import is_machine_fault, read_stored
 from .fetching import Budget, FetchError, TooManyBytesError, fetch
 
 CHANNELS = (1, 3, 4)
@@ -30,41 +32,73 @@ _SHORTEST_BASE64 = 40
 _RANGE_TOLERANCE = 1e-4
 
 
-def read_image(source: str | os.PathLike) -> Image.Image:
+def read_image(source: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
     """Return the decoded picture at `source`, in its own mode, its EXIF orientation beside it; see `oriented`.
 
     Args:
         source: path of a file, http(s) address, or base64 of a file's bytes, with or without `data:image/...;base64,`.
+        max_pixels: see `check_dimensions`.
 
     Raises:
         ValueError: not an image, empty, truncated, too large, or a text that is none of the above.
         ConnectionError: the address cannot be downloaded.
+        OSError, MemoryError: of the machine; see `is_machine_fault`.
     """
     name = os.fspath(source)
     if isinstance(name, bytes):
         name = os.fsdecode(name)
     if name[:8].lower().startswith(("http://", "https://")):
-        return _decode(_download(name), f"the download of {name}")
+        return read_stored(_download(name), f"the download of {name}", max_pixels)
     if os.path.isfile(name):
-        with open(name, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise ValueError(f"the image file {name!r} is empty (0 bytes).")
-            return _decode(file, f"the image file {name!r}")
+        return read_file(name, f"the image file {name!r}", max_pixels)
     shown = name if len(name) <= 80 else f"{name[:77]}..."
     if os.path.isdir(name):
         raise ValueError(f"{shown!r} is a folder; expected an image file.")
     is_base64 = is_data_url(name)
     if not is_base64 and (isinstance(source, os.PathLike) or len(name) < _SHORTEST_BASE64):
-        raise ValueError(f"no image at {shown!r}: {_NONE_OF}.")
+        raise ValueError(f"no image at {shown!r}: {_NONE_OF}.{_hint(name)}")
     try:
         content = from_base64(name)
     except ValueError as error:
-        what = "the base64 image is broken" if is_base64 else f"no image at {shown!r}: {_NONE_OF}"
-        raise ValueError(f"{what}: {error}.") from error
+        if is_base64:
+            raise ValueError(f"the base64 image is broken: {error}.") from error
+        raise ValueError(f"no image at {shown!r}: {_NONE_OF}: {error}.{_hint(name)}") from error
     if not content:
         raise ValueError("the base64 image is empty (0 bytes).")
     what = "the base64 image" if is_base64 else f"the text {shown!r}, read as base64 since no file has that name,"
-    return _decode(io.BytesIO(content), what)
+    return read_stored(io.BytesIO(content), what, max_pixels)
+
+
+def _hint(name: str) -> str:
+    """Return what to say about a name that looks like a prompt."""
+    is_text = IMAGE_TOKEN in name or (any(map(str.isspace, name)) and not os.path.splitext(name)[1])
+    return " The first argument is the images; pass a text as text=." if is_text else ""
+
+
+def read_file(path: str, what: str, max_pixels: int | None = None) -> Image.Image:
+    """Return the image in a file, as `read_stored` does.
+
+    Raises:
+        ValueError: it cannot be opened, or see `read_stored`.
+        OSError, MemoryError: of the machine; see `is_machine_fault`.
+    """
+    with open_file(path, what) as file:
+        return read_stored(file, what, max_pixels)
+
+
+def open_file(path: str, what: str) -> BinaryIO:
+    """Return an opened file.
+
+    Raises:
+        ValueError: it cannot be opened.
+        OSError: of the machine; see `is_machine_fault`.
+    """
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        if is_machine_fault(error):
+            raise
+        raise ValueError(f"{what} cannot be read: {error.strerror}, {path!r}.") from error
 
 
 def _download(address: str) -> io.BytesIO:
@@ -81,18 +115,6 @@ def _download(address: str) -> io.BytesIO:
     if not content:
         raise ValueError(f"the download of {address} is empty (0 bytes).")
     return io.BytesIO(content)
-
-
-def _decode(file: Any, what: str) -> Image.Image:
-    try:
-        with quiet(), Image.open(file) as image:
-            return load_stored(image, what)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{what} is not an image of a format that Pillow can read, or it is damaged.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{what} is too large: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it.") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{what} cannot be read: {error}.") from error
 
 
 def pil_to_rgb(image: Image.Image) -> Image.Image:

@@ -29,6 +29,8 @@ class ImageMemory:
         self._image_processor, self._remembered, self._max_images = image_processor, remembered, max_images
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what copying and pickling ask for before there is an image processor to ask
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self._image_processor, name)
 
     def __call__(self, images: list[Any], **options: Any) -> BatchFeature:

@@ -3,6 +3,7 @@
 
 import copy
 import itertools
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +58,8 @@ class PromptCache:
     A second question about a picture, in the same conversation or in one of its own, neither encodes the picture nor
     runs its tokens through the language model again. Nothing has to be said about what is the same: tokens and pixels
     are compared. The answers are those of a fresh run, but that sums in another order differ in their last bits: in
-    half precision two tokens of nearly the same score may change places.
+    half precision two tokens of nearly the same score may change places. Several threads may ask; each waits for its
+    turn.
 
     Features of pictures outlive the prompt they were in, so that going back to one costs no encoding. What changes
     the model, such as new weights, another adapter, type or device, makes all of it wrong: call `reset` then.
@@ -86,14 +88,16 @@ class PromptCache:
             raise ValueError(f"max_images is {max_images}; expected 1 or more.")
         self.model, self.processor, self.max_images = model, processor, max_images
         self._next_key = itertools.count(-1, -1)
+        self._answering, self._preparing = threading.RLock(), threading.Lock()
         self.reset()
 
     def reset(self) -> None:
         """Forget all prompts and pictures."""
-        self._processed: dict[Any, dict[str, Any]] = {}
-        self._pictures: list[_Picture] = []
-        self._forget_prompt()
-        self.reused_tokens = self.prefilled_tokens = self.encoded_images = 0
+        with self._answering, self._preparing:
+            self._processed: dict[Any, dict[str, Any]] = {}
+            self._pictures: list[_Picture] = []
+            self._forget_prompt()
+            self.reused_tokens = self.prefilled_tokens = self.encoded_images = 0
 
     def _forget_prompt(self) -> None:
         # Made without a configuration, so that layers with a sliding window keep every token and can be cut back.
@@ -128,11 +132,17 @@ class PromptCache:
             ValueError: what `FastVLMProcessor.apply_chat_template` raises.
         """
         processor = copy.copy(self.processor)
-        processor.image_processor = ImageMemory(processor.image_processor, self._processed, self.max_images)
-        inputs: BatchFeature = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        with self._preparing:
+            processor.image_processor = ImageMemory(processor.image_processor, self._processed, self.max_images)
+            inputs: BatchFeature = processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
         return inputs.to(self.model.device)
+
+    def process_images(self, images: list[Any], **options: Any) -> BatchFeature:
+        """Return what the processor's image processor does, for a flat list; known pictures are prepared only once."""
+        with self._preparing:
+            return ImageMemory(self.processor.image_processor, self._processed, self.max_images)(images, **options)
 
     @torch.no_grad()
     def generate(
@@ -147,18 +157,24 @@ class PromptCache:
         """Return what `model.generate` returns for the same arguments.
 
         Args:
-            input_ids: (1, length), the whole prompt.
-            attention_mask: (1, length) of ones, or None.
+            input_ids: (1, length), the whole prompt; (rows, length), all rows the same, for several answers to it.
+            attention_mask: of the same shape, all ones; or None.
             pixel_values, image_sizes, num_tiles: all of the prompt's pictures, as the processor made them.
             **options: of `model.generate`: sampling, beams, `streamer`, `max_new_tokens` and so on. With beams or
                 several returned sequences the prompt is prefilled once, not once for each.
 
         Raises:
-            ValueError: not one row, padding, placeholders that do not fit the pictures, or an option that does not go
-                together with a cache of its own.
+            ValueError: rows that differ, padding, placeholders that do not fit the pictures, or an option that does not
+                go together with a cache of its own.
         """
+        with self._answering:
+            return self._generate(input_ids, attention_mask, (pixel_values, image_sizes, num_tiles), options)
+
+    def _generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None, images_given: Any, options: dict[str, Any]
+    ) -> Any:
         self._check(input_ids, attention_mask, options)
-        pictures = self._remember(pixel_values, image_sizes, num_tiles)
+        pictures = self._remember(*images_given)
         prompt, spans = self._keys_of(input_ids[0].tolist(), pictures)
         start = self._cut_back(prompt, spans)
         rest = [picture for picture, (first, _) in zip(pictures, spans, strict=True) if first >= start]
@@ -168,14 +184,16 @@ class PromptCache:
             features = BaseModelOutputWithPooling(pooler_output=[picture.features for picture in rest])
             images = {"mm_encoder_outputs": {"image": features}}
         copies = max(self._option(name, options) or 1 for name in ("num_beams", "num_return_sequences"))
+        copies *= len(input_ids)
         if copies > 1 and spans and spans[-1][1] == len(prompt):
             raise ValueError("The prompt ends in a picture, with which beams cannot begin; add text after it.")
         mask = torch.ones_like(input_ids)
+        options = _with_cache(options)
         try:
             if copies > 1:
                 if len(prompt) - start > 1:
                     own = {"cache": self._cache, "use_cache": True, "logits_to_keep": 1}
-                    self.model(input_ids=input_ids[:, start:-1], attention_mask=mask[:, :-1], **own, **images)
+                    self.model(input_ids=input_ids[:1, start:-1], attention_mask=mask[:1, :-1], **own, **images)
                 images = {}
                 self._cache.batch_repeat_interleave(copies)
             output = self.model.generate(
@@ -183,7 +201,7 @@ class PromptCache:
                 attention_mask=mask,
                 **{compat.CACHE: self._cache},
                 **images,
-                **options | {"use_cache": True},
+                **options,
             )
         except BaseException:  # an interrupted answer, too, leaves its prompt behind
             self._keep_beginning(prompt)
@@ -203,13 +221,15 @@ class PromptCache:
         return next((value for value in values if value is not None), None)
 
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
-        if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
+        if input_ids.ndim != 2 or not input_ids.numel() or not (input_ids == input_ids[:1]).all():
             raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; expected (1, length): PromptCache takes one prompt at "
-                "a time. For a batch call model.generate."
+                f"input_ids has shape {tuple(input_ids.shape)}; expected (1, length), or rows that are the same: "
+                "PromptCache takes one prompt at a time. For a batch call model.generate."
             )
         if attention_mask is not None and (attention_mask.shape != input_ids.shape or not attention_mask.all()):
-            raise ValueError("attention_mask is not (1, length) of ones; expected a prompt without padding.")
+            raise ValueError(
+                "attention_mask is not of input_ids' shape and all ones; expected a prompt without padding."
+            )
         for name, why in _NOT_TAKEN.items():
             if self._option(name, options) is not None:
                 raise ValueError(f"{name} is set, but {why}")
@@ -303,3 +323,13 @@ class PromptCache:
         for layer in layers:
             layer.keys, layer.values = layer.keys[:1, :, :length], layer.values[:1, :, :length]
         self._keys = prompt[:length]
+
+
+def _with_cache(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options of generate() that use a cache; beside a whole configuration it takes no single ones."""
+    config = options.get("generation_config")
+    if config is None:
+        return options | {"use_cache": True}
+    config = copy.deepcopy(config)
+    config.use_cache = True
+    return options | {"generation_config": config}

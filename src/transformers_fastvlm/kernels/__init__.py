@@ -9,6 +9,7 @@ from .convolution import conv2d, plain_conv2d
 from .dispatch import autocasts, eager_on_cpu, has_fast_products, is_slow
 from .feed_forward import conv2d_gelu, feed_forward, infers_on_cpu, plain_conv2d_gelu, plain_feed_forward
 from .linear import Linear, linear, plain_linear, speed_up_linear_layers
+from .private_torch import in_backward
 
 __all__ = [
     "Linear",
@@ -18,6 +19,7 @@ __all__ = [
     "eager_on_cpu",
     "feed_forward",
     "has_fast_products",
+    "in_backward",
     "infers_on_cpu",
     "is_slow",
     "linear",

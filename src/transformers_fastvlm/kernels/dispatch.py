@@ -6,6 +6,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from .private_torch import HAS_POINTWISE_CONVOLUTIONS, onednn_takes, transforms_are_active
+
 
 def is_recorded() -> bool:
     """Return whether a compiler, an exporter, a tracer or a functional transform records what is computed.
@@ -13,7 +15,7 @@ def is_recorded() -> bool:
     They get the plain forms, since they optimise by themselves and a graph must not depend on the machine that it was
     made on.
     """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active()
 
 
 def eager_on_cpu(*tensors: Tensor | None) -> bool:
@@ -31,10 +33,7 @@ def eager_on_cpu(*tensors: Tensor | None) -> bool:
 
 @functools.cache
 def _onednn_takes(dtype: torch.dtype) -> bool:
-    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    # Builds of PyTorch without oneDNN lack the operation.
-    supported = getattr(torch.ops.mkldnn, name, None)
-    return supported is not None and bool(supported())
+    return onednn_takes(dtype)
 
 
 def has_fast_products(dtype: torch.dtype) -> bool:
@@ -59,7 +58,7 @@ def has_fused_convolutions(dtype: torch.dtype) -> bool:
     They are with 512-bit vectors. With 256-bit ones a matrix product and an activation in the cache take their place.
     """
     mkldnn = torch.backends.mkldnn
-    if vector_width() != 512 or not (mkldnn.is_available() and mkldnn.enabled):
+    if not HAS_POINTWISE_CONVOLUTIONS or vector_width() != 512 or not (mkldnn.is_available() and mkldnn.enabled):
         return False
     return dtype in (torch.float32, torch.bfloat16, torch.float16) and has_fast_products(dtype)
 

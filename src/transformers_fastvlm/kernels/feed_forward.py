@@ -8,14 +8,13 @@ cache. On CPUs with 512-bit vectors, oneDNN's convolution applies activation and
 Activation: GELU, arXiv 1606.08415, section 2, the exact form with the error function.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .convolution import channels_first, conv2d, plain_conv2d
 from .dispatch import eager_on_cpu, has_fast_products, has_fused_convolutions
+from .private_torch import convolution_add, convolution_gelu
 
 _LAST = torch.channels_last
 # Positions that pass through all steps together; with 1536 inner channels, 6 MB of float32.
@@ -99,7 +98,7 @@ def feed_forward(
     if has_fused_convolutions(dtype):
         inner = _fused(input, weight_1, bias_1)
         if factors is None:
-            return _fused_sum(inner, residual, weight_2, bias_2)
+            return convolution_add(inner, residual, weight_2, bias_2)
         return torch.addcmul(residual, factors.view(-1, 1, 1), conv2d(inner, weight_2, bias_2))
     matrix_1, matrix_2 = weight_1.flatten(1).to(dtype).t(), weight_2.flatten(1).t()
     rows, kept = _rows_of(input), _rows_of(residual)
@@ -125,23 +124,9 @@ def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> 
     return torch.mm(rows, matrix, out=out) if bias is None else torch.addmm(bias, rows, matrix, out=out)
 
 
-def _geometry(stride: int, padding: int, groups: int) -> tuple[Any, ...]:
-    """Return what oneDNN's convolutions want between their tensors and their additions."""
-    return [padding, padding], [stride, stride], [1, 1], groups
-
-
 def _fused(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> Tensor:
     """Convolution and GELU in one kernel of oneDNN."""
     bias = None if bias is None else bias.to(input.dtype)
-    weight = weight.to(input.dtype)
-    geometry = _geometry(stride, padding, groups)
-    return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *geometry, "gelu", [], "none")
-
-
-def _fused_sum(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Pointwise convolution and addition of `residual` in one kernel of oneDNN."""
-    return torch.ops.mkldnn._convolution_pointwise.binary(
-        input, residual, weight, bias, *_geometry(1, 0, 1), "add", 1.0, None, [], None
-    )
+    return convolution_gelu(input, weight.to(input.dtype), bias, stride, padding, groups)

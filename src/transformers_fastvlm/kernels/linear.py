@@ -97,6 +97,13 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.__dict__.get("_was_plain") and self.weight.device.type != "cpu":
+            del self.__dict__["_was_plain"]
+            self.__class__ = nn.Linear  # type: ignore[assignment]
+        return self
+
 
 def speed_up_linear_layers(model: nn.Module) -> None:
     """Make the `nn.Linear` layers of `model` compute by `linear`, those whose type this CPU has no fast products of.
@@ -107,4 +114,5 @@ def speed_up_linear_layers(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu":
             if not has_fast_products(module.weight.dtype):
+                module.__dict__["_was_plain"] = True  # and is so again when it leaves the CPU
                 module.__class__ = Linear  # the only difference is `forward`, and no hook or tie is lost

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import private_torch
 from .dispatch import eager_on_cpu, has_fast_products
 from .linear import float32_linear
 
@@ -39,6 +40,10 @@ class QuantizedLinear(nn.Linear):
             out += bias
         return out.view(*input.shape[:-1], out.shape[-1])
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.pop("_packed", None)  # values are written into the tensors that are there
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _product(self, rows: Tensor, weight: Any) -> Tensor:
         # Asking a tensor of torchao's for as little as its shape takes longer than a small product.
         packed = self.__dict__.get("_packed")
@@ -46,8 +51,8 @@ class QuantizedLinear(nn.Linear):
             packed = self.__dict__["_packed"] = (weight.qdata, *_pack(weight))
         _, integers, scales, group = packed
         if group:
-            return torch._weight_int4pack_mm_for_cpu(rows, integers, group, scales)
-        return torch._weight_int8pack_mm(rows, integers, scales)
+            return private_torch.int4_product(rows, integers, group, scales)
+        return private_torch.int8_product(rows, integers, scales)
 
 
 def _pack(weight: Any) -> tuple[Tensor, Tensor, int]:
@@ -58,7 +63,7 @@ def _pack(weight: Any) -> tuple[Tensor, Tensor, int]:
     """
     if _bits(weight) == 8:
         return weight.qdata, weight.scale.view(-1).to(torch.bfloat16), 0
-    integers = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.qdata.int() + 8, 1)
+    integers = private_torch.packed_int4(weight.qdata.int() + 8)
     offsets = -weight.zero_point.float() * weight.scale.float()
     scales = torch.stack((weight.scale.float(), offsets), -1).transpose(0, 1).contiguous()
     return integers, scales.to(torch.bfloat16), weight.block_size[1]
@@ -80,10 +85,10 @@ def _bits(weight: Any) -> int:
         plain = weight.act_quant_kwargs is None and weight.act_pre_scale is None
         by_row = tuple(weight.block_size) == (1, weight.shape[-1])
         symmetric = weight.zero_point is None or not weight.zero_point.any()
-        return 8 if plain and by_row and symmetric else 0
+        return 8 if private_torch.HAS_INT8_PRODUCTS and plain and by_row and symmetric else 0
     if kind == "IntxUnpackedToInt8Tensor" and str(weight.target_dtype) == "torch.int4":
         fits = weight.block_size[0] == 1 and weight.block_size[1] in _GROUPS and weight.shape[0] % _OUTPUTS == 0
-        return 4 if fits and weight.activation_quantization is None else 0
+        return 4 if private_torch.HAS_INT4_PRODUCTS and fits and weight.activation_quantization is None else 0
     return 0
 
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from ..engines import Engine, Sampling
+from ..engines.base import MAX_SEED
 from .api_errors import ApiError
 from .connections import (
     CLIENT_LEFT,
@@ -25,10 +27,9 @@ from .connections import (
     until_gone,
     with_log,
 )
-from .fetching import Fetcher
-from .generation import Job, Worker
 from .preparation import Preparation
 from .protocol import ChatRequest, parse_chat, parse_json, unknown_model
+from .remote_images import Fetcher
 from .responses import answer
 from .settings import Settings
 
@@ -42,8 +43,7 @@ class Service:
     """A model that answers requests, and how many it has taken on.
 
     Args:
-        model: `FastVLMForConditionalGeneration`, on its device, for this service alone.
-        processor: its `FastVLMProcessor`.
+        engine: the model. Whoever made it closes it, after this service.
         settings: limits and names.
         fetcher: where pictures with an address come from; by default allowed hosts of the public internet.
 
@@ -54,11 +54,11 @@ class Service:
         abort: closes a client's connection at once, by its scope.
     """
 
-    def __init__(self, model: Any, processor: Any, settings: Settings, fetcher: Fetcher | None = None) -> None:
-        self.settings = settings
+    def __init__(self, engine: Engine, settings: Settings, fetcher: Fetcher | None = None) -> None:
+        self.engine, self.settings = engine, settings
         self.fetcher = fetcher or Fetcher(settings.image_hosts, settings.fetch_timeout)
-        self.preparation = Preparation(processor, settings, self.fetcher)
-        self.worker = Worker(model, processor, settings.batch_size)
+        self.preparation = Preparation(engine, settings, self.fetcher)
+        self._memory = engine.new_memory()
         self.bodies = Bodies(settings.max_requests, _BODIES_HELD * settings.max_body_bytes)
         self.active, self.draining = 0, False
         self.created = int(time.time())
@@ -100,49 +100,43 @@ class Service:
         """Answer a request that was taken on."""
         chat: ChatRequest = await unless_gone(leaving, self.preparation.parse(_parse, body, self.settings))
         del body
-        inputs, max_tokens = await unless_gone(leaving, self.preparation.inputs(chat))
-        images = len(chat.pictures)
-        chat = dataclasses.replace(chat, messages=[], pictures=())  # the inputs hold all of it
+        prompt, max_tokens = await unless_gone(leaving, self.preparation.prompt(chat))
+        chat = dataclasses.replace(chat, messages=[], pictures=())  # the prompt holds all of it
         loop, news = asyncio.get_running_loop(), asyncio.Event()
 
         def changed() -> None:
             loop.call_soon_threadsafe(news.set)
 
-        job = Job(
-            inputs=inputs,
-            max_tokens=max_tokens,
-            temperature=chat.temperature,
-            top_p=chat.top_p,
-            seed=chat.seed,
-            rows=1 if chat.temperature == 0 else chat.n,
-            stop=chat.stop,
-            stream=chat.stream,
-            changed=changed,
-        )
-        self.worker.submit(job)
+        samplings = [_sampling(chat, index, max_tokens) for index in range(1 if chat.temperature == 0 else chat.n)]
         try:
-            await answer(chat, job, self.settings.name, news, leaving, send)
+            requests = self.engine.submit(prompt, *samplings, memory=self._memory, changed=changed)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        try:
+            await answer(chat, requests, self.settings.name, news, leaving, send)
         finally:
-            if not job.done:
-                self.worker.cancel(job)
-            made = sum(row.tokens for row in job.answers)
-            record.detail = f"images={images} prompt={job.prompt_tokens} answer={made} queued={job.waited:.3f}s"
+            for request in requests:
+                if not request.done:
+                    request.cancel()
+            made, waited = sum(request.tokens for request in requests), requests[0].waited
+            images = len(prompt.image_tokens)
+            record.detail = f"images={images} prompt={prompt.tokens} answer={made} queued={waited:.3f}s"
 
     def close(self) -> None:
         """End the threads, after what was taken on."""
-        self.worker.close()
         self.preparation.close()
+        self.engine.forget(self._memory)
 
     def _check_room(self) -> None:
         """Refuse a request where there is no room for it: so memory is bounded, whatever clients send."""
         if self.draining:
             raise ApiError(503, "The server is about to end; ask another one, or later.", code="shutting_down")
-        if not self.worker.is_alive:
+        if not self.engine.is_alive:
             message = "The model's thread has ended; the server's log says why. It has to be started again."
             raise ApiError(503, message, code="model_failed")
         if self.active >= self.settings.max_requests:
             batches = math.ceil(self.active / self.settings.batch_size)
-            seconds = min(max(1, math.ceil(batches * self.worker.batch_seconds)), _MAX_RETRY_SECONDS)
+            seconds = min(max(1, math.ceil(batches * self.engine.batch_seconds)), _MAX_RETRY_SECONDS)
             raise ApiError(
                 429,
                 f"The server has {self.active} requests, as many as it takes at once. Try again in {seconds} seconds.",
@@ -158,8 +152,19 @@ def _parse(body: bytes, settings: Settings) -> ChatRequest:
     return parse_chat(parse_json(body), settings)
 
 
+def _sampling(chat: ChatRequest, index: int, max_tokens: int) -> Sampling:
+    """Return how one of a request's choices is made; each has a seed of its own."""
+    return Sampling(
+        max_new_tokens=max_tokens,
+        temperature=chat.temperature,
+        top_p=chat.top_p,
+        seed=None if chat.seed is None else (chat.seed + index) % (MAX_SEED + 1),
+        stop=chat.stop,
+    )
+
+
 def create_app(service: Service) -> Any:
-    """Return the ASGI application of a service, which starts and ends the service's worker."""
+    """Return the ASGI application of a service, which ends with it."""
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response
     from starlette.exceptions import HTTPException
@@ -188,7 +193,6 @@ def create_app(service: Service) -> Any:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.worker.start()
         yield
         await asyncio.to_thread(service.close)
 
@@ -220,7 +224,7 @@ def create_app(service: Service) -> Any:
 
     @app.get("/health")
     async def health() -> Response:
-        status = "ending" if service.draining else "ok" if service.worker.is_alive else "failed"
+        status = "ending" if service.draining else "ok" if service.engine.is_alive else "failed"
         return JSONResponse({"status": status, "requests": service.active}, 200 if status == "ok" else 503)
 
     @app.exception_handler(ApiError)

@@ -2,20 +2,19 @@
 """From a request to the model's inputs, on threads beside the model's."""
 
 import asyncio
-import copy
 import math
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from .. import compat
+from ..engines import Engine, Prompt, PromptTooLong
 from ..images.fetching import Budget
 from .api_errors import ApiError
 from .connections import Gone
 from .daemon_threads import DaemonThreads
-from .fetching import Fetcher
 from .protocol import ChatRequest
+from .remote_images import Fetcher
 from .request_images import data_of, decode, is_remote
 from .settings import Settings
 
@@ -28,17 +27,6 @@ _WAIT_SECONDS = 60.0  # for a thread
 _END_SECONDS = 2.0  # for an image that is being decoded for nobody
 _BYTES_OF_A_TOKEN = 16
 _MAX_TEXT_BYTES = 2**20  # of a request's texts together, where the model has no context that would bound them
-
-
-class _Lane:
-    """Threads for one kind of request, and a tokenizer of their own, so that neither kind waits for the other."""
-
-    def __init__(self, processor: Any, name: str) -> None:
-        self.processor = copy.copy(processor)
-        self.processor.tokenizer = copy.deepcopy(processor.tokenizer)
-        self.processor.context_length = None  # checked here, for an error of the API
-        self.lock = threading.Lock()  # a tokenizer's settings change while it encodes
-        self.threads = DaemonThreads(_THREADS, name)
 
 
 class _Work:
@@ -76,7 +64,7 @@ class Preparation:
     """Makes the model's inputs.
 
     Args:
-        processor: `FastVLMProcessor`; its own settings are not changed.
+        engine: whose prompts they are.
         settings: limits.
         fetcher: where pictures with an address come from.
 
@@ -84,26 +72,27 @@ class Preparation:
         context: most tokens of a prompt and its answer together; None where the model has no limit.
     """
 
-    def __init__(self, processor: Any, settings: Settings, fetcher: Fetcher) -> None:
-        self.settings, self.fetcher = settings, fetcher
-        self.context: int | None = processor.context_length
+    def __init__(self, engine: Engine, settings: Settings, fetcher: Fetcher) -> None:
+        self.engine, self.settings, self.fetcher = engine, settings, fetcher
+        self.context = engine.context
         limits = [limit for limit in (settings.max_prompt_tokens, self.context) if limit is not None]
         self.max_prompt: int | None = min(limits) if limits else None
-        self._texts, self._images = _Lane(processor, "texts"), _Lane(processor, "images")
+        # Each kind has its own threads, so that texts do not wait for images.
+        self._texts, self._images = DaemonThreads(_THREADS, "texts"), DaemonThreads(_THREADS, "images")
         self._fetching = DaemonThreads(_FETCHING, "fetch")
 
     def close(self) -> None:
         """End the threads; what nobody waits for any more is left undone."""
-        self._texts.threads.close(None)  # the size of texts is bounded, and so is their time
-        for threads in (self._images.threads, self._fetching):
+        self._texts.close(None)  # the size of texts is bounded, and so is their time
+        for threads in (self._images, self._fetching):
             threads.close(_END_SECONDS)
 
     async def parse(self, function: Any, *arguments: Any) -> Any:
         """Run something that takes a little time on a thread for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._texts.threads, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._texts, function, *arguments)
 
-    async def inputs(self, request: ChatRequest) -> tuple[dict[str, Any], int]:
-        """Return a prompt as the model takes it, on the CPU, and the most tokens that its answer may have.
+    async def prompt(self, request: ChatRequest) -> tuple[Prompt, int]:
+        """Return a prompt with the model's inputs, and the most tokens that its answer may have.
 
         Cancelling it ends the work before the next image. A decoder cannot be interrupted, but nobody waits for it.
 
@@ -112,7 +101,7 @@ class Preparation:
                 others keep all threads at work.
         """
         contents = await self._contents(request)
-        lane = self._images if request.pictures else self._texts
+        threads = self._images if request.pictures else self._texts
         loop = asyncio.get_running_loop()
 
         def begun() -> None:
@@ -122,7 +111,7 @@ class Preparation:
         work = _Work(lambda: loop.call_soon_threadsafe(begun))
         try:
             async with asyncio.timeout(_WAIT_SECONDS) as limit:
-                return await loop.run_in_executor(lane.threads, self._prepare, lane, work, request, contents)
+                return await loop.run_in_executor(threads, self._prepare, work, request, contents)
         except TimeoutError as error:
             raise work.too_slow() from error
         finally:
@@ -148,9 +137,7 @@ class Preparation:
         # Two rounds: there may be as many others before it in the executor.
         return 2 * self.settings.fetch_timeout + 1
 
-    def _prepare(
-        self, lane: _Lane, work: _Work, request: ChatRequest, contents: list[bytes]
-    ) -> tuple[dict[str, Any], int]:
+    def _prepare(self, work: _Work, request: ChatRequest, contents: list[bytes]) -> tuple[Prompt, int]:
         from jinja2 import TemplateError
 
         work.begin()
@@ -170,21 +157,15 @@ class Preparation:
             }
             for message in request.messages
         ]
-        options: dict[str, Any] = {"sanitize_control_tokens": True} if compat.SANITIZES_CONTROL_TOKENS else {}
         work.check()
         try:
-            with lane.lock:
-                inputs = lane.processor.apply_chat_template(
-                    conversation,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                    **options,
-                )
+            prompt = self.engine.prepare(conversation, literal=True)
+        except PromptTooLong as error:
+            self._room(request, error.tokens)
+            raise
         except (ValueError, TemplateError) as error:
             raise ApiError(400, str(error), param="messages") from error
-        return dict(inputs), self._room(request, inputs["input_ids"].shape[1])
+        return prompt, self._room(request, prompt.tokens)
 
     def _check_texts(self, texts: list[str]) -> None:
         """Refuse what is certainly too long before it is tokenized, and control tokens where they cannot be text."""
@@ -200,7 +181,7 @@ class Preparation:
             )
         if compat.SANITIZES_CONTROL_TOKENS:
             return
-        tokenizer = self._texts.processor.tokenizer
+        tokenizer = self.engine.processor.tokenizer
         for token in tokenizer.added_tokens_encoder:
             if token.strip() and any(token in text for text in texts):
                 message = f"A text has {token!r}, which is a control token of the model; write it otherwise."

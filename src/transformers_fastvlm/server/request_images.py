@@ -8,17 +8,16 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..images.base64_images import from_base64, is_data_url
-from ..images.decoding import load_stored, oriented
+from ..images.bounds import TooManyPixels
+from ..images.decoding import load_stored, open_image, oriented
 from ..images.reading import pil_to_rgb
 from .api_errors import ApiError
 from .protocol import Picture
 
 __all__ = ["data_of", "decode", "is_remote"]
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
 
 def refused(picture: Picture, message: str, code: str = "invalid_image") -> ApiError:
@@ -69,7 +68,7 @@ def decode(
     Raises:
         ApiError: not a picture, damaged, moving, or too many pixels.
     """
-    opened = [_open(picture, content) for picture, content in zip(pictures, contents, strict=True)]
+    opened = [_open(picture, content, max_pixels) for picture, content in zip(pictures, contents, strict=True)]
     pixels = sum(image.width * image.height for image in opened)
     if pixels > max_pixels:
         sizes = ", ".join(f"{image.width}x{image.height}" for image in opened)
@@ -82,32 +81,25 @@ def decode(
     loaded = []
     for picture, image in zip(pictures, opened, strict=True):
         check()
-        loaded.append(_load(picture, image, do_exif_transpose))
+        loaded.append(_load(picture, image, max_pixels, do_exif_transpose))
     return loaded
 
 
-def _open(picture: Picture, content: bytes) -> Image.Image:
+def _open(picture: Picture, content: bytes, max_pixels: int) -> Image.Image:
     """Read a picture's head."""
-    expected = f"expected one of {', '.join(FORMATS)}."
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        # A JPEG may hold further pictures (MPO, from phones); its first is the photo.
-        moving = image.format in FORMATS and image.format != "JPEG" and getattr(image, "is_animated", False)
-    except UnidentifiedImageError as error:
-        raise refused(picture, f"the data is not a picture that can be read; {expected}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise refused(picture, "the picture has too many pixels. Shrink it.", "image_too_large") from error
-    except Exception as error:  # damaged heads raise OSError, SyntaxError, ValueError, struct.error and more
-        raise refused(picture, f"the picture is damaged; {expected}") from error
-    if moving:
-        raise refused(picture, "the picture moves; send one frame of it.")
-    return image
+        return open_image(io.BytesIO(content), "the picture", max_pixels)
+    except TooManyPixels as error:
+        message = f"the picture has too many pixels; this server takes {max_pixels} in a request. Shrink it."
+        raise refused(picture, message, "image_too_large") from error
+    except ValueError as error:
+        raise refused(picture, str(error)) from error
 
 
-def _load(picture: Picture, image: Image.Image, do_exif_transpose: bool) -> Image.Image:
+def _load(picture: Picture, image: Image.Image, max_pixels: int, do_exif_transpose: bool) -> Image.Image:
     try:
         with image:
             # A copy of the pixels alone: an opened picture would keep its file in memory beside them.
-            return pil_to_rgb(oriented(load_stored(image, "the picture"), do_exif_transpose))
-    except (ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            return pil_to_rgb(oriented(load_stored(image, "the picture", max_pixels), do_exif_transpose))
+    except ValueError as error:
         raise refused(picture, str(error)) from error

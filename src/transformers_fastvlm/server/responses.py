@@ -7,9 +7,9 @@ import time
 import uuid
 from typing import Any
 
+from ..engines import Request
 from .api_errors import ApiError
 from .connections import Gone, Send
-from .generation import Job
 from .protocol import ChatRequest, chunk, completion, usage
 
 __all__ = ["answer"]
@@ -19,18 +19,18 @@ _PING_SECONDS = 15.0
 
 async def answer(
     chat: ChatRequest,
-    job: Job,
+    requests: list[Request],
     model: str,
     news: asyncio.Event,
     leaving: asyncio.Future[None],
     send: Send,
 ) -> None:
-    """Send what the worker makes of a job.
+    """Send what the engine answers.
 
     Args:
-        chat, job: what was asked, and what was submitted for it.
+        chat, requests: what was asked, and what was submitted for it: one for each choice, or one for all.
         model: its name.
-        news: set on each change of the job.
+        news: set on each change of a request.
         leaving: done when the client has left.
         send: of ASGI.
 
@@ -40,32 +40,41 @@ async def answer(
     """
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
     leaving.add_done_callback(lambda _: news.set())
-    await (_stream if chat.stream else _whole)(chat, job, head, news, leaving, send)
+    await (_stream if chat.stream else _whole)(chat, requests, head, news, leaving, send)
 
 
 async def _whole(
-    chat: ChatRequest, job: Job, head: dict[str, Any], news: asyncio.Event, leaving: asyncio.Future[None], send: Send
+    chat: ChatRequest,
+    requests: list[Request],
+    head: dict[str, Any],
+    news: asyncio.Event,
+    leaving: asyncio.Future[None],
+    send: Send,
 ) -> None:
-    while not job.done:
+    while not all(request.done for request in requests):
         await news.wait()
         news.clear()
         if leaving.done():
             raise Gone
-    if job.error is not None:
-        raise _failure(job.error)
-    rows = _rows(chat, job)
-    answers = [(job.answers[row].text, job.answers[row].reason or "stop") for row in rows]
-    body = json.dumps(completion(head, answers, _usage(chat, job))).encode()
+    if (error := _error(requests)) is not None:
+        raise _failure(error)
+    answers = [_answer(request) for request in _choices(chat, requests)]
+    body = json.dumps(completion(head, answers, _usage(chat, requests))).encode()
     fields = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": fields})
     await send({"type": "http.response.body", "body": body})
 
 
 async def _stream(
-    chat: ChatRequest, job: Job, head: dict[str, Any], news: asyncio.Event, leaving: asyncio.Future[None], send: Send
+    chat: ChatRequest,
+    requests: list[Request],
+    head: dict[str, Any],
+    news: asyncio.Event,
+    leaving: asyncio.Future[None],
+    send: Send,
 ) -> None:
     """Send pieces as they come. What a slow client has not taken yet is joined, so it is never more than the answer."""
-    rows = _rows(chat, job)
+    choices = _choices(chat, requests)
     empty = {"usage": None} if chat.include_usage else {}
 
     async def say(*events: dict[str, Any] | str, last: bool = False) -> None:
@@ -91,29 +100,44 @@ async def _stream(
         news.clear()
         if leaving.done():
             raise Gone
-        done = job.done  # looked at before the pieces, so that the last ones are taken
-        texts: dict[int, str] = {}
-        while job.pieces:
-            row, piece = job.pieces.popleft()
-            texts[row] = texts.get(row, "") + piece
-        events = [chunk(head, index, {"content": texts[row]}) | empty for index, row in enumerate(rows) if row in texts]
+        done = all(request.done for request in requests)  # before the pieces, so that the last ones are taken
+        texts = {id(request): _taken(request) for request in requests}
+        new = [(index, text) for index, request in enumerate(choices) if (text := texts[id(request)])]
+        events = [chunk(head, index, {"content": text}) | empty for index, text in new]
         if events:
             await say(*events)
-    if job.error is not None:
-        await say(_failure(job.error).body, last=True)  # without [DONE]: this is no end of an answer
+    if (error := _error(requests)) is not None:
+        await say(_failure(error).body, last=True)  # without [DONE]: this is no end of an answer
         return
-    ends = [chunk(head, index, {}, job.answers[row].reason or "stop") | empty for index, row in enumerate(rows)]
-    tokens = {**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(chat, job)}
+    ends = [chunk(head, index, {}, _answer(request)[1]) | empty for index, request in enumerate(choices)]
+    tokens = {**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(chat, requests)}
     await say(*ends, *([tokens] if chat.include_usage else []), "[DONE]", last=True)
 
 
-def _rows(chat: ChatRequest, job: Job) -> list[int]:
-    """Return the row that answers each choice; greedy choices share one."""
-    return [0] * chat.n if job.is_greedy else list(range(chat.n))
+def _choices(chat: ChatRequest, requests: list[Request]) -> list[Request]:
+    """Return what answers each choice; greedy choices share one."""
+    return requests * chat.n if len(requests) == 1 else requests
 
 
-def _usage(chat: ChatRequest, job: Job) -> dict[str, int]:
-    return usage(job.prompt_tokens, sum(job.answers[row].tokens for row in _rows(chat, job)))
+def _taken(request: Request) -> str:
+    """Take the text that was not taken yet."""
+    pieces = []
+    while request.pieces:
+        pieces.append(request.pieces.popleft())
+    return "".join(pieces)
+
+
+def _answer(request: Request) -> tuple[str, str]:
+    answered = request.result()
+    return answered.text, answered.finish_reason
+
+
+def _error(requests: list[Request]) -> BaseException | None:
+    return next((request.error for request in requests if request.error is not None), None)
+
+
+def _usage(chat: ChatRequest, requests: list[Request]) -> dict[str, int]:
+    return usage(requests[0].prompt.tokens, sum(request.tokens for request in _choices(chat, requests)))
 
 
 def _failure(error: BaseException) -> ApiError:

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..engines import Engine
 from .application import Service, create_app
 from .settings import Settings
 
@@ -56,14 +57,13 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(model: Any, processor: Any, settings: Settings, bound: socket.socket, ready: Callable[[str], None]) -> None:
+def serve(engine: Engine, settings: Settings, bound: socket.socket, ready: Callable[[str], None]) -> None:
     """Answer requests until a signal (SIGTERM, or Ctrl-C) ends it; a second one ends the process at once.
 
     While it answers, the process has its log of requests and, since pictures come from strangers, its limit of pixels.
 
     Args:
-        model: `FastVLMForConditionalGeneration`, on its device, in evaluation mode.
-        processor: its `FastVLMProcessor`.
+        engine: the model, of which whoever made it closes it.
         settings: limits and names.
         bound: see `listen`.
         ready: called with the address when requests are taken.
@@ -71,7 +71,7 @@ def serve(model: Any, processor: Any, settings: Settings, bound: socket.socket, 
     Raises:
         ImportError: FastAPI or uvicorn is not installed.
     """
-    server = server_of(Service(model, processor, settings), bound, ready)
+    server = server_of(Service(engine, settings), bound, ready)
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, settings.max_pixels
     try:
         with _logging(), warnings.catch_warnings():

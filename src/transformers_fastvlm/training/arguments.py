@@ -90,4 +90,5 @@ def _precision(recipe: Recipe, on_cpu: bool) -> str:
         return "float32"  # no autocast: the weights' own type decides
     if on_cpu:
         return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_it else "float32"

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The finished model in a run's directory, in the form that the recipe asks for."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 from .. import FastVLMForConditionalGeneration
-from ..checkpoints.directories import sync_tree
-from ..checkpoints.files import sync_directory
+from ..storage.atomic_files import sync_directory, sync_tree
 from .launching import whole_models
 from .models import torch_dtype
+from .recipe_loading import load_model, prepare_encoder
 from .recipes import Recipe
 from .trainer import STAGING, FastVLMTrainer, last_checkpoint
 
@@ -81,9 +82,13 @@ def _finished(recipe: Recipe, directory: Path) -> Any:
     """Load what was trained on the CPU and bring it into the final form."""
     dtype = torch_dtype(recipe.export.dtype or recipe.model.dtype)
     if recipe.lora is not None:
-        from .lora import load_adapters, merge
+        from .lora import attach, merge
 
-        model = load_adapters(recipe, directory)
+        # Trained on four bits or not, adapters are put into the full weights.
+        base = dataclasses.replace(recipe, lora=None)
+        model, _ = load_model(base)
+        prepare_encoder(model, base)
+        model = attach(model, directory)
         if not recipe.export.merge_lora:
             return model
         model = merge(model)

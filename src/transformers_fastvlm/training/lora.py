@@ -5,9 +5,7 @@ Sources: LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314, section 4 (adapters on
 quantization).
 """
 
-import dataclasses
 import importlib
-import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -17,27 +15,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..checkpoints.adapters import OLD_NAME, attach, merge
 from .parts import PARTS
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig
 
-    from .recipes import LoraSection, Recipe
-
 __all__ = [
-    "add_adapters",
     "add_lora",
     "attach",
-    "load_adapters",
     "lora_config",
     "merge",
     "quantization_config",
     "require",
 ]
 
-# peft asks for this property of a model, which has another name from Transformers 5.23 on.
-_OLD_NAME = "`is_gradient_checkpointing`"
 _MODULES = {
     "vision_tower": "vision_tower",
     "projector": "multi_modal_projector",
@@ -121,81 +114,12 @@ def add_lora(model: nn.Module, config: "LoraConfig | None" = None, **options: An
     peft = require("peft")
     config = lora_config(model, **options) if config is None else config
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", _OLD_NAME, FutureWarning)
+        warnings.filterwarnings("ignore", OLD_NAME, FutureWarning)
         wrapped: PeftModel = peft.get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
         if name.endswith(".head.proj") and ".vision_tower." in name:
             parameter.requires_grad_(False)
     return wrapped
-
-
-def add_adapters(model: nn.Module, section: "LoraSection", train_parts: Iterable[str] = ()) -> "PeftModel":
-    """Put the adapters that a recipe asks for into a model, in place; `train_parts` are trained whole beside them."""
-    return add_lora(
-        model,
-        r=section.r,
-        alpha=section.alpha,
-        dropout=section.dropout,
-        parts=section.parts,
-        targets=section.targets,
-        whole=train_parts,
-    )
-
-
-def load_adapters(recipe: "Recipe", directory: str | os.PathLike[str]) -> "PeftModel":
-    """Return a recipe's base model, on the CPU, with the adapters that training left in a directory."""
-    from .part_loading import load_model, prepare_encoder
-
-    # Trained on four bits or not, adapters are put into the full weights.
-    recipe = dataclasses.replace(recipe, lora=None)
-    model, _ = load_model(recipe)
-    prepare_encoder(model, recipe)
-    return attach(model, directory)
-
-
-def attach(model: nn.Module, directory: str | os.PathLike[str]) -> "PeftModel":
-    """Return a model with the adapters of a directory, frozen.
-
-    Raises:
-        ValueError: the adapters do not fit the model; peft itself would only warn of tensors that are missing.
-    """
-    peft = require("peft")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", _OLD_NAME, FutureWarning)
-        warnings.filterwarnings("error", "Found missing adapter keys")
-        try:
-            wrapped: PeftModel = peft.PeftModel.from_pretrained(model, directory)
-        except (RuntimeError, UserWarning) as error:
-            raise ValueError(
-                f"The adapter in {directory} does not fit its base model: {' '.join(str(error).split())[:300]}"
-            ) from error
-    return wrapped
-
-
-def merge(wrapped: "PeftModel") -> Any:
-    """Put the adapters into the weights and return the model without peft's wrapper; it is changed in place.
-
-    Each sum is made in float32 and rounded once, to the type of the weights, one layer after the other.
-
-    Raises:
-        ValueError: the weights are quantized, or a sum is not finite.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in wrapped.named_modules():
-        if not isinstance(module, BaseTunerLayer) or not hasattr(module, "base_layer"):
-            continue
-        base: Any = module.get_base_layer()
-        if not base.weight.is_floating_point():
-            raise ValueError(
-                f"{name} is quantized ({base.weight.dtype}); adapters are merged into full weights. Save the adapter "
-                "and merge it with its base: merge_adapter, or fastvlm merge."
-            )
-        dtype = base.weight.dtype
-        base.float()
-        module.merge(safe_merge=True)
-        base.to(dtype)
-    return wrapped.unload()
 
 
 def quantization_config(

@@ -16,7 +16,8 @@ from ..checkpoints import Conversion, Layout, convert
 from ..checkpoints.embedded import resolve_model
 from ..checkpoints.files import read_json
 from ..checkpoints.layouts import to_our_name
-from ..checkpoints.projector import _load as load_tensors
+from ..checkpoints.projector import load_tensors
+from ..storage.atomic_files import require_new
 from .lora import add_lora, attach, merge, require
 
 __all__ = ["load_llava_adapter", "load_merged", "merge_adapter"]
@@ -63,8 +64,7 @@ def merge_adapter(
         ValueError: they do not fit together, or `layout` cannot express the model.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty directory. Choose a new one; nothing is overwritten.")
+    require_new(out)
     adapter, config = _find(adapter)
     source, revision = _base(adapter, config, base)
     model = load_merged(adapter, source, dtype=dtype, revision=revision)

@@ -29,10 +29,11 @@ from .. import (
     FastVLMImageProcessorPil,
     FastVLMProcessor,
 )
-from ..checkpoints.directories import new_directory
 from ..checkpoints.embedded import resolve_model
 from ..processing_fastvlm import chat_template_for
+from ..storage.atomic_files import new_directory
 from ..tokens import IMAGE_TOKEN
+from .parts import PARTS, set_trainable
 
 __all__ = ["new_model", "save_model", "torch_dtype"]
 
@@ -321,6 +322,5 @@ def _assemble(
         model._init_weights(module)
     model.tie_weights()
     model = model.to(dtype)
-    model.requires_grad_(True)
-    model.model._freeze_clip_head()
+    set_trainable(model, PARTS)
     return model

@@ -11,11 +11,12 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..random_streams import kept_random_streams
+from ..storage.atomic_files import write_lines
 from .arguments import training_arguments
 from .callbacks import LinesAboveBar, LogLines, SampleAnswers
 from .exporting import export, is_finished
-from .part_loading import load_data, load_model, prepare_encoder
 from .parts import set_trainable
+from .recipe_loading import load_data, load_model, prepare_encoder
 from .recipes import Recipe, load_recipe
 from .summary import summary
 from .trainer import FastVLMTrainer, last_checkpoint
@@ -73,9 +74,18 @@ def run(
     if recipe.lora is None:
         set_trainable(model, recipe.train.parts)
     else:
-        from .lora import add_adapters
+        from .lora import add_lora
 
-        model = add_adapters(model, recipe.lora, train_parts=recipe.train.parts)
+        section = recipe.lora
+        model = add_lora(
+            model,
+            r=section.r,
+            alpha=section.alpha,
+            dropout=section.dropout,
+            parts=section.parts,
+            targets=section.targets,
+            whole=recipe.train.parts,
+        )
     train, evaluation, collator = load_data(recipe.data, processor)
     if tell is not _silent:
         for line in summary(recipe, arguments, model, train, evaluation, collator):
@@ -90,8 +100,8 @@ def run(
         return out
     if arguments.should_save:
         out.mkdir(parents=True, exist_ok=True)
-        (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        (out / ROWS_FILE).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_lines(out / RECIPE_FILE, [recipe.to_yaml().rstrip("\n")])
+        write_lines(out / ROWS_FILE, [json.dumps(rows, indent=2)])
     trainer = FastVLMTrainer(
         model=model,
         args=arguments,

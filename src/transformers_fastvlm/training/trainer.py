@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Trainer` with a learning rate for each part, and checkpoints that are whole or not there.
 
-Transformers' `Trainer` trains FastVLM as it is. What this adds changes no number of a step.
+Transformers' `Trainer` trains FastVLM as it is. What this adds changes no number of a step with
+this package's collator.
 """
 
 import json
@@ -16,11 +17,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from ..checkpoints.directories import sync_tree
-from ..checkpoints.files import sync_directory
+from ..data import FastVLMDataCollator, grouped_sampler
+from ..data.collator import IGNORED
+from ..storage.atomic_files import publish_directory
 from .parts import decays, parameter_groups
 
-__all__ = ["STAGING", "FastVLMTrainer", "last_checkpoint", "leave_frozen_inputs"]
+__all__ = ["STAGING", "FastVLMTrainer", "last_checkpoint", "leave_frozen_inputs", "rotate_checkpoints"]
 
 STAGING = ".incomplete"
 _STATE_FILE = "trainer_state.json"
@@ -34,12 +36,15 @@ class FastVLMTrainer(Trainer):
     - A checkpoint is written under a hidden name, forced to the disk and then renamed: whatever interrupts it, the
       earlier ones are untouched and nothing incomplete looks finished.
     - With gradient checkpointing a frozen encoder has no backward pass, as without.
+    - Placeholders of images in the labels, as TRL's collators leave them, do not count as learned tokens.
 
     Args:
         learning_rates: of each part that learns, by name (`parts.PARTS`); None for the one in the arguments.
         group: whether batches are made of rows of like length and kind.
         *args, **kwargs: as for `Trainer`.
     """
+
+    data_collator: Any
 
     def __init__(
         self, *args: Any, learning_rates: Mapping[str, float] | None = None, group: bool = False, **kwargs: Any
@@ -48,6 +53,11 @@ class FastVLMTrainer(Trainer):
         self.group = group
         super().__init__(*args, **kwargs)
         self.add_callback(_LeaveFrozenInputs())
+        self._epochs = _TellEpoch()
+        self.add_callback(self._epochs)
+        if not isinstance(self.data_collator, FastVLMDataCollator):
+            placeholder: int = self.model.config.image_token_id
+            self.data_collator = _WithoutPlaceholders(self.data_collator, placeholder)
 
     # Optimizer
 
@@ -92,22 +102,14 @@ class FastVLMTrainer(Trainer):
             self._staging = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self._publish(staging, folder / name)
+            # There is a checkpoint of that step where a run took another way from an earlier one.
+            publish_directory(staging / name, folder / name, aside=staging / f"replaced-{name}")
+            shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self._rotate(folder)
-
-    def _rotate(self, folder: Path) -> None:
-        """Delete the oldest checkpoints by step that are too many; never this one, the best, a later one, or a link."""
-        limit = self.args.save_total_limit
-        if limit is None or limit < 1:
-            return
-        step = self.state.global_step
-        kept = {f"checkpoint-{step}", Path(self.state.best_model_checkpoint or "").name}
-        there = [(number, path) for number, path in _checkpoints(folder) if number <= step and not path.is_symlink()]
-        others = sorted((number, path) for number, path in there if path.name not in kept)
-        for _, path in others[: max(0, len(there) - limit)]:
-            shutil.rmtree(path, ignore_errors=True)
+            rotate_checkpoints(
+                folder, self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint
+            )
 
     def _remove_staging(self, staging: Path) -> None:
         """Remove what an interrupted run left."""
@@ -125,48 +127,42 @@ class FastVLMTrainer(Trainer):
         if self.args.should_save:
             self.state.save_to_json(str(written / _STATE_FILE))
 
-    @staticmethod
-    def _publish(staging: Path, final: Path) -> None:
-        written = staging / final.name
-        sync_tree(written)
-        if final.exists():  # of a run that took another way from an earlier checkpoint
-            final.rename(staging / f"replaced-{final.name}")
-        written.rename(final)
-        sync_directory(final.parent)
-        shutil.rmtree(staging, ignore_errors=True)
-
     # Data
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.group or dataset is None:
             return super()._get_train_sampler(train_dataset)
-        from ..data import ModalityLengthSampler, row_lengths
-
         processor: Any = self.processing_class
         tokens = processor._get_num_multimodal_tokens([(480, 640)]).num_image_tokens[0]
-        lengths, has_image = row_lengths(getattr(dataset, "captions", dataset), tokens)
-        sampler = ModalityLengthSampler(
-            lengths,
-            has_image,
-            batch_size=self.args.train_batch_size,
-            num_processes=self.args.world_size,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            drop_last=self.args.dataloader_drop_last,
-        )
-        self.remove_callback(_TellEpoch)  # of an earlier call
-        self.add_callback(_TellEpoch(sampler))
-        return sampler
+        self._epochs.sampler = grouped_sampler(getattr(dataset, "captions", dataset), self.args, tokens)
+        return self._epochs.sampler
 
 
 class _TellEpoch(TrainerCallback):
     """Tells a sampler which epoch begins; accelerate forgets to after a resumed one on several processes."""
 
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
+    sampler: Any = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class _WithoutPlaceholders:
+    """A collator of others, whose labels may hold placeholders of images, which the model ignores.
+
+    `Trainer` counts the labels before the model sees them, and divides the loss by their number.
+    """
+
+    def __init__(self, collator: Any, placeholder: int) -> None:
+        self.collator, self.placeholder = collator, placeholder
+
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collator(samples)
+        if "labels" in batch:
+            batch["labels"] = batch["labels"].masked_fill(batch["labels"] == self.placeholder, IGNORED)
+        return batch
 
 
 class _LeaveFrozenInputs(TrainerCallback):
@@ -196,6 +192,26 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """
     found = _checkpoints(Path(directory))
     return max(found)[1] if found else None
+
+
+def rotate_checkpoints(folder: Path, step: int, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints by step that are too many; never that of `step`, the best, a later one, or a link.
+
+    Transformers' own goes by time, which a clock that was set back turns round.
+
+    Args:
+        folder: of the run.
+        step: of the checkpoint just written.
+        limit: most that are to be left of those up to `step`; None or 0 for all.
+        best: path of the best one.
+    """
+    if not limit:
+        return
+    kept = {f"checkpoint-{step}", Path(best or "").name}
+    there = [(number, path) for number, path in _checkpoints(folder) if number <= step and not path.is_symlink()]
+    others = sorted((number, path) for number, path in there if path.name not in kept)
+    for _, path in others[: max(0, len(there) - limit)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _checkpoints(directory: Path) -> list[tuple[int, Path]]:

@@ -13,7 +13,8 @@ _INCOMPLETE = "\ufffd"
 class AnswerText:
     """The text of an answer, piece by piece; the pieces together are what decoding all tokens at once gives.
 
-    White space at its beginning is left out: many models write a blank before their first word.
+    White space around it is left out: many models write a blank before their first word. Transformers' own streamers
+    hold back whole words, know no stop texts, and take one row.
 
     Args:
         tokenizer: decodes tokens; special ones are left out.
@@ -30,6 +31,7 @@ class AnswerText:
         # the first token otherwise than those that follow.
         self._start = self._said = 0
         self._begun = False
+        self._blank = ""  # white space that is part of the answer if more follows
         self._held = ""  # text that may be the beginning of a stop text
         self.stopped = False
 
@@ -40,19 +42,22 @@ class AnswerText:
         if not piece or piece.endswith(_INCOMPLETE):
             return ""
         self._start, self._said = self._said, len(self._tokens)
-        return self._begin(self._release(piece))
+        return self._trim(self._release(piece))
 
     def finish(self) -> str:
         """Return what is left at the end of the answer."""
         piece = self._release("" if self.stopped else self._next())
         rest, self._held = self._held, ""
-        return self._begin(piece + rest)
+        return self._trim(piece + rest)
 
-    def _begin(self, piece: str) -> str:
+    def _trim(self, piece: str) -> str:
         if not self._begun:
             piece = piece.lstrip()
             self._begun = bool(piece)
-        return piece
+        piece = self._blank + piece
+        text = piece.rstrip()
+        self._blank = piece[len(text) :]
+        return text
 
     def _next(self) -> str:
         """Return the text of the tokens that were not said yet."""

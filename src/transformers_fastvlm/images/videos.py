@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames of videos, one every so many seconds, decoded one by one when they are asked for."""
+"""Frames of videos, decoded one by one when they are asked for: every so many seconds, or some spread evenly."""
 
 import bisect
-import functools
-import math
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from ..data.sample_errors import shortened
-from ..images.decoding import check_dimensions
-from .requests import Request, printable, reason_of
+from .._optional import needs
+from .bounds import check_dimensions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .sources import SourceOptions
-
-__all__ = ["VideoFrames", "count_frames", "open_video", "require_av", "video_requests"]
+__all__ = ["VideoFrames", "open_video", "reason_of", "require_av", "spread", "spread_frames"]
 
 _FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg"
 
@@ -29,10 +24,8 @@ def require_av() -> Any:
     Raises:
         ImportError: it is not installed.
     """
-    try:
+    with needs("av", "A video", 'pip install "transformers-fastvlm[batch]"'):
         import av
-    except ImportError as error:
-        raise ImportError('Videos need PyAV: pip install "transformers-fastvlm[batch]".') from error
     return av
 
 
@@ -49,41 +42,10 @@ def open_video(file: str) -> Any:
     return require_av().open(f"file:{file}", options=options)
 
 
-def count_frames(file: str, every: float) -> int | None:
-    """Return about how many frames a video gives, from the duration that it states; None if it states none.
-
-    A file that cannot be opened counts as one, the row of its error.
-    """
-    av = require_av()
-    try:
-        with open_video(file) as container:
-            stream = container.streams.video[0]
-            if stream.duration is not None:
-                seconds = float(stream.duration * stream.time_base)
-            elif container.duration is not None:
-                seconds = container.duration / av.time_base
-            else:
-                return None
-    except Exception:  # PyAV's errors have no common class
-        return 1
-    return max(1, math.ceil(seconds / every))
-
-
-def video_requests(file: str, options: "SourceOptions") -> Iterator[Request]:
-    """Yield a request for each wanted frame of a video, and one with an error where it cannot be read."""
-    source = printable(file)
-    try:
-        frames = VideoFrames(file, options.every, options.do_exif_transpose)
-    except Exception as error:  # one video must not end the run, whatever a decoder raises
-        why = f"the video {shortened(file)} cannot be read: {reason_of(error)}"
-        yield Request(source=source, question=options.prompt, file=file, error=why)
-        return
-    for position, seconds in enumerate(frames.times):
-        opened = functools.partial(frames.picture, position)
-        yield Request(source=source, question=options.prompt, picture=opened, file=file, time=round(seconds, 3))
-    if frames.damage:
-        why = f"the video {shortened(file)} {frames.damage}"
-        yield Request(source=source, question=options.prompt, file=file, error=why)
+def reason_of(error: BaseException) -> str:
+    """Return why something failed, on one line; with the class where the message may need it."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 @dataclass(frozen=True)
@@ -97,14 +59,15 @@ class _Index:
 
 
 class VideoFrames:
-    """Frames of a video: the first, and then the first at or after each multiple of so many seconds.
+    """Frames of a video: one every so many seconds, or so many of them, spread evenly from the first to the last.
 
     The packets of the file are listed without decoding them. A picture is decoded when it is asked for; the file stays
     open from the first to the last of them. Not for several threads at once.
 
     Args:
         file: path.
-        every: seconds.
+        every: seconds; the frames are the first, and then the first at or after each multiple of them.
+        count: number of frames, or all of the video's where it has fewer; in place of `every`.
         do_exif_transpose: turn the pictures as the file says, as players do.
 
     Attributes:
@@ -115,7 +78,9 @@ class VideoFrames:
         OSError, ValueError: the file is no video, has sound only, is damaged, or its pictures are too large.
     """
 
-    def __init__(self, file: str, every: float, do_exif_transpose: bool = True) -> None:
+    def __init__(
+        self, file: str, every: float | None = None, do_exif_transpose: bool = True, count: int | None = None
+    ) -> None:
         self.file, self.do_exif_transpose = file, do_exif_transpose
         self._container: Any = None
         self._frames: Any = None
@@ -125,13 +90,11 @@ class VideoFrames:
         self.damage = index.damage
         self._keys = index.keys
         first = index.times[0]
-        self._wanted: list[int] = []
-        step, interval = 0, Fraction(str(every))  # exactly what was written: 0.1 is a tenth
-        for time in index.times:
-            seconds = (time - first) * index.unit
-            if seconds >= step * interval:
-                self._wanted.append(time)
-                step = int(seconds / interval) + 1
+        self._wanted = (
+            [index.times[position] for position in spread(len(index.times), count)]
+            if count is not None
+            else _at_multiples(index, Fraction(str(every)))  # exactly what was written: 0.1 is a tenth
+        )
         self.times = [float((time - first) * index.unit) for time in self._wanted]
 
     def picture(self, position: int) -> "Image":
@@ -193,6 +156,18 @@ class VideoFrames:
         self._container = self._frames = self._at = None
 
 
+def _at_multiples(index: _Index, interval: Fraction) -> list[int]:
+    """Return the times of the first frame and of the first at or after each multiple of `interval` seconds."""
+    wanted: list[int] = []
+    step = 0
+    for time in index.times:
+        seconds = (time - index.times[0]) * index.unit
+        if seconds >= step * interval:
+            wanted.append(time)
+            step = int(seconds / interval) + 1
+    return wanted
+
+
 def _list_packets(file: str) -> _Index:
     """Return where the frames of a video are.
 
@@ -225,3 +200,49 @@ def _list_packets(file: str) -> _Index:
     if damage is None and len(times) < stated * 0.99 - 1:
         damage = f"is cut off: it has {len(times)} of {stated} frames."
     return _Index(sorted(times), sorted(keys), unit, damage)
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """Return up to `wanted` indices below `total`, evenly spread from the first to the last; of one, the middle."""
+    if wanted >= total:
+        return list(range(total))
+    if wanted == 1:
+        return [total // 2]
+    return [round(index * (total - 1) / (wanted - 1)) for index in range(wanted)]
+
+
+def spread_frames(video: str | os.PathLike[str], count: int) -> "list[Image]":
+    """Return `count` frames of a video, or all where it has fewer, spread evenly from the first to the last.
+
+    Args:
+        video: a file, or an http(s) address, which Transformers fetches.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        ValueError: the file is missing, no video, or damaged; the message has its name.
+    """
+    name = os.fspath(video)
+    require_av()
+    if name.startswith(("http://", "https://")):
+        return _fetched_frames(name, count)
+    if not os.path.isfile(name):
+        raise ValueError(f"the video {name!r} does not exist or is not a file.")
+    try:
+        frames = VideoFrames(name, count=count)
+        if frames.damage:
+            raise ValueError(frames.damage)
+        return [frames.picture(position) for position in range(len(frames.times))]
+    except Exception as error:  # PyAV's errors have no common class
+        raise ValueError(f"the video {name!r} cannot be read: {reason_of(error)}") from error
+
+
+def _fetched_frames(address: str, count: int) -> "list[Image]":
+    from transformers.video_utils import load_video
+
+    try:
+        frames, _ = load_video(
+            address, sample_indices_fn=lambda metadata, **_: spread(metadata.total_num_frames, count)
+        )
+    except Exception as error:
+        raise ValueError(f"the video {address!r} cannot be read: {reason_of(error)}") from error
+    return list(frames)

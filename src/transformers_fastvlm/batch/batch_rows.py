@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of the output, one for each request, answered or not, and the report of them."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..engines.base import Answer
+from .requests import Request
+
+__all__ = ["COLUMNS", "Report", "counted", "row_of"]
+
+COLUMNS = (
+    "source",
+    "row",
+    "image",
+    "time",
+    "question",
+    "answer",
+    "finish_reason",
+    "prompt_tokens",
+    "completion_tokens",
+    "error",
+)
+"""What each row of the output has."""
+
+_EXAMPLES = 20
+
+
+def row_of(request: Request, answer: Answer | None, error: str | None) -> dict[str, Any]:
+    """Return the row of a request: `COLUMNS`, in their order."""
+    asked = (request.source, request.row, request.image, request.time, request.question)
+    answered = (None,) * 4 if answer is None else dataclasses.astuple(answer)
+    return dict(zip(COLUMNS, (*asked, *answered, error), strict=True))
+
+
+@dataclass(kw_only=True)
+class Report:
+    """How a run ended.
+
+    Attributes:
+        output: the file that was written.
+        rows: how many it has.
+        resumed_rows: how many of them an earlier process had done.
+        errors: rows without an answer.
+        cut: answers that ended at `max_new_tokens`.
+        left_out: files in folders that are neither pictures nor videos.
+        examples: place and error of the first rows without an answer, 20 at most.
+        subtitles: files that were written beside the output.
+    """
+
+    output: Path
+    resumed_rows: int
+    left_out: int
+    subtitles: tuple[Path, ...]
+    rows: int = 0
+    errors: int = 0
+    cut: int = 0
+    examples: list[tuple[str, str]] = field(default_factory=list)
+
+    def over(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield rows on, counting them."""
+        for row in rows:
+            self.rows += 1
+            self.cut += row["finish_reason"] == "length"
+            self.errors += row["error"] is not None
+            if row["error"] is not None and self.errors <= _EXAMPLES:
+                self.examples.append((_place(row), row["error"]))
+            yield row
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where it is not 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _place(row: dict[str, Any]) -> str:
+    """Return how a row is named in a message."""
+    if row["row"] is not None:
+        return f"{row['source']}, row {row['row']}"
+    return f"{row['source']}, {row['time']:.3f} s" if row["time"] is not None else str(row["source"])

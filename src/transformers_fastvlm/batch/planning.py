@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which requests are answered together: batches in a fixed order, so that a resumed run knows which are done."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from ..data.sample_errors import shortened
+from ..storage.journal_file import JournalError
+from .batch_journal import BatchJournal
+from .batch_rows import counted
+from .requests import Request
+
+__all__ = ["Batch", "plan", "skip_done"]
+
+_WINDOW = 512
+
+Batch = list[tuple[int, Request]]
+"""Requests with their numbers in the output."""
+
+
+def plan(requests: Iterable[Request], batch_size: int) -> Iterator[Batch]:
+    """Yield batches of numbered requests with questions of similar length, always the same ones.
+
+    Requests are sorted within windows of 512 (or one batch, if that is more), the longest question first.
+    """
+    numbered = enumerate(requests)
+    window_size = max(1, _WINDOW // batch_size) * batch_size
+    while window := list(islice(numbered, window_size)):
+        window.sort(key=lambda item: -len((item[1].question or "").encode(errors="replace")))
+        for start in range(0, len(window), batch_size):
+            yield window[start : start + batch_size]
+
+
+def skip_done(batches: Iterator[Batch], journal: BatchJournal) -> None:
+    """Take the batches that are done from a plan.
+
+    Raises:
+        JournalError: a picture of theirs is not what it was.
+    """
+    for batch, states in zip(islice(batches, journal.batches), journal.states(), strict=False):
+        for (_, request), before in zip(batch, states, strict=False):
+            if request.file_state() != before:
+                raise JournalError(
+                    f"{shortened(request.file)} was changed since it was asked about, so that old and new answers "
+                    f"would mix. Put it back, or begin again with --restart; {counted(journal.rows, 'row')} of the "
+                    "output would be made again."
+                )

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames of videos as rows of a batch, one every so many seconds."""
+
+import functools
+import math
+from collections.abc import Iterator
+
+from ..data.sample_errors import shortened
+from ..images.videos import VideoFrames, open_video, reason_of, require_av
+from .requests import Request, SourceOptions, printable
+
+__all__ = ["count_frames", "require_av", "video_requests"]
+
+
+def count_frames(file: str, every: float) -> int | None:
+    """Return about how many frames a video gives, from the duration that it states; None if it states none.
+
+    A file that cannot be opened counts as one, the row of its error.
+    """
+    av = require_av()
+    try:
+        with open_video(file) as container:
+            stream = container.streams.video[0]
+            if stream.duration is not None:
+                seconds = float(stream.duration * stream.time_base)
+            elif container.duration is not None:
+                seconds = container.duration / av.time_base
+            else:
+                return None
+    except Exception:  # PyAV's errors have no common class
+        return 1
+    return max(1, math.ceil(seconds / every))
+
+
+def video_requests(file: str, options: SourceOptions) -> Iterator[Request]:
+    """Yield a request for each wanted frame of a video, and one with an error where it cannot be read."""
+    source = printable(file)
+    try:
+        frames = VideoFrames(file, options.every, options.do_exif_transpose)
+    except Exception as error:  # one video must not end the run, whatever a decoder raises
+        why = f"the video {shortened(file)} cannot be read: {reason_of(error)}"
+        yield Request(source=source, question=options.prompt, file=file, error=why)
+        return
+    for position, seconds in enumerate(frames.times):
+        opened = functools.partial(frames.picture, position)
+        yield Request(source=source, question=options.prompt, picture=opened, file=file, time=round(seconds, 3))
+    if frames.damage:
+        why = f"the video {shortened(file)} {frames.damage}"
+        yield Request(source=source, question=options.prompt, file=file, error=why)

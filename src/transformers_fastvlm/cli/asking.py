@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading an engine and asking it, for every verb that answers."""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..engines.base import MIN_TEMPERATURE, Answer, Conversation, Sampling
+from .cli_errors import UserError, notice
+from .model_sources import check_loadable, licence_notice, read_config
+from .options import DtypeName, EngineName
+
+if TYPE_CHECKING:
+    from ..engines import Engine, Request
+
+__all__ = ["answer", "check_model", "engine_settings", "load", "remark", "sampling_of"]
+
+
+def sampling_of(
+    max_new_tokens: int, temperature: float, top_p: float | None = None, seed: int | None = None, num_beams: int = 1
+) -> Sampling:
+    """Return how answers are made, from a verb's options.
+
+    Raises:
+        UserError: an option would have no effect.
+    """
+    for name, value in (("--top-p", top_p), ("--seed", seed)):
+        if value is not None and temperature < MIN_TEMPERATURE:
+            raise UserError(
+                f"{name} has no effect at --temperature {temperature:g}, which never samples. Give a temperature, such "
+                "as 0.2."
+            )
+    if top_p == 0:
+        raise UserError("--top-p is 0, which leaves no token to sample; expected above 0 and up to 1.")
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=1.0 if top_p is None else top_p,
+        seed=seed,
+        num_beams=num_beams,
+    )
+
+
+def engine_settings(
+    engine: EngineName, precision: str | None, device: str, dtype: DtypeName, size: int | None
+) -> dict[str, Any]:
+    """Return the options of an engine that a user chose.
+
+    Raises:
+        UserError: one that this engine does not have.
+    """
+    chosen: dict[str, Any] = {"dtype": dtype.value, "device": device, "size": size}
+    if engine == EngineName.onnx:
+        if chosen != {"dtype": "auto", "device": "auto", "size": None}:
+            raise UserError("--dtype, --device and --size are fixed in an ONNX export; choose its --precision.")
+        return {"precision": precision}
+    if precision is not None:
+        raise UserError(f"--precision is for --engine onnx; the engine {engine.value} has --dtype.")
+    return chosen
+
+
+def check_model(engine: EngineName, model: str) -> dict[str, Any]:
+    """Return a model's config.json.
+
+    Raises:
+        UserError: there is none, or it is of a model that the engine cannot load.
+    """
+    config = read_config(model)
+    if engine != EngineName.onnx:
+        check_loadable(model, config)
+    return config
+
+
+def load(engine: EngineName, model: str, settings: dict[str, Any], batch_size: int | None = None) -> "Engine":
+    """Load an engine, and say on standard error what the model's licence restricts.
+
+    Args:
+        engine: which.
+        model: directory or hub repository; for onnx, an export's directory.
+        settings: see `engine_settings`.
+        batch_size: most requests that are answered together; onnx answers one at a time.
+
+    Raises:
+        UserError: no such checkpoint, or of another model.
+        OSError, ValueError: no such device, or a damaged checkpoint.
+        ImportError: the engine's package is not installed.
+    """
+    config = check_model(engine, model)
+
+    from transformers.utils import logging
+
+    from ..engines import load_engine
+    from ..engines.model_loading import find_device
+
+    if engine == EngineName.transformers:
+        find_device(settings["device"], "--device")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if batch_size is not None and engine != EngineName.onnx:
+        settings = settings | {"batch_size": batch_size}
+    loaded = load_engine(engine.value, model, **settings)
+    if message := licence_notice(model, config):
+        notice(message)
+    return loaded
+
+
+def answer(
+    engine: "Engine",
+    conversation: Conversation,
+    sampling: Sampling,
+    memory: Any = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Answer:
+    """Return the answer to a conversation; Ctrl-C ends it, and what there is of it stays.
+
+    Args:
+        engine, conversation, sampling, memory: see `Engine.stream`.
+        say: called with each piece of the answer as it comes.
+    """
+    request: Request = engine.stream(conversation, sampling, memory=memory)
+    try:
+        for piece in request:
+            say(piece)
+    except KeyboardInterrupt:
+        request.cancel()
+        for piece in request:
+            say(piece)
+    return request.result()
+
+
+def remark(answer: Answer, sampling: Sampling) -> None:
+    """Print on standard error that an answer was cut, and by what."""
+    if answer.finish_reason != "length":
+        return
+    tokens = answer.completion_tokens
+    full = "the model's context is full."
+    why = "--max-new-tokens allows longer ones." if tokens == sampling.max_new_tokens else full
+    notice(f"fastvlm: the answer was cut after {tokens} tokens; {why}")

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An answer on its way: the one place that knows where an answer ends, and when its text can be said."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from .answer_text import AnswerText
+from .base import Answer, FinishReason, Sampling, Seconds
+from .prompts import Prompt
+
+__all__ = ["Request"]
+
+_PATIENCE = 0.2  # seconds
+
+logger = logging.getLogger(__name__)
+
+
+class Request:
+    """A prompt, how it is to be answered, and what there is of the answer. Iterate over it for the text as it comes.
+
+    Args:
+        prompt, sampling, memory, changed: see `Engine.submit`.
+        tokenizer: decodes tokens.
+        ends: tokens that end an answer.
+        context: most tokens of prompt and answer.
+        on_cancel: called with this request when it is cancelled.
+
+    Attributes:
+        pieces: of text, not taken yet; together never more than the answer.
+        tokens: of the answer, so far.
+        cancelled: whether nobody wants the rest.
+        done: whether nothing more will come. Look at it before `pieces` to take the last ones.
+        error: why there is no answer.
+        answer: the whole, when it is done.
+        queued_at, begun_at, first_at, ended_at: `time.perf_counter()` when it came into the queue, at the start of the
+            model, at the first token and at the end; None before.
+        cached_tokens, encoded_images: see `Answer`.
+
+    Example:
+        >>> request = engine.stream(conversation)  # doctest: +SKIP
+        >>> for piece in request:  # doctest: +SKIP
+        ...     print(piece, end="", flush=True)
+        >>> request.result().finish_reason  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        tokenizer: Any,
+        ends: Collection[int],
+        context: int | None = None,
+        memory: Any = None,
+        changed: Callable[[], None] | None = None,
+        on_cancel: Callable[["Request"], None] = lambda request: None,
+    ) -> None:
+        self.prompt, self.sampling, self.memory = prompt, sampling, memory
+        self.room = min(sampling.max_new_tokens, context - prompt.tokens if context else sampling.max_new_tokens)
+        self._tokenizer, self._ends, self._changed, self._on_cancel = tokenizer, ends, changed, on_cancel
+        self._news = threading.Condition()
+        self.queued_at = time.perf_counter()
+        self.begun_at: float | None = None
+        self.first_at: float | None = None
+        self.ended_at: float | None = None
+        self.pieces: deque[str] = deque()
+        self.cancelled = self.done = False
+        self.error: BaseException | None = None
+        self.answer: Answer | None = None
+        self._said = ""
+        self.begin()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the answer's text piece by piece.
+
+        Raises:
+            Exception: whatever ended the answer.
+        """
+        done = False
+        while not done:
+            self._wait_for(lambda: self.done or bool(self.pieces))
+            done = self.done
+            while self.pieces:
+                yield self.pieces.popleft()
+        if self.error is not None:
+            raise self.error
+
+    def result(self) -> Answer:
+        """Wait for the whole answer, and return it.
+
+        Raises:
+            Exception: whatever ended the answer.
+        """
+        self._wait_for(lambda: self.done)
+        if self.answer is None:
+            raise self.error or RuntimeError("there is no answer.")
+        return self.answer
+
+    @property
+    def waited(self) -> float:
+        """Seconds in the queue, so far."""
+        return (self.begun_at or self.ended_at or time.perf_counter()) - self.queued_at
+
+    def cancel(self) -> None:
+        """End the answer: at once if it waits, else at the next token. What there is of it stays."""
+        self.cancelled = True
+        self._on_cancel(self)
+
+    # For engines
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the likeliest one."""
+        return self.sampling.greedy
+
+    def start(self) -> None:
+        """Say that the model begins with it."""
+        self.begun_at = time.perf_counter()
+
+    def begin(self) -> None:
+        """Start the answer, or start it again after a failure; what was said is not said twice."""
+        self.tokens, self.cached_tokens = 0, 0
+        self.encoded_images: int | None = None
+        self._text = ""
+        self._reason: FinishReason | None = None
+        self._decoding = AnswerText(self._tokenizer, self.sampling.stop)
+
+    def take(self, token: int) -> bool:
+        """Take the next token; return whether the answer is at its end."""
+        if self._reason is not None or self.cancelled:
+            return True
+        if self.first_at is None:
+            self.first_at = time.perf_counter()
+        self.tokens += 1
+        if token in self._ends:
+            self._reason = "stop"
+        else:
+            self._say(self._decoding.add(token))
+            if self._decoding.stopped:
+                self._reason = "stop"
+            elif self.tokens >= self.room:
+                self._reason = "length"
+        return self._reason is not None
+
+    def end(self, error: BaseException | None = None, reason: FinishReason = "length") -> None:
+        """Say that nothing more will come: for an error, for what `take` found, or else for a reason."""
+        self.ended_at = time.perf_counter()
+        if error is None:
+            try:
+                self._say(self._decoding.finish())
+            except RuntimeError as failure:
+                error = failure
+        if error is None:
+            if self._decoding.stopped:
+                self._reason = "stop"
+            self.answer = self._whole(self._reason or ("cancelled" if self.cancelled else reason))
+        self.error, self.done = error, True
+        self._tell()
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        with self._news:
+            # With a time-out, since no Ctrl-C gets through to a lock that is waited for on Windows.
+            while not self._news.wait_for(condition, _PATIENCE):
+                pass
+
+    def _whole(self, reason: FinishReason) -> Answer:
+        ended = self.ended_at or time.perf_counter()
+        begun = self.begun_at or ended
+        return Answer(
+            text=self._text,
+            finish_reason=reason,
+            prompt_tokens=self.prompt.tokens,
+            image_tokens=sum(self.prompt.image_tokens),
+            completion_tokens=self.tokens,
+            cached_tokens=self.cached_tokens,
+            encoded_images=self.encoded_images,
+            seconds=Seconds(
+                prepare=self.prompt.seconds,
+                wait=self.waited,
+                first_token=None if self.first_at is None or self.sampling.num_beams > 1 else self.first_at - begun,
+                generate=ended - begun,
+            ),
+        )
+
+    def _say(self, piece: str) -> None:
+        self._text += piece
+        length = min(len(self._said), len(self._text))
+        if self._text[:length] != self._said[:length]:
+            raise RuntimeError("the answer alone is not the one that was begun together with others")
+        if len(self._text) > len(self._said):
+            self.pieces.append(self._text[len(self._said) :])
+            self._said = self._text
+            self._tell()
+
+    def _tell(self) -> None:
+        """Wake who waits. Where `changed` raises, nobody listens any more; the engine and others go on."""
+        with self._news:
+            self._news.notify_all()
+        if self._changed is not None:
+            try:
+                self._changed()
+            except Exception:
+                logger.exception("a request's listener failed")
+                self.cancelled = True

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which image formats are read, and what a file is that is none of them."""
+
+import functools
+import importlib.util
+
+from PIL import Image
+
+__all__ = ["describe", "image_formats", "image_suffixes"]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
+"""What Pillow decodes by itself, in Pillow's names.
+
+Formats for which it calls another program (EPS), runs its own slow or rarely used readers, or decodes an image within
+the image (ICO, ICNS) are left out: each is a way for a stranger's file to do harm.
+"""
+
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+
+_CONVERT = "Convert it to PNG or JPEG."
+_UNPACK = "Unpack it and name the images in it."
+_BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
+    (b"%PDF", "a PDF document", "Render its pages to PNG, as with: pdftoppm -png file.pdf page"),
+    (b"%!PS", "a PostScript drawing, which is a program", "Render it to PNG."),
+    (b"\xc5\xd0\xd3\xc6", "a PostScript drawing (EPS), which is a program", "Render it to PNG."),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "Fetch the files: git lfs pull"),
+    (b"\x00\x05\x16\x07", "what macOS keeps beside a file (._NAME), not the image", "Leave it out."),
+    (b"\x1f\x8b", "compressed by gzip", _UNPACK),
+    (b"PK\x03\x04", "a ZIP archive, or a document made of one", _UNPACK),
+    (b"BZh", "compressed by bzip2", _UNPACK),
+    (b"\xfd7zXZ", "compressed by xz", _UNPACK),
+    (b"\x28\xb5\x2f\xfd", "compressed by Zstandard", _UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", _UNPACK),
+    (b"Rar!", "a RAR archive", _UNPACK),
+    (b"\x89HDF", "an HDF5 file", "Write its images as PNG."),
+    (b"PAR1", "a Parquet file", "Read it as a table, not as an image."),
+    (b"\x93NUMPY", "a NumPy array", "Load it with numpy.load and pass the array."),
+    (b"8BPS", "a Photoshop document", _CONVERT),
+    (b"\x00\x00\x01\x00", "an icon (ICO)", _CONVERT),
+    (b"icns", "an icon (ICNS)", _CONVERT),
+    (b"DDS ", "a DDS texture", _CONVERT),
+    (b"/* XPM", "an XPM icon, which is program text", _CONVERT),
+    (b"gimp xcf", "a GIMP document", _CONVERT),
+    (b"qoif", "a QOI image", _CONVERT),
+    (b"\x76\x2f\x31\x01", "an OpenEXR image", _CONVERT),
+    (b"\xff\x0a", "a JPEG XL image", _CONVERT),
+    (b"\x00\x00\x00\x0cJXL ", "a JPEG XL image", _CONVERT),
+    (b"\x1aE\xdf\xa3", "a video (Matroska or WebM)", "Take frames of it, as `fastvlm batch` does."),
+)
+_MARKUP = (
+    (b"<svg", "an SVG drawing", "Render it to PNG."),
+    (
+        b"<!doctype html",
+        "a web page (HTML)",
+        "Name the address of the image itself.",
+    ),
+    (b"<html", "a web page (HTML)", "Name the address of the image itself."),
+    (b"<?xml", "an XML document", "Name an image."),
+)
+
+
+@functools.cache
+def image_formats() -> tuple[str, ...]:
+    """Return the formats that are read, in Pillow's names: HEIF too where pillow-heif is installed."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return FORMATS
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+@functools.cache
+def image_suffixes() -> tuple[str, ...]:
+    """Return the suffixes, in small letters, of the files in a folder that are taken for images."""
+    formats = image_formats()
+    Image.init()
+    known = tuple(suffix for suffix, format in Image.registered_extensions().items() if format in formats)
+    return (*known, ".mpo")
+
+
+def describe(head: bytes) -> str | None:
+    """Return what a file is that is not of the formats above, by its first bytes, and what to do; None if unknown."""
+    if head[4:8] == b"ftyp":
+        if head[8:12] in _HEIF_BRANDS:
+            return "is a HEIC (HEIF) image. Install what reads it: pip install pillow-heif"
+        if head[8:12] in (b"avif", b"avis"):
+            return "is an AVIF image, which this build of Pillow cannot decode. Update it: pip install -U pillow"
+        return "is a video (MP4 or QuickTime). Take frames of it, as `fastvlm batch` does."
+    if head[:4] == b"RIFF" and head[8:12] != b"WEBP":
+        return "is sound or video (RIFF). Take frames of it, as `fastvlm batch` does."
+    for beginning, kind, advice in _BEGINNINGS:
+        if head.startswith(beginning):
+            return f"is {kind}. {advice}"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for beginning, kind, advice in _MARKUP:
+        if text.startswith(beginning) or (beginning == b"<svg" and text.startswith(b"<?xml") and beginning in text):
+            return f"is {kind}. {advice}"
+    if text[:1] in (b"{", b"["):
+        return "is JSON text, as a service's error may be. Name an image."
+    if head and not head.strip(b"\0"):
+        return "begins with nothing but zeros, as after a copy that was broken off. Copy it again."
+    return None

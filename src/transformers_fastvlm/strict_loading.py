@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading that refuses what Transformers would report and go on with: tensors that are missing, unknown or not weights.
+
+Quantized or not, a whole model or its encoder: a tensor that no file has a value for is an error, since a random one
+gives wrong answers and no other sign. The files are judged as `checkpoints.convert` judges them.
+"""
+
+import copy
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
+
+from .checkpoint_files import StoredTensor, read_tensors, refuse_integers, refuse_two_values
+from .configuration_checks import check_directory
+from .tensor_names import to_our_name
+
+__all__ = ["StrictPreTrainedModel", "for_language_model_alone"]
+
+_ADVICE = (
+    "Its config.json describes another model than its weights, or a shard is missing. Compare the two, or download the "
+    "checkpoint again."
+)
+_TIED = {"lm_head.weight", "model.language_model.embed_tokens.weight"}
+_BATCHES_SEEN = ".num_batches_tracked"  # Apple's encoders were trained with it, and no evaluation reads it
+
+
+class StrictPreTrainedModel(PreTrainedModel):
+    """A model of Transformers whose `from_pretrained` takes a checkpoint whole or not at all."""
+
+    # Beginnings of names that a checkpoint need not have, and that start as in a new model.
+    _may_be_missing: tuple[str, ...] = ()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Load a model. See `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            OSError: a file is missing, truncated or not safetensors.
+            ValueError: config.json cannot be right, or the checkpoint has tensors that the model does not know, lacks
+                some that it needs, has two values for one, or holds integers where weights belong.
+        """
+        source = pretrained_model_name_or_path
+        if source is not None and os.path.isdir(source):
+            check_directory(os.path.join(source, kwargs.get("subfolder") or ""))
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"A weight file of {str(source)!r} cannot be read ({error}). It is truncated or damaged: "
+                "download or copy it again."
+            ) from error
+        if source is not None and hasattr(model, "peft_config") and info["missing_keys"]:
+            # What Transformers calls missing here is the adapter's: it would start as if it had learned nothing.
+            raise ValueError(_message(f"The adapter in {source}", "no values for tensors of its", info["missing_keys"]))
+        return (model, info) if wants_info else model
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if state_dict is None:
+            packed = load_config.hf_quantizer is not None and load_config.hf_quantizer.pre_quantized
+            _check_files(model, checkpoint_files or (), packed)
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        if loaded[0].mismatched_keys and not load_config.ignore_mismatched_sizes:
+            shapes = [f"{name} {tuple(a)}, expected {tuple(b)}" for name, a, b in sorted(loaded[0].mismatched_keys)]
+            raise ValueError(_message(_of(load_config), "tensors of other shapes than config.json says", shapes, "; "))
+        return loaded
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        given = load_config.pretrained_model_name_or_path is not None  # else a new model, or one given its state
+        if given:
+            _refuse_missing(model, load_config, set(loading_info.missing_keys))
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        if given and loading_info.unexpected_keys:
+            unknown = loading_info.unexpected_keys
+            raise ValueError(_message(_of(load_config), "tensors that this model does not know", unknown))
+        return loading_info
+
+
+def _refuse_missing(model: StrictPreTrainedModel, load_config: Any, missing: set[str]) -> None:
+    """Raise ValueError where a tensor has no value; before missing ones are initialised, which not all can be."""
+    needed = {name for name in model.state_dict() if not name.endswith(_BATCHES_SEEN)}
+    missing = {name for name in missing & needed if not name.startswith(model._may_be_missing)}
+    quantizer = load_config.hf_quantizer
+    if quantizer is not None and not quantizer.pre_quantized:
+        missing &= _names_before_quantization(model)
+    if missing >= needed:
+        raise ValueError(_message(_of(load_config), "not one tensor of this model, it is another's: no", missing))
+    if len(missing & _TIED) == 1:
+        missing -= _TIED  # each may stand for the other
+    if missing:
+        raise ValueError(_message(_of(load_config), "no values for tensors that this model needs", missing))
+
+
+def for_language_model_alone(quantization_config: Any) -> Any:
+    """Return a quantization configuration that leaves out encoder, projector and head unless it names others."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    fields = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules")  # by method
+    field = next((name for name in fields if hasattr(quantization_config, name)), None)
+    if field is None or getattr(quantization_config, field) is not None:
+        return quantization_config
+    kept = [prefix + part for part in ("vision_tower", "multi_modal_projector") for prefix in ("model.", "")]
+    quantization_config = copy.copy(quantization_config)
+    setattr(quantization_config, field, [*kept, "lm_head"])
+    return quantization_config
+
+
+def _names_before_quantization(model: PreTrainedModel) -> set[str]:
+    """Return the names of the tensors that a model has before a quantizer adds its own, which it makes itself."""
+    with torch.device("meta"):
+        return set(type(model)(model.config).state_dict())
+
+
+def _check_files(model: PreTrainedModel, files: Iterable[str], packed: bool) -> None:
+    """Refuse files that hold integers in place of a model's weights, or two values for one of its tensors."""
+    own = set(model.state_dict())
+    found: dict[str, list[StoredTensor]] = {}
+    for file in files:
+        if not file.endswith(".safetensors"):
+            continue
+        try:
+            tensors = read_tensors(Path(file))
+        except ValueError as error:
+            raise OSError(str(error)) from error
+        for name, tensor in tensors.items():
+            known = next((n for n in _candidates(name) if n in own), None)
+            if known is not None:
+                found.setdefault(known, []).append(tensor)
+    refuse_two_values(found)
+    if not packed:
+        refuse_integers({name: tensors[0] for name, tensors in found.items()})
+
+
+def _candidates(name: str) -> tuple[str, ...]:
+    """Return the names that a checkpoint's tensor may have in a whole model, one without a head, or an encoder."""
+    ours = to_our_name(name) or name
+    inner = ours.removeprefix("model.")
+    return ours, inner, inner.removeprefix("vision_tower.")
+
+
+def _of(load_config: Any) -> str:
+    return f"The checkpoint {load_config.pretrained_model_name_or_path}"
+
+
+def _message(whose: str, what: str, names: Iterable[str], separator: str = ", ") -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+    return f"{whose} has {what}: {separator.join(listed[:8])}{more}. {_ADVICE}"

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutated files and requests: documented errors alone, no hang, bounded memory, nothing touched elsewhere."""
+
+from typing import Any
+
+import pytest
+
+for name in ("av", "pyarrow", "fastapi"):
+    pytest.importorskip(name, reason="needs the extras batch and serving: make test-serving")
+
+from fuzzing import report_of  # noqa: E402
+from mutating import KINDS, image, image_seeds, picture, request, rows, table, video  # noqa: E402
+
+FOUND = ("exceptions", "hangs", "large", "touched")
+
+
+def assert_nothing_found(report: dict[str, Any]) -> None:
+    assert {name: report[name][:20] for name in FOUND} == {name: [] for name in FOUND}
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"), [("image", 300), ("rows", 150), ("table", 80), ("video", 30), ("request", 120)]
+)
+def test_mutated_inputs(kind: str, inputs: int) -> None:
+    report = report_of(inputs, [kind])
+    assert_nothing_found(report)
+    # Inputs that are all good, or all refused at the first byte, would show nothing.
+    outcomes = report["kinds"][kind]
+    assert min(outcomes["read"], outcomes["refused"]) > inputs // 20, outcomes
+
+
+@pytest.mark.soak
+def test_ten_thousand_mutated_inputs() -> None:
+    assert_nothing_found(report_of(10_000))
+
+
+def test_an_input_follows_from_its_number() -> None:
+    for make in (image, rows, table, video, request):
+        assert make(17) == make(17) != make(18)
+    assert set(KINDS) == {"image", "rows", "table", "video", "request"}
+    assert len(image_seeds()) > 25 and picture().size == (48, 40)
