@@ -5,6 +5,7 @@ One exception is documented: the first image that is read puts a filter into `wa
 Pillow's warnings in threads that read one.
 """
 
+import contextlib
 import gc
 import importlib.util
 import json
@@ -31,6 +32,7 @@ from transformers import AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from transformers_fastvlm.checkpoints import tiny_checkpoint
+from transformers_fastvlm.engines import Sampling, load_engine
 from transformers_fastvlm.images import decoding
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE") if hasattr(signal, name)]
@@ -144,6 +146,18 @@ def use_processor(folder: Path) -> None:
         processor.image_processor(str(folder / "bad.png"))
 
 
+def use_engine(folder: Path) -> None:
+    with contextlib.closing(load_engine("transformers", "tiny", device="cpu")) as engine:
+        question = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}]}]
+        for sampling in (Sampling(max_new_tokens=2), Sampling(max_new_tokens=2, temperature=1.0, seed=3)):
+            assert engine.generate([question], sampling)[0].completion_tokens > 0
+
+
+def use_generate(folder: Path) -> None:
+    scenes(folder, 1)
+    command("generate", folder / "0.png", "-m", "tiny", "-p", "What?", "--temperature", "1", "--seed", "3", "--json")
+
+
 def use_batch(folder: Path) -> None:
     scenes(folder)
     command("batch", folder / "*.png", "-m", "tiny", "-p", "What is it?", "-o", folder / "out.jsonl")
@@ -181,12 +195,8 @@ def use_server(folder: Path) -> None:
     pytest.importorskip("uvicorn", reason="uvicorn is not installed")
     import urllib.request
 
-    from transformers import AutoModelForImageTextToText
-
     from transformers_fastvlm.server import Settings, listen, serve
 
-    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint()).eval()
-    processor = AutoProcessor.from_pretrained(tiny_checkpoint())
     answers: list[Any] = []
 
     def use(url: str) -> None:
@@ -203,13 +213,16 @@ def use_server(folder: Path) -> None:
     def ready(url: str) -> None:
         threading.Thread(target=use, args=(url,)).start()
 
-    with listen("127.0.0.1", 0) as bound:
-        serve(model, processor, Settings(name="tiny", max_pixels=1000), bound, ready)
+    engine = load_engine("transformers", "tiny", device="cpu")
+    with listen("127.0.0.1", 0) as bound, contextlib.closing(engine):
+        serve(engine, Settings(name="tiny", max_pixels=1000), bound, ready)
     assert answers[0]["usage"]["completion_tokens"] > 0
 
 
 TOOLS: dict[str, Callable[[Path], None]] = {
     "processor": use_processor,
+    "engine": use_engine,
+    "generate": use_generate,
     "batch": use_batch,
     "training": use_training,
     "data check": use_data_check,

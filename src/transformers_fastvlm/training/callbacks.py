@@ -5,18 +5,17 @@ import contextlib
 import itertools
 import json
 import logging
-import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
+from ..random_streams import kept_random_streams
 from ..tokens import IMAGE_TOKEN
 
 __all__ = ["SAMPLES_FILE", "LinesAboveBar", "LogLines", "SampleAnswers", "iter_rows", "untouched"]
@@ -168,14 +167,10 @@ def _asked(sample: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
 def untouched(model: torch.nn.Module) -> Iterator[None]:
     """Evaluate within, without gradients, and leave random generators and every module's mode as they were."""
     modes = {module: module.training for module in model.modules()}
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with kept_random_streams(), torch.no_grad():
             model.eval()
             yield
     finally:
         for module, training in modes.items():
             module.training = training
-        random.setstate(python)
-        np.random.set_state(numpy)
