@@ -4,6 +4,7 @@
 import _thread
 import http.server
 import json
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -333,7 +334,12 @@ def test_interrupting_an_answer_ends_with_130(model, run, monkeypatch: pytest.Mo
     plain = Request.take
     monkeypatch.setattr(Request, "take", take)
     monkeypatch.setattr(TransformersEngine, "_answer", answer)
-    shown = run("generate", "-p", "?", "-m", model, *(["--json"] if as_json else []), code=130).stdout
+    # Programs that a shell starts in the background ignore Ctrl-C, and the suite may be one of them.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        shown = run("generate", "-p", "?", "-m", model, *(["--json"] if as_json else []), code=130).stdout
+    finally:
+        signal.signal(signal.SIGINT, before)
     found = json.loads(shown) if as_json else {"answer": shown[:-1], "finish_reason": "cancelled"}
     assert (found["answer"], found["finish_reason"]) == ("hi", "cancelled")
 
