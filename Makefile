@@ -24,7 +24,7 @@ demo: .venv/installed-package ## answer questions about an image, offline
 
 # The tests of servers and of the web page need packages of their own: test-serving. Gradio leaves event loops to the
 # garbage collector, which pytest takes for an error of whatever test comes then: the page has a process of its own.
-SERVING := tests/batch tests/demo tests/fuzz tests/server tests/cli/test_serve.py
+SERVING := tests/batch tests/demo tests/fuzz tests/server tests/cli/test_serve.py tests/test_process_state.py
 BROWSER := tests/demo/test_page_browser.py
 SUITE := $(SERVING:%=--ignore=%) --ignore=tests/vllm_plugin --ignore=tests/export \
 	--ignore-glob='*/test_harness_*.py' -n auto
@@ -115,7 +115,7 @@ HARNESS := $(filter-out $(HARNESS_VLLM),$(wildcard tests/evaluation/test_harness
 
 .PHONY: test-eval
 test-eval: .venvs/eval/installed .venvs/eval-vllm/installed ## test the evaluation through lmms-eval
-	.venvs/eval/bin/python -m pytest $(HARNESS) $(PYTEST_ARGS)
+	.venvs/eval/bin/python -m pytest $(HARNESS) tests/test_process_state.py $(PYTEST_ARGS)
 	.venvs/eval-vllm/bin/python -m pytest $(HARNESS_VLLM) $(PYTEST_ARGS)
 
 .PHONY: vllm-cpu

@@ -99,7 +99,7 @@ def test_refuses(model, photos, tmp_path, fails, run) -> None:
     assert "device is 'abacus'" in fails("batch", photos, "-o", out, *options, "--device", "abacus")
     assert "no such directory" in fails("batch", photos, "-o", out, "-p", PROMPT, "-m", "./gone")
     assert "no video is among the inputs" in fails("batch", photos, "-o", out, *options, "--srt", tmp_path)
-    assert "--engine" in run("batch", photos, "-o", out, *options, "--engine", "onnx", code=2).stderr
+    assert "--engine" in run("batch", photos, "-o", out, *options, "--engine", "abacus", code=2).stderr
     assert not out.exists() and not (tmp_path / "out.jsonl.journal").exists()
 
 

@@ -23,6 +23,7 @@ ELSEWHERE = {
     "serve": "tests/server/test_http_ending.py",
     "demo": "tests/demo/test_page_command.py",
     "eval": "tests/evaluation/test_harness_errors.py",
+    "eval-encoder": "tests/evaluation/test_harness_encoder.py",
     "eval-report": None,  # reads results, no model
 }
 
@@ -86,7 +87,6 @@ VERBS: dict[str, tuple[tuple[str, ...], str | None, str]] = {
         None,
         "1 rows read, 1 right",
     ),
-    "eval-encoder": (("eval-encoder", "tiny", "classes", "--method", "knn"), None, "knn"),
 }
 
 

@@ -351,7 +351,7 @@ def test_several_answers_to_one_prompt(plain: Setup) -> None:
     plain.cache.reset()
     inputs |= {name: inputs[name].expand(3, -1) for name in ("input_ids", "attention_mask")}
     plain.fed = 0
-    rows = plain.cache.generate(**inputs, generation_config=GenerationConfig(**GREEDY)).tolist()
+    rows = plain.cache.generate(**inputs, **GREEDY).tolist()
     assert rows == [alone] * 3
     assert plain.fed == inputs["input_ids"].shape[1] - 1 + 3 * GREEDY["max_new_tokens"]
     plain.ask([user("What is it?", plain.pictures[0])])

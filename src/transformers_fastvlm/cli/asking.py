@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading an engine and asking it, for every verb that answers."""
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -87,15 +86,11 @@ def load(engine: EngineName, model: str, settings: dict[str, Any], batch_size: i
     """
     config = check_model(engine, model)
 
-    from transformers.utils import logging
-
     from ..engines import load_engine
     from ..engines.model_loading import find_device
 
     if engine == EngineName.transformers:
         find_device(settings["device"], "--device")
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     if batch_size is not None and engine != EngineName.onnx:
         settings = settings | {"batch_size": batch_size}
     loaded = load_engine(engine.value, model, **settings)

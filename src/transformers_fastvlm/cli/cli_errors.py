@@ -4,6 +4,7 @@
 import contextlib
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,10 +83,12 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def _bars_as_before() -> Iterator[None]:
-    """Let a verb turn Transformers' progress bars off for itself alone: programs call verbs too, as tests do."""
+    """Show Transformers' progress bars on a terminal alone, and as before after the verb: programs call verbs too."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         yield
     finally:

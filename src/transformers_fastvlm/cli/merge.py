@@ -44,16 +44,12 @@ def merge(
 
     Example: fastvlm merge my-adapter my-model --base apple/FastVLM-0.5B
     """
-    import sys
 
     import torch
-    from transformers.utils import logging
 
     from ..training import merge_adapter
     from .model_sources import RESEARCH_ONLY, licence_of
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     weights: Any = None if dtype is options.DtypeName.auto else getattr(torch, dtype.value)
     done = merge_adapter(adapter, out, base=base, layout=to.value, dtype=weights)
     for note in done.notes:

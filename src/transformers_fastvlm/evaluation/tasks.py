@@ -52,16 +52,16 @@ def import_harness() -> None:
         ImportError: it is not installed, or does not go with the version of another package.
     """
     truncated = ImageFile.LOAD_TRUNCATED_IMAGES
-    with needs("lmms-eval", "fastvlm eval", EXTRA):
-        from loguru import logger
+    # Its import takes all handlers off loguru, adds others, turns warnings off, and lets Pillow read truncated images.
+    with needs("lmms-eval", "fastvlm eval", EXTRA), warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):
+            from loguru import logger
 
-        # When it is imported, lmms-eval takes all handlers off loguru, adds its own, turns warnings off, and has Pillow
-        # take truncated images as they are.
-        with warnings.catch_warnings(), mock.patch.multiple(logger, remove=_nothing, add=_nothing):
-            try:
-                import lmms_eval.evaluator  # noqa: F401
-            finally:
-                ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+            stack.enter_context(mock.patch.multiple(logger, remove=_nothing, add=_nothing))
+        try:
+            import lmms_eval.evaluator  # noqa: F401
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = truncated
 
 
 def _nothing(*arguments: Any, **options: Any) -> None:
