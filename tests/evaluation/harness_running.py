@@ -20,6 +20,8 @@ HELD_OUT_SERIES = 2026
 class ScriptedEngine:
     """Answers with what `say` returns for the words of a conversation, and remembers what it was asked."""
 
+    dtype = "float32"
+
     def __init__(self, say: Callable[[str], str]) -> None:
         self.say = say
         self.asked: list[tuple[str, list[Any], int]] = []

@@ -103,8 +103,9 @@ def test_options_that_contradict_each_other(tmp_path: Path) -> None:
     assert "give either --tasks" in refusal(
         "tiny", "--tasks", "card", "--data", tmp_path / "a.jsonl", "--out", tmp_path
     )
-    said = refusal("tiny", "--tasks", "card", "--engine", "abacus", "--out", tmp_path)
-    assert "'abacus' is not one of" in " ".join(said.replace("│", " ").split())
+    words = ["eval", "tiny", "--tasks", "card", "--engine", "abacus", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, words, prog_name="fastvlm")
+    assert result.exit_code == 2 and "'abacus' is not one of" in " ".join(result.stderr.replace("│", " ").split())
     said = refusal("tiny", "--data", tmp_path / "a.jsonl", "--precision", "q4", "--out", tmp_path)
     assert "--precision is for --engine onnx" in said
 
