@@ -17,14 +17,16 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: make tes
 import psutil
 from vllm_running import ENVIRONMENT, pictures_of, scene_questions
 
-from transformers_fastvlm.batch.batch_run import journal_of
-
 PROMPT = "Describe the picture."
 PATIENCE = 1800  # far more than it takes; a slow machine must not fail a test
 SOURCE = Path(__file__).parents[2] / "src"
 
 
 @pytest.fixture
+def journal_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.journal")
+
+
 def photos(tmp_path: Path) -> Path:
     """A folder of scenes, one file of which is no picture."""
     folder = tmp_path / "photos"
