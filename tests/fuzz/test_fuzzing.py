@@ -18,6 +18,7 @@ def assert_nothing_found(report: dict[str, Any]) -> None:
     assert {name: report[name][:20] for name in FOUND} == {name: [] for name in FOUND}
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("kind", "inputs"), [("image", 300), ("rows", 150), ("table", 80), ("video", 30), ("request", 120)]
 )

@@ -228,7 +228,7 @@ class ParquetSource(TableSource):
             with pq.ParquetFile(name) as file:
                 self._count = file.metadata.num_rows
                 columns = file.schema_arrow.names
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} is not a Parquet file, or it is damaged: {error}") from error
         self._check_columns(columns)
 
@@ -243,7 +243,7 @@ class ParquetSource(TableSource):
                 for part in file.iter_batches(_PARQUET_ROWS, columns=columns):
                     yield from part.to_pylist()
                     done += part.num_rows
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             for _ in range(self._count - done):
                 yield f"the file cannot be read from row {done} on: {error}"
 

@@ -40,6 +40,8 @@ _BACK = {
     7: _Transpose.TRANSVERSE,
     8: _Transpose.ROTATE_270,
 }
+# Pillow decodes these whole: that there is something to decode does not show in `tile`.
+_WITHOUT_TILES = ("WEBP", "AVIF", "HEIF")
 _QUARTER_TURNS = (5, 6, 7, 8)
 
 
@@ -209,7 +211,10 @@ def load_pixels(image: Image.Image, what: str = "the image", max_pixels: int | N
         ValueError: it is too large, truncated or damaged.
         OSError, MemoryError: of the machine; see `is_machine_fault`.
     """
-    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
+    waits = isinstance(image, ImageFile.ImageFile) and (
+        image.tile or (image.format in _WITHOUT_TILES and getattr(image, "fp", None) is not None)
+    )
+    if not waits:
         check_dimensions(*image.size, what, sys.maxsize)  # decoded already: the caller has paid for its pixels
         return image
     check_dimensions(*image.size, what, max_pixels)
