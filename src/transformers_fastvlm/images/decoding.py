@@ -211,10 +211,9 @@ def load_pixels(image: Image.Image, what: str = "the image", max_pixels: int | N
         ValueError: it is too large, truncated or damaged.
         OSError, MemoryError: of the machine; see `is_machine_fault`.
     """
-    waits = isinstance(image, ImageFile.ImageFile) and (
-        image.tile or (image.format in _WITHOUT_TILES and getattr(image, "fp", None) is not None)
-    )
-    if not waits:
+    if not isinstance(image, ImageFile.ImageFile) or not (
+        image.tile or (image.format in _WITHOUT_TILES and image.fp is not None)
+    ):
         check_dimensions(*image.size, what, sys.maxsize)  # decoded already: the caller has paid for its pixels
         return image
     check_dimensions(*image.size, what, max_pixels)
