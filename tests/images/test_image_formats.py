@@ -400,12 +400,3 @@ def test_text_in_place_of_images_is_said() -> None:
     with pytest.raises(ValueError, match=r"no image at 'my photo\.png'") as error:
         read_image("my photo.png")
     assert "text=" not in str(error.value)
-
-
-@pytest.mark.parametrize("format", ["WEBP", "AVIF"])
-def test_formats_without_tiles_are_decoded_while_their_file_is_open(format: str) -> None:
-    """Their damage shows when the image is read, and not where it is used."""
-    whole = saved(format, noise(64))
-    with pytest.raises(ValueError, match=r"the file it\.png"):
-        read_stored(io.BytesIO(whole[: len(whole) * 2 // 3]), "the file it.png")
-    assert read_stored(io.BytesIO(whole), "the file it.png").size == (64, 64)
