@@ -392,6 +392,7 @@ def test_unknown_part(processor: FastVLMProcessor, part: Any) -> None:
         ([{"content": "a"}], "role 'None'; expected"),
         ([{"role": "user", "content": None}], "role 'user' has no content"),
         ([{"role": "user", "content": "a"}, {"role": "assistant"}], "role 'assistant' has no content"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}], "role 'assistant' has tool_calls"),
     ],
 )
 def test_message_that_is_none(processor: FastVLMProcessor, conversation: Any, message: str) -> None:

@@ -69,6 +69,16 @@ def umask() -> int:
     return mask
 
 
+def filters() -> list[Any]:
+    """Return what filters warnings, but for an image of Pillow's, and of kinds that a library brings at its import."""
+    known = ("builtins", "PIL")
+    return [
+        one
+        for one in warnings.filters
+        if one is not decoding._FILTER and one[2].__module__.partition(".")[0] in known  # one[2] is its category
+    ]
+
+
 STATE: dict[str, Callable[[], Any]] = {
     "torch's random state": lambda: torch.random.get_rng_state().tolist(),
     "Python's random state": random.getstate,
@@ -82,7 +92,7 @@ STATE: dict[str, Callable[[], Any]] = {
     "signal handlers": lambda: [signal.getsignal(number) for number in SIGNALS],
     "Image.MAX_IMAGE_PIXELS": lambda: Image.MAX_IMAGE_PIXELS,
     "ImageFile.LOAD_TRUNCATED_IMAGES": lambda: ImageFile.LOAD_TRUNCATED_IMAGES,
-    "warnings.filters": lambda: [one for one in warnings.filters if one is not decoding._FILTER],
+    "warnings.filters": filters,
     "the root logger": lambda: (list(logging.root.handlers), logging.root.level),
     "Transformers' verbosity": transformers_logging.get_verbosity,
     "Transformers' progress bars": transformers_logging.is_progress_bar_enabled,

@@ -73,11 +73,15 @@ def known_role(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message with a role of the package's templates, which would render any word; "developer" is "system".
 
     Raises:
-        ValueError: another role, or no content.
+        ValueError: another role, calls of tools, or no content.
     """
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "developer", "user", "assistant"):
         raise ValueError(f"A message has the role {str(role)[:100]!r}; expected 'system', 'user' or 'assistant'.")
+    if message.get("tool_calls"):
+        raise ValueError(
+            f"A message of role {role!r} has tool_calls; the model was not trained to call tools. Leave it out."
+        )
     if content is None:
         raise ValueError(f"A message of role {role!r} has no content; expected a string or a list of parts.")
     return {**message, "role": "system"} if role == "developer" else message

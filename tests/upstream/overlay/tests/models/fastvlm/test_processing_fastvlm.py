@@ -51,3 +51,15 @@ class FastVLMProcessorTest(ProcessorTesterMixin, unittest.TestCase):
             processor(text=texts, images=[[image] for image in images], padding=True)
         with pytest.raises(ValueError, match="image"):
             processor(text=texts, images=images, padding=True)
+
+    def test_apply_chat_template_tool_calls_no_content(self) -> None:
+        """As upstream's, which takes a template that names tools, as ours does to refuse them, for one with tools."""
+        call = {"type": "function", "function": {"name": "get_weather", "arguments": {}}}
+        for answer in ({}, {"content": None}, {"content": ""}):
+            with pytest.raises(ValueError, match="has tool_calls; the model was not trained to call tools"):
+                self.get_processor().apply_chat_template(
+                    [
+                        {"role": "user", "content": "What is the weather?"},
+                        {"role": "assistant", "tool_calls": [call], **answer},
+                    ]
+                )
