@@ -15,6 +15,7 @@ __all__ = [
     "PromptTooLong",
     "Sampling",
     "Seconds",
+    "end_tokens",
 ]
 
 MIN_TEMPERATURE = 1e-4
@@ -140,3 +141,8 @@ class Answer:
     cached_tokens: int = field(default=0, compare=False)
     encoded_images: int | None = field(default=None, compare=False)
     seconds: Seconds = field(default=Seconds(), compare=False)
+
+
+def end_tokens(ids: int | list[int] | None) -> set[int]:
+    """Return the tokens that end an answer, as a configuration's `eos_token_id` names them."""
+    return set() if ids is None else set(ids) if isinstance(ids, list) else {ids}

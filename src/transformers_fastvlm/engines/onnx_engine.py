@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from .. import FastVLMImageProcessorPil, FastVLMProcessor
 from .._optional import needs
 from ..processing_fastvlm import chat_template_for
-from .engine_thread import ThreadedEngine
+from .base import end_tokens
+from .engine import Engine
 from .prompts import Prompt
 from .request import Request
 from .row_sampling import RowSampling
@@ -142,7 +143,7 @@ class OnnxModel:
         return embeds
 
 
-class OnnxEngine(ThreadedEngine):
+class OnnxEngine(Engine):
     """An `Engine` on onnxruntime, with this package's own processor. It answers one request after the other.
 
     Args:
@@ -172,8 +173,7 @@ class OnnxEngine(ThreadedEngine):
         self.model = OnnxModel(directory, precision, threads=threads)
         super().__init__(_processor(self.model), batch_size=1)
         ends = _json(self.model.directory / "generation_config.json").get("eos_token_id")
-        ends = self.model.config.get("eos_token_id") if ends is None else ends
-        self._end_tokens = set(ends if isinstance(ends, list) else [ends])
+        self._end_tokens = end_tokens(self.model.config.get("eos_token_id") if ends is None else ends)
 
     @property
     def dtype(self) -> str:
