@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The id of the image placeholder, read from a checkpoint's tokenizer files without loading the tokenizer.
 
-Apple's tokenizers have no "<image>". The processor adds it, and the model's configuration must name the same id
-although it never sees the tokenizer: it depends on the vocabulary and on every other added token, so it differs
-between checkpoints (151646 beside Qwen2's three added tokens, 151665 beside Qwen2.5's twenty-two). Pure Python: a
-configuration is often read where no model is needed.
+Apple's have none, the processor adds it, and the model's configuration must name the same id, which depends on the
+vocabulary and on every other added token. Pure Python: a configuration is often read where no model is needed.
 """
 
 import functools
@@ -136,7 +134,6 @@ def _vocabulary(files: dict[str, Path], serialized: dict[str, Any]) -> dict[str,
 def _added_tokens(
     files: dict[str, Path], config: dict[str, Any], serialized: dict[str, Any], tokenizer_class: str
 ) -> list[str]:
-    """Return the added tokens in the order in which the tokenizer adds them."""
     config = dict(config)
     if not config.get("extra_special_tokens") and "additional_special_tokens" in config:
         config["extra_special_tokens"] = config.pop("additional_special_tokens")

@@ -45,7 +45,7 @@ class TableSource:
         self.name, self.options = name, options
         self._prompt = PromptTemplate(options.prompt)
         folder = os.path.dirname(os.path.abspath(name)) if options.image_folder is None else options.image_folder
-        self._images = ImageFolder(folder, reading=options.reading())
+        self._images = ImageFolder(folder, reading=options)
 
     def identity(self) -> dict[str, Any]:
         """Return name, number of rows, and a digest of the file."""

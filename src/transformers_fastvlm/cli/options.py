@@ -2,39 +2,15 @@
 """Arguments and options that several verbs have in common."""
 
 import enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..engines.base import MAX_TEMPERATURE
 
-__all__ = [
-    "AlphaBackground",
-    "AsJson",
-    "Debug",
-    "Device",
-    "Dtype",
-    "DtypeName",
-    "Engine",
-    "EngineName",
-    "ExifTranspose",
-    "MaxNewTokens",
-    "MaxPixels",
-    "Model",
-    "ModelArgument",
-    "NumBeams",
-    "Precision",
-    "Seed",
-    "Size",
-    "Source",
-    "System",
-    "Temperature",
-    "TopP",
-    "DEFAULT_MODEL",
-]
-
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
-SIZE_STEP = 64
+_SIZE_STEP = 64
 
 
 class DtypeName(enum.StrEnum):
@@ -55,9 +31,9 @@ class EngineName(enum.StrEnum):
 
 
 def _multiple_of_64(size: int | None) -> int | None:
-    if size is not None and size % SIZE_STEP:
-        lower = size - size % SIZE_STEP
-        raise typer.BadParameter(f"{size} is not a multiple of 64; the nearest are {lower} and {lower + SIZE_STEP}.")
+    if size is not None and size % _SIZE_STEP:
+        lower = size - size % _SIZE_STEP
+        raise typer.BadParameter(f"{size} is not a multiple of 64; the nearest are {lower} and {lower + _SIZE_STEP}.")
     return size
 
 
@@ -87,12 +63,16 @@ def utf8(text: str | None) -> str | None:
     return text
 
 
-NAMES = (
+_NAMES = (
     "Directory of a checkpoint, its name on the Hugging Face hub, or tiny, the test model that ships with the package."
 )
-Model = Annotated[str, typer.Option("--model", "-m", help=NAMES)]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES)]
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help=NAMES)]
+Model = Annotated[str, typer.Option("--model", "-m", help=_NAMES)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_NAMES)]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_NAMES)]
+OutDirectory = Annotated[
+    Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")
+]
+RecordFile = Annotated[Path | None, typer.Option("--out", help="File for the record, in JSON.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA, else Apple's GPU, else the CPU), cpu, cuda, cuda:1, mps, …")]
 Dtype = Annotated[
     DtypeName, typer.Option(help="auto is the checkpoint's own, but float32 for a float16 checkpoint on a CPU.")

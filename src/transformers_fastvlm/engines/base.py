@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions and answers: a conversation, how it is to be answered, and what comes of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 __all__ = [
@@ -96,6 +96,10 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether each token is the likeliest one."""
         return self.temperature < MIN_TEMPERATURE
+
+    def of_row(self, index: int) -> "Sampling":
+        """Return how the answer of an index is made where there are several: its seed is this one's plus the index."""
+        return self if self.seed is None else replace(self, seed=(self.seed + index) % (MAX_SEED + 1))
 
 
 GREEDY = Sampling()

@@ -2,7 +2,6 @@
 """What the tools ask of a model that answers: a queue of requests, and the one thread in which the model runs."""
 
 import copy
-import dataclasses
 import logging
 import threading
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .base import GREEDY, MAX_SEED, Answer, Conversation, PromptTooLong, Sampling
+from .base import GREEDY, Answer, Conversation, PromptTooLong, Sampling
 from .prompts import LiteralTexts, Prompt, read_prompt
 from .request import Request
 
@@ -206,7 +205,6 @@ class Engine:
             )
 
     def _ends(self) -> set[int]:
-        """Return the tokens that end an answer."""
         raise NotImplementedError
 
     def _encoded(self, prompt: Prompt, memory: Any = None) -> Prompt:
@@ -230,7 +228,6 @@ class Engine:
     # The queue
 
     def _groups(self, requests: list[Request]) -> list[list[Request]]:
-        """Return requests in groups to be answered together."""
         groups: list[list[Request]] = []
         for request in requests:
             if groups and len(groups[-1]) != self.batch_size and self._goes_with(groups[-1], request):
@@ -288,7 +285,6 @@ class Engine:
             request.end(_ended())
 
     def _leave(self, request: Request) -> None:
-        """Take a cancelled request out of the queue."""
         with self._news:
             waits = request in self._queue
             if waits:
@@ -311,7 +307,6 @@ class Engine:
                 request.end(_ended())
 
     def _work(self) -> None:
-        """Answer requests until the engine is closed."""
         while requests := self._next():
             for request in requests:
                 request.start()
@@ -377,6 +372,4 @@ def _each(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]
         if len(sampling) != count:
             raise ValueError(f"there are {len(sampling)} samplings for {count} conversations; give one for each.")
         return list(sampling)
-    if sampling.seed is None:
-        return [sampling] * count
-    return [dataclasses.replace(sampling, seed=(sampling.seed + index) % (MAX_SEED + 1)) for index in range(count)]
+    return [sampling.of_row(index) for index in range(count)]

@@ -64,9 +64,7 @@ class OnnxModel:
                 f"{directory} has no ONNX files of precision {precision!r}; it has {', '.join(found) or 'none'}."
             )
         self.precision = precision
-        self.config: dict[str, Any] = {}
-        if (self.directory / "config.json").is_file():
-            self.config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        self.config = _json(self.directory / "config.json")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.log_severity_level = 3
@@ -82,9 +80,8 @@ class OnnxModel:
         """Return the session of `vision_encoder`, `embed_tokens` or `decoder_model_merged`, loaded on first use."""
         if part not in self._sessions:
             path = self._file(part, FILE_SUFFIX[self.precision])
-            self._sessions[part] = self._runtime.InferenceSession(
-                str(path), self._options, providers=["CPUExecutionProvider"]
-            )
+            providers = ["CPUExecutionProvider"]
+            self._sessions[part] = self._runtime.InferenceSession(str(path), self._options, providers=providers)
         return self._sessions[part]
 
     def close(self) -> None:

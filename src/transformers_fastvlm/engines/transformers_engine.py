@@ -184,10 +184,9 @@ class TransformersEngine(Engine):
         return next(pad for pad in pads if pad is not None)
 
     def _config(self, max_new_tokens: int) -> GenerationConfig:
-        """Return a configuration for one greedy call of generate().
+        """Return a configuration for one greedy call of generate(), the model's but for what is decided here.
 
-        It is the model's, but for what is decided here. Nothing of that is None, for which generate() would take the
-        model's value.
+        Nothing of that is None, for which generate() would take the model's value.
         """
         config = copy.deepcopy(self.model.generation_config)
         config.max_length, config.max_new_tokens = None, max_new_tokens

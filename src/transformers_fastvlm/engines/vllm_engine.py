@@ -179,7 +179,6 @@ class VllmEngine(Engine):
         return bool(running or self._queue or not self._closed)
 
     def _pass_on(self, output: Any, running: dict[str, Request]) -> None:
-        """Hand new tokens to their request."""
         request = running.get(output.request_id)
         if request is None:
             return
@@ -198,7 +197,6 @@ class VllmEngine(Engine):
         self._measure(request)
 
     def _drop(self, running: dict[str, Request]) -> None:
-        """End what was cancelled."""
         gone = [name for name, request in running.items() if request.cancelled]
         if gone:
             self.llm.llm_engine.abort_request(gone)

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checkpoint_files import read_json
 from ..checkpoints.configs import apple_config
-from ..checkpoints.files import read_json, write_json
+from ..checkpoints.files import write_json
 from .coreml import PACKAGE, convert_encoder
 from .export_source import Source
 from .mlx import check_language_model, save_tokenizer

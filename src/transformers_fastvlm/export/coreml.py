@@ -138,7 +138,6 @@ def convert_encoder(
 
 
 def _converted(module: nn.Module, precision: str, sizes: tuple[int, ...]) -> Any:
-    """Return the coremltools model."""
     import coremltools as ct
     import numpy as np
 

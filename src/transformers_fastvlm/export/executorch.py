@@ -147,7 +147,6 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
 
 
 def _programs(model: Any, size: int, context: int) -> dict[str, ExportedProgram]:
-    """Return the programs by the names of their files."""
     text: Any = model.config.text_config
     # ExecuTorch runs a length of 1 too; torch.export would make a program for that length alone of it.
     length = Dim("length", min=2, max=context)
@@ -183,11 +182,7 @@ def _lower(program: ExportedProgram, file: Path) -> None:
 
 
 def _errors(directory: Path, expected: Reference) -> dict[str, float]:
-    """Run the programs and compare.
-
-    Raises:
-        ValueError: they differ from the model by more than rounding does, or answer otherwise.
-    """
+    """Run the programs and compare."""
     from executorch.runtime import Runtime
 
     runtime = Runtime.get()

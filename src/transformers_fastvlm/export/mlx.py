@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target `mlx`: a directory that mlx-vlm loads as its `fastvlm`.
 
-`MODULES` says what each part of the model is called there; a tensor's values change only in type and order: MLX keeps
-channels last. mlx-vlm takes the encoder's sizes from constants of its own, and a language model with the biases of
-Qwen2; a Llama gets zeros there, which is the same function.
+A tensor's values change only in type and order: MLX keeps channels last. mlx-vlm takes the encoder's sizes from its own
+constants, and a language model with the biases of Qwen2; a Llama gets zeros there, which is the same function.
 Source: names and shapes of the parameters of mlx-vlm 0.7's `fastvlm`.
 """
 
@@ -73,7 +72,6 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
 
 
 def _check_encoder(source: Source) -> None:
-    """Raise ValueError if the encoder has what mlx-vlm has fixed otherwise."""
     vision, published = source.config.vision_config, FastViTHDConfig()
     different = [field for field in _FIXED if getattr(vision, field) != getattr(published, field)]
     if different:
@@ -211,11 +209,7 @@ def greedy_answer(
 
 
 def _errors(source: Source, directory: Path, precision: str, expected: Reference) -> dict[str, float]:
-    """Run the directory in mlx-vlm and compare.
-
-    Raises:
-        ValueError: what it gives is not finite, or float32 differs by more than rounding does.
-    """
+    """Run the directory in mlx-vlm and compare."""
     import mlx.core as mx
     import numpy as np
     from mlx_vlm.utils import load_model

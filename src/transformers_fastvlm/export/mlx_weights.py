@@ -10,7 +10,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from ..checkpoints.files import INDEX_FILE, write_json
+from ..checkpoint_files import INDEX_FILE
+from ..checkpoints.files import write_json
 
 __all__ = ["quantization_of", "read_weights", "renamed", "write_weights"]
 

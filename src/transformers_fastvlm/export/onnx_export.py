@@ -210,7 +210,6 @@ def _write_vision(model: Any, example: _Example, writer: _Writer) -> None:
 
 
 def _write_text(model: Any, example: _Example, writer: _Writer) -> None:
-    """Write embeddings and language model."""
     with _computing_in_float32(model):
         example.read(model)
     _give_memory_back()

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint_files import read_json
 from ..checkpoints.configs import apple_config, native_processor_files
-from ..checkpoints.files import read_json, write_json
+from ..checkpoints.files import write_json
 from ..processing_fastvlm import chat_template_for
 from .export_source import Source
 

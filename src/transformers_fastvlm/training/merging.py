@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from .. import FastVLMForConditionalGeneration, FastVLMProcessor
+from ..checkpoint_files import read_json
 from ..checkpoints import Conversion, Layout, convert
 from ..checkpoints.embedded import resolve_model
-from ..checkpoints.files import read_json
 from ..checkpoints.layouts import to_our_name
 from ..checkpoints.projector import load_tensors
 from ..storage.atomic_files import require_new
