@@ -115,7 +115,7 @@ HARNESS := $(filter-out $(HARNESS_VLLM),$(wildcard tests/evaluation/test_harness
 
 .PHONY: test-eval
 test-eval: .venvs/eval/installed .venvs/eval-vllm/installed ## test the evaluation through lmms-eval
-	.venvs/eval/bin/python -m pytest $(HARNESS) tests/test_process_state.py $(PYTEST_ARGS)
+	.venvs/eval/bin/python -m pytest $(HARNESS) 'tests/test_process_state.py::test_a_tool_leaves_the_process_as_it_was[evaluation]' $(PYTEST_ARGS)
 	.venvs/eval-vllm/bin/python -m pytest $(HARNESS_VLLM) $(PYTEST_ARGS)
 
 .PHONY: vllm-cpu
