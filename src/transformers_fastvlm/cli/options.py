@@ -10,7 +10,7 @@ import typer
 from ..engines.base import MAX_TEMPERATURE
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
-_SIZE_STEP = 64
+SIZE_STEP = 64
 
 
 class DtypeName(enum.StrEnum):
@@ -31,9 +31,9 @@ class EngineName(enum.StrEnum):
 
 
 def _multiple_of_64(size: int | None) -> int | None:
-    if size is not None and size % _SIZE_STEP:
-        lower = size - size % _SIZE_STEP
-        raise typer.BadParameter(f"{size} is not a multiple of 64; the nearest are {lower} and {lower + _SIZE_STEP}.")
+    if size is not None and size % SIZE_STEP:
+        lower = size - size % SIZE_STEP
+        raise typer.BadParameter(f"{size} is not a multiple of 64; the nearest are {lower} and {lower + SIZE_STEP}.")
     return size
 
 
@@ -63,12 +63,12 @@ def utf8(text: str | None) -> str | None:
     return text
 
 
-_NAMES = (
+NAMES = (
     "Directory of a checkpoint, its name on the Hugging Face hub, or tiny, the test model that ships with the package."
 )
-Model = Annotated[str, typer.Option("--model", "-m", help=_NAMES)]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_NAMES)]
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_NAMES)]
+Model = Annotated[str, typer.Option("--model", "-m", envvar="FASTVLM_MODEL", help=NAMES)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", envvar="FASTVLM_MODEL", help=NAMES)]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=NAMES)]
 OutDirectory = Annotated[
     Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")
 ]
