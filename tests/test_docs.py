@@ -68,6 +68,24 @@ def test_every_page_is_in_the_navigation() -> None:
     assert len(re.findall(r"^  - ", nav, flags=re.M)) == 5
 
 
+@pytest.mark.parametrize("page", [page for page in DOCS if page.name != "index.md"], ids=lambda page: page.name)
+def test_pages_say_what_they_are_for_and_where_to_go_next(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ") and lines[1] == "" and lines[2][0].isalpha(), "a title, then a sentence"
+    headings = [line for line in lines if line.startswith("## ")]
+    assert headings[-1] == "## Next" and lines[-1].startswith(("- ", "  "))
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_pages_say_image(page: Path) -> None:
+    assert re.findall(r"(?i)\bpictures?\b", page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)
+def test_pages_are_short(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= (200 if page.name == "README.md" else 250)
+
+
 def named_by(path: str) -> object:
     """Return the object with a dotted path, as a `::: path` line of the reference gives it."""
     module, _, name = path.rpartition(".")
@@ -93,6 +111,6 @@ def test_docstrings_name_every_field_of_the_configurations(config: type) -> None
 
 
 def test_table_of_tokens() -> None:
-    side, tokens = re.findall(r"^\| (?:side|tokens) \|(.+)\|$", read("docs/concepts.md"), flags=re.M)
+    side, tokens = re.findall(r"^\| (?:side|tokens) \|(.+)\|$", read("docs/images.md"), flags=re.M)
     for number, expected in zip(side.split("|"), tokens.split("|"), strict=True):
         assert anyres.num_image_tokens((480, 640), None, int(number)) == int(expected)
