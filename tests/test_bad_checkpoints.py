@@ -221,7 +221,7 @@ def test_calls_of_apples_remote_code(copy: Path) -> None:
 def test_another_placeholder_in_the_tokenizer(copy: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(copy)
     pixels = torch.zeros(1, 3, 256, 256)
-    with pytest.raises(ValueError, match=r"image_token_id is 483; .*repeats so often is 484.*config\.image_token_id"):
+    with pytest.raises(ValueError, match=r"image_token_id is 483; .* times is 484\. .*config\.image_token_id"):
         model(torch.tensor([[5, *[484] * 16, 6]]), pixel_values=pixels)
     with pytest.raises(ValueError, match=r"Let the processor make both"):
         model(torch.tensor([[5, 6]]), pixel_values=pixels)

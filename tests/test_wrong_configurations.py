@@ -40,8 +40,8 @@ FLAT: list[tuple[str, Any, str]] = [
     ("image_grid_pinpoints", 5, "expected a list"),
     ("mm_patch_merge_type", "x", "expected one of"),
     ("vision_config", 5, "expected an object"),
-    ("torch_dtype", "float99", "expected a type of torch"),
-    ("torch_dtype", 5, "expected a type of torch"),
+    ("torch_dtype", "float99", "expected a torch dtype"),
+    ("torch_dtype", 5, "expected a torch dtype"),
     ("quantization_config", 5, "expected an object with a quant_method"),
     ("quantization_config", {"quant_method": "nonsense"}, "expected an object with a quant_method"),
     ("tie_word_embeddings", "no", "expected true or false"),
@@ -66,7 +66,7 @@ NESTED: list[tuple[str, Any, str]] = [
     ("vision_config.projection_dim", -1, "expected a number of channels"),
     ("text_config.hidden_act", "nope", ACTIVATION),
     ("projector_hidden_act", "nope", ACTIVATION),
-    ("dtype", "float99", "expected a type of torch"),
+    ("dtype", "float99", "expected a torch dtype"),
 ]
 DEEP = 100_000
 # (file, content, what the error says)
