@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "tga.png": (saved("TGA"), "not an image of a supported format"),
     "pcx.png": (saved("PCX"), "not an image of a supported format"),
     "h5.png": (b"\x89HDF\r\n\x1a\n" + bytes(40), "is an HDF5 file"),
-    "mac.png": (b"\x00\x05\x16\x07" + bytes(40), "what macOS keeps beside a file"),
+    "mac.png": (b"\x00\x05\x16\x07" + bytes(40), "a macOS metadata file"),
     "error.png": (b'{"error": "not found"}', "is JSON text"),
     "zeros.png": (bytes(5000), "begins with zeros only"),
     "text.png": (b"no picture at all", "not an image of a supported format"),
