@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations: Apple's flat form, our nested form, presets, and errors that say what contradicts what."""
+"""Configurations: Apple's flat form, our nested form, presets, and errors for contradictory fields."""
 
 import json
 import math

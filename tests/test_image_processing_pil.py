@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the Pillow image processor: the reference's pixels, what it reads, what it refuses, how it loads."""
+"""Tests of the Pillow image processor: the reference's pixels, inputs, errors and loading."""
 
 import base64
 import contextlib

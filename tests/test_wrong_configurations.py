@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that cannot be: each is one ValueError that names folder, file, field, value and what was expected."""
+"""Invalid settings: each gives one ValueError that names folder, file, field, value and the expected value."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ FLAT: list[tuple[str, Any, str]] = [
     ("quantization_config", {"quant_method": "nonsense"}, "expected an object with a quant_method"),
     ("tie_word_embeddings", "no", "expected true or false"),
 ]
-# Where the Auto classes fail themselves, before they know that the model is this package's.
+# Fields for which the Auto classes fail before they reach this package.
 FLAT_OF_TOOLS = [
     ("architectures", 5, "expected a list"),
     ("auto_map", 5, "expected an object"),
@@ -173,7 +173,7 @@ def test_file(name: str, content: str, expected: str, folder: Path) -> None:
 
 
 def test_another_model(folder: Path) -> None:
-    """A Llama is not a FastVLM, and neither class says anything else."""
+    """Neither class accepts a Llama as a FastVLM."""
     for kind, advice in {"llama": "another model", "fast_vlm": "fastvlm convert"}.items():
         change(folder, "model_type", kind)
         for cls in (FastVLMConfig, FastViTHDConfig, FastViTHDModel, FastVLMForConditionalGeneration):
@@ -192,5 +192,5 @@ def test_beams_of_a_checkpoint_do_not_reach_the_tools(folder: Path) -> None:
     engine: Any = load_engine("transformers", str(folder), dtype="float32", device="cpu")
     (answer,) = engine.generate([[{"role": "user", "content": "Hi"}]], Sampling(max_new_tokens=3))
     assert isinstance(answer.text, str)
-    plain = AutoModelForImageTextToText.from_pretrained(folder)  # whoever calls generate() gets what the file says
+    plain = AutoModelForImageTextToText.from_pretrained(folder)  # generate() uses the values of the file
     assert plain.generation_config.num_beams == 3
