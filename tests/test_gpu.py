@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only an accelerator can show; `make test-gpu` runs it on CUDA or MPS, whichever there is."""
+"""Tests that need an accelerator; `make test-gpu` runs them on CUDA or MPS."""
 
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def test_generate(name: str, dtype: torch.dtype, device: str, checkpoint, golden
 
 
 class _NoFloat64(TorchDispatchMode):
-    """Apple's GPUs have no float64: whatever makes one elsewhere than on the CPU fails."""
+    """Apple's GPUs have no float64, so creating a float64 tensor off the CPU fails."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -98,7 +98,7 @@ def test_merging_needs_no_float64(device: str) -> None:
 
 
 def test_ids_without_embeddings(device: str, checkpoint) -> None:
-    """An error of ours and not an assertion of the device's, after which nothing works any more."""
+    """The error is ours, not a device-side assertion, which would make the device unusable."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint("qwen2_untied")).to(device)
     for wrong in (-200, 600):
         with pytest.raises(ValueError, match=str(wrong)):
