@@ -191,11 +191,7 @@ def _result(case: Case, options: Options, facts: dict[str, Any], runs: list[dict
     load = {"import": facts["import_seconds"], "model": facts["load_seconds"]}
     result = {
         "model": case.label,
-        "kind": case.kind,
-        "source": case.source,
-        "resolution": case.resolution,
-        "dtype": case.dtype,
-        "batch": case.batch,
+        **{name: getattr(case, name) for name in ("kind", "source", "resolution", "dtype", "batch")},
         "fused": case.fuse,
         "reference": None if case.reference is None else {"model": case.reference[0], "resolution": case.reference[1]},
         **{name: value for name, value in facts.items() if name != "import_seconds"},
@@ -222,16 +218,7 @@ def _ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for kind in dict.fromkeys(("seconds", measure)):
             times, own = ({name: value["median"] for name, value in which[kind].items()} for which in (result, other))
             ratios = {name: ratio(times[name], own[name]) for name in _RATIOS if name in times and own.get(name)}
-            found.append(
-                {
-                    "model": result["model"],
-                    "resolution": result["resolution"],
-                    "over": other["model"],
-                    "over_resolution": other["resolution"],
-                    "dtype": result["dtype"],
-                    "batch": result["batch"],
-                    "of": kind,
-                    "ratios": ratios,
-                }
-            )
+            about = {name: result[name] for name in ("model", "resolution", "dtype", "batch")}
+            reference = {"over": other["model"], "over_resolution": other["resolution"]}
+            found.append({**about, **reference, "of": kind, "ratios": ratios})
     return found

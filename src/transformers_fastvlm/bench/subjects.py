@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .. import FastVLMConfig, kernels
 from .._optional import needs
 from ..checkpoints.embedded import resolve_model
 from ..images.anyres import scaled_pinpoints, unpadded_grid
-from .cases import LLAVA_ONEVISION_SIDE, NATIVE, SIZES, Case
+from .cases import LLAVA_ONEVISION_SIDE, NATIVE, SIZES, Case, fastvlm_config
 from .random_weights import native_twin, random_model
 
 __all__ = ["Subject", "build"]
@@ -183,15 +183,8 @@ def _other(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torc
 
 
 def _config(case: Case) -> Any:
-    if case.source in SIZES:
-        return FastVLMConfig.from_preset(case.source)
-    config = AutoConfig.from_pretrained(resolve_model(case.source))
-    if not isinstance(config, FastVLMConfig):
-        raise ValueError(
-            f"{case.source!r} has model_type {config.model_type!r}; expected a FastVLM. Compare with other models by "
-            f"--against {case.source}."
-        )
-    if config.image_token_id is None:
+    config = fastvlm_config(case.source)
+    if case.source not in SIZES and config.image_token_id is None:
         raise ValueError(f"{case.source!r} has no image_token_id and no tokenizer files; put the tokenizer beside it.")
     return config
 
