@@ -74,7 +74,8 @@ def build(case: Case, options: dict[str, Any]) -> Subject:
         from ..inference import fuse
 
         subject.model = fuse(subject.model) or subject.model
-    subject.encoder = _encoder(subject.model)
+    encoder = subject.model.get_encoder(modality="image")
+    subject.encoder = None if encoder in (subject.model, getattr(subject.model, "model", None)) else encoder
     subject.projector = _projector(subject.model)
     return subject
 
@@ -229,11 +230,6 @@ def _prompts(image_tokens: list[int], image_token_id: int, text_tokens: int) -> 
         rows.append(torch.cat((padding, texts[:_BEFORE_IMAGE], image, texts[_BEFORE_IMAGE:])))
         masks.append(torch.cat((padding, torch.ones(count + text_tokens, dtype=torch.long))))
     return {"input_ids": torch.stack(rows), "attention_mask": torch.stack(masks)}
-
-
-def _encoder(model: Any) -> nn.Module | None:
-    found = model.get_encoder(modality="image")
-    return None if found is model or found is getattr(model, "model", None) else found
 
 
 def _projector(model: Any) -> nn.Module | None:

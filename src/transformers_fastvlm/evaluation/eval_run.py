@@ -201,17 +201,12 @@ def _into_log(path: Path) -> Iterator[None]:
 
         if is_new:  # its first handler writes to what was standard error when it was imported: the log
             logger.remove()
-            logger.add(stderr, filter=_is_others)
+            logger.add(stderr, filter=lambda record: not str(record["name"]).startswith("lmms_eval"))
         handler = logger.add(log, level="INFO")
         try:
             yield
         finally:
             logger.remove(handler)
-
-
-def _is_others(record: Any) -> bool:
-    """Return whether a line is none of lmms-eval's, which its log has."""
-    return not str(record["name"]).startswith("lmms_eval")
 
 
 def _tasks(options: EvaluationOptions) -> dict[str, Any]:

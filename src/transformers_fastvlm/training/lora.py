@@ -184,7 +184,7 @@ def _pattern(model: nn.Module, parts: list[str], targets: Iterable[str] | None) 
             names = {name for name in names if name.rpartition(".")[2] in wanted}
         found |= {name.rpartition(".")[2] for name in names}
         # A block's name and the layer's: `proj` alone is also what the encoder's downsampling is called.
-        ends = {r"\.".join(map(_component, name.split(".")[-2:])) for name in names}
+        ends = {re.sub(r"\b\d+\b", r"\\d+", re.escape(".".join(name.split(".")[-2:]))) for name in names}
         if ends:
             patterns.append(rf"(?:.*\.)?{_MODULES[part]}\.(?:.*\.)?(?:{'|'.join(sorted(ends))})")
         elif wanted is None:
@@ -196,10 +196,6 @@ def _pattern(model: nn.Module, parts: list[str], targets: Iterable[str] | None) 
             f"{' or '.join(parts)}; there are {', '.join(known)}."
         )
     return "|".join(patterns)
-
-
-def _component(name: str) -> str:
-    return r"\d+" if name.isdigit() else re.escape(name)
 
 
 def _linear_layers(model: nn.Module, part: str) -> set[str]:

@@ -103,7 +103,10 @@ def estimate_memory(
     with mode, _quiet():
         base: Any = getattr(twin, "get_base_model", lambda: twin)()
         if gradient_checkpointing:
-            _checkpoint(base)
+            # Named so from Transformers 5.23 on.
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            leave_frozen_inputs(base)  # as FastVLMTrainer does
         fake = {name: mode.from_tensor(value) for name, value in batch.items() if isinstance(value, Tensor)}
         if accumulates:
             for parameter in twin.parameters():
@@ -176,13 +179,6 @@ class _LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
-
-
-def _checkpoint(base: Any) -> None:
-    # Named so from Transformers 5.23 on.
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    leave_frozen_inputs(base)  # as FastVLMTrainer does
 
 
 @contextlib.contextmanager

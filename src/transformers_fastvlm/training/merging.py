@@ -151,7 +151,7 @@ def load_llava_adapter(directory: Source, model: FastVLMForConditionalGeneration
         prefixed = {f"base_model.model.{name}": tensor for name, tensor in layers.items()}
         result = peft.set_peft_model_state_dict(wrapped, prefixed)
     except RuntimeError as error:
-        raise ValueError(f"{directory} does not fit the model: {_line(error)}") from error
+        raise ValueError(f"{directory} does not fit the model: {' '.join(str(error).split())[:300]}") from error
     missing = [name for name in result.missing_keys if ".lora_" in name]
     if missing or result.unexpected_keys:
         wrong = (missing or result.unexpected_keys)[0]
@@ -225,7 +225,3 @@ def _base(adapter: Path, config: dict[str, Any], base: Source | None) -> tuple[S
         raise ValueError(f"{adapter / CONFIG_FILE} does not name the base model; say which it is (base).")
     named = resolve_model(named)
     return named, None if os.path.isdir(named) else config.get("revision")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
