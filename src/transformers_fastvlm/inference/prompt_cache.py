@@ -197,11 +197,7 @@ class PromptCache:
                 images = {}
                 self._cache.batch_repeat_interleave(copies)
             output = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                **{compat.CACHE: self._cache},
-                **images,
-                **options,
+                input_ids=input_ids, attention_mask=mask, **{compat.CACHE: self._cache}, **images, **options
             )
         except BaseException:  # an interrupted answer, too, leaves its prompt behind
             self._keep_beginning(prompt)

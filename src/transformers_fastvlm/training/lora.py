@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_lora", "attach", "lora_config", "merge", "quantization_config", "require"]
 
-_MODULES = {
-    "vision_tower": "vision_tower",
-    "projector": "multi_modal_projector",
-    "language_model": "language_model",
-}
+_MODULES = {"vision_tower": "vision_tower", "projector": "multi_modal_projector", "language_model": "language_model"}
 
 
 def lora_config(
