@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from helpers import expand, golden_images, image_names, random_pixels, relative_error
 from transformers_fastvlm import (
@@ -475,16 +475,32 @@ def test_any_language_model(text: str, tmp_path: Path) -> None:
         },
         image_token_id=63,
     )
+    torch.manual_seed(0)
     model = FastVLMForConditionalGeneration(config).eval()
-    ids = torch.tensor([[5, 63, 6, 7]])
+    for parameter in model.model.multi_modal_projector.parameters():
+        torch.nn.init.normal_(parameter)  # as trained, images are to words what words are
+    ids, pixels = torch.tensor([[5, 63, 6, 7]]), random_pixels(1, 64, 64)
+    alone = AutoModelForCausalLM.from_config(config.text_config).eval()
+    alone.model.load_state_dict(model.model.language_model.state_dict())
+    alone.lm_head.load_state_dict(model.lm_head.state_dict())
     with torch.no_grad():
-        logits = model(input_ids=ids, pixel_values=random_pixels(1, 64, 64)).logits
-    assert logits.shape == (1, 4, 64) and logits.isfinite().all()
+        embeddings = model.get_input_embeddings()(ids)
+        embeddings[:, 1] = model.get_image_features(pixels).pooler_output[0]
+        expected = alone(inputs_embeds=embeddings).logits
+        logits = model(input_ids=ids, pixel_values=pixels).logits
+        without = alone(input_ids=ids).logits
+    assert relative_error(logits, expected) < 1e-5
+    assert relative_error(without[:, 1:], logits[:, 1:]) > 1e-2  # the image was seen at all
+    ways = [
+        {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "use_cache": cache} for cache in (True, False)
+    ]
+    tokens = [model.generate(input_ids=ids, pixel_values=pixels, **way).tolist() for way in ways]
+    assert tokens[0] == tokens[1] and tokens[0][0][4] == int(expected[0, -1].argmax())
     model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(again.model.language_model) is type(model.model.language_model)
     with torch.no_grad():
-        assert relative_error(again(input_ids=ids, pixel_values=random_pixels(1, 64, 64)).logits, logits) < 1e-5
+        assert relative_error(again(input_ids=ids, pixel_values=pixels).logits, logits) < 1e-5
 
 
 def test_tensor_parallel_plan_names_real_modules(reference) -> None:

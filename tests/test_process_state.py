@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,18 +107,20 @@ STATE: dict[str, Callable[[], Any]] = {
     "deterministic algorithms": torch.are_deterministic_algorithms_enabled,
     # tqdm keeps one for all bars of a process.
     "loguru's handlers": _loguru_handlers,
-    "threads": lambda: {one.name for one in threading.enumerate() if one.name != "tqdm_monitor"},
+    "threads": lambda: [one.name for one in threading.enumerate() if one.name != "tqdm_monitor"],
     "open files": open_files,
 }
 
 
 def settled(name: str, before: Any) -> Any:
-    """Return a part of the state, of threads and files when they have had a moment to end."""
+    """Return a part of the state; of threads and files, when they have had a moment to end, those that are new."""
+    if name not in ("threads", "open files"):
+        return STATE[name]()
     end = time.monotonic() + ENDING
     gc.collect()
-    while (now := STATE[name]()) != before and name in ("threads", "open files") and time.monotonic() < end:
+    while (new := Counter(STATE[name]()) - Counter(before)) and time.monotonic() < end:
         time.sleep(0.05)
-    return now
+    return [*before, *new.elements()] if new else before
 
 
 # The tools, each with a folder of its own

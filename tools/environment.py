@@ -6,7 +6,8 @@
     python tools/environment.py make .venv package --keep         and leave what else is there
     python tools/environment.py make .venvs/minimal minimal --package dist/*.whl
     python tools/environment.py newest .venvs/newest              no lock and no cap on Transformers; PyTorch as locked
-    python tools/environment.py lock                              resolve requirements/*.in again
+    python tools/environment.py lock                              resolve requirements/*.in again, newest versions
+    python tools/environment.py lock dev --keep                   only what changed in dev.in or setup.cfg moves
 
 A lock can name a version that has no wheel for this platform or Python. Then the newest versions within setup.cfg's
 bounds are installed, and a line says so. The script needs nothing beside Python. pip brings uv into `.venvs/uv`.
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,10 +132,12 @@ def make(folder: Path, name: str, package: Sequence[str] = ("--editable", "."), 
         raise SystemExit(f"The package could not be installed into {folder}; uv's reason is above.")
 
 
-def pins(name: str) -> dict[str, str]:
-    """Return the version of each package that requirements/`name`.txt names for every platform."""
-    text = (LOCKS / f"{name}.txt").read_text(encoding="utf-8")
-    return dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", text, re.MULTILINE))
+def locked(name: str) -> dict[str, list[str]]:
+    """Return the versions of each package that requirements/`name`.txt names, for whatever platform."""
+    text, versions = (LOCKS / f"{name}.txt").read_text(encoding="utf-8"), defaultdict(list)
+    for package, version in re.findall(r"^([a-z0-9-]+)==([^\s;]+)", text, re.MULTILINE):
+        versions[package].append(version)
+    return versions
 
 
 def newest(folder: Path) -> None:
@@ -143,18 +147,22 @@ def newest(folder: Path) -> None:
         SystemExit: if there is no such environment: some package excludes the newest Transformers.
     """
     new_environment(folder)
-    locked = pins("dev")
+    torch = [f"{name}=={locked('dev')[name][0]}\n" for name in ("torch", "torchvision")]
     with tempfile.TemporaryDirectory() as work:
         overrides, constraints = Path(work, "overrides.txt"), Path(work, "constraints.txt")
         overrides.write_text("transformers\n", encoding="utf-8")
-        constraints.write_text(f"torch=={locked['torch']}\ntorchvision=={locked['torchvision']}\n", encoding="utf-8")
+        constraints.write_text("".join(torch), encoding="utf-8")
         options = ["--refresh", "--overrides", str(overrides), "--constraints", str(constraints)]
         if pip(folder, "install", *options, "--editable", ".[torchvision,training,test]").returncode:
             raise SystemExit("The newest versions do not go together; uv's reason is above.")
 
 
-def lock(names: Sequence[str]) -> None:
+def lock(names: Sequence[str], keep: bool = False) -> None:
     """Resolve requirements/NAME.in to requirements/NAME.txt, with the newest versions.
+
+    Args:
+        names: of the locks.
+        keep: start from the versions of each lock as it is, so that only what its requirements ask for changes.
 
     Raises:
         SystemExit: if a set of requirements has no solution.
@@ -162,8 +170,9 @@ def lock(names: Sequence[str]) -> None:
     for name in names:
         start, target = STARTS_FROM[name], LOCKS / f"{name}.txt"
         # uv prefers the versions that it finds in the file that it is to write.
-        target.unlink(missing_ok=True)
-        if start is not None:
+        if not keep:
+            target.unlink(missing_ok=True)
+        if start is not None and not keep:
             shutil.copy(LOCKS / f"{start}.txt", target)
         options = [*VLLM_OPTIONS, *VLLM_PLATFORM] if name.endswith("vllm") else ["--universal"]
         options += ["--python-version", "3.11", "--no-emit-package", NAME, "--custom-compile-command", "make lock"]
@@ -186,6 +195,7 @@ def main() -> None:
     verb.add_argument("folder", type=Path)
     verb = verbs.add_parser("lock", help="make the locks again")
     verb.add_argument("names", nargs="*")
+    verb.add_argument("--keep", action="store_true", help="keep the locked versions where the requirements allow them")
     arguments = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - the script runs before anything has checked it
         sys.exit("Python 3.11 or later is needed; run make PYTHON=python3.11 (or later).")
@@ -195,7 +205,7 @@ def main() -> None:
     elif arguments.verb == "newest":
         newest(arguments.folder.absolute())
     else:
-        lock(arguments.names or list(STARTS_FROM))
+        lock(arguments.names or list(STARTS_FROM), arguments.keep)
 
 
 if __name__ == "__main__":
