@@ -167,7 +167,8 @@ def _chosen_files(folder: str, split: str | None, name: str | None, follow_symli
             "with the files of that configuration."
         )
     if os.path.isfile(os.path.join(folder, _SPLITS)):
-        splits = _saved_splits(folder)
+        named = _read_json(os.path.join(folder, _SPLITS), folder).get("splits")
+        splits = [_plain_name(one, folder, _SPLITS) for one in named] if isinstance(named, list) else []
         folder = os.path.join(folder, _one_of(splits, split, folder))
         split = None
         if not os.path.isfile(os.path.join(folder, _STATE)):
@@ -226,11 +227,6 @@ def _one_of(splits: Sequence[str], wanted: str | None, folder: str) -> str:
         f"{folder!r} has no split {chosen!r}; it has {', '.join(map(repr, splits)) or 'none'}. Choose one with split "
         "(--split)."
     )
-
-
-def _saved_splits(folder: str) -> list[str]:
-    splits = _read_json(os.path.join(folder, _SPLITS), folder).get("splits")
-    return [_plain_name(name, folder, _SPLITS) for name in splits] if isinstance(splits, list) else []
 
 
 def _saved_files(folder: str) -> list[str]:

@@ -28,12 +28,7 @@ class Part:
 
 
 def open_part(
-    source: Any,
-    image_folder: Any,
-    split: str | None,
-    name: str | None,
-    follow_symlinks: bool,
-    reading: ReadOptions,
+    source: Any, image_folder: Any, split: str | None, name: str | None, follow_symlinks: bool, reading: ReadOptions
 ) -> Part:
     """Return the rows of one source and where their images are; see `load`. Rows may be damaged."""
     rows: Rows

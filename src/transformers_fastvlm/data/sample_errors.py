@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ImageError", "LengthError", "Place", "SampleError", "shortened"]
+__all__ = ["ImageError", "LengthError", "Place", "SampleError", "row_name", "shortened"]
 
 _LONGEST = 80
 
@@ -74,6 +74,11 @@ class Place:
     id: str | None = None
 
     def __str__(self) -> str:
-        details = [f"line {self.line}"] if self.line is not None else []
-        details += [f"id {self.id!r}"] if self.id is not None else []
-        return f"{self.source}, row {self.row}" + (f" ({', '.join(details)})" if details else "")
+        return f"{self.source}, {row_name(self.row, self.line, self.id)}"
+
+
+def row_name(row: int, line: int | None, sample_id: str | None) -> str:
+    """Return how a row is called in its source."""
+    details = [f"line {line}"] if line is not None else []
+    details += [f"id {sample_id!r}"] if sample_id is not None else []
+    return f"row {row}" + (f" ({', '.join(details)})" if details else "")

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import ImageFile
+from PIL import Image, ImageFile
 
 from .. import __version__
-from ..images.read_options import Colour, ReadOptions
+from ..images.read_options import WHITE, Colour, ReadOptions
+from ..images.reading import pil_to_rgb
 from ..random_streams import kept_random_streams
-from .eval_images import save_small
+from ..storage.atomic_files import replacing
 from .own_data import own_task, read_own_data
 from .results import IMAGES, EvaluationRun, Sample, TaskResult, write_run
 from .tasks import expand, import_harness, load_task, main_metric, right_answers
@@ -30,8 +31,7 @@ __all__ = ["JOURNAL", "LOG", "EvaluationOptions", "evaluate"]
 JOURNAL, LOG = "journal.jsonl", "harness.log"
 
 _PICTURES_OF_TASK = 200
-
-
+_LARGEST_SIDE = 512  # of their copies, in pixels
 _READING = ("do_exif_transpose", "alpha_background", "max_pixels")
 
 
@@ -201,17 +201,12 @@ def _into_log(path: Path) -> Iterator[None]:
 
         if is_new:  # its first handler writes to what was standard error when it was imported: the log
             logger.remove()
-            logger.add(stderr, filter=_is_others)
+            logger.add(stderr, filter=lambda record: not str(record["name"]).startswith("lmms_eval"))
         handler = logger.add(log, level="INFO")
         try:
             yield
         finally:
             logger.remove(handler)
-
-
-def _is_others(record: Any) -> bool:
-    """Return whether a line is none of lmms-eval's, which its log has."""
-    return not str(record["name"]).startswith("lmms_eval")
 
 
 def _tasks(options: EvaluationOptions) -> dict[str, Any]:
@@ -299,8 +294,17 @@ def _with_pictures(samples: list[Sample], task: Any, folder: Path) -> Iterator[S
         if sample.doc_id in wanted:
             for at, picture in enumerate(task.doc_to_visual(task.eval_docs[sample.doc_id]) or []):
                 names.append(f"{sample.task}/{sample.doc_id}-{at}.jpg")
-                save_small(picture, folder / names[-1])
+                _save_small(picture, folder / names[-1])
         yield Sample(**{**vars(sample), "images": tuple(names)})
+
+
+def _save_small(picture: Image.Image, path: Path) -> None:
+    """Write a decoded image as JPEG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = pil_to_rgb(picture, WHITE).copy()
+    small.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+    with replacing(path, sync=False) as file:
+        small.save(file, "JPEG", quality=85)
 
 
 @functools.cache
