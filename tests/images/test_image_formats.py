@@ -173,8 +173,20 @@ def damaged_avif() -> bytes:
     return bytes(content)
 
 
+def damaged_pixels(format: str, place: int, **options: object) -> bytes:
+    """A file whose head is good: Pillow opens it and finds the damage when it decodes."""
+    content = bytearray(saved(format, **options))
+    content[place : place + 8] = b"\xff" * 8
+    with Image.open(io.BytesIO(content)) as image, pytest.raises((OSError, RuntimeError)):
+        image.load()
+    return bytes(content)
+
+
 DAMAGED: dict[str, bytes] = {
     "avif": damaged_avif(),
+    "avif whose colours are damaged": damaged_pixels("AVIF", 275),
+    "webp whose pixels are damaged": damaged_pixels("WEBP", 1846),
+    "lossless webp whose pixels are damaged": damaged_pixels("WEBP", 1949, lossless=True),
     "short png": png()[:40],
     "png of a wrong header": png().replace(b"\0\0\0\x08\0\0\0\x08\x08\0", b"\0\0\0\x08\0\0\0\x08\x07\0"),
     "short jpeg": saved("JPEG")[:700],

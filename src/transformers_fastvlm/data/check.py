@@ -12,7 +12,7 @@ from ..images.read_options import Colour, ReadOptions
 from .collator import FastVLMDataCollator
 from .inspection import inspect_rows
 from .row_sources import open_part, source_name
-from .sample_errors import SampleError
+from .sample_errors import SampleError, shortened
 from .samples import SampleDataset
 
 __all__ = ["Problem", "Report", "check_dataset"]
@@ -41,7 +41,7 @@ class Problem:
 
     def __str__(self) -> str:
         details = [f"line {self.line}"] if self.line is not None else []
-        details += [f"id {self.id!r}"] if self.id is not None else []
+        details += [f"id {shortened(self.id)}"] if self.id is not None else []
         return f"row {self.row}" + (f" ({', '.join(details)})" if details else "") + f": {self.message}"
 
 
