@@ -7,6 +7,7 @@ gives wrong answers and no other sign. The files are judged as `checkpoints.conv
 
 import copy
 import os
+import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ _ADVICE = (
     "checkpoint again."
 )
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+# Transformers replaces methods of its classes while it loads, and puts back what it found: of two threads at once the
+# second finds, and leaves for good, what the first put there.
+_LOADING = threading.RLock()
 _TIED = {"lm_head.weight", "model.language_model.embed_tokens.weight"}
 _BATCHES_SEEN = ".num_batches_tracked"  # Apple's encoders were trained with it, and no evaluation reads it
 
@@ -41,7 +45,7 @@ class StrictPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Load a model. See `PreTrainedModel.from_pretrained`.
+        """Load a model. See `PreTrainedModel.from_pretrained`. Threads that load at once wait for each other.
 
         Raises:
             OSError: a file is missing, truncated or not safetensors.
@@ -53,7 +57,8 @@ class StrictPreTrainedModel(PreTrainedModel):
             check_directory(os.path.join(source, kwargs.get("subfolder") or ""))
         wants_info = kwargs.pop("output_loading_info", False)
         try:
-            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            with _LOADING:
+                model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise OSError(
                 f"A weight file of {str(source)!r} cannot be read ({error}). It is truncated or damaged: "
