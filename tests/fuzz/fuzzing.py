@@ -39,6 +39,8 @@ LONGEST = 60.0
 """Seconds of processor time without a word, start included, after which a worker is ended: its input hangs."""
 PATIENCE = 600.0
 """The same in seconds by the clock, for what waits and does not compute."""
+MOST_BYTES = 2**25
+"""Of a body that the server takes."""
 SHARES = {"image": 0.55, "rows": 0.15, "table": 0.1, "video": 0.05, "request": 0.15}
 """Of all inputs, by kind."""
 
@@ -198,6 +200,11 @@ def ways_of_requests(ports: set[int]) -> Iterator[list[Way]]:
             except urllib.error.HTTPError as error:
                 with error:
                     status, answer = error.code, error.read()
+            except urllib.error.URLError as error:
+                # Of a body that is far too large the server reads a part after its 413, and then ends the connection.
+                if isinstance(error.reason, ConnectionError) and len(body) > MOST_BYTES:
+                    return "refused"
+                raise
             else:
                 assert b'"error"' not in answer, f"an answer that fails: {answer[-300:]!r}"
                 return "read"
