@@ -112,7 +112,10 @@ def run_batch(
 
 
 def _exists(there: Iterable[str]) -> FileExistsError:
-    return FileExistsError(f"{next(iter(there))!r} exists already. Name another output, or replace it with --restart.")
+    return FileExistsError(
+        f"{next(iter(there))!r} exists already, and a finished output is not added to. For new images, name them alone "
+        "and another output; the rows of both can be put together. To answer everything again, pass --restart."
+    )
 
 
 def _identity(found: Inputs, options: BatchOptions, about: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from .._optional import needs
 from .json_rows import JsonRows
 from .rows import HubRows, JoinedRows, Rows
-from .sample_errors import shortened
+from .sample_errors import listed, shortened
 
 __all__ = [
     "ALL_SPLITS",
@@ -223,10 +223,7 @@ def _one_of(splits: Sequence[str], wanted: str | None, folder: str) -> str:
     chosen = wanted or "train"
     if chosen in splits:
         return chosen
-    raise ValueError(
-        f"{folder!r} has no split {chosen!r}; it has {', '.join(map(repr, splits)) or 'none'}. Choose one with split "
-        "(--split)."
-    )
+    raise ValueError(f"{folder!r} has no split {chosen!r}; it has {listed(splits)}. Choose one with split (--split).")
 
 
 def _saved_files(folder: str) -> list[str]:

@@ -8,12 +8,13 @@ import importlib.metadata
 import os
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from PIL import Image, ImageFile
 
@@ -188,25 +189,50 @@ def _process_kept() -> Iterator[None]:
 def _into_log(path: Path) -> Iterator[None]:
     """Import lmms-eval, and send what it and its tasks print to a file; it is much, and of use only after a failure.
 
-    lmms-eval logs with loguru. Where that was there before, its handlers stay, and get lmms-eval's lines too.
+    What other threads of the process print goes where it did. lmms-eval logs with loguru. Where that was there before,
+    its handlers stay, and get lmms-eval's lines too.
     """
     is_new, stderr = "loguru" not in sys.modules, sys.stderr
     with (
         open(path, "w", encoding="utf-8", errors="backslashreplace") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
+        contextlib.redirect_stdout(_OfThisThread(log, sys.stdout)),
+        contextlib.redirect_stderr(_OfThisThread(log, sys.stderr)),
     ):
         import_harness()
         from loguru import logger
 
         if is_new:  # its first handler writes to what was standard error when it was imported: the log
             logger.remove()
-            logger.add(stderr, filter=lambda record: not str(record["name"]).startswith("lmms_eval"))
-        handler = logger.add(log, level="INFO")
+            logger.add(stderr, filter=_is_others)
+        evaluating = threading.get_ident()
+        handler = logger.add(log, level="INFO", filter=lambda record: record["thread"].id == evaluating)
         try:
             yield
         finally:
             logger.remove(handler)
+
+
+class _OfThisThread:
+    """A stream that takes what the thread that made it writes; what other threads write goes to another stream.
+
+    Args:
+        own: for this thread.
+        others: for the others.
+    """
+
+    def __init__(self, own: TextIO, others: TextIO) -> None:
+        self._own, self._others, self._thread = own, others, threading.get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own if threading.get_ident() == self._thread else self._others, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own if threading.get_ident() == self._thread else self._others)
+
+
+def _is_others(record: Any) -> bool:
+    """Return whether a line is none of lmms-eval's, which its log has."""
+    return not str(record["name"]).startswith("lmms_eval")
 
 
 def _tasks(options: EvaluationOptions) -> dict[str, Any]:
