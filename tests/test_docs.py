@@ -111,6 +111,21 @@ def test_docstrings_name_every_field_of_the_configurations(config: type) -> None
     assert [name for name in fields if not name.startswith("_") and f" {name}: " not in (config.__doc__ or "")] == []
 
 
+def test_the_walks_of_development_name_files_and_functions_that_exist() -> None:
+    walks = read("docs/development.md").split("## Four walks")[1].split("\n## ")[0]
+    steps = re.findall(r"`([\w/]+\.py)`((?:(?:,| and)? `\w+`)*)", walks)
+    assert len(steps) >= 25
+    missing = []
+    for file, names in steps:
+        source = ROOT / "src" / PACKAGE / file
+        text = source.read_text(encoding="utf-8") if source.is_file() else ""
+        missing += [file] if not text else []
+        missing += [
+            f"{file}: {name}" for name in re.findall(r"\w+", names) if not re.search(rf"(def|class) {name}\b", text)
+        ]
+    assert missing == []
+
+
 def test_table_of_tokens() -> None:
     side, tokens = re.findall(r"^\| (?:side|tokens) \|(.+)\|$", read("docs/images.md"), flags=re.M)
     for number, expected in zip(side.split("|"), tokens.split("|"), strict=True):
