@@ -78,18 +78,20 @@ test-minimal-full: .venvs/minimal/installed ## run the whole suite without any o
 
 # `make -k test-versions` goes on with the other versions after a failure. On the newest, `make test` runs the suite.
 TRANSFORMERS := 5.16.1 5.19 5.23
+OLDEST := $(firstword $(TRANSFORMERS))
 
 .PHONY: test-versions $(TRANSFORMERS:%=test-versions-%) test-versions-upstream test-versions-full
-test-versions: $(TRANSFORMERS:%=test-versions-%) test-versions-upstream ## run the core of the suite on older versions of Transformers, and Transformers' own tests on all
+test-versions: $(TRANSFORMERS:%=test-versions-%) test-versions-upstream ## run the core of the suite on older versions of Transformers, and Transformers' own tests on the oldest and the newest
 $(TRANSFORMERS:%=test-versions-%): test-versions-%: .venvs/transformers-%/installed
 	.venvs/transformers-$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	.venvs/transformers-$*/bin/python -m pytest $(CORE) $(PYTEST_ARGS)
-	.venvs/transformers-$*/bin/python tests/upstream/run.py
+	$(if $(filter $(OLDEST),$*),.venvs/transformers-$*/bin/python tests/upstream/run.py)
 test-versions-upstream: .venv/installed-dev
 	$(BIN)/python tests/upstream/run.py
-test-versions-full: $(TRANSFORMERS:%=.venvs/transformers-%/installed) test ## run the whole suite on every version of Transformers
+test-versions-full: $(TRANSFORMERS:%=.venvs/transformers-%/installed) test test-versions-upstream ## run the whole suite and Transformers' own tests on every version
 	failed=; for version in $(TRANSFORMERS); do \
-		.venvs/transformers-$$version/bin/python -m pytest $(SUITE) $(PYTEST_ARGS) || failed=1; done; test -z "$$failed"
+		.venvs/transformers-$$version/bin/python -m pytest $(SUITE) $(PYTEST_ARGS) || failed=1; \
+		.venvs/transformers-$$version/bin/python tests/upstream/run.py || failed=1; done; test -z "$$failed"
 
 # What comes next. Its failures are shown, and fail nothing: they are about releases that setup.cfg keeps out.
 .PHONY: test-newest
@@ -115,7 +117,7 @@ HARNESS := $(filter-out $(HARNESS_VLLM),$(wildcard tests/evaluation/test_harness
 
 .PHONY: test-eval
 test-eval: .venvs/eval/installed .venvs/eval-vllm/installed ## test the evaluation through lmms-eval
-	.venvs/eval/bin/python -m pytest $(HARNESS) tests/test_process_state.py $(PYTEST_ARGS)
+	.venvs/eval/bin/python -m pytest $(HARNESS) 'tests/test_process_state.py::test_a_tool_leaves_the_process_as_it_was[evaluation]' $(PYTEST_ARGS)
 	.venvs/eval-vllm/bin/python -m pytest $(HARNESS_VLLM) $(PYTEST_ARGS)
 
 .PHONY: vllm-cpu

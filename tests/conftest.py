@@ -17,7 +17,7 @@ from PIL import Image
 from helpers import golden_images
 from transformers_fastvlm import FastVLMProcessor
 
-# Tiny models are slower on many threads than on one, above all when test processes run side by side.
+# Tiny models are slower on many threads than on one, above all if test processes run in parallel.
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -83,7 +83,7 @@ def picture(golden: Path) -> Image.Image:
 
 @pytest.fixture
 def hub_cache(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A home of the hub's client, HF_HOME, after a checkpoint has been fetched from the hub as fastvlm/tiny."""
+    """An HF_HOME folder with a checkpoint in its cache, as if downloaded from the hub as fastvlm/tiny."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     folder = tmp_path / "hub" / "models--fastvlm--tiny"
     shutil.copytree(checkpoint("qwen2_tied"), folder / "snapshots" / commit)
@@ -94,6 +94,6 @@ def hub_cache(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bitsandbytes_without_packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPUs with bfloat16 instructions bitsandbytes packs 4-bit weights, and takes widths in multiples of 64 only."""
+    """On CPUs with bfloat16 instructions bitsandbytes packs 4-bit weights, which needs widths in multiples of 64."""
     for name in ("bitsandbytes.nn.modules", "bitsandbytes.backends.cpu.ops"):
         monkeypatch.setattr(importlib.import_module(name), "has_avx512bf16", lambda: False)

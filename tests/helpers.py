@@ -11,8 +11,8 @@ from torch import Tensor
 
 IMAGE_SENTINEL = -200
 
-# For a process of its own, what `filterwarnings` in pyproject.toml is for the suite. Python's option cannot tell whose
-# deprecations they are.
+# The equivalent of `filterwarnings` in pyproject.toml for subprocesses. Python's -W cannot tell whose deprecations they
+# are.
 WARNINGS_ARE_ERRORS = ["-W", "error"]
 for _category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning", "SyntaxWarning"):
     WARNINGS_ARE_ERRORS += ["-W", f"ignore::{_category}"]
@@ -54,5 +54,5 @@ def random_pixels(count: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def own_words(stderr: str) -> str:
-    """Return what a process wrote to standard error, without what PyTorch logs of another package's calls."""
+    """Return a process's standard error, without PyTorch's log of other packages' calls."""
     return re.sub(r"^W\d{4} .*\btorch/.*\n", "", stderr, flags=re.MULTILINE)

@@ -84,7 +84,7 @@ def test_wrong_shape(copy: Path) -> None:
 
 ENCODER = "model.vision_tower.vision_tower.model."
 PROJECTOR = "model.mm_projector."
-# What is taken out of a checkpoint, and which classes miss it.
+# Tensors to remove from a checkpoint, by prefix, and the classes that need them.
 MISSING = {
     "projector": (PROJECTOR, [FastVLMForConditionalGeneration, FastVLMModel]),
     "stage 4": (
@@ -104,7 +104,7 @@ QUANTIZATIONS: dict[str, dict[str, Any] | None] = {
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("what", MISSING)
 def test_missing_tensors_whatever_config_json_says(what: str, quantization: str, copy: Path) -> None:
-    """Quantized or not, whole or an encoder, and not even one tensor: never a random weight for a missing one."""
+    """A missing tensor is an error and never gets random values: quantized or not, in a whole model or an encoder."""
     start, classes = MISSING[what]
     tensors = load_file(copy / "model.safetensors")
     rewrite(copy, {name: t for name, t in tensors.items() if not name.startswith(start)} or {"x": torch.zeros(1)})
@@ -139,14 +139,14 @@ def test_weights_that_are_no_weights(dtype: torch.dtype, copy: Path, tmp_path: P
     for load in loads:
         with pytest.raises(ValueError, match=r"1 tensors that are not weights: model\.multi_modal_projector.*type"):
             load(copy)
-    if dtype != torch.complex64:  # which safetensors itself does not read
-        assert FastViTHDModel.from_pretrained(copy)  # whose own tensors are weights
+    if dtype != torch.complex64:  # safetensors itself does not read complex64
+        assert FastViTHDModel.from_pretrained(copy)  # the encoder's own tensors are weights
 
 
 def test_one_tensor_with_two_values(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     rewrite(copy, tensors | {OURS: tensors[PROJECTOR_WEIGHT].clone()})
-    assert FastVLMForConditionalGeneration.from_pretrained(copy)  # the same one twice
+    assert FastVLMForConditionalGeneration.from_pretrained(copy)  # the same tensor twice
     rewrite(copy, tensors | {OURS: tensors[PROJECTOR_WEIGHT] + 1})
     with pytest.raises(ValueError, match=r"linear_1\.weight is stored 2 times with different values"):
         AutoModelForImageTextToText.from_pretrained(copy)
@@ -194,7 +194,7 @@ def test_weights_that_are_nan(copy: Path) -> None:
 
 
 def test_tokenizer_beyond_the_embeddings(copy: Path) -> None:
-    """A tokenizer with more tokens than the model is refused when both are loaded, and by the model for such an id."""
+    """Loading refuses a tokenizer with more tokens than the model, and the model refuses ids without an embedding."""
     processor = FastVLMProcessor.from_pretrained(copy)
     processor.tokenizer.add_tokens([f"<box{number}>" for number in range(40)])
     processor.save_pretrained(copy)
@@ -221,7 +221,7 @@ def test_calls_of_apples_remote_code(copy: Path) -> None:
 def test_another_placeholder_in_the_tokenizer(copy: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(copy)
     pixels = torch.zeros(1, 3, 256, 256)
-    with pytest.raises(ValueError, match=r"image_token_id is 483; .*repeats so often is 484.*config\.image_token_id"):
+    with pytest.raises(ValueError, match=r"image_token_id is 483; .* times is 484\. .*config\.image_token_id"):
         model(torch.tensor([[5, *[484] * 16, 6]]), pixel_values=pixels)
     with pytest.raises(ValueError, match=r"Let the processor make both"):
         model(torch.tensor([[5, 6]]), pixel_values=pixels)
@@ -238,7 +238,7 @@ def test_foreign_checkpoint(copy: Path) -> None:
     path = copy / "config.json"
     config = json.loads(path.read_text()) | {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}
     path.write_text(json.dumps(config))
-    # AutoProcessor turns every error into "Unrecognized processing class", so ours is asked.
+    # AutoProcessor turns every error into "Unrecognized processing class", so FastVLMProcessor is used.
     for load in (AutoModelForImageTextToText.from_pretrained, FastVLMProcessor.from_pretrained):
         with pytest.raises(ValueError, match="clip-vit-large-patch14-336"):
             load(copy)
@@ -266,7 +266,7 @@ def test_pickled_weights_are_not_executed(copy: Path, tmp_path: Path) -> None:
 
 
 def test_no_network(tmp_path: Path) -> None:
-    """A hub name that is neither cached nor reachable: the error says what to do."""
+    """A hub name that is neither cached nor reachable gives an error with advice."""
     code = """
         import transformers_fastvlm
         from transformers import AutoModelForImageTextToText, AutoProcessor

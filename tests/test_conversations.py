@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations: the golden prompts and label masks, images in their places, videos, and what is refused."""
+"""Conversations: the golden prompts and label masks, the order of images, videos, and errors."""
 
 import base64
 import copy
@@ -216,7 +216,7 @@ def test_template_errors(processors: Callable[[str], FastVLMProcessor], name: st
     processor = processors(name)
     with pytest.raises(Exception, match="has no place for tools"):
         processor.apply_chat_template([{"role": "user", "content": "Hi"}], tools=[{"type": "function"}])
-    # Engines render the template themselves, past the processor's checks.
+    # Engines render the template themselves, without the processor's checks.
     with pytest.raises(Exception, match="type audio"):
         processor.tokenizer.apply_chat_template(user({"type": "audio"}), tokenize=False)
     with pytest.raises(Exception, match="expected an image, or text with its text"):
@@ -230,7 +230,7 @@ def test_template_errors(processors: Callable[[str], FastVLMProcessor], name: st
 
 @pytest.mark.parametrize("model_type", ["qwen2", "llama"])
 def test_template_iterates_over_content(model_type: str) -> None:
-    """Servers find out from this very loop that contents may be lists of parts."""
+    """Servers detect by this loop in the template that contents may be lists of parts."""
     template = chat_template_for(model_type)
     tree = _compile_jinja_template(template).environment.parse(template)
     loops = [loop.iter for loop in tree.find_all(jinja2.nodes.For)]
@@ -440,7 +440,7 @@ def test_plain_message_keeps_the_rest() -> None:
 
 
 def test_answer_mask() -> None:
-    """Spans count characters before expansion; a token is learned if any of its characters is."""
+    """Spans count characters before expansion; a token is supervised if any of its characters is."""
     offsets = [(0, 0), (0, 2), (2, 5), (5, 8), (8, 12), (12, 15)]
     replaced = [{"span": (2, 3), "new_span": (2, 8)}]
     assert answer_mask(offsets, replaced, [(4, 7)]) == [0, 0, 0, 0, 1, 0]

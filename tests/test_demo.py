@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo answers offline, and right; its pictures are the ones that the script draws."""
+"""The demo answers offline and correctly; its images are those that the script draws."""
 
 import importlib.util
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry points: whoever runs vLLM or lmms-eval with another model notices nothing of them, whatever is broken."""
+"""Entry points: they never disturb vLLM or lmms-eval with other models, even if this package is broken."""
 
 import logging
 import sys
@@ -19,13 +19,13 @@ from transformers_fastvlm import FastVLMConfig, register
 
 @pytest.fixture
 def registered_again() -> Iterator[None]:
-    """Puts the registrations back in their places after a test that replaces them."""
+    """Restores the registrations after a test that replaces them."""
     yield
     register()
 
 
 class _Registry(SimpleNamespace):
-    """As much of vLLM's registries as is used."""
+    """The used part of vLLM's registries."""
 
     def register(self, name: str, *where: str) -> None:
         self.renderers[name] = self.tokenizers[name] = where
@@ -36,7 +36,7 @@ class _Registry(SimpleNamespace):
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stand-ins for the modules of vLLM, which has an environment of its own; tests/vllm_plugin runs the real one."""
+    """Stubs of vLLM's modules; vLLM needs a separate environment, where tests/vllm_plugin runs it."""
     registry = _Registry(models={}, renderers={}, tokenizers={})
     contents = {
         "vllm": {"ModelRegistry": registry},
@@ -67,7 +67,7 @@ def test_a_vllm_that_lacks_something(
     capfd: pytest.CaptureFixture[str],
     checkpoint: Callable[[str], Path],
 ) -> None:
-    """Nothing is said until somebody asks for a FastVLM, who learns why; and what works by then is used."""
+    """An error appears only when a FastVLM is requested, with its reason; repaired parts are used by then."""
     directory = checkpoint("qwen2_tied")
     with monkeypatch.context() as context:
         context.delattr(sys.modules["vllm.renderers.registry"], "RENDERER_REGISTRY")
@@ -111,7 +111,7 @@ def test_a_broken_torchvision_and_a_transformers_that_lacks_something(
     """
     said = run(code).splitlines()
     assert "FastVLM cannot be registered with Transformers" in said[0] and error in said[0]
-    assert f"transformers {transformers.__version__}" in said[1] and "expected is" in said[1]
+    assert f"transformers {transformers.__version__}" in said[1] and "expected: " in said[1]
 
 
 def test_lmms_eval_manifest_imports_nothing() -> None:

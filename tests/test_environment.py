@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, with a folder of locks and one of wheels: nowhere 2.0 for another machine, nowhere 1.0 for any."""
+    """The script, with folders of locks and wheels: "nowhere" 2.0 for another machine and 1.0 for all machines."""
     spec = importlib.util.spec_from_file_location("environment", ROOT / "tools" / "environment.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""generate(): every way of decoding gives what plain decoding of the same prompt alone gives."""
+"""generate(): every way of decoding gives the same answer as plain decoding of the single prompt."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from helpers import golden_images
 from transformers_fastvlm import compat
 
-# The tiny models' answers are noise, which may contain the placeholder: it is left out to compare ways of decoding.
+# The tiny models' answers are noise and may contain the placeholder, so it is suppressed to compare ways of decoding.
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "suppress_tokens": [483]}
 QUESTIONS = [("Describe the image.", 1), ("How many dogs are there?", 2), ("Read the text.", 0), ("What is this?", 3)]
 IMAGES = ["wide_rgb.png", "tall_rgb.jpg", "palette_p.png", "square_rgb.png", "tiny_rgb.png", "gray_l.png"]
@@ -143,7 +143,7 @@ def test_answers_stop_although_apples_generation_config_has_no_eos(plain: Setup)
     assert (plain.directory / "generation_config.json").read_text().find("eos") == -1
     assert generation.eos_token_id == 482 and generation.pad_token_id == 480
     assert generation.do_sample is True and generation.temperature == 0.2
-    # Make the end the likeliest token always: the answer is then just that.
+    # Make the end token the likeliest one, so that the answer is that token only.
     head = plain.model.lm_head
     weight = head.weight.detach().clone()
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the Pillow image processor: the reference's pixels, what it reads, what it refuses, how it loads."""
+"""Tests of the Pillow image processor: the reference's pixels, inputs, errors and loading."""
 
 import base64
 import contextlib
@@ -176,7 +176,7 @@ def test_without_resizing(processor: FastVLMImageProcessorPil) -> None:
         ({"size": {"shortest_edge": 256}}, "shortest_edge"),
         ({"image_aspect_ratio": "stretch"}, "'stretch'; expected one of 'pad', 'square', 'anyres'"),
         ({"image_aspect_ratio": "anyres"}, "image_grid_pinpoints is None"),
-        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[100, 64]]}, "whole tiles"),
+        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[100, 64]]}, "not a multiple of the tile size"),
         ({"crop_size": 64}, "crop_size=.* is not an option"),
         ({"do_pad": True}, "do_pad=True is not an option"),
         ({"data_format": "channels_last"}, "channels_first"),
@@ -478,7 +478,7 @@ def test_damaged_files(processor: FastVLMImageProcessorPil, tmp_path: Path) -> N
         "empty.png": (b"", r"empty.png' is empty \(0 bytes\)"),
         "short.png": (whole.getvalue()[:20000], "truncated or damaged"),
         "header.png": (whole.getvalue()[:30], "header.png' is (damaged|not an image)"),
-        "text.png": (b"no picture at all", "not an image of a format that is read"),
+        "text.png": (b"no picture at all", "not an image of a supported format"),
     }
     picture(200, 200).save(tmp_path / "whole.jpg")
     cases["short.jpg"] = ((tmp_path / "whole.jpg").read_bytes()[:5000], "truncated")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Transformers and the libraries around it take for granted of a model, on every supported version."""
+"""Expectations of Transformers and related libraries about every model, on every supported version."""
 
 import logging
 from dataclasses import dataclass, fields
@@ -122,7 +122,7 @@ def test_config_has_llavas_name_of_the_placeholder(model: Any, tmp_path: Path) -
 
 
 class Favourite(LogitsProcessor):
-    """Makes one token by far the likeliest."""
+    """Makes one token much likelier than all others."""
 
     def __init__(self, token: int):
         self.token = token
@@ -144,7 +144,7 @@ def test_the_placeholder_is_never_generated(options: dict[str, Any], model: Any,
 
 
 class Pydantic(SimpleNamespace):
-    """A message object as Pydantic's and the OpenAI client's."""
+    """A message object like Pydantic's and the OpenAI client's."""
 
     def model_dump(self, exclude_none: bool) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None or not exclude_none}
@@ -152,7 +152,7 @@ class Pydantic(SimpleNamespace):
 
 @dataclass
 class Turn:
-    """A message object of a user's own."""
+    """A message object of a user-defined class."""
 
     role: str
     content: Any
@@ -172,7 +172,7 @@ def test_messages_may_be_objects(kind: Any, processor: FastVLMProcessor, picture
 
 
 def test_nothing_is_logged_or_warned_about(model: Any, processor: FastVLMProcessor, picture: Any) -> None:
-    """Renamed arguments of Transformers first show as remarks in its log. Warnings are errors anyway."""
+    """Transformers first announces renamed arguments in its log. Warnings are errors anyway."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
@@ -197,7 +197,7 @@ def test_nothing_is_logged_or_warned_about(model: Any, processor: FastVLMProcess
 def test_a_version_that_renames_arguments_again_is_refused(
     renamed: str, checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A patched copy of Qwen2's forward, which like the real one swallows keywords that it does not know."""
+    """A patched copy of Qwen2's forward, which ignores unknown keywords like the real one."""
     taken = ["attention_mask", "position_ids", "inputs_embeds", compat.CACHE]
     taken[taken.index(compat.CACHE if renamed == "cache" else renamed)] = "another_name"
     code = f"def forward(self, input_ids=None, {', '.join(f'{name}=None' for name in taken)}, **kwargs): ..."
@@ -213,9 +213,9 @@ def test_a_version_that_renames_arguments_again_is_refused(
     Version(transformers.__version__) < Version("5.19"), reason="its scheduler does not know nested configurations"
 )
 def test_continuous_batching_of_text(model: Any) -> None:
-    """Transformers' scheduler runs the class; it takes token ids only, so that these prompts have no images.
+    """Transformers' scheduler runs the class; it takes token ids only, so these prompts have no images.
 
-    Unless told how large its cache is to be, it takes most of the memory that is free, and clears all of it.
+    The size of its cache is set, since by default it allocates and clears most of the free memory.
     """
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fast operations against the plain forms that they replace, on the processors that they are for.
+"""Fast operations against the plain forms that they replace, for each kind of CPU.
 
-Which form runs depends on the CPU, so the tests pretend to run on others: all of them compute correctly anywhere.
+The form depends on the CPU, so the tests simulate other CPUs: every form computes correctly on any CPU.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.fixture(params=MACHINES)
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let dispatch believe in one kind of CPU after the other."""
+    """Simulate each kind of CPU for dispatch."""
     width, half = MACHINES[request.param]
     monkeypatch.setattr(convolution, "vector_width", lambda: width)
     monkeypatch.setattr(dispatch, "vector_width", lambda: width)
@@ -75,16 +75,16 @@ def without_half_types(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(operation: Callable, tensors: list[Tensor], *arguments: int) -> list[Tensor]:
-    """Return the output and the gradients of all tensors that want one."""
+    """Return the output and the gradients of all tensors that require one."""
     output = operation(*tensors, *arguments)
-    # Not symmetric, so that no error of sign or order cancels, and exact in every type.
+    # Not symmetric, so that no error of sign or order cancels, and exact in every dtype.
     weights = torch.linspace(0.5, 5.5, output.numel()).view(output.shape).cos().mul(64).round().div(64).to(output.dtype)
     wanted = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
     return [output.detach(), *torch.autograd.grad(output, wanted, weights)]
 
 
 def agree(fast: list[Tensor], plain: list[Tensor], exact: list[Tensor] | None = None) -> None:
-    """Check against the plain form; of half types that the fast form is no farther from `exact` than the plain one."""
+    """Check against the plain form; in half precision the fast form must be as close to `exact` as the plain one."""
     assert [x.dtype for x in fast] == [x.dtype for x in plain]
     for number, (ours, reference) in enumerate(zip(fast, plain, strict=True)):
         assert ours.shape == reference.shape
@@ -145,9 +145,9 @@ def test_feed_forward(
 
 @torch.no_grad()
 def test_feed_forward_takes_memory_for_some_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the size of the map: the wide result between the two products never exists as a whole.
+    """For any size of the map, the wide result between the two GEMMs is never held as a whole.
 
-    So on CPUs with 256-bit vectors; with wider ones oneDNN's convolutions take this form's place.
+    This holds on CPUs with 256-bit vectors; with wider ones oneDNN's convolutions replace this form.
     """
     monkeypatch.setattr(dispatch, "vector_width", lambda: 256)
     maps = LAYOUTS["channels_last"](torch.randn(1, 8, 128, 128))
@@ -379,7 +379,7 @@ def step(model: FastViTHDModel, pixels: Tensor) -> list[Tensor]:
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Turn every fast form off."""
+    """Disable all fast forms."""
     with contextlib.ExitStack() as stack:
         for module in (kernels, convolution, dispatch, feed_forward, linear):
             stack.enter_context(mock.patch.object(module, "eager_on_cpu", return_value=False))
@@ -400,7 +400,7 @@ def test_encoder(reparameterized: bool, training: bool, machine: str) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_encoder_of_half_types(dtype: torch.dtype, without_half_types: None) -> None:
     ratios = []
-    for seed in range(4):  # one rounding more or less is chance
+    for seed in range(4):  # single roundings differ by chance
         model = encoder(dtype, seed).train()
         pixels = random_pixels(2, 128, 64, seed)
         fast = step(model, pixels)
@@ -428,7 +428,7 @@ def test_encoder_for_inference(reparameterized: bool, machine: str) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @torch.no_grad()
 def test_encoder_of_half_types_for_inference(dtype: torch.dtype, without_half_types: None) -> None:
-    """Weights of half types, everything else in float32: only the answer is rounded."""
+    """Half-precision weights, everything else in float32: only the result is rounded."""
     model, pixels = encoder(dtype), random_pixels(2, 128, 64).to(dtype)
     fast = model(pixels)
     assert fast.last_hidden_state.dtype == fast.pooler_output.dtype == dtype
@@ -452,7 +452,7 @@ def test_backbone_of_half_types_keeps_their_type(dtype: torch.dtype, without_hal
 
 @torch.no_grad()
 def test_hooks_and_replaced_layers_are_called() -> None:
-    """A layer that someone watches or has replaced runs by itself, as in the plain form."""
+    """A layer with hooks, or a replaced layer, is called as in the plain form."""
     model, pixels = encoder(), random_pixels(1, 64, 64)
     expected = model(pixels).last_hidden_state
     block = model.network[0][0].convffn
@@ -473,7 +473,7 @@ def test_hooks_and_replaced_layers_are_called() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_lie_in_memory_as_the_weights_do(dtype: torch.dtype) -> None:
-    """DistributedDataParallel warns where they do not."""
+    """DistributedDataParallel warns about other strides."""
     model = encoder(dtype).train()
     step(model, random_pixels(2, 128, 128).to(dtype))
     assert {
@@ -531,7 +531,7 @@ def test_loaded_language_model(dtype: torch.dtype, checkpoint: Callable, without
 
 
 def test_a_batch_of_one_keeps_channels_last() -> None:
-    """Whatever stride its batch has: convolutions judge by it, and a block that is computed again must do the same."""
+    """For any stride of the batch dimension: convolutions choose by it, and a recomputed block must choose the same."""
     maps = torch.randn(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     odd = maps.as_strided(maps.shape, (16, 1, 128, 16))
     for weight, groups in (

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = "transformers_fastvlm"
 SOURCE = Path(__file__).parent.parent / "src" / PACKAGE
 
-# Top to bottom. A module may import only what stands in a lower layer. "" is the package itself, as in
+# Top to bottom. A module may import lower layers only. "" is the package itself, as in
 # `from transformers_fastvlm import FastVLMConfig`.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint_files",),
     ("_optional", "_version", "random_streams"),
 )
-# Neither side imports anything of the other, whatever the layers. Of images/ the model may know AnyRes alone.
+# Neither side imports the other, regardless of the layers. From images/ the model may import AnyRes only.
 ANYRES = f"{PACKAGE}.images.anyres"
 MODELING = {
     "generation_fastvlm",
@@ -55,25 +55,25 @@ PROCESSING = {
 }
 
 CORE_DEPENDENCIES = {"transformers", "torch", "safetensors", "tokenizers", "huggingface_hub", "PIL", "numpy"}
-# packaging, rich, typer and PyYAML are dependencies of Transformers; one part each has a use for them.
+# packaging, rich, typer and PyYAML are dependencies of Transformers; one part of the package uses each.
 DEPENDENCIES_OF_UNIT = {
     "cli": {"rich", "typer"},
     "compat": {"packaging"},
     "image_processing_fastvlm": {"torchvision"},
-    "server": {"h11", "uvicorn"},  # of transport, which a starting server imports
+    "server": {"h11", "uvicorn"},  # imported when a server starts
     "training": {"yaml"},
-    "vllm_plugin": {"vllm"},  # which is what imports it
+    "vllm_plugin": {"vllm"},  # vLLM itself imports this part
 }
 
 LONGEST = 600
-# The encoder is read as a whole; of the other the parts that are not the model's are to go elsewhere.
+# The encoder is best read in one file; code of modeling_fastvlm.py that is not part of the model belongs elsewhere.
 LONG_FILES = {"modeling_fastvithd.py", "modeling_fastvlm.py"}
 
 RANK = {unit: rank for rank, layer in enumerate(reversed(LAYERS)) for unit in layer}
 
 
 def unit_of(module: str) -> str:
-    """Return the part of the package that `module`, a full dotted name, belongs to; "" is the package itself."""
+    """Return the part of the package that contains `module`, a full dotted name; "" is the package itself."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 
@@ -164,7 +164,7 @@ def circles(root: Path) -> list[set[str]]:
 
 
 def _reached(imported: dict[str, set[str]], start: str) -> set[str]:
-    """Return all modules that one leads to; itself only by way of others, or by importing itself."""
+    """Return all modules reachable from one; itself only through others, or by importing itself."""
     found: set[str] = set()
     waiting = [start]
     while waiting:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder against the reference's answers: full size, train-time form, and everything a backbone's user expects."""
+"""The encoder against the reference's outputs: full size, train-time form, and the interface of a backbone."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def train_form(golden: Path, golden_fill, tmp_path_factory: pytest.TempPathFactory):
-    """A function that makes the golden train-time encoder, its golden input and the golden answers."""
+    """A function that returns the golden train-time encoder, its golden input and the golden outputs."""
     import build
 
     tensors = without_prefix(
@@ -97,7 +97,7 @@ def test_train_form_in_training_equals_the_reference(train_form, golden: Path) -
     norms = json.loads((golden / "train_form_gradients.json").read_text())
     ours = {APPLE_PREFIX + name: p.grad.norm().item() for name, p in model.named_parameters()}
     assert ours.keys() == norms.keys()
-    # BatchNorm cancels the gradients before it almost entirely, so tiny norms are compared on the scale of the large.
+    # BatchNorm almost cancels the gradients before it, so tiny norms are compared on the scale of the large ones.
     scale = max(norms.values())
     for name, norm in norms.items():
         assert ours[name] == pytest.approx(norm, rel=1e-4, abs=1e-6 * scale), name
@@ -120,7 +120,7 @@ def test_reparameterize_changes_form_and_not_function(train_form, tmp_path: Path
     again = FastViTHDModel.from_pretrained(tmp_path)
     assert again.config.reparameterized is True
     assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
-    assert model.reparameterize() is model  # and a merged one stays as it is
+    assert model.reparameterize() is model  # and a merged model does not change
 
 
 def test_merged_names_are_those_of_the_published_form(train_form, golden: Path) -> None:
@@ -254,7 +254,7 @@ def test_pooled_output_with_and_without_head() -> None:
 
 
 def enable_checkpointing(model: FastViTHDModel) -> None:
-    """Turn gradient checkpointing on by the name that this version of Transformers prefers."""
+    """Enable gradient checkpointing by the name that this version of Transformers prefers."""
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
@@ -349,7 +349,7 @@ def test_encoder_saves_and_loads_by_itself(tmp_path: Path) -> None:
 
 
 def test_auto_backbone(checkpoint) -> None:
-    # AutoBackbone.from_pretrained asks the hub before it looks for a directory, so what it does then is tested here.
+    # AutoBackbone.from_pretrained asks the hub before it looks for a directory, so this tests its later steps.
     whole = AutoConfig.from_pretrained(checkpoint("qwen2_tied"))
     for config in (whole, whole.vision_config):
         assert type(AutoBackbone.from_config(config)) is FastViTHDBackbone
@@ -363,7 +363,7 @@ def amplified(model: FastViTHDModel, size: float, pixels: torch.Tensor) -> FastV
         model.network[8].proj[1].reparam_conv,
         model.network[9].reparam_conv,
     )
-    for _ in range(12):  # the network is not linear, so the factor is found in steps
+    for _ in range(12):  # the network is not linear, so the factor is found iteratively
         reached = model(pixels, output_hidden_states=True).hidden_states[-1].abs().max()
         for conv in before:
             conv.weight.mul_((size / reached) ** (1 / 3))
@@ -396,7 +396,7 @@ def test_float16_does_not_overflow_where_activations_are_huge(size: float, how: 
 def test_half_precision_is_close(dtype: torch.dtype, limit: float) -> None:
     model, pixels = tiny(), random_pixels(1, 128, 128)
     expected = model(pixels).last_hidden_state
-    outputs = model.to(dtype)(pixels)  # pixel values of another type are converted
+    outputs = model.to(dtype)(pixels)  # pixel values of another dtype are converted
     assert outputs.last_hidden_state.dtype == outputs.pooler_output.dtype == dtype
     assert relative_error(outputs.last_hidden_state, expected) < limit
 

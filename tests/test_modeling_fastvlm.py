@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole model against the reference's answers, and what a model of Transformers promises."""
+"""The whole model against the reference's outputs, and the interface of Transformers' models."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from helpers import expand, golden_images, image_names, random_pixels, relative_error
 from transformers_fastvlm import (
@@ -23,7 +23,7 @@ NAMES = ["qwen2_tied", "qwen2_untied", "llama", "qwen2_anyres"]
 
 
 class Reference:
-    """A tiny model, its image processor, and what the reference answers to its cases."""
+    """A tiny model, its image processor, and the reference's outputs for its cases."""
 
     def __init__(self, golden: Path, directory: Path):
         self.golden, self.directory = golden, directory
@@ -299,9 +299,9 @@ def test_anyres_counts_are_checked(reference) -> None:
     images = {key: inputs[key] for key in ("pixel_values", "image_sizes", "num_tiles")}
     with pytest.raises(ValueError, match="num_tiles adds up to"):
         ref.model.get_image_features(**(images | {"num_tiles": images["num_tiles"] - 1}))
-    with pytest.raises(ValueError, match="image_sizes must be given"):
+    with pytest.raises(ValueError, match="image_sizes is needed"):
         ref.model.get_image_features(images["pixel_values"], num_tiles=images["num_tiles"])
-    with pytest.raises(ValueError, match="num_tiles must be given"):
+    with pytest.raises(ValueError, match="num_tiles is needed"):
         ref.model.get_image_features(images["pixel_values"], image_sizes=images["image_sizes"])
     three = {"pixel_values": images["pixel_values"][:3], "num_tiles": torch.tensor([3])}
     with pytest.raises(ValueError, match="image_grid_pinpoints cuts it into"):
@@ -309,7 +309,7 @@ def test_anyres_counts_are_checked(reference) -> None:
 
 
 def test_placeholder_beyond_the_embeddings(checkpoint, tmp_path: Path, reference) -> None:
-    """Vicuna's embeddings have no row for <image>: what a placeholder's id is must not matter."""
+    """Vicuna's embeddings have no row for <image>, so the placeholder's id must not matter."""
     ref = reference("llama")
     inputs = ref.inputs("single0")
     expected = ref.model(**inputs).logits
@@ -440,7 +440,7 @@ def test_meta_device() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("train", [False, True])
 def test_running_on_the_meta_device(dtype: torch.dtype, train: bool, checkpoint) -> None:
-    """Shapes and types without values: nothing asks the device what it does not have, such as autocast or numbers."""
+    """On the meta device only shapes and dtypes exist: nothing may query values or autocast there."""
     config = FastVLMConfig.from_pretrained(checkpoint("qwen2_tied"))
     with torch.device("meta"):
         model = FastVLMForConditionalGeneration._from_config(config, dtype=dtype).train(train)
@@ -475,16 +475,32 @@ def test_any_language_model(text: str, tmp_path: Path) -> None:
         },
         image_token_id=63,
     )
+    torch.manual_seed(0)
     model = FastVLMForConditionalGeneration(config).eval()
-    ids = torch.tensor([[5, 63, 6, 7]])
+    for parameter in model.model.multi_modal_projector.parameters():
+        torch.nn.init.normal_(parameter)  # as in a trained model, images affect words as much as words do
+    ids, pixels = torch.tensor([[5, 63, 6, 7]]), random_pixels(1, 64, 64)
+    alone = AutoModelForCausalLM.from_config(config.text_config).eval()
+    alone.model.load_state_dict(model.model.language_model.state_dict())
+    alone.lm_head.load_state_dict(model.lm_head.state_dict())
     with torch.no_grad():
-        logits = model(input_ids=ids, pixel_values=random_pixels(1, 64, 64)).logits
-    assert logits.shape == (1, 4, 64) and logits.isfinite().all()
+        embeddings = model.get_input_embeddings()(ids)
+        embeddings[:, 1] = model.get_image_features(pixels).pooler_output[0]
+        expected = alone(inputs_embeds=embeddings).logits
+        logits = model(input_ids=ids, pixel_values=pixels).logits
+        without = alone(input_ids=ids).logits
+    assert relative_error(logits, expected) < 1e-5
+    assert relative_error(without[:, 1:], logits[:, 1:]) > 1e-2  # the image has an effect
+    ways = [
+        {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "use_cache": cache} for cache in (True, False)
+    ]
+    tokens = [model.generate(input_ids=ids, pixel_values=pixels, **way).tolist() for way in ways]
+    assert tokens[0] == tokens[1] and tokens[0][0][4] == int(expected[0, -1].argmax())
     model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(again.model.language_model) is type(model.model.language_model)
     with torch.no_grad():
-        assert relative_error(again(input_ids=ids, pixel_values=random_pixels(1, 64, 64)).logits, logits) < 1e-5
+        assert relative_error(again(input_ids=ids, pixel_values=pixels).logits, logits) < 1e-5
 
 
 def test_tensor_parallel_plan_names_real_modules(reference) -> None:

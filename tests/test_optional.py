@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said where an optional package is missing, or broken by the version of another."""
+"""Error messages for an optional package that is missing, or broken by another package's version."""
 
 import importlib
 import sys
@@ -15,7 +15,7 @@ CURE = 'pip install "transformers-fastvlm[eval]"'
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for installed packages, first on the path; what is imported from it is forgotten afterwards."""
+    """A folder for installed packages, first on the path; modules imported from it are removed afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
     for module in [name for name in sys.modules if name.partition(".")[0] in ("lmms_eval", "filelock_like")]:
         monkeypatch.delitem(sys.modules, module)
@@ -25,7 +25,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def install(folder: Path, name: str, version: str, **files: str) -> None:
-    """Lay out a package as pip does: its modules, and metadata that say which are its own."""
+    """Install a package like pip: its modules, and metadata that lists them."""
     module = name.replace("-", "_")
     (folder / module).mkdir()
     for file, text in files.items():
@@ -38,7 +38,7 @@ def install(folder: Path, name: str, version: str, **files: str) -> None:
 
 
 def test_a_package_that_another_version_breaks(packages: Path) -> None:
-    """lmms-eval 0.7.3 asks filelock for a name that its version 4.3 does not have."""
+    """lmms-eval 0.7.3 imports a name that filelock 4.3 does not have."""
     install(packages, "filelock-like", "4.3.1", __init__="")
     install(packages, "lmms-eval", "0.7.3", __init__="", evaluator="from filelock_like import SoftLock\n")
     with pytest.raises(ImportError) as caught:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the package declares: metadata, versions, licences; its files agree. `make test-wheel` checks the wheel."""
+"""The package's metadata, versions and licences agree in all files. `make test-wheel` checks the wheel."""
 
 import ast
 import configparser
@@ -90,7 +90,7 @@ def test_installed_metadata_is_of_this_checkout(setup_cfg: configparser.ConfigPa
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["generate", "--nonsense"]])
 def test_help_of_the_command_imports_no_torch(arguments: list[str]) -> None:
-    """Help and wrong options come at once; only a verb registers, which imports PyTorch."""
+    """Help and errors about options appear at once; only running a verb registers the model, which imports PyTorch."""
     code = f"""
         import atexit, sys
         sys.argv = ["fastvlm", *{arguments!r}]
@@ -149,7 +149,7 @@ NAMES = sorted(path.stem for path in LOCKS.glob("*.in"))
 
 
 def pins(name: str) -> dict[str, list[tuple[str, Marker | None]]]:
-    """Return the version of each package in a lock, with the platforms that it is for."""
+    """Return the version of each package in a lock, with its platforms."""
     found: dict[str, list[tuple[str, Marker | None]]] = {}
     for line in (LOCKS / f"{name}.txt").read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.lstrip().startswith(("#", "./")):
@@ -169,7 +169,7 @@ def test_a_lock_is_exact_and_names_no_address(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "build"])
 def test_a_lock_is_of_this_setup_cfg(name: str, setup_cfg: configparser.ConfigParser) -> None:
-    """Whoever changes setup.cfg or requirements/*.in also runs `make lock`."""
+    """The locks match setup.cfg and requirements/*.in; after changing these, run `make lock`."""
     lines = (LOCKS / f"{name}.in").read_text(encoding="utf-8").splitlines()
     wanted = [line for line in lines if line and not line.startswith(("#", "./", "-e"))]
     (own,) = re.findall(r"^-e \.(?:\[(.*)\])?$", "\n".join(lines), re.MULTILINE)
@@ -179,7 +179,7 @@ def test_a_lock_is_of_this_setup_cfg(name: str, setup_cfg: configparser.ConfigPa
     locked = pins(name)
     for line in filter(None, (line.partition("#")[0].strip() for line in wanted)):
         requirement = Requirement(line)
-        # vLLM names the PyTorch that it was built for.
+        # vLLM pins the PyTorch version of its build.
         versions = locked.get(canonicalize_name(requirement.name), [])
         assert versions, f"{line}: not in requirements/{name}.txt; run make lock"
         for version, _ in versions:
@@ -187,7 +187,7 @@ def test_a_lock_is_of_this_setup_cfg(name: str, setup_cfg: configparser.ConfigPa
 
 
 def test_demo_and_suite_agree() -> None:
-    """`make demo` and `make test` share an environment: the first takes nothing away from the second."""
+    """`make demo` and `make test` share an environment: the former removes no package of the latter."""
     suite = pins("dev")
     for name in ("package", "minimal"):
         for package, found in pins(name).items():

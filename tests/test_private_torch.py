@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that PyTorch does not promise: that this build has them, and that without them the same comes out."""
+"""Private names of PyTorch: this build has them, and results are the same without them."""
 
 import pytest
 import torch

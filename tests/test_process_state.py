@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each tool leaves the process as it found it: random streams, environment, signals, Pillow's limits, logs, threads.
 
-One exception is documented: the first image that is read puts a filter into `warnings.filters` that only matches
-Pillow's warnings in threads that read one.
+One exception is documented: reading the first image adds a filter to `warnings.filters` that matches only Pillow's
+warnings in threads that read an image.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,11 @@ from transformers_fastvlm.images import decoding
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE") if hasattr(signal, name)]
 ENDING = 20.0
-"""Seconds in which threads that were told to end have ended."""
+"""Seconds to wait until stopped threads have ended."""
 
 
 def open_files() -> list[str]:
-    """Return what the process has open, without what names no place, such as pipes of the test's own output."""
+    """Return the targets of the process's open file descriptors."""
     folder = "/proc/self/fd"
     if not os.path.isdir(folder):
         return []
@@ -49,13 +50,13 @@ def open_files() -> list[str]:
     for name in os.listdir(folder):
         try:
             found.append(os.readlink(os.path.join(folder, name)))
-        except OSError:  # that of the listing itself
+        except OSError:  # the descriptor of the listing itself
             continue
     return sorted(found)
 
 
 def _loguru_handlers() -> list[int] | None:
-    """Return the numbers of the handlers of loguru, which lmms-eval logs with; None where it is not installed."""
+    """Return the ids of loguru's handlers, which lmms-eval uses for logging; None if it is not installed."""
     if importlib.util.find_spec("loguru") is None:
         return None
     from loguru import logger
@@ -70,7 +71,7 @@ def umask() -> int:
 
 
 def filters() -> list[Any]:
-    """Return what filters warnings, but for an image of Pillow's, and of kinds that a library brings at its import."""
+    """Return the warning filters, without decoding's own and those of categories that libraries add at import."""
     known = ("builtins", "PIL")
     return [
         one
@@ -106,21 +107,23 @@ STATE: dict[str, Callable[[], Any]] = {
     "deterministic algorithms": torch.are_deterministic_algorithms_enabled,
     # tqdm keeps one for all bars of a process.
     "loguru's handlers": _loguru_handlers,
-    "threads": lambda: {one.name for one in threading.enumerate() if one.name != "tqdm_monitor"},
+    "threads": lambda: [one.name for one in threading.enumerate() if one.name != "tqdm_monitor"],
     "open files": open_files,
 }
 
 
 def settled(name: str, before: Any) -> Any:
-    """Return a part of the state, of threads and files when they have had a moment to end."""
+    """Return a part of the state; for threads and files, wait until new ones have ended, and return the rest."""
+    if name not in ("threads", "open files"):
+        return STATE[name]()
     end = time.monotonic() + ENDING
     gc.collect()
-    while (now := STATE[name]()) != before and name in ("threads", "open files") and time.monotonic() < end:
+    while (new := Counter(STATE[name]()) - Counter(before)) and time.monotonic() < end:
         time.sleep(0.05)
-    return now
+    return [*before, *new.elements()] if new else before
 
 
-# The tools, each with a folder of its own
+# The tools, each with a separate folder
 
 
 def scenes(folder: Path, count: int = 2) -> Path:
@@ -261,7 +264,7 @@ def test_a_tool_leaves_the_process_as_it_was(tool: str, tmp_path: Path) -> None:
 
 
 def _shown(changed: dict[str, tuple[Any, Any]]) -> dict[str, str]:
-    """Return what a tool changed, of collections only what is new."""
+    """Return a tool's changes of the state; for collections, only the new elements."""
     return {
         name: str([one for one in now if one not in before] if isinstance(now, list | set) else (before, now))[:500]
         for name, (before, now) in changed.items()

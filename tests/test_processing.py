@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processor: the golden ids, what it loads and saves, what it takes and refuses, what servers ask it for."""
+"""The processor: the golden ids, loading and saving, inputs and errors, and the methods that servers call."""
 
 import copy
 import json
@@ -158,7 +158,7 @@ def test_arguments_of_from_pretrained(checkpoint: Callable[[str], Path]) -> None
 
 
 def test_parts_handed_in(checkpoint: Callable[[str], Path]) -> None:
-    """A server hands in its own tokenizer: it is used as it is, and gets <image> in place, once."""
+    """A server passes its own tokenizer: the same object is used, and gets <image> once."""
     folder = checkpoint("qwen2_tied")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = tokenizer.chat_template
@@ -214,7 +214,7 @@ def test_foreign_directory(tmp_path: Path, checkpoint: Callable[[str], Path]) ->
 
 
 def test_forms_of_images(processor: FastVLMProcessor, golden: Path, picture: Image.Image) -> None:
-    """One picture, lists, lists a row, paths, arrays and tensors all come out alike."""
+    """A single image, lists, lists per row, paths, arrays and tensors give the same result."""
     array = np.asarray(picture.convert("RGB"))
     forms: list[Any] = [
         picture,

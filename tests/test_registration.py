@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What importing the package makes Transformers know; order and failures are in test_registration_order."""
+"""Registrations made by importing the package; test_registration_order tests order and failures."""
 
 import logging
 import pickle
@@ -40,7 +40,7 @@ def apple_directory(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     return directory
 
 
-# What text-generation pipelines of Transformers before 5.20 say of every model.
+# Warning of the text-generation pipelines of Transformers < 5.20 for every model.
 OF_OLD_PIPELINES = ("Both `max_new_tokens`", "Passing `generation_config` together", "Ignoring clean_up_tokenization")
 
 
@@ -124,7 +124,7 @@ def test_other_auto_classes(checkpoint, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 22])
 def test_model_and_processor_agree_on_the_placeholder(tokens: int, checkpoint, tmp_path: Path) -> None:
-    """A tokenizer with added tokens of its own, as Qwen2.5's has 22, moves the placeholder for both."""
+    """Added tokens of a tokenizer, such as Qwen2.5's 22, shift the placeholder's id in processor and model alike."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("qwen2_untied"))
     tokenizer.add_tokens([f"<|added_{index}|>" for index in range(tokens)], special_tokens=True)
     for file in checkpoint("qwen2_untied").iterdir():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registration survives what can happen to an import; each test is a process of its own, whose order matters."""
+"""The registration survives interrupted and failing imports; each test runs in a new process, since order matters."""
 
 import os
 import pickle
@@ -47,7 +47,7 @@ def check(directory):
 
 
 def run(code: str, **environment: str) -> str:
-    """Run `code` in a new interpreter, where warnings of ours are errors, and return what it prints."""
+    """Run `code` in a new interpreter, where our warnings are errors, and return its output."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HF_HUB_OFFLINE": "1"} | environment
     command = [sys.executable, "-c", PROLOGUE + textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
@@ -61,7 +61,7 @@ def directory(checkpoint: Callable[[str], Path]) -> str:
 
 
 def test_interrupted_and_failed_imports(directory: str) -> None:
-    """Ctrl-C while torch, Transformers or the model is imported, or a module that fails once: the next import works."""
+    """After Ctrl-C during the import of torch, Transformers or the model, or after a failure, the next import works."""
     code = f"""
         Finder(**{{
             "torch": raises(KeyboardInterrupt()),
@@ -104,7 +104,7 @@ def test_other_finders_threads_reload_and_fork(directory: str) -> None:
             start.wait()
             try:
                 import transformers_fastvlm
-                sys.meta_path.insert(0, Greedy)  # a finder of the package's own would no longer be asked
+                sys.meta_path.insert(0, Greedy)  # a finder of this package would no longer be called
                 check({directory!r})
             except BaseException as error:
                 wrong.append(repr(error))
@@ -129,7 +129,7 @@ def test_other_finders_threads_reload_and_fork(directory: str) -> None:
 
 
 def test_half_imported_transformers(directory: str) -> None:
-    """Imported while Transformers' own modules are half imported, the package says so and can be imported later."""
+    """If Transformers is only partly imported, importing the package gives a clear error, and works later."""
     code = f"""
         import importlib.util
 
@@ -161,9 +161,9 @@ def test_half_imported_transformers(directory: str) -> None:
 
 
 def test_hook_of_a_ray_worker_and_holders_of_an_older_transformers(directory: str) -> None:
-    """Ray calls a pickled function, or one that it is told the name of, in a new process.
+    """Ray calls a function, pickled or by name, in a new process.
 
-    There Transformers is already imported, and importing one of its modules has put a new object in its place.
+    There Transformers is already imported, and importing one of its modules has replaced the module object.
     """
     hook = pickle.dumps(transformers_fastvlm.register)
     code = f"""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded tiny model: Apple's layout, the usual ways to load it, and right answers."""
+"""The embedded tiny model: Apple's layout, the usual ways to load it, and correct answers."""
 
 import json
 from typing import Any
@@ -70,7 +70,7 @@ def test_printed_words_are_read_letter_by_letter(processor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_answers_are_right(model, processor, dtype: torch.dtype) -> None:
-    """benchmarks/results/tiny_accuracy.json has the accuracy on 2,000 scenes; of these 60 at most 6 may be missed."""
+    """benchmarks/results/tiny_accuracy.json has the accuracy on 2,000 scenes; here at most 6 of 60 may be wrong."""
     rows = [SCENES[index] for index in range(len(SCENES))]
     given = answers(model.to(dtype), processor, rows)
     model.to(torch.float32)

@@ -141,7 +141,7 @@ def test_other_classes_on_tokenizer_json(folder: Path, tmp_path: Path, tokenizer
 
 
 def test_class_known_to_transformers_only(tmp_path: Path) -> None:
-    """A tokenizer whose files are not understood here is loaded."""
+    """A tokenizer with unsupported files is loaded to find the id."""
     words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "cat", "dog"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     (tmp_path / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
@@ -202,5 +202,5 @@ def test_subfolder_and_ignored_arguments(golden: Path) -> None:
 
 
 def test_unreachable_repository(tmp_path: Path) -> None:
-    """Without the network and with nothing cached there is no id, and no error: reading a configuration must work."""
+    """Without network and cache the id is None and no error is raised: reading a configuration must work."""
     assert image_token_id_of("nobody/nothing", cache_dir=tmp_path, local_files_only=True) is None

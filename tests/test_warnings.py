@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which warnings fail the suite: `filterwarnings` of pyproject.toml, tried on warnings of each origin."""
+"""Tests of `filterwarnings` in pyproject.toml: which warnings fail the suite, by their origin."""
 
 import sys
 import tomllib
@@ -68,7 +68,7 @@ def test_what_a_library_says_about_itself_is_shown() -> None:
 
 
 def outcome(function: types.FunctionType, *arguments: object) -> bool:
-    """Return whether a warning of `function` becomes an error under the suite's filters, which hold here."""
+    """Return whether a warning of `function` becomes an error under the suite's filters, which are active here."""
     with warnings.catch_warnings(record=True) as shown:
         try:
             function(*arguments)
@@ -80,7 +80,7 @@ def outcome(function: types.FunctionType, *arguments: object) -> bool:
 
 @pytest.mark.parametrize("place", ["site-packages/library/inner.py", "torchao/quantization/quant_api.py"])
 def test_a_librarys_source_may_be_old(place: str, tmp_path: Path) -> None:
-    """Python warns about an invalid escape where it compiles a module for the first time."""
+    """Python warns about an invalid escape when it first compiles a module."""
     file = tmp_path / place
     with warnings.catch_warnings(record=True) as shown:
         compile(r'"\."', str(file), "exec")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that cannot be: each is one ValueError that names folder, file, field, value and what was expected."""
+"""Invalid settings: each gives one ValueError that names folder, file, field, value and the expected value."""
 
 import json
 import shutil
@@ -40,13 +40,13 @@ FLAT: list[tuple[str, Any, str]] = [
     ("image_grid_pinpoints", 5, "expected a list"),
     ("mm_patch_merge_type", "x", "expected one of"),
     ("vision_config", 5, "expected an object"),
-    ("torch_dtype", "float99", "expected a type of torch"),
-    ("torch_dtype", 5, "expected a type of torch"),
+    ("torch_dtype", "float99", "expected a torch dtype"),
+    ("torch_dtype", 5, "expected a torch dtype"),
     ("quantization_config", 5, "expected an object with a quant_method"),
     ("quantization_config", {"quant_method": "nonsense"}, "expected an object with a quant_method"),
     ("tie_word_embeddings", "no", "expected true or false"),
 ]
-# Where the Auto classes fail themselves, before they know that the model is this package's.
+# Fields for which the Auto classes fail before they reach this package.
 FLAT_OF_TOOLS = [
     ("architectures", 5, "expected a list"),
     ("auto_map", 5, "expected an object"),
@@ -66,7 +66,7 @@ NESTED: list[tuple[str, Any, str]] = [
     ("vision_config.projection_dim", -1, "expected a number of channels"),
     ("text_config.hidden_act", "nope", ACTIVATION),
     ("projector_hidden_act", "nope", ACTIVATION),
-    ("dtype", "float99", "expected a type of torch"),
+    ("dtype", "float99", "expected a torch dtype"),
 ]
 DEEP = 100_000
 # (file, content, what the error says)
@@ -173,7 +173,7 @@ def test_file(name: str, content: str, expected: str, folder: Path) -> None:
 
 
 def test_another_model(folder: Path) -> None:
-    """A Llama is not a FastVLM, and neither class says anything else."""
+    """Neither class accepts a Llama as a FastVLM."""
     for kind, advice in {"llama": "another model", "fast_vlm": "fastvlm convert"}.items():
         change(folder, "model_type", kind)
         for cls in (FastVLMConfig, FastViTHDConfig, FastViTHDModel, FastVLMForConditionalGeneration):
@@ -192,5 +192,5 @@ def test_beams_of_a_checkpoint_do_not_reach_the_tools(folder: Path) -> None:
     engine: Any = load_engine("transformers", str(folder), dtype="float32", device="cpu")
     (answer,) = engine.generate([[{"role": "user", "content": "Hi"}]], Sampling(max_new_tokens=3))
     assert isinstance(answer.text, str)
-    plain = AutoModelForImageTextToText.from_pretrained(folder)  # whoever calls generate() gets what the file says
+    plain = AutoModelForImageTextToText.from_pretrained(folder)  # generate() uses the values of the file
     assert plain.generation_config.num_beams == 3

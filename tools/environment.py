@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -131,10 +132,12 @@ def make(folder: Path, name: str, package: Sequence[str] = ("--editable", "."), 
         raise SystemExit(f"The package could not be installed into {folder}; uv's reason is above.")
 
 
-def pins(name: str) -> dict[str, str]:
-    """Return the version of each package that requirements/`name`.txt names for every platform."""
-    text = (LOCKS / f"{name}.txt").read_text(encoding="utf-8")
-    return dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", text, re.MULTILINE))
+def locked(name: str) -> dict[str, list[str]]:
+    """Return the versions of each package that requirements/`name`.txt names, for whatever platform."""
+    text, versions = (LOCKS / f"{name}.txt").read_text(encoding="utf-8"), defaultdict(list)
+    for package, version in re.findall(r"^([a-z0-9-]+)==([^\s;]+)", text, re.MULTILINE):
+        versions[package].append(version)
+    return versions
 
 
 def newest(folder: Path) -> None:
@@ -144,11 +147,11 @@ def newest(folder: Path) -> None:
         SystemExit: if there is no such environment: some package excludes the newest Transformers.
     """
     new_environment(folder)
-    locked = pins("dev")
+    torch = [f"{name}=={locked('dev')[name][0]}\n" for name in ("torch", "torchvision")]
     with tempfile.TemporaryDirectory() as work:
         overrides, constraints = Path(work, "overrides.txt"), Path(work, "constraints.txt")
         overrides.write_text("transformers\n", encoding="utf-8")
-        constraints.write_text(f"torch=={locked['torch']}\ntorchvision=={locked['torchvision']}\n", encoding="utf-8")
+        constraints.write_text("".join(torch), encoding="utf-8")
         options = ["--refresh", "--overrides", str(overrides), "--constraints", str(constraints)]
         if pip(folder, "install", *options, "--editable", ".[torchvision,training,test]").returncode:
             raise SystemExit("The newest versions do not go together; uv's reason is above.")

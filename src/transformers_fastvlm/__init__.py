@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastVLM for Transformers: `import transformers_fastvlm`, and the Auto classes, generate() and pipelines know FastVLM.
+"""FastVLM for Transformers: after `import transformers_fastvlm`, Auto classes, generate() and pipelines know FastVLM.
 
-Importing registers the model, and with it imports torch and Transformers' models. Only the command `fastvlm` waits with
-that until a verb runs, so that its help comes at once.
+Importing the package registers the model, which imports torch and Transformers' models. Only the command `fastvlm`
+registers later, when a verb runs, so that its help appears at once.
 """
 
 import importlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m transformers_fastvlm` is the command `fastvlm`, where that is not on the path."""
+"""`python -m transformers_fastvlm` runs the command `fastvlm`, also where that is not on the PATH."""
 
 from .cli import main
 

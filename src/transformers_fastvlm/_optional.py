@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports of optional packages: one that is missing, or broken by another, is named with its version and the cure."""
+"""Imports of optional packages: the error names a missing or broken package, its version and the command to fix it."""
 
 import contextlib
 import importlib.metadata
@@ -11,15 +11,15 @@ __all__ = ["needs", "with_version"]
 
 @contextlib.contextmanager
 def needs(package: str, why: str, cure: str) -> Iterator[None]:
-    """Explain what goes wrong in a block that imports an optional package and does nothing else.
+    """Explain import errors of a block that only imports an optional package.
 
     Args:
-        package: the name that pip knows it by, such as "lmms-eval".
-        why: what needs it, as the subject of a sentence.
+        package: its name on PyPI, such as "lmms-eval".
+        why: the feature that needs it, as the subject of a sentence.
         cure: a command, such as `pip install "transformers-fastvlm[eval]"`.
 
     Raises:
-        ImportError: the package is not installed, or it is and fails: because of the version of another package, say.
+        ImportError: the package is not installed, or its import fails, e.g. because of another package's version.
     """
     module = package.replace("-", "_")
     try:
@@ -27,7 +27,7 @@ def needs(package: str, why: str, cure: str) -> Iterator[None]:
     except Exception as error:
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"{why} needs {package}: {cure}", name=module) from error
-        # An ImportError knows the module that it is about. Others blame no one but the package that was asked for.
+        # An ImportError names the module that failed. Other errors are attributed to the requested package.
         other = (getattr(error, "name", None) or module).partition(".")[0]
         blamed = "" if other == module else f" beside {with_version(other)}"
         raise ImportError(
@@ -38,7 +38,7 @@ def needs(package: str, why: str, cure: str) -> Iterator[None]:
 
 
 def with_version(module: str) -> str:
-    """Return the name and version of the package that a module comes from, or say that it is not installed."""
+    """Return the name and version of the package that provides a module, or a text that it is not installed."""
     packages = importlib.metadata.packages_distributions().get(module)
     if packages:
         return f"{packages[0]} {importlib.metadata.version(packages[0])}"

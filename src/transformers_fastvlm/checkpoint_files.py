@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a checkpoint as they lie on the disk: JSON objects, and where each tensor is in safetensors files.
+"""Files of a checkpoint on disk: JSON objects, and the location of each tensor in safetensors files.
 
-Loading, converting and the tools judge files by these functions, so that what one refuses the others refuse too. The
-safetensors library judges whether a file is sound; what is added here is where each tensor lies in it. Format: 8 bytes
+Loading, converting and the tools check files with these functions, so all of them refuse the same files. The
+safetensors library checks that a file is valid; this module adds the position of each tensor in it. Format: 8 bytes
 with the length of the header, the header in JSON, the tensors' bytes, little-endian.
 """
 
@@ -41,7 +41,7 @@ _OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.gg
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: `nbytes` bytes from `start`, then, when written, `extra_rows` copies of the first row."""
+    """A tensor in a file: `nbytes` bytes from `start`. Writing it appends `extra_rows` copies of the first row."""
 
     file: Path
     dtype: str
@@ -63,7 +63,7 @@ class StoredTensor:
         return self.written_bytes // max(prod(self.shape), 1)
 
     def with_rows(self, rows: int) -> "StoredTensor":
-        """Return this tensor cut to its first `rows` rows, or lengthened to `rows` by copies of its first row."""
+        """Return this tensor truncated to its first `rows` rows, or extended to `rows` with copies of its first row."""
         missing = rows - self.shape[0]
         shape = (rows, *self.shape[1:])
         if missing >= 0:
@@ -71,7 +71,7 @@ class StoredTensor:
         return replace(self, shape=shape, nbytes=rows * self.row_bytes)
 
     def blocks(self) -> Iterator[bytes]:
-        """Yield the bytes, `BLOCK` at most at a time."""
+        """Yield the bytes in blocks of at most `BLOCK`."""
         with self.file.open("rb") as stream:
             yield from _read(stream, self.file, self.start, self.nbytes)
             for _ in range(self.extra_rows):
@@ -83,7 +83,7 @@ def _read(stream: Any, file: Path, start: int, nbytes: int) -> Iterator[bytes]:
     while nbytes:
         block = stream.read(min(BLOCK, nbytes))
         if not block:
-            raise ValueError(f"{file} ended while it was read; it has become shorter. Leave it alone while converting.")
+            raise ValueError(f"{file} became shorter while it was read. Do not change the files while converting.")
         nbytes -= len(block)
         yield block
 
@@ -96,10 +96,10 @@ def same_values(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def refuse_two_values(tensors: Mapping[str, Sequence[StoredTensor]]) -> None:
-    """Raise ValueError where a tensor is stored more than once, with different values.
+    """Raise ValueError if a tensor is stored more than once with different values.
 
     Args:
-        tensors: what is stored of each, in several files or under Apple's name and ours.
+        tensors: all stored copies of each tensor, in several files or under Apple's name and ours.
     """
     for name, found in tensors.items():
         if not all(same_values(found[0], other) for other in found[1:]):
@@ -111,17 +111,17 @@ def refuse_two_values(tensors: Mapping[str, Sequence[StoredTensor]]) -> None:
 
 
 def refuse_integers(tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise ValueError where a weight is not a floating-point number of 16 bits or more.
+    """Raise ValueError if a weight's dtype is not floating-point with at least 16 bits.
 
-    Integers and 8-bit floats mean nothing without the scales of the quantization that made them.
+    Integers and 8-bit floats are meaningless without the scales of their quantization.
     """
     wrong = [name for name, t in tensors.items() if t.dtype not in _WEIGHTS and not name.endswith(_COUNTERS)]
     if wrong:
         first = tensors[wrong[0]]
         raise ValueError(
-            f"{first.file} holds {len(wrong)} tensors that are not weights: {wrong[0]} is of type {first.dtype}, "
-            f"expected one of {', '.join(_WEIGHTS)}. If it was quantized, config.json must say how "
-            "(quantization_config); otherwise save it again from the full weights."
+            f"{first.file} holds {len(wrong)} tensors that are not weights: {wrong[0]} has dtype {first.dtype}, "
+            f"expected one of {', '.join(_WEIGHTS)}. If it is quantized, config.json needs a quantization_config; "
+            "otherwise save it again from the full weights."
         )
 
 
@@ -170,10 +170,10 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_index(file: Path) -> dict[str, str]:
-    """Return the file of each tensor, as the index of a checkpoint of several files says it.
+    """Return the file name of each tensor, from the index of a sharded checkpoint.
 
     Raises:
-        ValueError: it is not an index, or names a file outside of its own directory.
+        ValueError: the file is not an index, or names a file outside its own directory.
     """
     found = read_json(file).get("weight_map")
     weight_map: dict[str, str] = found if isinstance(found, dict) else {}
@@ -194,7 +194,7 @@ def read_directory(directory: Path) -> dict[str, StoredTensor]:
 
     Raises:
         FileNotFoundError: there are no safetensors files, or a shard of the index is missing.
-        ValueError: a damaged file or index, a shard outside the directory, or an index that does not fit its shards.
+        ValueError: a damaged file or index, a shard outside the directory, or an index that contradicts its shards.
     """
     if (directory / SINGLE_FILE).is_file():
         return read_tensors(directory / SINGLE_FILE)
@@ -217,8 +217,8 @@ def read_directory(directory: Path) -> dict[str, StoredTensor]:
         promised = {name for name, file in weight_map.items() if file == shard}
         if found.keys() != promised:
             raise ValueError(
-                f"{directory / shard} does not hold what {INDEX_FILE} says: missing "
-                f"{sorted(promised - found.keys())[:5]}, not expected {sorted(found.keys() - promised)[:5]}. "
+                f"{directory / shard} contradicts {INDEX_FILE}: missing "
+                f"{sorted(promised - found.keys())[:5]}, unexpected {sorted(found.keys() - promised)[:5]}. "
                 "The files belong to different checkpoints."
             )
         tensors.update(found)

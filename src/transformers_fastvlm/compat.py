@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between the supported versions of Transformers: the only module that asks for a version or a name.
+"""Differences between the supported versions of Transformers. Only this module checks versions or probes names.
 
-Each item says with which version it goes.
+Each item names the version after which it can be deleted.
 """
 
 import inspect
@@ -22,7 +22,7 @@ VERSION = str(transformers.__version__)
 _VERSION = Version(VERSION)
 
 TESTED = "5.16.1 to 5.24"
-"""Versions of Transformers that the package is tested with; setup.cfg declares the same range."""
+"""Tested versions of Transformers; setup.cfg declares the same range."""
 
 
 def _takes(function: Callable[..., Any]) -> frozenset[str]:
@@ -30,8 +30,8 @@ def _takes(function: Callable[..., Any]) -> frozenset[str]:
 
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""Names of the argument and output with the keys and values of earlier tokens. The second is that of Transformers
-before 5.24 and goes with them."""
+"""Names of the argument and output with the keys and values of earlier tokens. Delete the second, which Transformers
+< 5.24 uses, with support for these versions."""
 
 CACHE = next((name for name in CACHE_NAMES if name in _takes(GenerationMixin.prepare_inputs_for_generation)), "cache")
 """The name that generate() uses. Becomes "cache" when support for Transformers < 5.24 ends."""
@@ -43,13 +43,13 @@ attention functions and not for the layers."""
 
 
 def cache_argument(language_model: Any) -> str:
-    """Return the name under which a language model takes its cache.
+    """Return the name of a language model's cache argument.
 
-    Language models ignore keywords that they do not know, so that an argument that was renamed once more would give
-    wrong answers, not an error: this checks all that FastVLM passes.
+    Language models ignore unknown keywords. A renamed argument would therefore give wrong answers and no error, so this
+    function checks every argument that FastVLM passes.
 
     Raises:
-        RuntimeError: the forward method lacks an argument; the message names the versions that are tested.
+        RuntimeError: the forward method lacks an argument; the message names the tested versions.
     """
     kind = type(language_model)
     taken = _takes(kind.forward)
@@ -65,21 +65,21 @@ def cache_argument(language_model: Any) -> str:
 
 
 TEMPLATE_ARGUMENTS = _takes(ProcessorMixin.apply_chat_template)
-"""What `apply_chat_template` itself takes; other keywords are for the processor."""
+"""Arguments of `apply_chat_template`; other keywords are passed to the processor."""
 
 SANITIZES_CONTROL_TOKENS = "sanitize_control_tokens" in TEMPLATE_ARGUMENTS
-"""Delete with support for Transformers < 5.23, whose processors take control tokens in a user's text for their own."""
+"""Delete with support for Transformers < 5.23, whose processors treat control tokens in a user's text as real ones."""
 
 
 def slice_logits_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Return the positions for which logits are wanted.
+    """Return the hidden states of the positions whose logits are requested.
 
     Delete with support for Transformers < 5.21, where `transformers.modeling_utils` has no function of this name.
 
     Args:
         hidden_states: (batch, length, hidden_size).
-        logits_to_keep: the number of last positions, 0 for all; (positions,) for all rows; (batch, positions), integer,
-            for each row; or (batch, length), boolean.
+        logits_to_keep: the number of last positions, 0 for all; integer indices (positions,) for all rows or
+            (batch, positions) for each row; or a boolean mask (batch, length).
 
     Returns:
         (batch, positions, hidden_size); with a boolean mask (true positions, hidden_size).
@@ -94,24 +94,24 @@ def slice_logits_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor) ->
 
 
 GENERATE_KEEPS_ENCODER_OUTPUTS = _VERSION < Version("5.20.0.dev0")
-"""Delete with support for Transformers < 5.20, whose generate() neither encodes images once before it repeats a batch
-nor drops the encoder's outputs after the first step."""
+"""Delete with support for Transformers < 5.20, whose generate() does not encode images before it expands a batch and
+keeps the encoder's outputs after the first step."""
 
 ADAPTERS_LOSE_WHOLE_PARTS = _VERSION < Version("5.19.0.dev0")
-"""Delete with support for Transformers < 5.19, whose from_pretrained() leaves out what an adapter has of parts that
-were trained whole (peft's `modules_to_save`)."""
+"""Delete with support for Transformers < 5.19, whose from_pretrained() ignores an adapter's fully trained modules
+(peft's `modules_to_save`)."""
 
 
 def check_adapters(model: Any) -> None:
-    """Refuse a model that was loaded from the directory of an adapter, where parts of it would be missing.
+    """Refuse a model whose adapter was loaded incompletely.
 
     Raises:
-        ValueError: the adapter has parts that were trained whole, and this version of Transformers leaves them out.
+        ValueError: the adapter has fully trained modules, and this version of Transformers ignores them.
     """
     configs = getattr(model, "peft_config", {}).values() if ADAPTERS_LOSE_WHOLE_PARTS else ()
     if parts := [part for config in configs for part in config.modules_to_save or ()]:
         raise ValueError(
-            f"The adapter comes with a trained {parts[0]}, which Transformers {_VERSION} leaves out: expected 5.19 or "
+            f"The adapter comes with a trained {parts[0]}, which Transformers {_VERSION} ignores; expected 5.19 or "
             "later. Merge the adapter (fastvlm merge), or load it with transformers_fastvlm.training.load_merged."
         )
 
@@ -121,17 +121,17 @@ def encode_and_expand_images(
 ) -> dict[str, Any]:
     """Encode images once and repeat each row's group of images `expand_size` times.
 
-    Transformers < 5.20 repeats `pixel_values` image by image, so that with several images a prompt the second copy of
-    a prompt gets the first image twice.
+    Transformers < 5.20 repeats `pixel_values` image by image: with several images per prompt, the copies of a prompt
+    get the wrong images.
 
     Args:
         model: a `FastVLMForConditionalGeneration`.
         expand_size: copies of each row.
         input_ids: (batch, length) before expansion, or empty if `model_kwargs` has `inputs_embeds`.
-        model_kwargs: generate()'s arguments; `pixel_values`, `image_sizes` and `num_tiles` are taken out.
+        model_kwargs: generate()'s arguments; `pixel_values`, `image_sizes` and `num_tiles` are removed.
 
     Returns:
-        The arguments with `mm_encoder_outputs` in their place.
+        The arguments with `mm_encoder_outputs` instead.
     """
     images = {key: model_kwargs.pop(key, None) for key in ("pixel_values", "image_sizes", "num_tiles")}
     features = model.get_image_features(**images, return_dict=True).pooler_output
@@ -154,10 +154,10 @@ def encode_and_expand_images(
 
 
 def forget_renamings(model: Any) -> None:
-    """Let a model that was loaded under ZeRO-3 be saved under the names that it is saved under elsewhere.
+    """Let a model that was loaded under ZeRO-3 be saved with its usual tensor names.
 
-    Delete when Transformers remembers, under ZeRO-3 as elsewhere, only those renamings that loading has used; 5.23
-    remembers and reverses all that it knows, old ones of other models among them.
+    Delete when Transformers under ZeRO-3 also remembers only the renamings that loading used; 5.23 remembers and
+    reverses all it knows, including old ones of other models.
     """
     if is_deepspeed_zero3_enabled():
-        model._weight_conversions = None  # as of a model that was not loaded, which gets this package's
+        model._weight_conversions = None  # saving then uses this package's renamings, as for a model never loaded

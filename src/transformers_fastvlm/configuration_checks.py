@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a checkpoint's config.json or generation_config.json: one error that names file, field and value.
+"""Checks of a checkpoint's config.json and generation_config.json: one error that names file, field and value.
 
-Transformers builds a model from any values, and where they cannot be, fails somewhere on the way, with whatever error
-that place raises. So each field that the model's shape depends on is looked at first, by the table `_RULES`; what the
-table does not know is caught where the configuration is built (`explained`). Loading, converting and the tools all come
-through here.
+Transformers accepts any values and fails later, with an unrelated error, where they are invalid. So the table `_RULES`
+checks each field that determines the model's shape first; errors of other fields are caught when the configuration is
+built (`explained`). Loading, converting and the tools all use this module.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    # Some language models have one number a layer.
+    # Some language models have one number per layer.
     return isinstance(value, list) or (_is_number(value) and value > 0)
 
 
@@ -62,7 +61,7 @@ def _is_rope(value: Any) -> bool:
 
     if not isinstance(value, Mapping):
         return False
-    kinds = [value, *(inner for inner in value.values() if isinstance(inner, Mapping))]  # some have one a kind of layer
+    kinds = [value, *(inner for inner in value.values() if isinstance(inner, Mapping))]  # some have one per layer type
     known = ("default", *ROPE_INIT_FUNCTIONS)
     named = [kind.get("rope_type", kind.get("type")) for kind in kinds]
     return all(name is None or name in known for name in named) and all(
@@ -83,7 +82,7 @@ def _is_quantization(value: Any) -> bool:
 
 _POSITIVE: _Rule = (_is_positive, "a number above 0")
 _ACTIVATION: _Rule = (_is_activation, "an activation that Transformers knows, such as 'gelu' or 'silu'")
-_DTYPE: _Rule = (_is_dtype, "a type of torch, such as 'bfloat16'")
+_DTYPE: _Rule = (_is_dtype, "a torch dtype, such as 'bfloat16'")
 _ROPE: _Rule = (_is_rope, "an object with a rope_type that Transformers knows and a rope_theta above 0")
 _OBJECT: _Rule = (lambda value: isinstance(value, Mapping) or hasattr(value, "to_dict"), "an object")
 _BOOLEAN: _Rule = (lambda value: isinstance(value, bool), "true or false")
@@ -113,7 +112,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("dtype", "torch_dtype"), _DTYPE),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), _ROPE),
     **dict.fromkeys(("auto_map", "text_config", "vision_config"), _OBJECT),
-    "architectures": (lambda value: isinstance(value, list), "a list of names of classes"),
+    "architectures": (lambda value: isinstance(value, list), "a list of class names"),
     "image_token_id": (_is_count, "an id, 0 or above"),
     "model_type": (lambda value: isinstance(value, str), "a name"),
     "projection_dim": (_is_count, "a number of channels, or 0"),
@@ -131,10 +130,10 @@ _GENERATION_RULES: dict[str, _Rule] = {
 
 
 def check_fields(config: Any, source: Any = None) -> None:
-    """Raise ValueError where a field of config.json cannot be, in either form and in the configurations inside.
+    """Raise ValueError if a field of config.json is invalid, in either form, nested configurations included.
 
     Args:
-        config: the file's content, or a dictionary like it. None in a field counts as absent.
+        config: the file's content, or an equivalent dictionary. None in a field counts as absent.
         source: directory, repository or file that it was read from, for the error.
     """
     where = _file(source)
@@ -167,12 +166,12 @@ def _check_heads(fields: Mapping[str, Any], where: str, prefix: str) -> None:
 
 
 def check_generation_fields(content: Mapping[str, Any], source: Any = None) -> None:
-    """Raise ValueError where a field of generation_config.json cannot be; arguments as of `check_fields`."""
+    """Raise ValueError if a field of generation_config.json is invalid; arguments as in `check_fields`."""
     _check(content, _GENERATION_RULES, _file(source, _GENERATION_FILE), "")
 
 
 def check_model_type(config: Mapping[str, Any], source: Any, also: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless a config.json is of a FastVLM, or of a kind in `also`."""
+    """Raise ValueError unless a config.json has the model_type of a FastVLM, or one in `also`."""
     kind = config.get("model_type")
     if kind is None or kind in (*_OURS, *also):
         return
@@ -183,9 +182,9 @@ def check_model_type(config: Mapping[str, Any], source: Any, also: tuple[str, ..
 
 
 def check_directory(directory: str | os.PathLike[str]) -> None:
-    """Raise ValueError where a checkpoint's config.json, generation_config.json or index of weights cannot be.
+    """Raise ValueError if a checkpoint's config.json, generation_config.json or weight index is invalid.
 
-    What is absent is not checked, and no weights are read.
+    Missing files are not checked, and no weights are read.
     """
     folder = Path(directory)
     if (folder / "config.json").is_file():
@@ -199,15 +198,15 @@ def check_directory(directory: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def explained(content: Mapping[str, Any], source: Any) -> Iterator[None]:
-    """Turn what building a configuration from `content` raises into a ValueError that names the file and the field."""
+    """Turn errors of building a configuration from `content` into a ValueError that names the file and the field."""
     try:
         yield
     except StrictDataclassError as error:
         raise ValueError(_field_error(str(error), content, _file(source))) from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError) as error:
         raise ValueError(
-            f"{_file(source)} cannot be understood ({type(error).__name__}: {error}). Compare it with the config.json "
-            "of a checkpoint that loads, or copy the checkpoint again."
+            f"{_file(source)} is not a valid configuration ({type(error).__name__}: {error}). Compare it with the "
+            "config.json of a checkpoint that loads, or copy the checkpoint again."
         ) from error
     except ValueError as error:
         if source is None or str(source) in str(error):
@@ -216,7 +215,7 @@ def explained(content: Mapping[str, Any], source: Any) -> Iterator[None]:
 
 
 def _field_error(text: str, content: Mapping[str, Any], where: str) -> str:
-    """Put what `huggingface_hub` says of a field of the wrong type into the words of this module."""
+    """Rephrase `huggingface_hub`'s error about a field of the wrong type in this module's format."""
     name = re.search(r"field '(\w+)'", text)
     if name is None:
         reason = text.partition("Error: ")[2] or text

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations of the FastViTHD encoder and of FastVLM, in the nested form of Transformers and in Apple's flat form.
 
-Apple's checkpoints describe the whole model in one flat dictionary of LLaVA's making (`model_type` `llava_qwen2` or
-`llava_llama`) that names the encoder by a string, `mm_vision_tower: mobileclip_l_1024`. `FastVLMConfig` reads both
+Apple's checkpoints describe the whole model in one flat dictionary in LLaVA's format (`model_type` `llava_qwen2` or
+`llava_llama`). It names the encoder by a string, `mm_vision_tower: mobileclip_l_1024`. `FastVLMConfig` reads both
 forms and always writes the nested one.
 
 Sources: Vasu et al., *FastVLM*, CVPR 2025, arXiv 2412.13303, section 3 and table 1 (encoder); Apple's published
@@ -33,7 +33,7 @@ PUBLISHED_WIDTHS = (96, 192, 384, 768, 1536)
 _TOWER = re.compile(r"^mobileclip_l_(\d+)$")
 _TEXT_MODEL_OF = {"llava_qwen2": "qwen2", "llava_llama": "llama"}
 
-# Keys of the flat form that describe LLaVA's training or are expressed elsewhere, and so do not reach the text config.
+# Keys of the flat form that do not belong in the text config: they describe LLaVA's training or are stored elsewhere.
 _FLAT_KEYS_NOT_OF_THE_TEXT_MODEL = frozenset(
     {
         "_name_or_path",
@@ -149,8 +149,8 @@ def nested_from_flat(flat: dict[str, Any]) -> dict[str, Any]:
     An additional key `vision_config` may describe an encoder that differs from the published one.
 
     Raises:
-        ValueError: if the vision tower is not FastViTHD, the projector is not the two-layer one, an option of LLaVA
-            that Apple's models do not use is set, or two sizes contradict each other.
+        ValueError: the vision tower is not FastViTHD, the projector is not the two-layer one, a LLaVA option that
+            Apple's models do not use is set, or two sizes contradict each other.
     """
     model_type = flat["model_type"]
     tower = flat.get("mm_vision_tower", flat.get("vision_tower"))
@@ -159,7 +159,7 @@ def nested_from_flat(flat: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"This checkpoint has model_type {model_type!r} and mm_vision_tower {tower!r}. FastVLM checkpoints name "
             "a tower mobileclip_l_<pixels>, such as mobileclip_l_1024; other towers belong to other models of the "
-            "LLaVA family, which this package does not load. Use the code that the checkpoint came with."
+            "LLaVA family, which this package does not load. Use the checkpoint's own code."
         )
     projector = flat.get("mm_projector_type", "linear")
     if projector != "mlp2x_gelu":
@@ -223,12 +223,12 @@ def vision_features(hidden_sizes: Any, multi_scale: str | None = None) -> int:
     return own + sum(widths[:-1]) if multi_scale else own
 
 
-# What `get_config_dict` hands to `from_dict` for its errors: where config.json lies.
+# `get_config_dict` passes the location of config.json to `from_dict` under this key, for error messages.
 _READ_FROM = "_read_from"
 
 
 class _CheckedConfig(PreTrainedConfig):
-    """What both configurations share: a file that cannot be right is an error which names folder, file and field."""
+    """Base of both configurations: an invalid file raises an error that names folder, file and field."""
 
     _also_of: ClassVar[tuple[str, ...]] = ()
 
@@ -236,14 +236,14 @@ class _CheckedConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read config.json as it is, and check it.
+        """Read config.json unchanged, and check it.
 
         Raises:
-            ValueError: config.json is of another model, or a field of it has a value that cannot be.
+            ValueError: config.json describes another model, or a field has an invalid value.
         """
         file = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "config.json")
         if os.path.isfile(file):
-            read_json(Path(file))  # Transformers takes whatever JSON it finds for an object
+            read_json(Path(file))  # Transformers assumes that the JSON is an object
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         check_model_type(config, pretrained_model_name_or_path, cls._also_of)
         check_fields(config, pretrained_model_name_or_path)
@@ -256,27 +256,27 @@ class FastViTHDConfig(BackboneConfigMixin, _CheckedConfig):
 
     Args:
         num_channels: channels of the input image.
-        image_size: height and width, in pixels, that the encoder was trained for. It is a default for the image
-            processor: the encoder itself takes any height and width that are multiples of 64.
+        image_size: height and width, in pixels, that the encoder was trained with: the image processor's default.
+            The encoder accepts any height and width that are multiples of 64.
         depths: blocks in each of the five stages.
         hidden_sizes: channels of each of the five stages; the last two are multiples of `attention_head_dim`.
         mlp_ratio: widening of the convolutional feed-forward network.
         attention_head_dim: channels of one attention head in stages 4 and 5.
         projection_dim: size of the CLIP embedding, or 0 for an encoder without that head.
-        reparameterized: True for the merged form that all published checkpoints have, False for the train-time form
-            with parallel branches, which `FastViTHDModel.reparameterize` merges.
+        reparameterized: True for the merged form of all published checkpoints, False for the train-time form with
+            parallel branches, which `FastViTHDModel.reparameterize` merges.
         hidden_act: activation; "gelu" is the exact one.
-        multi_scale: None, or how the outputs of stages 1 to 4 are brought to the last resolution to be concatenated
-            with the last one: "pool" averages them, "conv" applies strided depthwise convolutions (paper, section
-            3.2.2 and table 2). No published checkpoint uses it.
+        multi_scale: None, or how the outputs of stages 1 to 4 are downsampled to the last stage's resolution, to be
+            concatenated with its output: "pool" averages, "conv" applies strided depthwise convolutions (paper,
+            section 3.2.2 and table 2). No published checkpoint uses it.
         layer_norm_eps: epsilon of the channel-wise LayerNorms.
         batch_norm_eps: epsilon of the BatchNorms.
-        layer_scale_init_value: value that the layer scales of a new model start from.
-        drop_path_rate: stochastic depth rate of the last block when training; it grows linearly from 0, in [0, 1).
-        freeze_batch_norm: whether BatchNorm uses its running statistics also when training, as the reference code's
+        layer_scale_init_value: initial value of a new model's layer scales.
+        drop_path_rate: stochastic depth rate of the last block in training, in [0, 1); it grows linearly from 0.
+        freeze_batch_norm: whether BatchNorm uses its running statistics in training too, as the reference code's
             fine-tuning does; None means yes for the merged form and no for the train-time form.
         attention_dropout: dropout of attention weights when training, in [0, 1).
-        initializer_range: standard deviation of a new model's matrices and kernels.
+        initializer_range: standard deviation of a new model's matrices.
 
     Example:
         >>> from transformers_fastvlm import FastViTHDConfig
@@ -345,7 +345,7 @@ class FastViTHDConfig(BackboneConfigMixin, _CheckedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """The same as `num_features`, under the name that generic code looks for."""
+        """The same as `num_features`, under the name that generic code expects."""
         return self.num_features
 
     @property
@@ -355,7 +355,7 @@ class FastViTHDConfig(BackboneConfigMixin, _CheckedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Number of hidden states that the encoder returns: one a stage."""
+        """Number of hidden states that the encoder returns: one per stage."""
         return NUM_STAGES
 
     @classmethod
@@ -383,12 +383,12 @@ class FastVLMConfig(_CheckedConfig):
         vision_config: a `FastViTHDConfig` or its dictionary; default the published encoder.
         text_config: the configuration of any causal language model of Transformers that takes `inputs_embeds`, such
             as Qwen2, Qwen3 or Llama, or its dictionary with a `model_type`; default Qwen2's defaults.
-        image_token_id: id of the `<image>` placeholder. It depends on the tokenizer, so there is no default: on a
-            checkpoint of Apple's it is found in the tokenizer files, elsewhere use
+        image_token_id: id of the `<image>` placeholder. It depends on the tokenizer, so there is no default. For
+            Apple's checkpoints it is derived from the tokenizer files; for others use
             `FastVLMProcessor.image_token_id`. It may lie beyond the embedding rows: placeholders are never embedded.
         projector_hidden_act: activation between the projector's two layers.
-        image_aspect_ratio: how pictures are made square: "pad", "square" (centre crop) or "anyres" (tiles).
-        image_grid_pinpoints: for "anyres", the (width, height) pairs, in pixels, that a picture may be cut into.
+        image_aspect_ratio: how images are made square: "pad", "square" (centre crop) or "anyres" (tiles).
+        image_grid_pinpoints: for "anyres", the resolutions to choose from, as (width, height) pairs in pixels.
         mm_patch_merge_type: for "anyres": "flat" concatenates the tiles' tokens, "spatial" puts the tiles' tokens in
             reading order, "spatial_unpad" also drops padding and ends each row with a learned `image_newline`.
         tie_word_embeddings: whether the head shares the embeddings' weight.
@@ -402,7 +402,7 @@ class FastVLMConfig(_CheckedConfig):
     model_type = "fastvlm"
     attribute_map: ClassVar[dict[str, str]] = {"image_token_index": "image_token_id"}
     sub_configs: ClassVar[dict[str, Any]] = {"vision_config": FastViTHDConfig, "text_config": AutoConfig}
-    # What `Trainer` leaves out of an evaluation's predictions. Transformers from 5.24 on calls the cache `cache`.
+    # Outputs that `Trainer` drops from an evaluation's predictions. Transformers >= 5.24 names the cache `cache`.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
         "cache",
@@ -420,7 +420,7 @@ class FastVLMConfig(_CheckedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Whether the id was worked out from tokenizer files and not read from config.json; never saved.
+        # Whether the id was derived from tokenizer files, not read from config.json; never saved.
         self._image_token_id_is_inferred = kwargs.pop("image_token_id_is_inferred", False)
         if self.vision_config is None:
             self.vision_config = FastViTHDConfig()
@@ -433,7 +433,7 @@ class FastVLMConfig(_CheckedConfig):
             model_type = text.pop("model_type", "qwen2")
             if model_type not in CONFIG_MAPPING:
                 raise ValueError(
-                    f"text_config.model_type is {model_type!r}, which this version of Transformers does not know."
+                    f"text_config.model_type is {model_type!r}, which this version of Transformers does not support."
                 )
             self.text_config = CONFIG_MAPPING[model_type].from_dict(text)
         if self.image_aspect_ratio == "anyres" or self.image_grid_pinpoints is not None:
@@ -444,7 +444,7 @@ class FastVLMConfig(_CheckedConfig):
 
     @property
     def image_token_id_is_inferred(self) -> bool:
-        """Whether `image_token_id` was worked out from tokenizer files, as for Apple's checkpoints."""
+        """Whether `image_token_id` was derived from tokenizer files, as for Apple's checkpoints."""
         return self._image_token_id_is_inferred
 
     def to_dict(self) -> dict[str, Any]:
@@ -458,11 +458,11 @@ class FastVLMConfig(_CheckedConfig):
         """Return the configuration of a published size: "0.5b", "1.5b", "7b" or "vicuna-7b".
 
         Args:
-            name: the size; upper and lower case are the same.
+            name: the size, case-insensitive.
             overrides: fields of this class that replace the preset's.
 
         Raises:
-            ValueError: if the name is unknown.
+            ValueError: the name is unknown.
         """
         preset = _PRESETS.get(name.lower())
         if preset is None:
@@ -473,7 +473,7 @@ class FastVLMConfig(_CheckedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read config.json in either form; Apple's comes back nested, with `image_token_id` from the tokenizer."""
+        """Read config.json in either form; Apple's is returned nested, with `image_token_id` from the tokenizer."""
         hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if is_flat(config):
@@ -485,7 +485,7 @@ class FastVLMConfig(_CheckedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build the configuration from a dictionary in either form.
 
-        For Apple's form, `name_or_path` in `kwargs` (the Auto classes pass it) says where the tokenizer files are.
+        For Apple's form, `name_or_path` in `kwargs` (the Auto classes pass it) locates the tokenizer files.
         """
         source = kwargs.pop(_READ_FROM, None) or kwargs.get("name_or_path")
         check_fields(config_dict, source)
@@ -516,13 +516,13 @@ class LlavaLlamaConfig(FastVLMConfig):
 
 
 def _with_image_token_id(flat: dict[str, Any], source: str | None, hub: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the nested form of `flat`, with the id that the tokenizer in `source` has, or will give, to `<image>`.
+    """Return the nested form of `flat`, with the id that `<image>` has, or will get, in the tokenizer in `source`.
 
     Args:
         flat: Apple's form.
         source: directory, config file or hub repository that it was read from, if known.
-        hub: the arguments it was read from the hub with, or None if they are not known. Then only the default cache
-            is looked into; `FastVLMPreTrainedModel.from_pretrained`, which knows them, looks again.
+        hub: the hub arguments it was read with, or None if unknown. If None, only the default cache is searched;
+            `FastVLMPreTrainedModel.from_pretrained`, which has the arguments, searches again.
     """
     nested = nested_from_flat(flat)
     if flat.get("image_token_id") is not None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations before they are rendered and after: parts of messages in one form, frames of videos, masks of answers.
+"""Conversations before and after rendering: message parts in one form, frames of videos, masks of answers.
 
-Used by the processor; nothing here knows of tokenizers or models.
+The processor uses this module. It does not depend on tokenizers or models.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ __all__ = [
 ]
 
 DEFAULT_VIDEO_FRAMES = 8
-"""Frames taken from a video in a message unless `num_frames` says otherwise."""
+"""Default number of frames taken from a video in a message (`num_frames`)."""
 MAX_VIDEO_FRAMES = 32
-"""Most frames taken from one video: 8192 tokens at 1024 pixels, as many as the published models were trained on."""
+"""Most frames taken from one video: 8192 tokens at 1024 pixels, the trained context of the published models."""
 
 RENDERING = threading.RLock()
-"""Held by whoever renders for masks or labels and encodes the result.
+"""Lock to hold while rendering for masks or labels and tokenizing the result.
 
-Transformers keeps one compiled template a process, which before 5.24 notes the spans of one rendering at a time, and a
-tokenizer's padding is a state of the tokenizer.
+Transformers shares compiled templates within a process; before 5.24 a template records the spans of one rendering at a
+time. A tokenizer's padding is a state of the tokenizer.
 """
 
 _IMAGE_SOURCES = ("image", "url", "path", "base64")
@@ -48,17 +48,16 @@ def is_message(value: Any) -> bool:
 
 
 def plain_message(message: Any, num_frames: int = DEFAULT_VIDEO_FRAMES) -> dict[str, Any]:
-    """Return a copy of a message whose parts are of type text or image, each image with one source at most.
+    """Return a copy of a message with only text and image parts, each image with one source at most.
 
     Args:
         message: a role and a content, which is a string or a list of parts. Message and parts may be mappings,
-            Pydantic models (as OpenAI's client returns them) or dataclasses; what is None in them is left out.
-        num_frames: frames that stand for a video, 1 to 32.
+            Pydantic models (as OpenAI's client returns them) or dataclasses; fields that are None are dropped.
+        num_frames: frames taken from a video, 1 to 32.
 
     Raises:
-        ValueError: a part that is not understood, a video without frames or one that cannot be read, or `num_frames`
-            out of range.
-        ImportError: a video file, but nothing to read it with.
+        ValueError: an unknown part, a video without frames or one that cannot be read, or `num_frames` out of range.
+        ImportError: a video file, but PyAV is not installed.
     """
     plain = _as_mapping(message)
     if plain is None:
@@ -70,17 +69,19 @@ def plain_message(message: Any, num_frames: int = DEFAULT_VIDEO_FRAMES) -> dict[
 
 
 def known_role(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message with a role of the package's templates, which would render any word; "developer" is "system".
+    """Return a message with a role that the package's templates support; "developer" becomes "system".
+
+    The templates themselves would render any role.
 
     Raises:
-        ValueError: another role, calls of tools, or no content.
+        ValueError: another role, tool calls, or no content.
     """
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "developer", "user", "assistant"):
         raise ValueError(f"A message has the role {str(role)[:100]!r}; expected 'system', 'user' or 'assistant'.")
     if message.get("tool_calls"):
         raise ValueError(
-            f"A message of role {role!r} has tool_calls; the model was not trained to call tools. Leave it out."
+            f"A message of role {role!r} has tool_calls; the model was not trained to call tools. Remove them."
         )
     if content is None:
         raise ValueError(f"A message of role {role!r} has no content; expected a string or a list of parts.")
@@ -90,15 +91,15 @@ def known_role(message: dict[str, Any]) -> dict[str, Any]:
 def render_with_spans(
     chats: Sequence[Any], template: str, **variables: Any
 ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-    """Render conversations; return each text and the spans of it that stand in generation blocks. For any threads.
+    """Render conversations; return each text and its spans in generation blocks. Thread-safe.
 
     Args:
         chats: conversations, each a list of messages.
-        template: in Jinja.
-        variables: of the template, such as the names of special tokens.
+        template: a Jinja template.
+        variables: the template's variables, such as the names of special tokens.
     """
-    # A comment makes it another template than that of threads which render without masks, and leaves the text as it is:
-    # Jinja takes off the newline at the end itself, and + keeps blanks before a comment.
+    # The comment makes this a different template from the one that other threads render without masks. It does not
+    # change the text: Jinja strips the newline at the end anyway, and + keeps blanks before a comment.
     with RENDERING:
         texts, spans = render_jinja_template(
             conversations=list(chats),
@@ -110,14 +111,14 @@ def render_with_spans(
 
 
 def image_sources(message: Mapping[str, Any]) -> list[Any]:
-    """Return the pictures (or paths, addresses, base64) of a message that `plain_message` returned, in order."""
+    """Return the images (or paths, URLs, base64) of a message that `plain_message` returned, in order."""
     content = message.get("content")
     parts = content if isinstance(content, list) else []
     return [part[key] for part in parts if part["type"] == "image" for key in _IMAGE_SOURCES if key in part]
 
 
 def _as_mapping(value: Any) -> Mapping[str, Any] | None:
-    """Return a mapping as it is, a Pydantic model or dataclass as a mapping without its None, anything else as None."""
+    """Return a mapping unchanged, a Pydantic model or dataclass as a mapping without None values; otherwise None."""
     if isinstance(value, Mapping):
         return value
     if callable(getattr(value, "model_dump", None)):
@@ -153,14 +154,14 @@ def _plain_parts(part: Any, num_frames: int) -> list[dict[str, Any]]:
 
 
 def _frames(part: Mapping[str, Any], num_frames: int) -> list[Any]:
-    """Return `num_frames` frames of a video part, or all where there are fewer."""
+    """Return `num_frames` frames of a video part, or all if there are fewer."""
     if not 1 <= num_frames <= MAX_VIDEO_FRAMES:
         raise ValueError(f"num_frames is {num_frames}; expected 1 to {MAX_VIDEO_FRAMES}.")
     video = next((part[key] for key in _VIDEO_SOURCES if key in part), None)
     if isinstance(video, str | os.PathLike):
         return spread_frames(video, num_frames)
     if video is None or len(video) == 0:
-        raise ValueError("A video part has no frames; give it a list of frames or a file as video, or a path or url.")
+        raise ValueError("A video part has no frames; pass a list of frames or a file as video, or a path or url.")
     return [video[index] for index in spread(len(video), num_frames)]
 
 

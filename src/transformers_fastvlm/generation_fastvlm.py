@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of generation: the cache under its two names, scores that are none, and the token that is never an answer."""
+"""Helpers of generation: the two names of the cache, a check for NaN scores, and a mask for the image placeholder."""
 
 import warnings
 from typing import Any
@@ -15,7 +15,7 @@ __all__ = ["NeverThePlaceholder", "check_scores", "has_tokens", "one_cache"]
 
 
 class NeverThePlaceholder(LogitsProcessor):
-    """Keeps generate() from answering with the image placeholder, which no image would belong to."""
+    """Keeps generate() from producing the image placeholder."""
 
     supports_continuous_batching = True
 
@@ -23,22 +23,22 @@ class NeverThePlaceholder(LogitsProcessor):
         self.image_token_id = image_token_id
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (rows, vocab_size) with that of the placeholder at minus infinity."""
+        """Return scores (rows, vocab_size) with the placeholder's set to minus infinity."""
         index = torch.full((1,), self.image_token_id, device=scores.device)
         return scores.index_fill(-1, index, -float("inf"))
 
 
 def check_scores(logits: Tensor) -> None:
-    """Raise ValueError if a prompt's last logits (batch, positions, vocab_size) are NaN, of which no answer is made."""
+    """Raise ValueError if a prompt's last logits (batch, positions, vocab_size) contain NaN."""
     if bool(logits[:, -1].isnan().any()):
         raise ValueError(
-            f"The model's first scores are NaN ({logits.dtype}). Its weights hold NaN or infinity, or its type is too "
-            'small for it: try dtype="float32", and if that does not help, fetch the checkpoint again.'
+            f"The model's first scores are NaN ({logits.dtype}). Its weights hold NaN or infinity, or its dtype "
+            'overflows: try dtype="float32", and if that does not help, fetch the checkpoint again.'
         )
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """Return the cache that was passed under one of its two names."""
+    """Return the cache, passed under one of its two names."""
     if cache is not None and past_key_values is not None:
         raise ValueError("Pass only one of cache and past_key_values: both name the cache of earlier tokens.")
     if past_key_values is None:
@@ -50,5 +50,5 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
 
 
 def has_tokens(cache: Any) -> bool:
-    """Whether a cache holds earlier tokens. The paged one of continuous batching, for many prompts, cannot say."""
+    """Whether a cache holds earlier tokens. False for the paged cache of continuous batching."""
     return isinstance(cache, Cache) and int(cache.get_seq_length()) > 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Pillow and the torchvision image processor share: options, their checks, reading input, and loading.
+"""Shared code of the Pillow and the torchvision image processor: options, their checks, reading input, and loading.
 
-The two differ only in how pixels are resized. Saved files name the torchvision class, as Transformers does; which of
-the two the Auto classes then build is decided when they are registered.
+The two differ only in how they resize pixels. Saved files name the torchvision class, as in Transformers; the
+registration decides which of the two the Auto classes then build.
 """
 
 import io
@@ -34,18 +34,17 @@ class FastVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
     r"""Options of the FastVLM image processors beyond those of every image processor.
 
     image_aspect_ratio (`str`):
-        How a picture becomes square: "pad" (black borders), "square" (centre crop) or "anyres" (a view of the whole
-        and tiles).
+        How an image is made square: "pad" (black borders), "square" (centre crop) or "anyres" (a base view and tiles).
     image_grid_pinpoints (`list[list[int]]`):
         For "anyres": the resolutions to choose from, as pairs of width and height.
     do_exif_transpose (`bool`):
-        Whether to turn an image as its EXIF orientation says, as `transformers.image_utils.load_image` does. True by
-        default; False takes the pixels as they are stored, as the reference does.
+        Whether to apply an image's EXIF orientation, as `transformers.image_utils.load_image` does. True by default;
+        False takes the pixels as stored, as the reference does.
     alpha_background (`list[int]` or `str`):
-        Colour that transparent images are laid on: red, green and blue from 0 to 255, or a name. White by default; None
+        Background colour for transparent images: red, green and blue from 0 to 255, or a name. White by default; None
         drops alpha and shows the colours beneath, as the reference does.
     max_pixels (`int`):
-        Of a file that is read; `PIL.Image.MAX_IMAGE_PIXELS` if None.
+        Most pixels of a file; `PIL.Image.MAX_IMAGE_PIXELS` if None.
     """
 
     image_aspect_ratio: str | None
@@ -56,7 +55,7 @@ class FastVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
 
 
 class FastVLMImageProcessorMixin:
-    """The half of both image processors that does not touch pixels."""
+    """The shared half of both image processors, which does not compute pixels."""
 
     valid_kwargs = FastVLMImageProcessorKwargs
 
@@ -76,16 +75,16 @@ class FastVLMImageProcessorMixin:
     image_grid_pinpoints = None
 
     _prepares_in_parallel = False
-    """Whether `process_image` may run in threads, which have none of the caller's streams and modes of torch."""
+    """Whether `process_image` may run in threads, which do not inherit the caller's torch streams and modes."""
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of what a call returns."""
+        """Names of the outputs of a call."""
         tiled = self.image_aspect_ratio == "anyres"
         return ["pixel_values", "image_sizes", "num_tiles"] if tiled else ["pixel_values"]
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
-        """Return how many tiles (rows of `pixel_values`) a picture of this height and width becomes."""
+        """Return the number of tiles (rows of `pixel_values`) of an image of this height and width."""
         options = self._options(images_kwargs)
         if options["image_aspect_ratio"] != "anyres":
             return num_tiles((height, width), None, MIN_SIZE)
@@ -94,10 +93,10 @@ class FastVLMImageProcessorMixin:
     def get_number_of_image_tokens(
         self, height: int, width: int, merge_type: str = "flat", images_kwargs: dict[str, Any] | None = None
     ) -> int:
-        """Return how many tokens the model makes of a picture of this height and width.
+        """Return the number of tokens of an image of this height and width.
 
         Args:
-            height, width: of the picture after it is turned as its EXIF orientation says.
+            height, width: of the image after its EXIF orientation is applied.
             merge_type: the model's `mm_patch_merge_type`.
             images_kwargs: options of the call, such as `size`, that replace this processor's.
         """
@@ -114,10 +113,10 @@ class FastVLMImageProcessorMixin:
         return self._standardize_kwargs(**{name: getattr(self, name) for name in names} | given)
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
-        """Bring the options of a call, or of the constructor, to one form and check them.
+        """Normalise and check the options of a call or of the constructor.
 
         Raises:
-            ValueError: an option that FastVLM does not have, a value it cannot have, or two that contradict.
+            ValueError: an unsupported option, an invalid value, or two options that contradict each other.
         """
         kwargs.setdefault("default_to_square", True)
         for name in ("size", "image_aspect_ratio"):
@@ -128,8 +127,8 @@ class FastVLMImageProcessorMixin:
         for name in _UNUSED_OPTIONS:
             if options.get(name):
                 raise ValueError(
-                    f"{name}={options[name]!r} is not an option of FastVLM's image processor: image_aspect_ratio "
-                    "('pad', 'square' or 'anyres') says how a picture becomes square, and `size` how large."
+                    f"{name}={options[name]!r} is not an option of FastVLM's image processor. Use image_aspect_ratio "
+                    "('pad', 'square' or 'anyres') to make images square, and `size` for the side in pixels."
                 )
         if options.get("data_format") not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
             raise ValueError(f"data_format is {options['data_format']!r}; FastVLM takes 'channels_first' only.")
@@ -149,10 +148,10 @@ class FastVLMImageProcessorMixin:
         return options
 
     def fetch_images(self, image_url_or_urls: Any, max_pixels: int | None = None) -> Any:
-        """Read what is a path, an address or base64, in lists of any nesting; pass pictures through.
+        """Read paths, URLs and base64 in lists of any nesting; return images unchanged.
 
         A file keeps its mode and its EXIF orientation, which `process_image` applies. An array of two axes gets a
-        third, for the channel. Several are read in parallel.
+        channel axis. Several files are read in parallel.
         """
         max_pixels = self.max_pixels if max_pixels is None else max_pixels
         if isinstance(image_url_or_urls, list | tuple):
@@ -174,26 +173,26 @@ class FastVLMImageProcessorMixin:
     def _prepare_images_structure(
         self, images: Any, expected_ndims: int = 3, max_pixels: int | None = None
     ) -> list[Any]:
-        """Flatten lists of any nesting, and arrays with a batch axis, to a list of pictures."""
+        """Flatten lists of any nesting, and arrays with a batch axis, to a list of images."""
         flat = _flatten(self.fetch_images(images, max_pixels), expected_ndims)
         if not flat:
-            raise ValueError("there are no images to process; leave `images` out for text only.")
+            raise ValueError("there are no images to process; omit `images` for text only.")
         return flat
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[Any]:
-        """Prepare each picture by `process_image`; an error says which one it was about."""
-        pictures = self._prepare_images_structure(images, expected_ndims, kwargs.get("max_pixels"))
+        """Prepare each image with `process_image`; an error names the image's index."""
+        flat = self._prepare_images_structure(images, expected_ndims, kwargs.get("max_pixels"))
 
         def prepare(index: int) -> Any:
             try:
-                return self.process_image(pictures[index], *args, **kwargs)  # type: ignore[attr-defined]
+                return self.process_image(flat[index], *args, **kwargs)  # type: ignore[attr-defined]
             except ValueError as error:
-                if len(pictures) == 1:
+                if len(flat) == 1:
                     raise
-                raise ValueError(f"image {index} (counting from 0) of {len(pictures)}: {error}") from error
+                raise ValueError(f"image {index} (counting from 0) of {len(flat)}: {error}") from error
 
-        threads = len(pictures) if self._prepares_in_parallel and _independent(pictures) else 1
-        return in_parallel(prepare, range(len(pictures)), threads)
+        threads = len(flat) if self._prepares_in_parallel and _independent(flat) else 1
+        return in_parallel(prepare, range(len(flat)), threads)
 
     @classmethod
     def get_image_processor_dict(
@@ -201,11 +200,11 @@ class FastVLMImageProcessorMixin:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read the options from preprocessor_config.json or processor_config.json, or else from config.json.
 
-        Apple's checkpoints have a config.json only. A preprocessor file written for another class of image processor,
-        as exports for other tools have, is passed over in favour of a config.json of FastVLM's.
+        Apple's checkpoints have a config.json only. If the preprocessor file belongs to another class of image
+        processor, as in exports for other tools, FastVLM's config.json is used instead.
 
         Raises:
-            OSError: none of these files is there.
+            OSError: none of these files exists.
             ValueError: the files describe another model, for instance a LLaVA with another vision tower.
         """
         name = pretrained_model_name_or_path
@@ -232,7 +231,7 @@ class FastVLMImageProcessorMixin:
             raise ValueError(
                 f"{str(name)!r} is not a FastVLM checkpoint: its image processor is {described!r} and its model_type "
                 f"{config.get('model_type')!r}; expected model_type {', '.join(map(repr, _MODEL_TYPES))}. Load it with "
-                "the class it was made for."
+                "its own class."
             )
         return options_from_config(config), rest
 
@@ -241,10 +240,10 @@ _MODEL_TYPES = (FastVLMConfig.model_type, FastViTHDConfig.model_type, "llava_qwe
 
 
 def options_from_config(config: FastVLMConfig | FastViTHDConfig | dict[str, Any]) -> dict[str, Any]:
-    """Return the image processor's options that a model's configuration, in either form, determines.
+    """Return the image processor options that follow from a model's configuration, in either form.
 
     Raises:
-        ValueError: the configuration is not one of FastVLM's, such as one of LLaVA's with another vision tower.
+        ValueError: not a FastVLM configuration, for instance a LLaVA with another vision tower.
     """
     model: Any = config
     if isinstance(config, dict):
@@ -261,7 +260,7 @@ def options_from_config(config: FastVLMConfig | FastViTHDConfig | dict[str, Any]
 
 
 def check_size(size: SizeDict) -> None:
-    """Raise ValueError unless `size` is a square that the encoder takes: a multiple of 64 from 64 to 2048."""
+    """Raise ValueError unless `size` is a square that the encoder accepts: a multiple of 64 from 64 to 2048."""
     sides = dict(size)
     valid = set(sides) == {"height", "width"} and sides["height"] == sides["width"]
     if not valid or sides["height"] % STRIDE or not MIN_SIZE <= sides["height"] <= MAX_SIZE:
@@ -272,16 +271,16 @@ def check_size(size: SizeDict) -> None:
 
 
 def check_unresized(height: int, width: int) -> None:
-    """Raise ValueError unless a picture can be used with `do_resize=False`."""
+    """Raise ValueError unless an image can be used with `do_resize=False`."""
     if height % STRIDE or width % STRIDE:
         raise ValueError(
-            f"an image is {width}x{height} (width x height) and do_resize=False leaves it so; both sides must be "
-            f"multiples of {STRIDE}."
+            f"an image is {width}x{height} (width x height); with do_resize=False both sides must be multiples of "
+            f"{STRIDE}."
         )
 
 
 def check_one_shape(shapes: Sequence[tuple[int, ...]]) -> None:
-    """Raise ValueError unless all pictures of a batch came out with the same number of channels, height and width."""
+    """Raise ValueError unless all prepared images of a batch have the same number of channels, height and width."""
     if len(set(shapes)) > 1:
         raise ValueError(
             f"the images of this batch have {len(set(shapes))} different shapes (channels, height, width): "
@@ -290,7 +289,7 @@ def check_one_shape(shapes: Sequence[tuple[int, ...]]) -> None:
 
 
 def per_channel(values: Any, channels: int, name: str) -> list[float]:
-    """Return `values` as one number a channel; a single number stands for all."""
+    """Return `values` as one number per channel; a single number applies to all."""
     numbers = [float(values)] * channels if isinstance(values, int | float) else [float(value) for value in values]
     if len(numbers) != channels:
         raise ValueError(f"{name} has {len(numbers)} values, but the images have {channels} channels.")
@@ -300,10 +299,10 @@ def per_channel(values: Any, channels: int, name: str) -> list[float]:
 
 
 def in_parallel(function: Callable[[Any], Any], items: Sequence[Any], most: int | None = None) -> list[Any]:
-    """Return `function` of each item, in order; an error is that of the first item that has one.
+    """Return `function` of each item, in order; raise the error of the first item that fails.
 
-    Pillow decodes and resizes without Python's lock, so threads help: at most `most`, and no more than torch computes
-    an operation with (`torch.set_num_threads`, OMP_NUM_THREADS, 1 in the workers of a DataLoader) or there are CPUs.
+    Pillow releases Python's global lock while it decodes and resizes, so threads help: at most `most`, the number of
+    CPUs and `torch.get_num_threads()` (set by OMP_NUM_THREADS; 1 in the workers of a DataLoader).
     """
     threads = min(len(items), len(items) if most is None else most)
     if threads > 1:
@@ -323,20 +322,20 @@ def _cpus() -> int:
     return cpus
 
 
-def _independent(pictures: Sequence[Any]) -> bool:
-    """Whether threads may read these pictures side by side.
+def _independent(images: Sequence[Any]) -> bool:
+    """Whether threads may read these images in parallel.
 
-    They may if none occurs twice, and none that is still to be decoded shares an open file with another, as the
+    They may if no image occurs twice, and no image still to be decoded shares an open file with another, as the
     members of a tar archive do.
     """
-    files = [getattr(picture, "fp", None) for picture in pictures]
+    files = [getattr(image, "fp", None) for image in images]
     own = all(file is None or type(file) in (io.BytesIO, io.BufferedReader) for file in files)
-    held = {id(picture if file is None else file) for picture, file in zip(pictures, files, strict=True)}
-    return own and len(held) == len(pictures)
+    held = {id(image if file is None else file) for image, file in zip(images, files, strict=True)}
+    return own and len(held) == len(images)
 
 
 def _leaves(nested: Any) -> Iterator[Any]:
-    """Yield what lists of any nesting hold, in order."""
+    """Yield the elements of lists of any nesting, in order."""
     if isinstance(nested, list | tuple):
         for item in nested:
             yield from _leaves(item)
@@ -345,13 +344,13 @@ def _leaves(nested: Any) -> Iterator[Any]:
 
 
 def _refilled(nested: Any, leaves: Iterator[Any]) -> Any:
-    """Return lists nested as `nested` is, with other leaves."""
+    """Return lists with the nesting of `nested` and the elements of `leaves`."""
     return [_refilled(item, leaves) for item in nested] if isinstance(nested, list | tuple) else next(leaves)
 
 
 def _flatten(images: Any, ndims: int) -> list[Any]:
     if isinstance(images, list | tuple):
-        return [picture for item in images for picture in _flatten(item, ndims)]
+        return [image for item in images for image in _flatten(item, ndims)]
     if not isinstance(images, Image.Image) and images.ndim == ndims + 1:
         return list(images)
     return [images]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastVLM's image processor with torchvision: the same interface as the Pillow one, on the GPU too.
+"""FastVLM's image processor with torchvision: the same interface as the Pillow one, on CPU and GPU.
 
-Its resampling differs from Pillow's by rounding: less than 0.3 of a grey level on average.
+Its resampling differs from Pillow's by rounding: on average by less than 0.3 of a grey level.
 """
 
 from typing import Any
@@ -42,14 +42,14 @@ if is_torch_available():
 __all__ = ["FastVLMImageProcessor"]
 
 _MAX_CUDA_SCALE = 64
-"""CUDA's antialiased resize keeps the weights of one output in shared memory, which larger downscales do not fit in."""
+"""CUDA's antialiased resize keeps the weights of one output in shared memory, which is too small for larger factors."""
 
 
 class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
-    """Turns pictures into FastVLM's `pixel_values` with torchvision, on the CPU or, with `device`, on a GPU.
+    """Turns images into FastVLM's `pixel_values` with torchvision, on the CPU or, with `device`, on a GPU.
 
-    Options, inputs, outputs and errors are those of `FastVLMImageProcessorPil`, which is the exact reference. Tensors
-    are resized where they are, unless `device` says otherwise. Pictures of extreme shape are resized by Pillow.
+    Options, inputs, outputs and errors are those of `FastVLMImageProcessorPil`, the exact reference. Tensors are
+    resized on their own device unless `device` is given. Pillow resizes images of extreme shape.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -78,7 +78,7 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         max_pixels: int | None = None,
         **kwargs: Any,
     ) -> "torch.Tensor":
-        """Return one picture as (channels, height, width) bytes on `device`, of 3 channels if `do_convert_rgb`."""
+        """Return one image as (channels, height, width) bytes on `device`, with 3 channels if `do_convert_rgb`."""
         if isinstance(image, Image.Image):
             image = oriented(load_pixels(image, max_pixels=max_pixels), do_exif_transpose)
             pixels = _from_pil(pil_to_rgb(image, alpha_background) if do_convert_rgb else pil_as_is(image))
@@ -140,7 +140,7 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         check_one_shape([tuple(views.shape[1:]) for views in tiles])
         pixel_values = torch.cat(tiles).to(torch.float32)
         if do_rescale:
-            # Division rounds as the reference's product in double precision does.
+            # Division rounds like the reference, which multiplies in double precision.
             pixel_values = pixel_values.div_(255) if rescale_factor == 1 / 255 else pixel_values.mul_(rescale_factor)
         if do_normalize:
             channels = pixel_values.shape[1]
@@ -158,10 +158,10 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def _scaled(self, image: "torch.Tensor", height: int, width: int, resample: int) -> "torch.Tensor":
-        """(channels, h, w) bytes to (channels, height, width) bytes, antialiased.
+        """Resize (channels, h, w) bytes to (channels, height, width) bytes, antialiased.
 
-        One axis after the other, rounded to bytes in between as in Pillow: where the filter overshoots at sharp
-        edges, as in text, one pass in floating point differs visibly.
+        The axes are resized one after the other and rounded to bytes in between, as in Pillow. A single pass in
+        floating point differs visibly where the filter overshoots at sharp edges, as in text.
         """
         columns_first = vertical_first((image.shape[1], image.shape[2]), (height, width))
         between = (height, image.shape[2]) if columns_first else (image.shape[1], width)
@@ -185,7 +185,7 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         if long * (long if height > width else side) > MAX_CANVAS_PIXELS:
             return _from_pil(pad_to_square(_to_pil(image), side, resample)).to(image.device)
         if width > height:
-            # Black rows stay black in the pass along the rows, so they are added after it.
+            # Resampling along the rows leaves black rows black, so they are added afterwards.
             top = (long - height) // 2
             canvas = image.new_zeros((channels, long, side))
             canvas[:, top : top + height] = self._scaled(image, height, side, resample)
@@ -196,7 +196,7 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         return self._scaled(canvas, side, side, resample)
 
     def _cropped(self, image: "torch.Tensor", side: int, resample: int) -> "torch.Tensor":
-        """Scale the shorter side to `side` and cut the centre."""
+        """Scale the shorter side to `side` and crop the centre."""
         _, height, width = image.shape
         scaled = int(side * max(height, width) / min(height, width))
         if scaled * side > MAX_CANVAS_PIXELS:
@@ -207,7 +207,7 @@ class FastVLMImageProcessor(FastVLMImageProcessorMixin, TorchvisionBackend):
         return self._scaled(image, scaled, side, resample)[:, start : start + side]
 
     def _tiles(self, image: "torch.Tensor", target_hw: tuple[int, int], side: int, resample: int) -> "torch.Tensor":
-        """The view of the whole picture, then its tiles at `target_hw`: (1 + tiles, channels, side, side) bytes."""
+        """Return the base view and the image's tiles at `target_hw`: (1 + tiles, channels, side, side) bytes."""
         target_h, target_w = target_hw
         height, width = fitted_size(tuple(image.shape[1:]), target_hw)
         top, left = (target_h - height) // 2, (target_w - width) // 2

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FastVLM's image processor with Pillow: the exact reference, and the default.
 
-Its pixel values equal those of Apple's code to the bit. It needs neither torch nor torchvision for its work.
+Its pixel values equal those of Apple's code bit for bit. It needs neither torch nor torchvision.
 """
 
 from typing import Any
@@ -31,40 +31,40 @@ __all__ = ["FastVLMImageProcessorPil"]
 
 
 class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
-    """Turns pictures into FastVLM's `pixel_values` with Pillow, bit for bit as Apple's reference code does.
+    """Turns images into FastVLM's `pixel_values` with Pillow, bit for bit as Apple's reference code does.
 
-    A picture is read as RGB (laid on white where it is transparent), made square, resized with bicubic interpolation in
-    8 bits, divided by 255, and normalized with mean 0 and standard deviation 1, which changes nothing.
+    An image is converted to RGB (on a white background if it is transparent), made square, resized with bicubic
+    interpolation in 8 bits, divided by 255, and normalized with mean 0 and standard deviation 1, which changes nothing.
 
-    A call takes a Pillow image of any mode, an array or tensor, (height, width) or with 1, 3 or 4 channels first or
-    last, of integers in 0...255 or floats in 0...1 (which are rounded to 8 bits), a path, an http(s) address, base64,
-    or nested lists of these. It returns
+    Inputs are Pillow images of any mode; arrays or tensors of shape (height, width), or with 1, 3 or 4 channels first
+    or last, of integers in 0...255 or floats in 0...1 (rounded to 8 bits); paths, http(s) URLs or base64; and nested
+    lists of these. A call returns
 
-    - `pixel_values`: (total tiles, 3, size, size), float32 in 0...1; one tile a picture, except for "anyres";
-    - `image_sizes`, for "anyres" only: (number of pictures, 2), int64, the (height, width) they had;
-    - `num_tiles`, for "anyres" only: (number of pictures,), int64; the view of the whole picture is the first.
+    - `pixel_values`: (total tiles, 3, size, size), float32 in 0...1; one tile per image, except for "anyres";
+    - `image_sizes`, for "anyres" only: (images, 2), int64, the original (height, width);
+    - `num_tiles`, for "anyres" only: (images,), int64, the base view included, which is the first tile.
 
     Args:
         size: the side of a tile, a multiple of 64 from 64 to 2048, as a number or `{"height": n, "width": n}`.
-        image_aspect_ratio: "pad" centres the picture on a black square, "square" crops the centre, "anyres" cuts the
-            picture, at the best resolution of `image_grid_pinpoints`, into tiles, after a view of the whole.
+        image_aspect_ratio: "pad" centres the image on a black square, "square" crops the centre, "anyres" makes a base
+            view of the whole image and cuts it into tiles at the best resolution of `image_grid_pinpoints`.
         image_grid_pinpoints: pairs of width and height, multiples of `size`.
-        do_exif_transpose: whether to turn an image as its EXIF orientation says, as Transformers' `load_image` does;
-            the reference does not.
-        alpha_background: colour that transparent images are laid on, as numbers from 0 to 255 or a name; None drops
-            alpha and shows what was hidden, as the reference does.
-        max_pixels: most pixels of a file that is read; None for `PIL.Image.MAX_IMAGE_PIXELS`.
-        do_resize: False takes pictures as they are; their sides must be multiples of 64.
-        do_convert_rgb: False keeps 1, 3 or 4 channels, for encoders that were made for them.
+        do_exif_transpose: whether to apply an image's EXIF orientation, as Transformers' `load_image` does; the
+            reference does not.
+        alpha_background: background colour for transparent images, as numbers from 0 to 255 or a name; None drops
+            alpha and shows the colours beneath, as the reference does.
+        max_pixels: most pixels of a file; None for `PIL.Image.MAX_IMAGE_PIXELS`.
+        do_resize: False keeps the size of the images; their sides must be multiples of 64.
+        do_convert_rgb: False keeps 1, 3 or 4 channels, for encoders with that many input channels.
         resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std: as in every image processor.
 
-    Each can be given in the call too.
+    Each option can also be passed in the call.
 
-    Several pictures are decoded and resized in parallel, by as many threads as torch uses (`torch.get_num_threads()`).
+    Several images are decoded and resized in parallel, with up to `torch.get_num_threads()` threads.
 
     Raises:
-        ValueError: an option or a picture that cannot be used; the message says why.
-        ConnectionError: an address that cannot be downloaded.
+        ValueError: an invalid option or image; the message says why.
+        ConnectionError: a URL cannot be downloaded.
 
     Example:
         >>> from PIL import Image
@@ -90,7 +90,7 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
         max_pixels: int | None = None,
         **kwargs: Any,
     ) -> Image.Image:
-        """Return one picture as a Pillow image, decoded and checked, in mode RGB if `do_convert_rgb`."""
+        """Return one image as a Pillow image, decoded and checked, in mode RGB if `do_convert_rgb`."""
         if isinstance(image, Image.Image):
             image = oriented(load_pixels(image, max_pixels=max_pixels), do_exif_transpose)
             return pil_to_rgb(image, alpha_background) if do_convert_rgb else pil_as_is(image)
@@ -134,7 +134,7 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
         tiles = [tile for cut_image in views for tile in cut_image]
         check_one_shape([(len(tile.getbands()), tile.height, tile.width) for tile in tiles])
         channels, height, width = len(tiles[0].getbands()), tiles[0].height, tiles[0].width
-        # A pixel has 256 possible values, so scaling and normalizing are a table.
+        # A pixel has 256 possible values, so scaling and normalizing is a table look-up.
         table = np.arange(256) * (rescale_factor if do_rescale else 1)
         table = np.tile(table.astype(np.float32), (channels, 1))
         if do_normalize:

@@ -36,19 +36,19 @@ from .strict_loading import StrictPreTrainedModel
 # Positions in `network`: from this downsampling on, float16 weights work on float32 activations (see `_trunk`).
 FIRST_FLOAT32_MODULE = 8
 _STAGE_MODULES = (0, 2, 4, 7, 10)
-RELOAD = "Load the model again with from_pretrained() to have its own parameters, and call fuse() last or not at all."
-"""What to do when a fused encoder is asked for what only its own parameters can do."""
+RELOAD = "Load the model again with from_pretrained() to restore its parameters, and call fuse() last or not at all."
+"""Advice for operations that a fused encoder does not support."""
 
 
 class _Conv2d(nn.Conv2d):
-    """A convolution that computes in the type of its input, also if its weights are stored in a smaller one."""
+    """A convolution that computes in the dtype of its input, also if its weights have a smaller one."""
 
     def forward(self, input: Tensor) -> Tensor:
         return kernels.conv2d(input, self.weight, self.bias, self.stride[0], int(self.padding[0]), self.groups)
 
 
 def _may_bypass(*modules: nn.Module) -> bool:
-    """Whether the work of these modules may be done without calling them: they are what this file made, unhooked."""
+    """Whether these modules may be computed without calling them: they are unmodified and have no hooks."""
     return all(
         type(m) in (_Conv2d, _BatchNorm2d, ConvFFN, GELUActivation)
         and not (m.training or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
@@ -57,7 +57,7 @@ def _may_bypass(*modules: nn.Module) -> bool:
 
 
 def _conv_gelu(conv: nn.Module, act: nn.Module, hidden: Tensor) -> Tensor:
-    """Return act(conv(hidden)), in one operation where there is one."""
+    """Return act(conv(hidden)), fused into one operation where possible."""
     if kernels.infers_on_cpu(hidden) and _may_bypass(conv, act):
         conv = cast(_Conv2d, conv)
         return kernels.conv2d_gelu(hidden, conv.weight, conv.bias, conv.stride[0], int(conv.padding[0]), conv.groups)
@@ -70,13 +70,13 @@ def _runs_backward() -> bool:
 
 
 def _exact(tensor: Tensor | None) -> Tensor:
-    """Return a tensor in float64, on the CPU, since not every device has that type."""
+    """Return a tensor in float64, on the CPU, since not every device supports that dtype."""
     assert tensor is not None
     return (tensor if tensor.is_meta else tensor.cpu()).double()
 
 
 class _BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that can stay on its running statistics while training, and computes in the type of its input."""
+    """BatchNorm that can use its running statistics in training, and computes in the dtype of its input."""
 
     def __init__(self, channels: int, config: FastViTHDConfig):
         super().__init__(channels, eps=config.batch_norm_eps)
@@ -87,10 +87,10 @@ class _BatchNorm2d(nn.BatchNorm2d):
         return super().train(mode and not self.frozen)
 
     def forward(self, input: Tensor) -> Tensor:
-        # FSDP's mixed precision shrinks parameters for the time of a step, and leaves statistics as they are.
+        # FSDP's mixed precision casts parameters to a smaller dtype during a step, but not the statistics.
         own = self.running_mean.dtype
         if self.training and _runs_backward():
-            # Gradient checkpointing computes the block again; its statistics were collected the first time.
+            # Gradient checkpointing recomputes the block; its statistics were updated the first time.
             weight, bias = self.weight.to(own), self.bias.to(own)
             return F.batch_norm(input, self.running_mean, self.running_var, weight, bias, True, 0.0, self.eps)
         if self.weight.dtype == own and (self.training or own == input.dtype):
@@ -106,7 +106,7 @@ class _BatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(input, mean, var, weight, bias, eps=self.eps)
 
     def as_scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Return the float64 factors a, b of its evaluation form a * x + b, each of shape (channels,)."""
+        """Return a and b of the evaluation form a * x + b in float64, each of shape (channels,)."""
         scale = _exact(self.weight) / torch.sqrt(_exact(self.running_var) + self.eps)
         return scale, _exact(self.bias) - _exact(self.running_mean) * scale
 
@@ -122,7 +122,7 @@ class _ChannelLayerNorm(nn.LayerNorm):
 
 
 class _ConvNorm(nn.Module):
-    """A bias-free convolution and its BatchNorm: the unit that branches are made of."""
+    """A bias-free convolution and its BatchNorm: the unit of each branch."""
 
     def __init__(self, config: FastViTHDConfig, in_channels: int, out_channels: int, kernel: int, **conv: Any):
         super().__init__()
@@ -131,20 +131,20 @@ class _ConvNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if kernels.infers_on_cpu(hidden) and _may_bypass(self.conv, self.bn):
-            # A kernel has fewer values than the map that BatchNorm would pass over.
+            # Scaling the kernel costs less than applying BatchNorm to the feature map.
             kernel, bias = (t.to(hidden.dtype) for t in self.merged())
             conv = self.conv
             return kernels.conv2d(hidden, kernel, bias, conv.stride[0], int(conv.padding[0]), conv.groups)
         return self.bn(self.conv(hidden))
 
     def merged(self) -> tuple[Tensor, Tensor]:
-        """Return kernel and bias, in float64, of the one convolution that equals this pair in evaluation."""
+        """Return kernel and bias, in float64, of the single convolution that equals this pair in evaluation."""
         scale, shift = self.bn.as_scale_and_shift()
         return _exact(self.conv.weight) * scale[:, None, None, None], shift
 
 
 def _identity_kernel(conv: nn.Conv2d) -> Tensor:
-    """Return the float64 kernel, on the CPU, of the shape of `conv`'s, under which the map stays as it is."""
+    """Return the identity kernel in the shape of `conv`'s, in float64 on the CPU."""
     device = "meta" if conv.weight.is_meta else "cpu"
     kernel = torch.zeros(conv.weight.shape, dtype=torch.float64, device=device)
     out_channels, in_per_group, height, width = kernel.shape
@@ -154,13 +154,13 @@ def _identity_kernel(conv: nn.Conv2d) -> Tensor:
 
 
 def _pad_kernel(kernel: Tensor, size: int) -> Tensor:
-    """Surround a (out, in, k, k) kernel with zeros up to `size`, which keeps its function under same padding."""
+    """Zero-pad an (out, in, k, k) kernel to `size`; with "same" padding it computes the same function."""
     margin = (size - kernel.shape[-1]) // 2
     return F.pad(kernel, [margin] * 4)
 
 
 def merged_conv(like: nn.Conv2d, kernel: Tensor, bias: Tensor) -> _Conv2d:
-    """Return a convolution with `like`'s geometry, type and device that holds `kernel` and `bias`."""
+    """Return a convolution with the geometry, dtype and device of `like`, and with `kernel` and `bias`."""
     conv = _Conv2d(
         like.in_channels,
         like.out_channels,
@@ -179,7 +179,7 @@ def merged_conv(like: nn.Conv2d, kernel: Tensor, bias: Tensor) -> _Conv2d:
 
 
 def _float32_from_float16(hidden: Tensor, weight_dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Return a context in which autocast to float16 is off, if float16 is in use, and an empty one otherwise."""
+    """Return a context that disables autocast to float16 if float16 is in use, and an empty one otherwise."""
     device = hidden.device.type
     autocast = kernels.autocasts(hidden) and torch.get_autocast_dtype(device) == torch.float16
     if (autocast or weight_dtype == torch.float16) and device != "meta":
@@ -248,11 +248,11 @@ class MobileOneBlock(nn.Module):
 
     @property
     def first_conv(self) -> _Conv2d:
-        """The convolution that meets the input, in either form."""
+        """The convolution applied to the input, in either form."""
         return self.reparam_conv if self.merged else self.convolution.conv
 
     def merged_kernel(self) -> tuple[Tensor, Tensor]:
-        """Return kernel and bias, in float64, of the one convolution that equals all branches."""
+        """Return kernel and bias, in float64, of the single convolution that equals all branches."""
         branch = self.convolution
         kernel, bias = branch.merged()
         if self.rbr_scale is not None:
@@ -335,7 +335,7 @@ class RepCPE(nn.Module):
         return self.reparam_conv(hidden) if self.merged else hidden + self.pe(hidden)
 
     def reparameterize(self) -> None:
-        """Put the addition of x into the convolution."""
+        """Fold the addition of x into the convolution."""
         if self.merged:
             return
         kernel = _exact(self.pe.weight) + _identity_kernel(self.pe)
@@ -412,7 +412,7 @@ class ConvFFN(nn.Module):
 
 
 def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
-    """Multiply by a layer scale, unless it was put into the layer before (`inference.fuse`)."""
+    """Multiply by a layer scale, unless `inference.fuse` has folded it into the layer before."""
     return branch if scale is None else scale * branch
 
 
@@ -461,7 +461,7 @@ class FastViTHDAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.config.attention_dropout if self.training else 0.0
-        # Attention's backward pass, too, runs in loops for types that a CPU lacks.
+        # Attention's backward pass, too, falls back to slow loops for dtypes that the CPU does not support.
         slow = kernels.is_slow(qkv)
         with torch.autocast("cpu", enabled=False) if slow else contextlib.nullcontext():
             query, key, value = (qkv.float() if slow else qkv).unbind(0)
@@ -518,7 +518,7 @@ class AttentionBlock(GradientCheckpointingLayer):
         tokens = self.norm(hidden)
         dtype = self.norm.weight.dtype
         if kernels.has_fast_products(dtype) or not kernels.infers_on_cpu(tokens):
-            # Half types suffice for normalised tokens, and flash attention takes nothing else.
+            # Half precision suffices for normalised tokens, and flash attention requires it.
             tokens = tokens.to(dtype)
         mixed, _ = self.token_mixer(tokens, **kwargs)
         mixed = mixed.to(hidden.dtype).transpose(1, 2).reshape(hidden.shape)
@@ -527,7 +527,7 @@ class AttentionBlock(GradientCheckpointingLayer):
 
 
 class FastViTHDStage(nn.Sequential):
-    """The blocks of one stage; a class of its own so that its output can be recorded as a hidden state."""
+    """The blocks of one stage; a separate class so that its output can be recorded as a hidden state."""
 
     def forward(self, input: Tensor, **kwargs: Any) -> Tensor:
         for block in self:
@@ -536,7 +536,7 @@ class FastViTHDStage(nn.Sequential):
 
 
 class _MultiScale(nn.ModuleList):
-    """Bring the first four stages' outputs to the last resolution and put the last features behind them."""
+    """Downsample the first four stages' outputs to the last resolution and concatenate them with the last features."""
 
     def __init__(self, config: FastViTHDConfig):
         factors = [ENCODER_STRIDE // (4 * 2**stage) for stage in range(4)]
@@ -568,7 +568,7 @@ class ClipHead(nn.Module):
 
 
 class FastViTHDPreTrainedModel(StrictPreTrainedModel):
-    """What the encoder classes share: configuration, capabilities, initialisation and the trunk of stem and stages."""
+    """Base of the encoder classes: configuration, capabilities, initialisation and the trunk of stem and stages."""
 
     config: FastViTHDConfig
     base_model_prefix = ""
@@ -586,15 +586,15 @@ class FastViTHDPreTrainedModel(StrictPreTrainedModel):
         "attentions": OutputRecorder(FastViTHDAttention, index=1),
     }
     _may_be_missing = ("multi_scale.",)
-    # Whether `inference.fuse` has changed the parameters, for good.
+    # Whether `inference.fuse` has changed the parameters, irreversibly.
     fused = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise a new model so that activations keep their size, in either form and at any depth.
+        """Initialise a new model so that activations keep their scale, in either form and at any depth.
 
-        Kernels follow He et al., arXiv 1502.01852, section 2.2; merged mixers and position encodings start as the
-        identity, which is what their train-time forms nearly are at first; matrices use `initializer_range`.
+        Kernels follow He et al., arXiv 1502.01852, section 2.2. Merged mixers and position encodings start as the
+        identity, as their train-time forms nearly do. Matrices use `initializer_range`.
         """
         super()._init_weights(module)
         if isinstance(module, nn.Conv2d):
@@ -642,13 +642,13 @@ class FastViTHDPreTrainedModel(StrictPreTrainedModel):
         if height % ENCODER_STRIDE or width % ENCODER_STRIDE or not height or not width:
             raise ValueError(
                 f"pixel_values is {height} high and {width} wide, but both must be positive multiples of "
-                f"{ENCODER_STRIDE}. Resize or pad the image; the processor does so by itself."
+                f"{ENCODER_STRIDE}. Resize or pad the image, or use the processor."
             )
         return pixel_values.to(self.patch_embed_dtype)
 
     @property
     def patch_embed_dtype(self) -> torch.dtype:
-        """The type of the weights that meet the pixels first."""
+        """The dtype of the first convolution's weights."""
         return self._stem.weight.dtype
 
     @property
@@ -658,10 +658,10 @@ class FastViTHDPreTrainedModel(StrictPreTrainedModel):
     def _trunk(self, pixel_values: Tensor | None, last_stage: int = 5, **kwargs: Any) -> list[Tensor]:
         """Run stem and stages and return the outputs of the stem and of stages 1 to `last_stage`.
 
-        In float16 everything from the last downsampling on is computed in float32: activations there come close to
-        the largest float16 number in published checkpoints and would overflow to infinity and then NaN. The share of
-        this part in the encoder's work is small. On a CPU that is slow in the weights' type everything is, except
-        for training.
+        In float16 the modules from the last downsampling on compute in float32: with published checkpoints their
+        activations come close to the largest float16 number and would overflow to infinity and NaN. These modules are
+        a small part of the encoder's work. On a CPU that is slow in the weights' dtype all modules compute in
+        float32, except in training.
         """
         self._check_use()
         pixels = self._check_pixel_values(pixel_values)
@@ -691,9 +691,10 @@ class FastViTHDPreTrainedModel(StrictPreTrainedModel):
             raise RuntimeError(f"This encoder is fused and cannot carry an adapter such as LoRA. {RELOAD}")
 
     def _arrange(self, pixel_values: Tensor) -> Tensor:
-        """Put the channels last in memory on a CPU, where convolutions and products are faster that way.
+        """Use the channels-last memory format on a CPU, where it makes convolutions and GEMMs faster.
 
-        Not while BatchNorm learns its statistics, which PyTorch sums in double precision only if channels are first.
+        The format does not change while BatchNorm updates its statistics: PyTorch sums them in double precision only
+        if the channels are first.
         """
         frozen = self.config.freeze_batch_norm
         frozen = self.config.reparameterized if frozen is None else frozen
@@ -702,13 +703,13 @@ class FastViTHDPreTrainedModel(StrictPreTrainedModel):
         return pixel_values.contiguous(memory_format=torch.channels_last)
 
     def reparameterize(self) -> "FastViTHDPreTrainedModel":
-        """Merge all train-time branches in place and return the model; a merged model is left as it is.
+        """Merge all train-time branches in place and return the model; a merged model is returned unchanged.
 
-        The merged model computes the same function in evaluation (to rounding) and is what `config.reparameterized`
-        then describes, so that it can be saved and loaded.
+        The merged model computes the same function in evaluation, up to rounding. `config.reparameterized` becomes
+        True, so the model can be saved and loaded.
 
         Raises:
-            RuntimeError: in training mode, where branches normalise with the statistics of the batch.
+            RuntimeError: the model is in training mode, where branches normalise with batch statistics.
         """
         if self.config.reparameterized:
             return self
@@ -727,7 +728,7 @@ class FastViTHDPreTrainedModel(StrictPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """Load an encoder, also out of a checkpoint of a whole FastVLM. See `PreTrainedModel.from_pretrained`."""
+        """Load an encoder, also from a checkpoint of a whole FastVLM. See `PreTrainedModel.from_pretrained`."""
         if isinstance(config, FastVLMConfig):
             config = config.vision_config
         if config is not None and not isinstance(config, FastViTHDConfig | str | os.PathLike):
@@ -743,7 +744,7 @@ class FastViTHDPreTrainedModel(StrictPreTrainedModel):
 
 
 class FastViTHDModel(FastViTHDPreTrainedModel):
-    """The FastViTHD encoder: an image to a map of features at 1/64 of its height and width, and a pooled vector.
+    """The FastViTHD encoder: returns a feature map at 1/64 of the image's height and width, and a pooled vector.
 
     Example:
         >>> import torch
@@ -787,7 +788,7 @@ class FastViTHDModel(FastViTHDPreTrainedModel):
             of the blocks of stages 4 and 5.
 
         Raises:
-            ValueError: if the shape of `pixel_values` is not as above.
+            ValueError: `pixel_values` has another shape.
         """
         attention_kwargs = {k: v for k, v in kwargs.items() if k in ("output_attentions",)}
         stages = self._trunk(pixel_values, **attention_kwargs)
@@ -801,7 +802,7 @@ class FastViTHDModel(FastViTHDPreTrainedModel):
 
 
 class FastViTHDBackbone(BackboneMixin, FastViTHDPreTrainedModel):
-    """FastViTHD as a backbone for detection and segmentation: the maps of the stages named in `config.out_features`.
+    """FastViTHD as a backbone for detection and segmentation: returns the maps of the stages in `config.out_features`.
 
     Stages are called stem and stage1 to stage5 and have strides 4, 4, 8, 16, 32 and 64.
 
@@ -835,25 +836,25 @@ class FastViTHDBackbone(BackboneMixin, FastViTHDPreTrainedModel):
     @filter_output_hidden_states
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:  # type: ignore[misc]
-        """Encode images and return the chosen stages' maps.
+        """Encode images and return the feature maps of the chosen stages.
 
         Args:
             pixel_values: (batch, num_channels, height, width), values in 0 to 1, height and width multiples of 64.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `feature_maps`, one (batch, hidden_sizes[i], height / stride, width / stride) a chosen stage; on demand
+            `feature_maps`, one (batch, hidden_sizes[i], height / stride, width / stride) per chosen stage; on request
             `hidden_states` and `attentions` as in `FastViTHDModel`.
 
         Raises:
-            ValueError: if the shape of `pixel_values` is not as above.
+            ValueError: `pixel_values` has another shape.
         """
         wanted = [self.stage_names.index(name) for name in self.out_features]
         everything = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
         stages = self._trunk(pixel_values, last_stage=5 if everything else max(wanted))
         dtype = self.patch_embed_dtype
         if dtype in (torch.bfloat16, torch.float16):
-            # They may have been computed in float32; the end of a float16 encoder may be too large for another type.
+            # Stages may be computed in float32. Stage 5 of a float16 encoder stays float32: it may overflow float16.
             last = [stages.pop()] if dtype == torch.float16 and len(stages) == 6 else []
             stages = [stage.to(dtype) for stage in stages] + last
         return BackboneOutput(feature_maps=tuple(stages[index] for index in wanted), hidden_states=tuple(stages[1:]))

@@ -34,7 +34,7 @@ REMOTE_CODE_ADVICE = (
     "Here the processor prepares text and images: processor.apply_chat_template(messages, tokenize=True, "
     'return_dict=True, return_tensors="pt"), then model.generate(**inputs). See docs/migration.md.'
 )
-"""What to do in place of the calls on Apple's model cards."""
+"""What to do instead of the calls on Apple's model cards."""
 
 
 class FastVLMMultiModalProjector(nn.Module):
@@ -51,12 +51,12 @@ class FastVLMMultiModalProjector(nn.Module):
         """Project (..., num_features) to (..., hidden_size)."""
         weight = self.linear_1.weight
         if weight.is_floating_point() and not kernels.autocasts(features):
-            features = features.to(weight.dtype)  # FSDP's mixed precision may differ here from the encoder's end
+            features = features.to(weight.dtype)  # with FSDP's mixed precision the encoder's output may differ
         return self.linear_2(self.act(self.linear_1(features)))
 
 
 class FastVLMPreTrainedModel(StrictPreTrainedModel):
-    """What the FastVLM classes share: configuration, capabilities, initialisation and strict loading."""
+    """Base of the FastVLM classes: configuration, capabilities, initialisation and strict loading."""
 
     config: FastVLMConfig
     base_model_prefix = "model"
@@ -83,22 +83,22 @@ class FastVLMPreTrainedModel(StrictPreTrainedModel):
     ) -> Any:
         """Load a model from a directory or hub repository in Apple's layout or in this package's.
 
-        Takes what `PreTrainedModel.from_pretrained` takes. A `quantization_config` that names no modules to leave out
-        quantizes the layers of the language model alone: encoder, projector and head keep the type they are loaded in.
+        Arguments are those of `PreTrainedModel.from_pretrained`. A `quantization_config` that lists no excluded
+        modules quantizes only the language model's layers: encoder, projector and head keep their dtype.
 
         Raises:
             OSError, ValueError: see `StrictPreTrainedModel.from_pretrained`.
         """
         source = pretrained_model_name_or_path
         if isinstance(config, FastVLMConfig) and config.image_token_id_is_inferred and not os.path.isdir(str(source)):
-            # The Auto classes read the configuration without saying which revision it is of; here it is known.
+            # The Auto classes do not pass the revision when they read the configuration; here it is known.
             hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
             config.image_token_id = image_token_id_of(source, **hub)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = for_language_model_alone(kwargs["quantization_config"])
         loaded = super().from_pretrained(source, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.base_model._freeze_clip_head()  # loading made new parameters
+        model.base_model._freeze_clip_head()  # loading creates new parameters
         compat.check_adapters(model)
         compat.forget_renamings(model)
         kernels.speed_up_linear_layers(model)
@@ -107,10 +107,10 @@ class FastVLMPreTrainedModel(StrictPreTrainedModel):
 
 
 def _accept_stored_names(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Bring the tensors of a checkpoint's file under the model's names.
+    """Rename the tensors of a checkpoint file to the model's names.
 
-    `Trainer` hands them to `load_state_dict` when it resumes or takes its best model, past the renamings of
-    `from_pretrained`, and would ignore all that the model does not know. A tied head is not in the file.
+    `Trainer` passes them to `load_state_dict` when it resumes or loads its best model, without the renamings of
+    `from_pretrained`, and would ignore all unknown names. A tied head is not in the file.
     """
     rename_state(state_dict, prefix)
     embeddings = prefix + "model.language_model.embed_tokens.weight"
@@ -119,12 +119,12 @@ def _accept_stored_names(module: Any, state_dict: dict[str, Any], prefix: str, *
 
 
 def _has_values(input_ids: Tensor) -> bool:
-    """Whether the ids can be looked at: not on the meta device, and not while a graph is recorded."""
+    """Whether the values of the ids can be read: not on the meta device, and not while a graph is recorded."""
     return not (input_ids.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def _foreign_ids(input_ids: Tensor, rows: int) -> str:
-    """Say what is wrong with ids that have no embedding."""
+    """Return the error message for ids that have no embedding."""
     low, high = int(input_ids.min()), int(input_ids.max())
     if low == -200:
         return f"input_ids holds -200, the placeholder of Apple's remote code. {REMOTE_CODE_ADVICE}"
@@ -151,7 +151,7 @@ class FastVLMModel(FastVLMPreTrainedModel):
         self.post_init()
 
     def _freeze_clip_head(self) -> None:
-        """Take the CLIP head out of training: nothing here uses its embedding, so it would never get a gradient."""
+        """Freeze the CLIP head: nothing here uses its embedding, so it would never get a gradient."""
         if self.vision_tower.head is not None:
             self.vision_tower.head.requires_grad_(False)
 
@@ -164,7 +164,7 @@ class FastVLMModel(FastVLMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def _join_tiles(self, features: Tensor, image_sizes: Tensor, num_tiles: Tensor) -> list[Tensor]:
-        """Split (tiles, tokens, hidden) by image and bring each image's tokens into the order that the model reads."""
+        """Split (tiles, tokens, hidden) by image and put each image's tokens into the order that the model expects."""
         tile = self.config.vision_config.image_size
         side = round(features.shape[1] ** 0.5)
         if features.shape[1] == side * side:
@@ -204,36 +204,36 @@ class FastVLMModel(FastVLMPreTrainedModel):
         Args:
             pixel_values: (images, channels, height, width); with AnyRes (tiles of all images, channels, height,
                 width), each image's base view first.
-            image_sizes: with AnyRes, (images, 2), height and width of the pictures before they were cut.
+            image_sizes: with AnyRes, (images, 2), height and width of the images before tiling.
             num_tiles: with AnyRes, (images,), tiles of each image, base view included.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            The encoder's output with `pooler_output` replaced by one (tokens, hidden_size) an image: a tensor (images,
-            tokens, hidden_size), with AnyRes a list.
+            The encoder's output with `pooler_output` replaced by the projected features: a tensor (images, tokens,
+            hidden_size), with AnyRes a list of (tokens, hidden_size).
 
         Raises:
-            ValueError: if sizes or counts do not fit.
+            ValueError: sizes or counts do not match.
         """
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         features = self.multi_modal_projector(outputs.last_hidden_state.flatten(2).transpose(1, 2))
         if num_tiles is not None:
             if image_sizes is None or len(image_sizes) != len(num_tiles):
-                raise ValueError("num_tiles is given, so image_sizes must be given too, one (height, width) an image.")
+                raise ValueError("num_tiles is given, so image_sizes is needed too: one (height, width) per image.")
             if int(num_tiles.sum()) != features.shape[0]:
                 raise ValueError(
                     f"num_tiles adds up to {int(num_tiles.sum())}, but pixel_values holds {features.shape[0]} tiles."
                 )
             features = self._join_tiles(features, image_sizes, num_tiles)
         elif self.config.image_aspect_ratio == "anyres" and image_sizes is not None:
-            raise ValueError("image_sizes is given, so num_tiles must be given too, the number of tiles of each image.")
+            raise ValueError("image_sizes is given, so num_tiles is needed too: the number of tiles of each image.")
         outputs.pooler_output = features
         return outputs
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Return where the `<image>` placeholders are, as a boolean (batch, length).
+        """Return a boolean mask (batch, length) of the `<image>` placeholders.
 
-        Without `input_ids` they are found by comparing `inputs_embeds` with the placeholder's embedding.
+        Without `input_ids`, `inputs_embeds` are compared with the placeholder's embedding.
         """
         image_token_id = self.config.image_token_id
         if image_token_id is None:
@@ -247,8 +247,8 @@ class FastVLMModel(FastVLMPreTrainedModel):
         rows = self.config.text_config.vocab_size
         if image_token_id >= rows:
             raise ValueError(
-                f"image_token_id {image_token_id} has no embedding ({rows} rows), so inputs_embeds cannot show where "
-                "the images belong. Pass input_ids."
+                f"image_token_id {image_token_id} has no embedding ({rows} rows), so the placeholders cannot be found "
+                "in inputs_embeds. Pass input_ids."
             )
         token = torch.full((), image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
@@ -263,13 +263,13 @@ class FastVLMModel(FastVLMPreTrainedModel):
         return self.get_input_embeddings()(input_ids)
 
     def _scatter(self, mask: Tensor, inputs_embeds: Tensor, features: Any, input_ids: Tensor | None) -> Tensor:
-        """Put the features of all images, in order, at the placeholders."""
+        """Replace the placeholders' embeddings by the features of all images, in order."""
         if not isinstance(features, Tensor):
             features = torch.cat(list(features))
         if features.shape[-1] != inputs_embeds.shape[-1]:
             raise ValueError(
                 f"The image features have {features.shape[-1]} channels, but this model's hidden size is "
-                f"{inputs_embeds.shape[-1]}: they were made by another model. An assistant model of another size "
+                f"{inputs_embeds.shape[-1]}: they come from another model. An assistant model of another size "
                 "cannot use them; try prompt_lookup_num_tokens instead."
             )
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -278,7 +278,7 @@ class FastVLMModel(FastVLMPreTrainedModel):
             torch_compilable_check(
                 mask.sum() == count,
                 lambda: (
-                    # TRL looks for the first sentence, to explain its max_length.
+                    # TRL searches for the first sentence, to explain its max_length.
                     f"Image features and image tokens do not match: input_ids has {int(mask.sum())} <image> "
                     f"placeholders, but the images have {count} features. {self._advice(input_ids, count)}"
                 ),
@@ -286,17 +286,17 @@ class FastVLMModel(FastVLMPreTrainedModel):
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), features)
 
     def _advice(self, input_ids: Tensor | None, count: int) -> str:
-        """Say what to do where placeholders and features do not match: the tokenizer may have another placeholder."""
+        """Return advice for mismatched placeholders and features: the tokenizer may use another placeholder."""
         ids, counts = (torch.empty(0),) * 2 if input_ids is None else input_ids.unique(return_counts=True)
         if (repeated := ids[counts == count]).numel() != 1 or count < 2:
             return "Let the processor make both, with one <image> in the text for each image."
         return (
-            f"This model's config.image_token_id is {self.config.image_token_id}; the id that input_ids repeats so "
-            f"often is {int(repeated)}. If that is processor.image_token_id, set model.config.image_token_id to it."
+            f"This model's config.image_token_id is {self.config.image_token_id}; the id that occurs {count} times is "
+            f"{int(repeated)}. If that is processor.image_token_id, set model.config.image_token_id to it."
         )
 
     def _check_no_placeholders(self, input_ids: Tensor | None, cache: Cache | None) -> None:
-        """Raise if a prompt has placeholders although there are no images to put there."""
+        """Raise if a prompt has placeholders but no images are given."""
         if input_ids is None or self.config.image_token_id is None or not _has_values(input_ids):
             return
         if input_ids.shape[1] == 1 or has_tokens(cache):
@@ -334,10 +334,10 @@ class FastVLMModel(FastVLMPreTrainedModel):
             inputs_embeds: (batch, length, hidden_size) in place of `input_ids`.
             mm_encoder_outputs: {"image": output of `get_image_features`} in place of `pixel_values`.
             past_key_values: the name of `cache` before Transformers 5.24.
-            kwargs: passed on to the language model; `output_hidden_states` and `output_attentions` to the encoder, too.
+            kwargs: passed to the language model; `output_hidden_states` and `output_attentions` to the encoder, too.
 
         Raises:
-            ValueError: if both or neither of two alternatives are given, or counts of placeholders and features differ.
+            ValueError: both or neither of two alternatives are given, or counts of placeholders and features differ.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -350,13 +350,13 @@ class FastVLMModel(FastVLMPreTrainedModel):
         if images is None and pixel_values is not None:
             wanted = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
             images = self.get_image_features(pixel_values, image_sizes, num_tiles, return_dict=True, **wanted)
-        # Before the embedding, as with images: processes must run their modules in one order.
+        # Before the embedding, as with images: all processes must run their modules in the same order.
         zero = None
         if images is None and not has_tokens(cache) and others_may_have_images(self):
             zero = zero_through_vision(self)
         if inputs_embeds is None:
             assert input_ids is not None
-            # Once a prompt, not once a token: a GPU has to be waited for.
+            # Check once per prompt, not once per token: reading the values waits for the GPU.
             is_prompt = input_ids.shape[1] > 1 and isinstance(cache, Cache | None) and "cache" not in kwargs
             inputs_embeds = self._embed(input_ids, is_prompt and _has_values(input_ids))
         if images is not None:
@@ -379,7 +379,7 @@ class FastVLMModel(FastVLMPreTrainedModel):
 
 
 class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
-    """FastVLM with its language-modelling head: answers text about images and text.
+    """FastVLM with its language-modelling head: generates text from images and text.
 
     Example:
         >>> from transformers import AutoProcessor
@@ -408,7 +408,7 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def get_vision_tower(self) -> nn.Module:
-        """Refuse, with what to do: Apple's model cards take their image processor from here.
+        """Raise an error that explains what to call instead: Apple's model cards get the image processor from here.
 
         Raises:
             AttributeError: always.
@@ -431,10 +431,10 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         return self.model.get_image_features(pixel_values, image_sizes, num_tiles, **kwargs)
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
-        """Tie head and embeddings, or not; after loading the checkpoint's tensors decide and not its flag.
+        """Tie head and embeddings; after loading, the checkpoint's tensors decide whether they are tied, not its flag.
 
-        A head that the checkpoint does not store is the embeddings; one that it stores with other values is not,
-        whatever `tie_word_embeddings` says. The configuration is corrected to what was found.
+        If the checkpoint stores no head, the head is tied. If it stores a head with other values, the head is not tied,
+        regardless of `tie_word_embeddings`. The configuration is corrected accordingly.
         """
         if missing_keys is not None:
             head, embeddings = self.lm_head.weight, self.get_input_embeddings().weight
@@ -448,17 +448,17 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
 
     def _set_tied(self, tied: bool) -> None:
-        """Record whether the head is the embeddings, for tying now and for saving later."""
+        """Record whether the head is tied to the embeddings, for tying now and for saving later."""
         if self.config.tie_word_embeddings != tied:
             self.config.tie_word_embeddings = tied
             self.config.text_config.tie_word_embeddings = tied
             self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Load the checkpoint's generation_config.json and fill in what Apple's leaves out.
+        """Load the checkpoint's generation_config.json and add what Apple's files omit.
 
-        Apple's names neither an end nor a padding token, so that answers would never stop: both come from the text
-        configuration. It asks for sampling without a temperature, which would mean 1.0; Apple's script uses 0.2.
+        They define neither an end nor a padding token, so generation would never stop: both come from the text
+        configuration. They enable sampling without a temperature, which would mean 1.0; Apple's script uses 0.2.
         """
         super().adjust_generation_fn(*args, **kwargs)
         generation, text = self.generation_config, self.config.text_config
@@ -492,14 +492,14 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         """Predict tokens.
 
         Args:
-            labels: (batch, length), ids to be predicted, -100 where there is no loss; shifted inside. There is none
-                for placeholders either, which no answer has, so that a copy of `input_ids` may be passed.
+            labels: (batch, length), target ids, -100 for positions without a loss; shifted internally. Placeholders
+                have no loss either, so a copy of `input_ids` may be passed.
             logits_to_keep: number of last positions to compute logits for, 0 for all; or positions, (positions,) for
-                all rows or (batch, positions) for each; or a boolean mask (batch, length), for which logits are
+                all rows or (batch, positions) for each; or a boolean mask (batch, length), which gives logits
                 (true positions, vocab_size).
             input_ids, pixel_values, attention_mask, position_ids, cache, inputs_embeds, image_sizes, num_tiles,
-                mm_encoder_outputs, past_key_values, kwargs: see `FastVLMModel.forward`; `num_items_in_batch` reaches
-                the loss.
+                mm_encoder_outputs, past_key_values, kwargs: see `FastVLMModel.forward`; `num_items_in_batch` is passed
+                to the loss.
 
         Raises:
             ValueError: see `FastVLMModel.forward`.
@@ -536,7 +536,7 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Pass the images on in the first step only, since later ones find them in the cache."""
+        """Pass the images in the first step only; the cache holds them for later steps."""
         if compat.GENERATE_KEEPS_ENCODER_OUTPUTS and not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("mm_encoder_outputs", None)
         return super().prepare_inputs_for_generation(
@@ -558,7 +558,7 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         )
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """Add to Transformers' processors, which read the configuration, one that holds whatever it says."""
+        """Add a processor that suppresses the placeholder, whatever the generation configuration is."""
         processors = super()._get_logits_processor(*args, **kwargs)
         image_token_id = self.config.image_token_id
         if image_token_id is not None and image_token_id < self.config.text_config.vocab_size:
@@ -573,12 +573,12 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         is_first_iteration: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Run the prompt; an assistant model of assisted decoding, too, needs the images if its cache is empty."""
+        """Run the prompt; the assistant model of assisted decoding also needs the images if its cache is empty."""
         if compat.GENERATE_KEEPS_ENCODER_OUTPUTS and generation_config.prefill_chunk_size is not None:
             if model_kwargs.get("pixel_values") is not None or model_kwargs.get("mm_encoder_outputs") is not None:
                 raise ValueError(
-                    "prefill_chunk_size with images needs Transformers 5.20 or newer: older ones would give every "
-                    "chunk all images. Upgrade, or pass prefill_chunk_size=None."
+                    "prefill_chunk_size with images needs Transformers 5.20 or newer: older versions pass all images "
+                    "to every chunk. Upgrade, or pass prefill_chunk_size=None."
                 )
         cache = model_kwargs.get(compat.CACHE)
         is_first_iteration = is_first_iteration or not has_tokens(cache)

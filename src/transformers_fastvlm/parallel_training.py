@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process does for the others that train the same model where its own batch has no image."""
+"""Distributed training where a process has no images: it still runs the encoder, so that the others do not hang."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ __all__ = ["others_may_have_images", "zero_through_vision"]
 def others_may_have_images(model: Any) -> bool:
     """Whether this process must run the encoder although its batch has no image.
 
-    Processes that train one model exchange the gradients of every parameter, and where parameters are sharded
-    also the parameters, each time a module runs. One that leaves the encoder out makes the others wait for ever.
+    Distributed processes exchange the gradients of every parameter and, if parameters are sharded, also the parameters
+    each time a module runs. If one process skips the encoder, the others wait for ever.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
@@ -27,11 +27,11 @@ def others_may_have_images(model: Any) -> bool:
 
 
 def zero_through_vision(model: Any) -> Tensor:
-    """Return a scalar 0 that encoder and projector have computed, so that their gradients are zeros, not missing.
+    """Return a scalar 0 computed by encoder and projector, so that their gradients are zero, not missing.
 
-    One black picture of the smallest size passes in evaluation mode, so that it leaves no trace in running
-    statistics and nothing random happens. An encoder that has neither keeps its mode, and so its checkpointing of
-    gradients: under ZeRO-3 all processes must compute the same blocks again.
+    The encoder runs on one black image of the smallest size. It runs in evaluation mode, which changes no running
+    statistics and draws no random numbers. An encoder without either keeps its mode, and so its gradient
+    checkpointing: under ZeRO-3 all processes must recompute the same blocks.
     """
     training = [module for module in model.vision_tower.modules() if module.training]
     traces = (isinstance(module, nn.BatchNorm2d) or getattr(module, "rate", 0) for module in training)
@@ -51,7 +51,7 @@ def zero_through_vision(model: Any) -> Tensor:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Whether processes fetch this module's parameters from each other when it runs: FSDP, FSDP2 or ZeRO-3."""
+    """Whether this module's parameters are gathered from other processes when it runs: FSDP, FSDP2 or ZeRO-3."""
     if any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__):
         return True
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False))

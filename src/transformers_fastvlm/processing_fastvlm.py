@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processor: puts prompts and pictures into the form that the model takes.
+"""The processor: turns prompts and images into the model's inputs.
 
-A prompt names each picture by one "<image>". The processor replaces it by as many placeholders as the picture has
-tokens, so that `input_ids` has a place for every image feature; the model only checks that the counts agree. On a
-directory laid out as Apple's, which has no processor files, everything is found in config.json and the tokenizer's
-files.
+A prompt marks each image by one "<image>". The processor replaces it by as many placeholders as the image has tokens,
+so `input_ids` has one placeholder for every image feature; the model only checks the counts. In a directory with
+Apple's layout, which has no processor files, the processor reads config.json and the tokenizer's files.
 """
 
 import functools
@@ -40,7 +39,7 @@ _TEMPLATES = {"llama": "vicuna_v1"}
 
 @functools.cache
 def chat_template_for(text_model_type: str) -> str:
-    """Return the chat template of FastVLM on a text model: Vicuna v1 for "llama", ChatML for any other.
+    """Return FastVLM's chat template for a text model: Vicuna v1 for "llama", ChatML for any other.
 
     Args:
         text_model_type: `model_type` of the text model's configuration.
@@ -52,23 +51,23 @@ def chat_template_for(text_model_type: str) -> str:
 class FastVLMProcessor(ProcessorMixin):
     """Wraps an image processor and a tokenizer, expands "<image>" and renders conversations.
 
-    Loading from a directory laid out as Apple's also sets what generation needs and those files do not say: the chat
-    template of the text model (the tokenizer's own renders strings only), and padding on the left, since a decoder
+    Loading from a directory in Apple's layout also sets two things that its files lack and generation needs: the text
+    model's chat template (the tokenizer's template renders strings only), and padding on the left, since a decoder
     continues each row from its end. Training code that pads on the right passes `padding_side="right"` in the call.
-    A directory that this class saved is loaded as it was saved.
+    A directory that this class saved is loaded unchanged.
 
-    The image processor is the Pillow one, exact to the reference, whatever is installed or was saved;
-    `from_pretrained(..., backend="torchvision")` chooses the other.
+    The default image processor is the Pillow one, which matches the reference exactly, regardless of what is installed
+    or was saved; `from_pretrained(..., backend="torchvision")` chooses the other.
 
     Args:
         image_processor: `FastVLMImageProcessorPil` or `FastVLMImageProcessor`.
-        tokenizer: the text model's tokenizer. If it has no "<image>", that is added to this very object as a special
-            token; the tokenizer is never copied.
-        chat_template: Jinja template, or a dictionary of named ones; without it ChatML where the tokenizer knows
-            <|im_start|> and <|im_end|>, and otherwise none.
-        mm_patch_merge_type: how the model merges the tiles of an AnyRes picture: "flat", "spatial" or "spatial_unpad".
+        tokenizer: the text model's tokenizer. If it has no "<image>", this object gets it as a special token; the
+            tokenizer is never copied.
+        chat_template: Jinja template, or a dictionary of named ones. Default: ChatML if the tokenizer has
+            <|im_start|> and <|im_end|>, otherwise none.
+        mm_patch_merge_type: how the model merges the tiles of an AnyRes image: "flat", "spatial" or "spatial_unpad".
             Must be the model's.
-        context_length: most tokens of a row, placeholders included; longer rows raise. None for no limit.
+        context_length: most tokens of a row, placeholders included; longer rows raise ValueError. None for no limit.
 
     Attributes:
         image_token: "<image>".
@@ -76,7 +75,7 @@ class FastVLMProcessor(ProcessorMixin):
 
     Example:
         >>> processor = FastVLMProcessor.from_pretrained("apple/FastVLM-0.5B")  # doctest: +SKIP
-        >>> inputs = processor(text="<image>\\nDescribe it.", images=picture, return_tensors="pt")  # doctest: +SKIP
+        >>> inputs = processor(text="<image>\\nDescribe it.", images=image, return_tensors="pt")  # doctest: +SKIP
     """
 
     def __init__(
@@ -109,13 +108,13 @@ class FastVLMProcessor(ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read processor_config.json, or where there is none say what config.json implies."""
+        """Read processor_config.json, or else derive its content from config.json."""
         hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
         processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "processor_class" not in processor_dict:
             config = FastVLMConfig.from_pretrained(pretrained_model_name_or_path, **hub)
             text_config = config.get_text_config()
-            # A template that came with the tokenizer and never mentions images cannot place them.
+            # A tokenizer's template that never mentions images does not render them.
             if "image" not in str(processor_dict.get("chat_template")):
                 processor_dict["chat_template"] = chat_template_for(text_config.model_type)
             processor_dict.setdefault("mm_patch_merge_type", config.mm_patch_merge_type)
@@ -129,7 +128,7 @@ class FastVLMProcessor(ProcessorMixin):
         processor_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> list[Any]:
-        """Return the image processor and the tokenizer; either may be handed in by name."""
+        """Return the image processor and the tokenizer; either may be passed as a keyword."""
         processor_dict = processor_dict or {}
         backend = kwargs.pop("backend", None)
         kwargs.pop("use_fast", None)
@@ -155,7 +154,7 @@ class FastVLMProcessor(ProcessorMixin):
     # Calling
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-        """Check the form of `text` and `images`, fetch pictures named by path or URL, wrap a single text in a list."""
+        """Check the form of `text` and `images`, read images given by path or URL, wrap a single text in a list."""
         if text is not None and not isinstance(text, str):
             if not isinstance(text, list | tuple) or not text or not all(isinstance(row, str) for row in text):
                 raise ValueError(
@@ -165,7 +164,7 @@ class FastVLMProcessor(ProcessorMixin):
         missing = [index for index, image in enumerate(_flat(images)) if image is None]
         if images is not None and missing:
             raise ValueError(
-                f"Image {missing[0]} is None. Leave it out; for a row without images in a batch pass an empty list."
+                f"Image {missing[0]} is None. Remove it; for a row without images in a batch pass an empty list."
             )
         images = images if images is not None and _flat(images) else None
         prepared: tuple[Any, Any, Any, Any] = super().prepare_inputs_layout(images=images, text=text, **kwargs)
@@ -174,10 +173,10 @@ class FastVLMProcessor(ProcessorMixin):
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> None:
-        """Check that every "<image>" has its picture, row by row where `images` is nested.
+        """Check that every "<image>" has an image, row by row if `images` is nested.
 
         Raises:
-            ValueError: counts differ, nothing was given, or something that the model does not take.
+            ValueError: counts differ, no input was given, or video or audio was given.
         """
         if videos is not None or audio is not None:
             raise ValueError(
@@ -191,16 +190,16 @@ class FastVLMProcessor(ProcessorMixin):
             self._check_counts([row.count(self.image_token) for row in rows], images)
         super().validate_inputs(images=None if images is None else _flat(images), text=text, **kwargs)
 
-    def _check_counts(self, places: list[int], images: Any) -> None:
-        """Compare the placeholders of each row with the images."""
+    def _check_counts(self, placeholders: list[int], images: Any) -> None:
+        """Compare the number of placeholders of each row with the number of images."""
         by_row = images is not None and _is_nested(images)
         counts = [len(_flat(row)) for row in images] if by_row else [0 if images is None else len(_flat(images))]
-        if by_row and len(counts) != len(places):
+        if by_row and len(counts) != len(placeholders):
             raise ValueError(
-                f"There are {len(places)} texts, but images has {len(counts)} rows. Pass one list of images for each "
-                "text (an empty one where there is none), or one flat list for all."
+                f"There are {len(placeholders)} texts, but images has {len(counts)} rows. Pass one list of images for "
+                "each text (an empty one for a text without images), or one flat list for all."
             )
-        pairs = list(zip(places, counts, strict=True)) if by_row else [(sum(places), counts[0])]
+        pairs = list(zip(placeholders, counts, strict=True)) if by_row else [(sum(placeholders), counts[0])]
         for row, (expected, given) in enumerate(pairs):
             if expected == given:
                 continue
@@ -208,8 +207,8 @@ class FastVLMProcessor(ProcessorMixin):
             advice = "Write one placeholder for each image and pass the images in the same order."
             if given == 0:
                 advice = (
-                    "Pass the images in the same order (as an image part of a message: with its url, path, base64 or "
-                    f"image). If {self.image_token} is meant literally, write it otherwise, such as < image >."
+                    "Pass the images in the same order (an image part of a message needs url, path, base64 or image). "
+                    f"If {self.image_token} is meant literally, write it differently, such as < image >."
                 )
             raise ValueError(f"{where} has {expected} {self.image_token}, but {given} images were given. {advice}")
 
@@ -219,12 +218,12 @@ class FastVLMProcessor(ProcessorMixin):
         return processed, [self.replace_image_token(processed, index, **kwargs) for index in range(len(images))]
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
-        """Return the placeholders of one picture, one a token.
+        """Return the placeholders of one image, one per token.
 
         Args:
-            image_inputs: what the image processor returned.
-            image_idx: which of its pictures.
-            **kwargs: the arguments that the image processor was called with.
+            image_inputs: the image processor's output.
+            image_idx: index of the image.
+            **kwargs: the arguments of the call of the image processor.
         """
         sizes = image_inputs["image_sizes"][image_idx] if "image_sizes" in image_inputs else None
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:] if sizes is None else sizes
@@ -233,7 +232,7 @@ class FastVLMProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Return the tokens and tiles of pictures of the given (height, width), for servers that plan ahead."""
+        """Return the numbers of tokens and tiles of images of the given (height, width), for servers' scheduling."""
         if image_sizes is None:
             return MultiModalData()
         options = {**kwargs.get("images_kwargs", {}), **kwargs}
@@ -248,13 +247,13 @@ class FastVLMProcessor(ProcessorMixin):
         return number
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
-        """Check each row of ids: no placeholder was cut off, and it fits into the context.
+        """Check each row of ids: no placeholder was truncated, and the row fits into the context.
 
-        Transformers calls this between tokenizing and returning.
+        Transformers calls this method after tokenizing.
         """
         marked = "\U000f0000" + self.image_token  # a user's literal text (sanitize_control_tokens)
-        places = [row.count(self.image_token) - row.count(marked) for row in text]
-        for row, (ids, expected) in enumerate(zip(_as_lists(text_inputs["input_ids"]), places, strict=False)):
+        placeholders = [row.count(self.image_token) - row.count(marked) for row in text]
+        for row, (ids, expected) in enumerate(zip(_as_lists(text_inputs["input_ids"]), placeholders, strict=False)):
             kept = ids.count(self.image_token_id)
             if kept != expected:
                 raise ValueError(
@@ -267,10 +266,11 @@ class FastVLMProcessor(ProcessorMixin):
         lengths = [sum(row) if "attention_mask" in text_inputs else len(row) for row in rows]
         for row, length in enumerate(lengths):
             if length > self.context_length:
+                of_images = placeholders[row] if row < len(placeholders) else 0
                 raise ValueError(
-                    f"Text {row} has {length} tokens, {places[row] if row < len(places) else 0} of them for images, "
-                    f"but the model's context holds {self.context_length}. Shorten the text, pass fewer or smaller "
-                    "images, or truncate with truncation=True and max_length=… ."
+                    f"Text {row} has {length} tokens, {of_images} of them for images, but the model's context holds "
+                    f"{self.context_length}. Shorten the text, pass fewer or smaller images, or truncate with "
+                    "truncation=True and max_length=… ."
                 )
 
     # Conversations
@@ -280,18 +280,18 @@ class FastVLMProcessor(ProcessorMixin):
 
         As in Transformers. A content is a string or a list of parts: `{"type": "text", "text": …}`, `{"type": "image"}`
         with `url`, `path`, `base64` or `image`, OpenAI's `image_url`, and `{"type": "video"}` with `video` (frames),
-        `path` or `url`, which becomes `num_frames` images (default 8, at most 32) spread evenly from first to last
-        frame; to the model they are pictures, it was trained on no videos. Roles are user, assistant and system, which
-        may also be called developer. The conversation itself is not changed.
+        `path` or `url`. A video becomes `num_frames` images (default 8, at most 32), spread evenly from first to last
+        frame; the model was not trained on videos. Roles are user, assistant and system; developer means system. The
+        conversation is not changed.
 
-        With `return_assistant_tokens_mask=True`, `assistant_masks` marks exactly the tokens to be learned, on every
-        supported version and with images; these may also come as `processor_kwargs={"images": …}`, for conversations
-        of strings.
+        With `return_assistant_tokens_mask=True`, `assistant_masks` marks exactly the supervised tokens, on every
+        supported version and with images. For conversations of strings, images may also be passed as
+        `processor_kwargs={"images": …}`.
 
         Raises:
-            ValueError: no messages, a role or part that is not understood, no content, a video that cannot be read,
-                too many frames, or what a call raises. Other roles than system (or developer), user and assistant need
-                a template that has them.
+            ValueError: no messages, an unknown role or part, no content, a video that cannot be read, too many frames,
+                or an error of calling the processor. Roles other than system (or developer), user and assistant need
+                a template that supports them.
         """
         if isinstance(conversation, str):
             raise ValueError(
@@ -316,7 +316,7 @@ class FastVLMProcessor(ProcessorMixin):
 
         for name in ("continue_final_message", "sanitize_control_tokens"):
             if kwargs.pop(name, False):
-                raise ValueError(f"return_assistant_tokens_mask and {name} cannot go together; leave one of them out.")
+                raise ValueError(f"return_assistant_tokens_mask and {name} cannot be combined; remove one of them.")
         for name in ("return_assistant_tokens_mask", "tokenize", "return_dict"):
             del kwargs[name]
         if kwargs.get("return_tensors", "auto") != "auto":
@@ -331,11 +331,11 @@ class FastVLMProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Process conversations and mark the tokens of the template's generation blocks.
 
-        Transformers before 5.19 counts characters of the text without its placeholders expanded, and so marks the
-        wrong tokens where there are images or padding on the right.
+        Transformers < 5.19 counts characters of the text before its placeholders are expanded, so it marks the wrong
+        tokens if there are images or padding on the right.
         """
         if not isinstance(template, str):
-            raise ValueError("This processor has no chat template of that name, so a conversation cannot be rendered.")
+            raise ValueError("This processor has no chat template of that name, so it cannot render a conversation.")
         prompts, spans = render_with_spans(chats, template, **{**self.tokenizer.special_tokens_map, **kwargs})
         bos = self.tokenizer.bos_token
         if bos is not None and prompts[0].startswith(bos):
@@ -343,7 +343,7 @@ class FastVLMProcessor(ProcessorMixin):
         sources = [[source for message in chat for source in image_sources(message)] for chat in chats]
         images = processor_kwargs.pop("images", None) or sources
         if _flat(images):
-            images = self.image_processor.fetch_images(images)  # decoding takes long, and needs no lock
+            images = self.image_processor.fetch_images(images)  # decoding is slow and needs no lock
         with RENDERING:
             inputs: BatchFeature = self(
                 text=prompts,
@@ -359,7 +359,7 @@ class FastVLMProcessor(ProcessorMixin):
 
 
 def _check_tokenizer_files(directory: str | os.PathLike[str], subfolder: str | None) -> None:
-    """Raise OSError for a directory without a tokenizer, as a model's `save_pretrained` alone leaves it."""
+    """Raise OSError for a directory without a tokenizer, as a model's `save_pretrained` alone creates it."""
     folder = Path(directory, subfolder or "")
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise OSError(
@@ -369,7 +369,7 @@ def _check_tokenizer_files(directory: str | os.PathLike[str], subfolder: str | N
 
 
 def _image_token_id(tokenizer: Any) -> int:
-    """Return the id of "<image>" in `tokenizer`, which gets that token if it has none."""
+    """Return the id of "<image>" in `tokenizer`; add the token if it is missing."""
     if IMAGE_TOKEN not in tokenizer.added_tokens_encoder:
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -392,7 +392,7 @@ def _is_nested(images: Any) -> bool:
 
 
 def _flat(images: Any) -> list[Any]:
-    """Return single pictures in order, from one picture, a batch in one array, or lists of either."""
+    """Return single images in order, from one image, a batch in one array, or lists of either."""
     if images is None:
         return []
     if isinstance(images, list | tuple):

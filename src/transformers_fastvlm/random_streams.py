@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random streams of a process: what a tool seeds for itself is the caller's no longer than the tool runs."""
+"""Random streams of a process: a tool that sets a seed restores the caller's streams afterwards."""
 
 import contextlib
 import random
@@ -13,9 +13,9 @@ __all__ = ["kept_random_streams"]
 
 @contextlib.contextmanager
 def kept_random_streams() -> Iterator[None]:
-    """Put back Python's, numpy's and PyTorch's random streams at the end of the block; also as a decorator.
+    """Restore Python's, numpy's and PyTorch's random streams at the end of the block; also works as a decorator.
 
-    Of accelerators that of the current device of CUDA, where it is in use already.
+    Of accelerators, only the current CUDA device's stream is restored, if CUDA is initialized.
     """
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that makes Transformers know FastVLM, in one place.
+"""Registration of FastVLM with Transformers.
 
-`register()` runs when the package is imported. It makes plain calls of Transformers' public `register` methods, all of
-them each time, so nothing is kept that an interrupted or failed import could leave half done: the next import starts
-again. This module itself is light; `register()` imports torch and the model.
+`register()` runs when the package is imported. Every run makes all calls of Transformers' public `register` methods and
+keeps no state, so the next import repairs an interrupted or failed one. Importing this module is cheap; `register()`
+imports torch and the model.
 """
 
 import importlib
@@ -17,20 +17,20 @@ from typing import Any
 __all__ = ["NO_VISION2SEQ", "register"]
 
 NO_VISION2SEQ = "TRANSFORMERS_FASTVLM_NO_VISION2SEQ"
-"""Set this environment variable to any text to keep `transformers.AutoModelForVision2Seq`, which Transformers 5 no
-longer has, from being added."""
+"""If this environment variable is set, `transformers.AutoModelForVision2Seq`, which Transformers 5 removed, is not
+added."""
 
 _DISTRIBUTION = "transformers-fastvlm"
 
 
 def register() -> None:
-    """Register FastVLM with Transformers; further calls put the same registrations in their places again.
+    """Register FastVLM with Transformers; calling it again repeats the same registrations.
 
-    The classes can also be had as attributes of `transformers`, where TRL and vLLM look for the name that a
-    checkpoint's configuration gives.
+    The classes also become attributes of `transformers`, where TRL and vLLM look up the class name of a checkpoint's
+    configuration.
 
     Raises:
-        ImportError: the installed Transformers, torch or torchvision cannot be used; the message has their versions.
+        ImportError: the installed Transformers, torch or torchvision does not work; the message names their versions.
     """
     try:
         _register()
@@ -57,7 +57,7 @@ def _register() -> None:
     processors = (FastVLMProcessor, *image_processors.values())
     for cls in (FastVLMConfig, FastViTHDConfig, *models, *processors):
         _offer(cls.__name__, cls)
-    # Last, because the Auto classes know a model by its configuration: whoever finds these finds all the rest.
+    # Last, because the Auto classes look a model up by its configuration: by now everything else is registered.
     from transformers.models.auto.configuration_auto import AutoConfig
 
     for config in (FastVLMConfig, FastViTHDConfig, LlavaQwen2Config, LlavaLlamaConfig):
@@ -80,9 +80,9 @@ def _register_models() -> None:
     for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"):
         getattr(modeling_auto, name).register(FastVLMConfig, FastVLMForConditionalGeneration, exist_ok=True)
     modeling_auto.AutoBackbone.register(FastViTHDConfig, FastViTHDBackbone, exist_ok=True)
-    # Past AutoBackbone, which insists on one configuration a class: a backbone is also read out of a whole FastVLM.
+    # Not through AutoBackbone, which accepts one configuration per class: a whole FastVLM also loads as a backbone.
     modeling_auto.MODEL_FOR_BACKBONE_MAPPING.register(FastVLMConfig, FastViTHDBackbone, exist_ok=True)
-    # Pipelines, `transformers serve` and the tests of models look into these dictionaries of names.
+    # Pipelines, `transformers serve` and Transformers' model tests use these dictionaries of names.
     for mapping, name in {
         "MODEL_MAPPING_NAMES": "FastVLMModel",
         "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "FastVLMForConditionalGeneration",
@@ -99,7 +99,7 @@ def _register_processors(image_processors: dict[str, type]) -> None:
     from .configuration_fastvlm import FastVLMConfig
     from .processing_fastvlm import FastVLMProcessor
 
-    # As an attribute of its parent it is, in Transformers 5.16 without torchvision, a stand-in that refuses everything.
+    # In Transformers 5.16 without torchvision, the parent's attribute of this name is a dummy that raises.
     image_processing_auto = importlib.import_module("transformers.models.auto.image_processing_auto")
     image_processing_auto.AutoImageProcessor.register(
         FastVLMConfig, image_processor_classes=image_processors, exist_ok=True
@@ -111,7 +111,7 @@ def _register_processors(image_processors: dict[str, type]) -> None:
 
 
 def _offer_vision2seq(module: ModuleType) -> None:
-    """Let `from transformers import AutoModelForVision2Seq` work, and pickling what it gives."""
+    """Make `from transformers import AutoModelForVision2Seq` work, and pickling of that class."""
     name = "AutoModelForVision2Seq"
     if os.environ.get(NO_VISION2SEQ):
         return
@@ -124,15 +124,15 @@ def _offer_vision2seq(module: ModuleType) -> None:
                 "__module__": module.__name__,
             },
         )
-        vars(module).setdefault(name, vision2seq)  # another thread may have been quicker
+        vars(module).setdefault(name, vision2seq)  # another thread may have added it
     _offer(name, getattr(module, name))
 
 
 def _offer(name: str, value: Any) -> None:
     """Make `value` an attribute of `transformers`, unless Transformers has one of that name.
 
-    Importing transformers.processing_utils puts a new object into sys.modules["transformers"]. Whoever imported
-    Transformers before that holds the old one, so each that a module holds under this name is told.
+    Importing transformers.processing_utils replaces the object in sys.modules["transformers"]. Modules that imported
+    Transformers earlier still hold the old object, so both get the attribute.
     """
     holders = [object.__getattribute__(module, "__dict__") for module in list(sys.modules.values()) if module]
     for holder in (sys.modules, *holders):
@@ -142,7 +142,7 @@ def _offer(name: str, value: Any) -> None:
 
 
 def _explanation(error: Exception) -> str:
-    """Say which versions are installed, which are expected, and what went wrong with them."""
+    """Return a message with the installed and the expected versions and the error."""
     installed = []
     for package in ("transformers", "torch", "torchvision"):
         try:
@@ -156,6 +156,6 @@ def _explanation(error: Exception) -> str:
     tested = next((line for line in declared if line.startswith("transformers")), "the tested transformers")
     return (
         f"FastVLM cannot be registered with Transformers: {type(error).__name__}: {' '.join(str(error).split())}\n"
-        f"Installed are {', '.join(installed)}; expected is {tested}, and torch and torchvision that fit together.\n"
-        "Install such versions, or a newer transformers-fastvlm."
+        f"Installed: {', '.join(installed)}; expected: {tested}, and matching versions of torch and torchvision.\n"
+        "Install these versions, or a newer transformers-fastvlm."
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading that refuses what Transformers would report and go on with: tensors that are missing, unknown or not weights.
+"""Strict loading: errors where Transformers only warns, for tensors that are missing, unknown or not weights.
 
-Quantized or not, a whole model or its encoder: a tensor that no file has a value for is an error, since a random one
-gives wrong answers and no other sign. The files are judged as `checkpoints.convert` judges them.
+A tensor without a value in any file is an error, for whole models and encoders, quantized or not: random values would
+silently give wrong answers. The checks of the files are those of `checkpoints.convert`.
 """
 
 import copy
@@ -23,17 +23,17 @@ from .tensor_names import to_our_name
 __all__ = ["StrictPreTrainedModel", "for_language_model_alone"]
 
 _ADVICE = (
-    "Its config.json describes another model than its weights, or a shard is missing. Compare the two, or download the "
-    "checkpoint again."
+    "Its config.json does not match its weights, or a shard is missing. Compare the two, or download the checkpoint "
+    "again."
 )
 _TIED = {"lm_head.weight", "model.language_model.embed_tokens.weight"}
-_BATCHES_SEEN = ".num_batches_tracked"  # Apple's encoders were trained with it, and no evaluation reads it
+_BATCHES_SEEN = ".num_batches_tracked"  # Apple's encoders were trained with it; evaluation does not use it
 
 
 class StrictPreTrainedModel(PreTrainedModel):
-    """A model of Transformers whose `from_pretrained` takes a checkpoint whole or not at all."""
+    """A model of Transformers whose `from_pretrained` refuses incomplete checkpoints."""
 
-    # Beginnings of names that a checkpoint need not have, and that start as in a new model.
+    # Prefixes of tensors that a checkpoint may lack; they are initialised as in a new model.
     _may_be_missing: tuple[str, ...] = ()
 
     @classmethod
@@ -42,8 +42,8 @@ class StrictPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: a file is missing, truncated or not safetensors.
-            ValueError: config.json cannot be right, or the checkpoint has tensors that the model does not know, lacks
-                some that it needs, has two values for one, or holds integers where weights belong.
+            ValueError: config.json is invalid, or the checkpoint has unknown tensors, lacks required ones, has two
+                values for one tensor, or holds integers instead of weights.
         """
         source = pretrained_model_name_or_path
         if source is not None and os.path.isdir(source):
@@ -57,7 +57,7 @@ class StrictPreTrainedModel(PreTrainedModel):
                 "download or copy it again."
             ) from error
         if source is not None and hasattr(model, "peft_config") and info["missing_keys"]:
-            # What Transformers calls missing here is the adapter's: it would start as if it had learned nothing.
+            # The missing keys are the adapter's: its tensors would be initialised as if it had not been trained.
             raise ValueError(_message(f"The adapter in {source}", "no values for tensors of its", info["missing_keys"]))
         return (model, info) if wants_info else model
 
@@ -78,7 +78,7 @@ class StrictPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        given = load_config.pretrained_model_name_or_path is not None  # else a new model, or one given its state
+        given = load_config.pretrained_model_name_or_path is not None  # else a new model, or one with a state_dict
         if given:
             _refuse_missing(model, load_config, set(loading_info.missing_keys))
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
@@ -89,7 +89,7 @@ class StrictPreTrainedModel(PreTrainedModel):
 
 
 def _refuse_missing(model: StrictPreTrainedModel, load_config: Any, missing: set[str]) -> None:
-    """Raise ValueError where a tensor has no value; before missing ones are initialised, which not all can be."""
+    """Raise ValueError if a tensor has no value; call it before missing tensors are initialised, which may fail."""
     names = (name for name in model.state_dict() if not name.endswith(_BATCHES_SEEN))
     needed = {name for name in names if not name.startswith(model._may_be_missing)}
     missing &= needed
@@ -99,13 +99,13 @@ def _refuse_missing(model: StrictPreTrainedModel, load_config: Any, missing: set
     if missing >= needed:
         raise ValueError(_message(_of(load_config), "not one tensor of this model, it is another's: no", missing))
     if len(missing & _TIED) == 1:
-        missing -= _TIED  # each may stand for the other
+        missing -= _TIED  # each can replace the other
     if missing:
         raise ValueError(_message(_of(load_config), "no values for tensors that this model needs", missing))
 
 
 def for_language_model_alone(quantization_config: Any) -> Any:
-    """Return a quantization configuration that leaves out encoder, projector and head unless it names others."""
+    """Return a quantization configuration that excludes encoder, projector and head unless it lists exclusions."""
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     fields = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules")  # by method
@@ -119,13 +119,13 @@ def for_language_model_alone(quantization_config: Any) -> Any:
 
 
 def _names_before_quantization(model: PreTrainedModel) -> set[str]:
-    """Return the names of the tensors that a model has before a quantizer adds its own, which it makes itself."""
+    """Return the names of a model's tensors without those that a quantizer adds and computes."""
     with torch.device("meta"):
         return set(type(model)(model.config).state_dict())
 
 
 def _check_files(model: PreTrainedModel, files: Iterable[str], packed: bool) -> None:
-    """Refuse files that hold integers in place of a model's weights, or two values for one of its tensors."""
+    """Refuse files that hold integers instead of weights, or two values for one tensor."""
     own = set(model.state_dict())
     found: dict[str, list[StoredTensor]] = {}
     for file in files:
@@ -145,7 +145,7 @@ def _check_files(model: PreTrainedModel, files: Iterable[str], packed: bool) -> 
 
 
 def _candidates(name: str) -> tuple[str, ...]:
-    """Return the names that a checkpoint's tensor may have in a whole model, one without a head, or an encoder."""
+    """Return the possible names of a checkpoint's tensor in a whole model, a model without a head, or an encoder."""
     ours = to_our_name(name) or name
     inner = ours.removeprefix("model.")
     return ours, inner, inner.removeprefix("vision_tower.")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of tensors in Apple's checkpoints and in this package: one table, read in both directions.
 
-Everything that renames is derived from `APPLE_TO_OURS`: what Transformers applies when it loads and reverses when it
-saves, what a model applies to the state that it is given, and the functions the converter uses. Inside the encoder both
-sides use the same names. Importing this module imports neither torch nor Transformers.
+All renaming is derived from `APPLE_TO_OURS`: Transformers applies it when loading and reverses it when saving, a model
+applies it to a given state_dict, and the converter uses the functions below. Inside the encoder both sides use the same
+names. Importing this module imports neither torch nor Transformers.
 """
 
 from collections.abc import Iterable, MutableMapping
@@ -21,8 +21,8 @@ APPLE_TO_OURS: tuple[tuple[str, str], ...] = (
     ("model.image_newline", "model.image_newline"),
     ("lm_head.", "lm_head."),
 )
-"""Pairs (Apple's, ours). One that ends in a dot is a prefix, any other a whole name. No prefix of one side is a prefix
-of another of the same side, so the order is of no consequence."""
+"""Pairs (Apple's, ours). A name that ends in a dot is a prefix, any other a whole name. No prefix of one side is a
+prefix of another of the same side, so the order does not matter."""
 
 
 def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
@@ -33,7 +33,7 @@ def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
 
 
 def to_our_name(name: str) -> str | None:
-    """Return our name of a tensor that carries Apple's name or already ours; None if it is neither.
+    """Return our name of a tensor with Apple's name or already ours; None if it is neither.
 
     Applying it twice changes nothing.
     """
@@ -44,17 +44,17 @@ def to_our_name(name: str) -> str | None:
 
 
 def to_apple_name(name: str) -> str | None:
-    """Return Apple's name of a tensor that carries our name or already Apple's; None if it is neither."""
+    """Return Apple's name of a tensor with our name or already Apple's; None if it is neither."""
     ours = to_our_name(name)
     return None if ours is None else _renamed(ours, ((new, old) for old, new in APPLE_TO_OURS))
 
 
 def rename_state(state: MutableMapping[str, Any], prefix: str = "") -> None:
-    """Give the tensors of a model's state our names where they have Apple's, as in a checkpoint's file.
+    """Rename tensors in a model's state from Apple's names to ours.
 
     Args:
-        state: tensors by name; changed in place. Other names stay.
-        prefix: what stands before the model's own names, where it is a part of something larger.
+        state: tensors by name; changed in place. Other names are kept.
+        prefix: prefix of the model's names, if it is part of a larger module.
     """
     for name in list(state):
         ours = to_our_name(name.removeprefix(prefix)) if name.startswith(prefix) else None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The id of the image placeholder, read from a checkpoint's tokenizer files without loading the tokenizer.
 
-Apple's tokenizers have no "<image>". The processor adds it, and the model's configuration must name the same id
-although it never sees the tokenizer: it depends on the vocabulary and on every other added token, so it differs
-between checkpoints (151646 beside Qwen2's three added tokens, 151665 beside Qwen2.5's twenty-two). Pure Python: a
-configuration is often read where no model is needed.
+Apple's tokenizers have no "<image>". The processor adds it, and the model's configuration, which has no access to the
+tokenizer, must contain the same id. The id depends on the vocabulary and on all other added tokens, so it differs
+between checkpoints (151646 after Qwen2's three added tokens, 151665 after Qwen2.5's twenty-two). This module is pure
+Python, since a configuration is often read where no model is needed.
 """
 
 import functools
@@ -18,13 +18,13 @@ from typing import Any
 __all__ = ["HUB_KEYS", "IMAGE_TOKEN", "TOKENIZER_FILES", "image_token_id_of"]
 
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Arguments of `from_pretrained` that say which files of the hub are meant, and how they are fetched."""
+"""Arguments of `from_pretrained` that select files of the hub and control their download."""
 
 IMAGE_TOKEN = "<image>"
 """Text of the placeholder in prompts and in the tokenizer."""
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
-"""Files that a tokenizer may be in; where there is none of them, there is no tokenizer."""
+"""Files that may define a tokenizer; a directory with none of them has no tokenizer."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,28 +38,28 @@ _FILES = (
 )
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULT_TOKENS: dict[str, dict[str, str]] = {
-    # What a tokenizer class assumes where tokenizer_config.json is silent (a null there means none).
+    # Defaults of the tokenizer classes for tokens missing in tokenizer_config.json (null there means none).
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "TokenizersBackend": {},
     "PreTrainedTokenizer": {},
 }
-_KEEP_SERIALIZED = ("TokenizersBackend", "PreTrainedTokenizer")  # take tokenizer.json as it is, then add to it
+_KEEP_SERIALIZED = ("TokenizersBackend", "PreTrainedTokenizer")  # use tokenizer.json unchanged, then add tokens
 
 
 def image_token_id_of(directory_or_repo: str | os.PathLike[str], **hub_kwargs: Any) -> int | None:
-    """Return the id that "<image>" has in a checkpoint's tokenizer, or gets when it is added to it.
+    """Return the id that "<image>" has in a checkpoint's tokenizer, or will get when it is added.
 
     Args:
         directory_or_repo: directory or hub repository with the tokenizer's files.
         **hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only` and so on; others are ignored.
 
     Returns:
-        The id, or None where there are no tokenizer files (or they are neither cached nor reachable).
+        The id, or None if there are no tokenizer files (or they are neither cached nor reachable).
 
     Raises:
-        ValueError: a tokenizer file that is not what its name says.
-        OSError: the repository, or its revision, does not exist.
+        ValueError: a tokenizer file has another format than its name says.
+        OSError: the repository or its revision does not exist.
     """
     hub_kwargs = {key: value for key, value in hub_kwargs.items() if key in HUB_KEYS}
     files: dict[str, Path] = {}
@@ -89,9 +89,9 @@ def _find(directory_or_repo: str | os.PathLike[str], name: str, hub_kwargs: dict
 
 @functools.lru_cache(maxsize=16)
 def _id_in_files(stamps: tuple[tuple[str, str, int, int], ...]) -> tuple[bool, int | None]:
-    """Return (True, id), or (False, None) where only the tokenizer itself can tell.
+    """Return (True, id), or (False, None) if the tokenizer must be loaded to find the id.
 
-    Times and sizes in `stamps` make the cache forget files that were rewritten.
+    Times and sizes in `stamps` invalidate the cache when files are rewritten.
     """
     files = {name: Path(path) for name, path, _, _ in stamps}
     config = _read_json(files.get("tokenizer_config.json"))
@@ -104,7 +104,7 @@ def _id_in_files(stamps: tuple[tuple[str, str, int, int], ...]) -> tuple[bool, i
     vocabulary = _vocabulary(files, serialized)
     added = _added_tokens(files, config, serialized, tokenizer_class)
 
-    # The tokenizer numbers added tokens itself, in order and without gaps, whatever ids the files name.
+    # The tokenizer numbers added tokens in order and without gaps, regardless of the ids in the files.
     ids: dict[str, int] = {}
     for token in added:
         if token and token not in ids:
@@ -136,7 +136,7 @@ def _vocabulary(files: dict[str, Path], serialized: dict[str, Any]) -> dict[str,
 def _added_tokens(
     files: dict[str, Path], config: dict[str, Any], serialized: dict[str, Any], tokenizer_class: str
 ) -> list[str]:
-    """Return the added tokens in the order in which the tokenizer adds them."""
+    """Return the added tokens in the tokenizer's order."""
     config = dict(config)
     if not config.get("extra_special_tokens") and "additional_special_tokens" in config:
         config["extra_special_tokens"] = config.pop("additional_special_tokens")
@@ -159,7 +159,7 @@ def _added_tokens(
     extra = config.get("extra_special_tokens", config.get("additional_special_tokens")) or []
     named = {**_DEFAULT_TOKENS[tokenizer_class], **{name: config[name] for name in _NAMED_TOKENS if name in config}}
     ordered += [_text(named[name]) for name in _NAMED_TOKENS if named.get(name)]
-    # Tokens with names of their own ("image_token" and the like) follow the usual ones.
+    # Tokens with custom names, such as "image_token", follow the usual ones.
     ordered += [
         _text(value)
         for name, value in config.items()
@@ -195,7 +195,7 @@ def _sentencepiece_tokens(path: Path) -> Iterator[str]:
 
 
 def _fields(message: bytes) -> Iterable[tuple[int, bytes]]:
-    """Yield (field number, payload) of the length-delimited fields of a protocol buffer; others are stepped over."""
+    """Yield (field number, payload) of the length-delimited fields of a protocol buffer; skip other fields."""
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)
@@ -226,11 +226,11 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
 
 
 def _id_by_loading(directory_or_repo: str, hub_kwargs: dict[str, Any]) -> int | None:
-    """Return the id by loading a tokenizer of a class whose files are not understood here."""
+    """Return the id by loading the tokenizer, for classes whose files this module does not support."""
     from transformers import AutoTokenizer, PreTrainedConfig
 
     try:
-        # A bare configuration keeps AutoTokenizer from reading config.json, which asks for this very id.
+        # With a bare configuration AutoTokenizer does not read config.json, which would ask for this id again.
         tokenizer = AutoTokenizer.from_pretrained(directory_or_repo, config=PreTrainedConfig(), **hub_kwargs)
     except (OSError, ValueError, ImportError) as error:
         logger.warning(

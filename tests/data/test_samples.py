@@ -302,7 +302,7 @@ def test_rows_whose_words_are_wrong(folder: Path, row: Any, expected: str) -> No
         ("missing.png", "the image 'missing.png' does not exist: expected a file at"),
         ("sub", "the image 'sub' is a folder"),
         ("empty.png", "the image 'empty.png' is empty (0 bytes)"),
-        ("text.png", "the image 'text.png' is not an image of a format that is read"),
+        ("text.png", "the image 'text.png' is not an image of a supported format"),
         ("cut_a.png", "the image 'cut_a.png' is truncated or damaged"),
         ("cut_b.jpg", "the image 'cut_b.jpg' is truncated or damaged"),
         ({"bytes": b"", "path": "x.png"}, "the image 'x.png' is empty (0 bytes)"),

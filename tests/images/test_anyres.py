@@ -100,7 +100,7 @@ def test_pinpoints_as_text() -> None:
         ([[256]], "two positive integers"),
         ([[256, 0]], "two positive integers"),
         ([[256, 512.5]], "two positive integers"),
-        ([[256, 300]], "whole tiles"),
+        ([[256, 300]], "not a multiple of the tile size"),
     ],
 )
 def test_bad_pinpoints(pinpoints: object, message: str) -> None:

@@ -127,7 +127,7 @@ def test_the_processor_reads_an_address(port: int, path: str) -> None:
     [
         ("/missing", "the server answered 404"),
         ("/cut", "the connection ended 5 bytes before the end"),
-        ("/no-http", "its answer is no HTTP"),
+        ("/no-http", "its answer is not HTTP"),
         ("/silent", "no answer within 0.5 seconds"),
         ("/slow-body", "no answer within 0.5 seconds"),
         ("/slow-body-to-the-end", "no answer within 0.5 seconds"),
@@ -249,12 +249,12 @@ def test_base64_in_other_forms_is_the_same_image(form: str, prefix: str) -> None
 @pytest.mark.parametrize(
     ("text", "cause"),
     [
-        ("data:image/png;base64,iVBORw0KGgoAA", "it has 13 characters, and no number of bytes gives so many"),
-        ("data:image/png;base64,iVBO.w0KGgoA", "it has '.' at character 4, which is none of base64"),
+        ("data:image/png;base64,iVBORw0KGgoAA", "it has 13 characters, an impossible length for base64"),
+        ("data:image/png;base64,iVBO.w0KGgoA", "it has '.' at character 4, which is not base64"),
         ("data:image/png;base64,iVB=Rw0KGgoA", "it has '=' at character 3, before its end"),
         ("data:image/png;base64,iVB%2", "it has '%' at character 3"),
         (CODE[: len(CODE) // 4 * 4 - 3], "it may have been cut off"),
-        (CODE + "?", "which is none of base64"),
+        (CODE + "?", "which is not base64"),
     ],
 )
 def test_base64_that_is_none_says_why(text: str, cause: str) -> None:

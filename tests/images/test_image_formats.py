@@ -116,13 +116,13 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "icons.png": (saved("ICNS"), "is an icon"),
     "xpm.png": (b'/* XPM */ static char *a[] = {"1 1 1 1", "a c #000", "a"};', "is an XPM icon"),
     "dds.png": (b"DDS " + bytes(124), "is a DDS texture"),
-    "tga.png": (saved("TGA"), "not an image of a format that is read"),
-    "pcx.png": (saved("PCX"), "not an image of a format that is read"),
+    "tga.png": (saved("TGA"), "not an image of a supported format"),
+    "pcx.png": (saved("PCX"), "not an image of a supported format"),
     "h5.png": (b"\x89HDF\r\n\x1a\n" + bytes(40), "is an HDF5 file"),
-    "mac.png": (b"\x00\x05\x16\x07" + bytes(40), "what macOS keeps beside a file"),
+    "mac.png": (b"\x00\x05\x16\x07" + bytes(40), "a macOS metadata file"),
     "error.png": (b'{"error": "not found"}', "is JSON text"),
-    "zeros.png": (bytes(5000), "nothing but zeros"),
-    "text.png": (b"no picture at all", "not an image of a format that is read"),
+    "zeros.png": (bytes(5000), "begins with zeros only"),
+    "text.png": (b"no picture at all", "not an image of a supported format"),
     "empty.png": (b"", "is empty"),
 }
 

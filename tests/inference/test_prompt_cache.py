@@ -264,7 +264,7 @@ def test_a_prompt_that_ends_in_a_picture(plain: Setup) -> None:
     for _ in range(2):  # the second time its last token is wanted again, and so the whole picture
         assert plain.cache.generate(**inputs, **GREEDY).tolist() == expected
     assert 0 < plain.cache.reused_tokens < 10 and plain.cache.encoded_images == 0
-    with pytest.raises(ValueError, match="ends in a picture"):
+    with pytest.raises(ValueError, match="ends in an image"):
         plain.cache.generate(**inputs, **GREEDY, num_beams=2)
 
 
@@ -323,8 +323,8 @@ def test_the_image_processor_prepares_a_picture_once(loaded: Setup) -> None:
     [
         ({"input_ids": torch.arange(10).view(2, 5)}, r"shape \(2, 5\); expected \(1, length\)"),
         ({"attention_mask": torch.tensor([[0, 1]])}, "expected a prompt without padding"),
-        ({"pixel_values": None}, r"placeholders, but the 0 pictures have 0 features"),
-        ({"num_tiles": torch.tensor([1])}, "image_sizes must be given too"),
+        ({"pixel_values": None}, r"placeholders, but the 0 images have 0 features"),
+        ({"num_tiles": torch.tensor([1])}, "image_sizes is needed too"),
         ({"past_key_values": object()}, "past_key_values is set, but PromptCache keeps its own"),
         ({"cache": object()}, "cache is set, but PromptCache keeps its own"),
         ({"inputs_embeds": torch.ones(1, 2, 3)}, "inputs_embeds is set"),

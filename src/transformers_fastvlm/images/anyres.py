@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic of AnyRes, LLaVA-NeXT's dynamic resolution: the tiles a picture is cut into and the tokens it gets.
+"""Arithmetic of AnyRes, LLaVA-NeXT's dynamic resolution: the tiles and the tokens of an image.
 
-The image processors cut by it, the processor counts placeholders by it and the model stitches features by it, so
-that the three cannot disagree. Pure Python integers and floats; picture and grid sizes are (height, width),
-pinpoints are stored as checkpoints store them: pairs of **width, height**.
+The image processors use it to cut tiles, the processor to count placeholders and the model to stitch features, so the
+three always agree. Pure Python integers and floats. Image and grid sizes are (height, width); pinpoints are pairs of
+**width, height**, as in checkpoints.
 
-A picture becomes a base view (the whole picture, squeezed into one tile) followed by the tiles of its best
-resolution in reading order.
+An image becomes a base view (the whole image, squeezed into one tile), followed by the tiles of its best resolution in
+reading order.
 """
 
 import ast
@@ -43,11 +43,11 @@ def check_pinpoints(pinpoints: Any, tile_size: int | Sequence[int] | None = None
     """Return `pinpoints` as a list of [width, height], checked.
 
     Args:
-        pinpoints: pairs of (width, height) in pixels, or the text of such a list, as some checkpoints store it.
-        tile_size: side of a square tile, or its (height, width); when given, pinpoints must be made of whole tiles.
+        pinpoints: pairs of (width, height) in pixels, or such a list as text, as in some checkpoints.
+        tile_size: side of a square tile, or its (height, width); if given, pinpoints must be multiples of it.
 
     Raises:
-        ValueError: no pinpoints, something that is not a pair of positive integers, or a pinpoint cut unevenly.
+        ValueError: no pinpoints, an entry that is not a pair of positive integers, or not a multiple of the tile.
     """
     if isinstance(pinpoints, str):
         try:
@@ -73,16 +73,16 @@ def check_pinpoints(pinpoints: Any, tile_size: int | Sequence[int] | None = None
         for width, height in checked:
             if width % tile_w or height % tile_h:
                 raise ValueError(
-                    f"image_grid_pinpoints contains [{width}, {height}] (width, height), which is not made of whole "
-                    f"tiles of {tile_w}x{tile_h}; choose pinpoints that are multiples of the tile, or another size."
+                    f"image_grid_pinpoints contains [{width}, {height}] (width, height), which is not a multiple of "
+                    f"the tile size {tile_w}x{tile_h}; choose multiples of the tile size, or another size."
                 )
     return checked
 
 
 def scaled_pinpoints(pinpoints: Sequence[Sequence[int]], own: int, size: int) -> list[list[int]]:
-    """Return `pinpoints` for tiles of `size` pixels in place of the checkpoint's `own`: grids of as many tiles.
+    """Return `pinpoints` scaled from the checkpoint's tile size `own` to `size`: the grids keep their numbers of tiles.
 
-    Whoever asks the image processor for another size must pass these along, and the model stitches by them.
+    Pass them to the image processor together with another size; the model stitches the features accordingly.
     """
     return [[width * size // own, height * size // own] for width, height in pinpoints]
 
@@ -92,12 +92,12 @@ def _tile(tile_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def best_resolution(size_hw: Sequence[int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Return the (height, width) among `pinpoints` that keeps most of the picture, then wastes least; first best wins.
+    """Return the (height, width) among `pinpoints` that keeps the most detail; ties go to the least padding, the first.
 
-    What is kept is the number of pixels after fitting the picture inside, never more than it has itself.
+    Detail is the number of pixels of the image fitted inside, at most those of the image.
 
     Args:
-        size_hw: (height, width) of the picture.
+        size_hw: (height, width) of the image.
         pinpoints: pairs of (width, height).
     """
     image_h, image_w = _check_size(size_hw)
@@ -115,9 +115,9 @@ def best_resolution(size_hw: Sequence[int], pinpoints: Sequence[Sequence[int]]) 
 
 
 def fitted_size(size_hw: Sequence[int], target_hw: Sequence[int]) -> tuple[int, int]:
-    """Return the (height, width) of a picture scaled to fit inside `target_hw`, the shorter side rounded up.
+    """Return the (height, width) of an image scaled to fit inside `target_hw`, the shorter side rounded up.
 
-    What is left of the target around it, half on either side, is black.
+    The rest of the target is black, half of it on either side.
     """
     image_h, image_w = _check_size(size_hw)
     target_h, target_w = _check_size(target_hw, "target size")
@@ -130,14 +130,14 @@ def fitted_size(size_hw: Sequence[int], target_hw: Sequence[int]) -> tuple[int, 
 def tile_grid(
     size_hw: Sequence[int], pinpoints: Sequence[Sequence[int]], tile_size: int | Sequence[int]
 ) -> tuple[int, int]:
-    """Return the (rows, columns) of tiles that the best resolution of a picture is cut into, base view not counted."""
+    """Return the (rows, columns) of tiles of an image at its best resolution, without the base view."""
     tile_h, tile_w = _tile(tile_size)
     height, width = best_resolution(size_hw, pinpoints)
     return height // tile_h, width // tile_w
 
 
 def num_tiles(size_hw: Sequence[int], pinpoints: Sequence[Sequence[int]] | None, tile_size: int | Sequence[int]) -> int:
-    """Return how many tiles, base view included, a picture of `size_hw` becomes; 1 without pinpoints."""
+    """Return the number of tiles of an image of `size_hw`, base view included; 1 without pinpoints."""
     if not pinpoints:
         _check_size(size_hw)
         return 1
@@ -146,13 +146,13 @@ def num_tiles(size_hw: Sequence[int], pinpoints: Sequence[Sequence[int]] | None,
 
 
 def unpadded_grid(size_hw: Sequence[int], grid_h: int, grid_w: int) -> tuple[int, int, int, int]:
-    """Return (top, left, height, width) of the part of a feature grid that shows the picture and not its black border.
+    """Return (top, left, height, width) of the part of a feature grid without the image's black border.
 
-    The border is cut equally on both sides, an odd row or column stays. A picture so long that it covers less than
-    one cell across an even grid keeps nothing (height or width 0): then only its base view is left.
+    The border is cut equally on both sides; an odd row or column is kept. An image so long that it covers less than one
+    cell across an even grid keeps no cells (height or width 0): only its base view remains.
 
     Args:
-        size_hw: (height, width) of the picture.
+        size_hw: (height, width) of the image.
         grid_h, grid_w: cells of the stitched grid of all tiles.
     """
     image_h, image_w = _check_size(size_hw)
@@ -170,20 +170,20 @@ def num_image_tokens(
     tile_size: int | Sequence[int],
     merge_type: str = "flat",
 ) -> int:
-    """Return the number of tokens of one picture.
+    """Return the number of tokens of one image.
 
-    The base view's tokens come first. "flat" and "spatial" keep every token of every tile (they differ in order
-    only); "spatial_unpad" drops those of the black border and ends each remaining row of the stitched grid with one
-    learned newline. Without pinpoints a picture is one view, and the merge type has no effect.
+    The base view's tokens come first. "flat" and "spatial" keep every token of every tile and differ only in their
+    order. "spatial_unpad" drops the tokens of the black border and ends each remaining row of the stitched grid with
+    one learned newline. Without pinpoints an image is one view, and the merge type has no effect.
 
     Args:
-        size_hw: (height, width) of the picture, before any resizing.
-        pinpoints: pairs of (width, height), or None where the picture is not tiled ("pad", "square").
+        size_hw: (height, width) of the image, before any resizing.
+        pinpoints: pairs of (width, height), or None if the image is not tiled ("pad", "square").
         tile_size: side of a tile, or its (height, width); multiples of 64.
         merge_type: "flat", "spatial" or "spatial_unpad".
 
     Raises:
-        ValueError: an unknown merge type, a size below 1, a tile that is no multiple of 64.
+        ValueError: an unknown merge type, a size below 1, or a tile size that is not a multiple of 64.
     """
     if merge_type not in MERGE_TYPES:
         raise ValueError(f"mm_patch_merge_type is {merge_type!r}; expected one of {', '.join(map(repr, MERGE_TYPES))}.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base64 of image files: one reading of it for processors, data, the server and the web page."""
+"""Base64 of image files: one decoder for processors, data, the server and the web page."""
 
 import base64
 import re
@@ -17,17 +17,17 @@ _PERCENT = [
 
 
 def is_data_url(text: str) -> bool:
-    """Return whether a text begins with `data:image/...;base64,` or the like."""
+    """Return whether a text begins with the prefix of a data: URL, such as `data:image/png;base64,`."""
     return _PREFIX.match(text) is not None
 
 
 def from_base64(text: str) -> bytes:
-    """Return the bytes of base64, with or without the prefix of a data: URL.
+    """Return the decoded bytes of base64, with or without the prefix of a data: URL.
 
-    Taken are both alphabets, that of URLs too, percent-encoding, white space, and padding or none.
+    Accepts the standard and the URL-safe alphabet, percent-encoding, white space, and missing padding.
 
     Raises:
-        ValueError: other characters, or a length that no number of bytes has; the message is what is wrong with "it".
+        ValueError: other characters, or an impossible length; the message is a clause whose subject is "it".
     """
     prefix = _PREFIX.match(text)
     code = text[prefix.end() if prefix else 0 :].encode("ascii", "replace")
@@ -36,10 +36,8 @@ def from_base64(text: str) -> bytes:
             code = code.replace(encoded, character)
     code = code.translate(_ONE_ALPHABET, b" \t\r\n\v\f").rstrip(b"=")
     if other := _OTHERS.search(code):
-        place = "before its end" if other[0] == b"=" else "which is none of base64"
+        place = "before its end" if other[0] == b"=" else "which is not base64"
         raise ValueError(f"it has {other[0].decode()!r} at character {other.start()}, {place}")
     if len(code) % 4 == 1:
-        raise ValueError(
-            f"it has {len(code)} characters, and no number of bytes gives so many; it may have been cut off"
-        )
+        raise ValueError(f"it has {len(code)} characters, an impossible length for base64; it may have been cut off")
     return base64.b64decode(code + b"=" * (-len(code) % 4))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decoding an image may cost: bounds that are checked in the file's bytes before a decoder sees them.
+"""Bounds on the cost of decoding an image, checked in the file's bytes before they reach a decoder.
 
-The number of pixels bounds most of the time and memory. What it does not bound is bounded here: many scans over the
-same pixels, many small pieces that Python goes through one by one, and formats that Python decodes.
+The number of pixels bounds most of the time and memory. This module also bounds the rest: many scans over the same
+pixels, many small pieces that Pillow handles one by one in Python, and formats that it decodes in Python.
 """
 
 import re
@@ -15,32 +15,32 @@ from PIL import Image
 __all__ = ["MAX_FILE_BYTES", "MAX_SCANS", "MAX_SIDE", "TooManyPixels", "check_dimensions", "check_file"]
 
 MAX_SIDE = 2**20
-"""Longest side, in pixels, of an image that is accepted."""
+"""Longest accepted side of an image, in pixels."""
 
 MAX_FILE_BYTES = 2**30
 MAX_SCANS = 100
-"""Of a JPEG; encoders write about 10. Each may cost the time of decoding all pixels."""
+"""Most scans of a JPEG; encoders write about 10. Each may take as long as decoding all pixels."""
 
 _SCANNED_PIXELS = 2 * 10**9  # of all scans of a JPEG together
 _FEW_SCANS = 20
 MAX_PIECES = 2**17  # chunks of a PNG, strips or tiles of a TIFF, blocks of a GIF
-_MAX_SEGMENTS = 2**10  # metadata of a JPEG or a GIF, which Pillow puts together in time that grows by the square
+_MAX_SEGMENTS = 2**10  # metadata of a JPEG or a GIF, which Pillow joins in quadratic time
 _MAX_METADATA_BLOCKS = 2**13  # of a GIF, likewise; up to 255 bytes each
 _MAX_JUNK = 2**20
-_MAX_SLOW_BYTES = 2**23  # what Pillow decodes in Python, at 2 to 8 MB a second
+_MAX_SLOW_BYTES = 2**23  # formats that Pillow decodes in Python, at 2 to 8 MB per second
 _MAX_PPM_HEADER = 2**16
 _MAX_JPEG2000_BYTES = 2**25
 
 
 class TooManyPixels(ValueError):
-    """An image that is larger than the limit of pixels."""
+    """An image with more pixels than the limit."""
 
 
 def check_dimensions(width: int, height: int, what: str = "the image", max_pixels: int | None = None) -> None:
-    """Raise ValueError unless `what`, an image of this many pixels, may be decoded and resized.
+    """Raise ValueError if an image of this width and height, called `what`, is too large to be decoded and resized.
 
-    The number of pixels is limited by `max_pixels`; if that is None by `PIL.Image.MAX_IMAGE_PIXELS`, which Pillow
-    itself only warns about.
+    The limit of pixels is `max_pixels`, or `PIL.Image.MAX_IMAGE_PIXELS` if that is None; Pillow itself only warns
+    above the latter.
     """
     if width < 1 or height < 1:
         raise ValueError(f"{what} is {width}x{height} pixels (width x height); both sides must be at least 1.")
@@ -59,15 +59,16 @@ def check_dimensions(width: int, height: int, what: str = "the image", max_pixel
 
 
 def check_file(file: Any, what: str, max_pixels: int | None = None) -> None:
-    """Raise ValueError where decoding a file would cost far more than its pixels do. The file's position is kept.
+    """Raise ValueError if decoding a file would cost far more than its pixels do. The file's position is kept.
 
     Args:
-        file: binary and seekable.
-        what: how to call it in an error.
-        max_pixels: see `check_dimensions`; TIFF's tiles and JPEG 2000, which takes twice the memory, are held to it.
+        file: a binary, seekable file.
+        what: its name in errors.
+        max_pixels: see `check_dimensions`; also the limit for a TIFF tile, and half of it for JPEG 2000, which takes
+            twice the memory.
 
     Raises:
-        ValueError: it has too many bytes or pieces; the message says of what.
+        ValueError: the file has too many bytes or pieces; the message names them.
     """
     position = file.tell()
     try:
@@ -83,7 +84,7 @@ def check_file(file: Any, what: str, max_pixels: int | None = None) -> None:
             try:
                 problem = check(file, size, limit)
             except (struct.error, IndexError, EOFError):
-                return  # cut off or damaged, which the decoder says better
+                return  # cut off or damaged: the decoder's error is better
             if problem:
                 raise ValueError(f"{what} {problem} Save it again with another program if you trust it.")
     finally:
@@ -102,7 +103,7 @@ _SCAN, _END = 0xDA, 0xD9
 def _jpeg(file: Any, size: int, limit: int | None) -> str | None:
     pixels = segments = junk = 0
     before = b""
-    while byte := file.read(1):  # up to the first scan, as Pillow goes through it
+    while byte := file.read(1):  # up to the first scan, as Pillow reads it
         if before != b"\xff" or byte in (b"\0", b"\xff"):
             before, junk = byte, junk + 1
             if junk > _MAX_JUNK:
@@ -124,7 +125,7 @@ def _jpeg(file: Any, size: int, limit: int | None) -> str | None:
     most = min(MAX_SCANS, max(_FEW_SCANS, _SCANNED_PIXELS // max(1, pixels)))
     file.seek(0)
     if _count(file, b"\xff\xda") <= most:
-        return None  # those in metadata and after the image counted in, which is more than there are
+        return None  # an upper bound: it also counts markers in metadata and after the image
     file.seek(0)
     scans = _scans(file.read(), most)
     return f"has over {most} scans, where about 10 are usual." if scans > most else None
@@ -140,7 +141,7 @@ def _count(file: Any, pair: bytes) -> int:
 
 
 def _scans(content: bytes, most: int) -> int:
-    """Return how many scans a JPEG has, or `most` + 1; as libjpeg finds its markers, up to the end of the image."""
+    """Return the number of scans of a JPEG up to its end, at most `most` + 1; markers are found as by libjpeg."""
     scans, place = 0, 2
     while scans <= most and (found := _MARKER.search(content, place)):
         marker, place = content[found.end() - 1], found.end()
@@ -166,13 +167,13 @@ def _png(file: Any, size: int, limit: int | None) -> str | None:
 
 
 def _gif(file: Any, size: int, limit: int | None) -> str | None:
-    """Go through the blocks up to the second image, as Pillow does to know whether it moves."""
+    """Read the blocks up to the second image, as Pillow does to find out whether the GIF is animated."""
     flags = file.read(13)[10]
     file.seek(3 << (flags & 7) + 1 if flags & 128 else 0, 1)
     images, extensions, blocks = 0, 0, {b",": 0, b"!": 0}
     while images < 2 and (kind := file.read(1)) not in (b"", b";"):
         if kind not in blocks:
-            extensions += 1  # Pillow passes over one byte
+            extensions += 1  # Pillow skips one byte
         elif kind == b",":
             images += 1
             flags = file.read(9)[8]
@@ -223,10 +224,10 @@ _PLACES = (273, 279, 324, 325)
 
 
 def _tiff(file: Any, size: int, limit: int | None) -> str | None:
-    """Look at the tags of the first page: Pillow makes a Python object of every value of some."""
+    """Check the tags of the first page: for some tags Pillow creates one Python object per value."""
     head = file.read(16)
     order = "<" if head[:2] == b"II" else ">"
-    big = head[2] == 43  # as Pillow asks
+    big = head[2] == 43  # as Pillow checks
     (offset,) = struct.unpack(f"{order}Q", head[8:16]) if big else struct.unpack(f"{order}I", head[4:8])
     if offset >= size:
         return None

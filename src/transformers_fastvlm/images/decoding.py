@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding image files: of the formats that are read, within bounds, upright, or a clear error.
+"""Decoding image files of the supported formats, within bounds and upright, or with a clear error.
 
-Everything in the package that opens an image file does it through here, so that the same files are accepted and
-refused everywhere. Of an image that moves, or of several pages, the first is taken.
+All code of the package opens image files through this module, so that the same files are accepted and refused
+everywhere. Of an animated image or several pages, the first frame or page is used.
 """
 
 import errno
@@ -40,7 +40,7 @@ _BACK = {
     7: _Transpose.TRANSVERSE,
     8: _Transpose.ROTATE_270,
 }
-# Pillow decodes these whole: that there is something to decode does not show in `tile`.
+# Pillow decodes these in one piece: `tile` does not show whether there is something left to decode.
 _WITHOUT_TILES = ("WEBP", "AVIF", "HEIF")
 _QUARTER_TURNS = (5, 6, 7, 8)
 
@@ -49,18 +49,18 @@ _MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, getattr(errno, 
 _HEAD = 4096
 
 FIRST_OF_SEVERAL = "first_of_several"
-"""Key in `info` of an image that was read, if it is the first frame or page of several."""
+"""Key in an image's `info`, set if it is the first frame or page of several."""
 
 _DAMAGED_TAGS = ("Truncated", "Skipping tag", "offset too large")
 
 
 class _Reading(threading.local):
-    """What this thread is doing.
+    """State of the warning filter in this thread.
 
     Attributes:
-        depth: how many `quiet` it is within.
-        message: of the warning that Python is asking about.
-        heard: messages of Pillow's warnings, of the innermost `quiet`.
+        depth: number of active `quiet` blocks.
+        message: text of the warning that Python is matching.
+        heard: messages of Pillow's warnings in the innermost `quiet`.
     """
 
     depth = 0
@@ -72,9 +72,9 @@ _reading = _Reading()
 
 
 class _Messages:
-    """In place of a warning filter's pattern for messages, which Python asks first: any, in threads that read."""
+    """A warning filter's pattern for messages, which Python matches first: any message in threads that read."""
 
-    pattern = "(?!)"  # for those that copy filters to other threads, as scikit-learn does: the copy matches nothing
+    pattern = "(?!)"  # for code that copies filters to other threads, such as scikit-learn: the copy matches nothing
 
     def match(self, message: str) -> bool:
         _reading.message = message
@@ -82,7 +82,7 @@ class _Messages:
 
 
 class _Modules:
-    """In place of a warning filter's pattern for modules, which Python asks then: those of Pillow."""
+    """A warning filter's pattern for modules, which Python matches next: those of Pillow."""
 
     pattern = "(?!)"
 
@@ -98,10 +98,10 @@ _FILTER: Any = ("ignore", _Messages(), Warning, _Modules(), 0)
 
 @contextmanager
 def quiet() -> Iterator[list[str]]:
-    """Keep what Pillow warns of from standard error while this thread reads an image; yield what it was.
+    """Suppress Pillow's warnings while this thread reads an image; yield the list of their messages.
 
-    `warnings.catch_warnings` changes what other threads see and restores what they have changed. This filter matches
-    in no other thread and nothing but Pillow's warnings.
+    `warnings.catch_warnings` would change the filters of other threads and undo their changes. This filter matches
+    only Pillow's warnings, and only in this thread.
     """
     filters: Any = warnings.filters
     if not filters or filters[0] is not _FILTER:
@@ -116,22 +116,22 @@ def quiet() -> Iterator[list[str]]:
 
 
 def is_machine_fault(error: BaseException) -> bool:
-    """Return whether an error is about the machine, not about an image: no memory, no file handles, a failing disk.
+    """Return whether the machine, not an image, caused an error: no memory, no file handles, a failing disk.
 
-    It ends a run, where an error of an image is the image's own.
+    Such an error ends a run, while an image's error concerns only this image.
     """
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE)
 
 
 @contextmanager
 def _errors_of(what: str, how: str) -> Iterator[None]:
-    """Turn whatever Pillow raises about an image into ValueError with its name."""
+    """Turn any error of Pillow's about an image into a ValueError with the image's name."""
     try:
         yield
     except Exception as error:  # plugins raise OSError, SyntaxError, ValueError, EOFError, struct.error and more
         if is_machine_fault(error):
             raise
-        if isinstance(error, OSError) and str(error).startswith("out of memory"):  # as Pillow says it
+        if isinstance(error, OSError) and str(error).startswith("out of memory"):  # Pillow's wording
             raise MemoryError(f"{what}: {error}") from error
         if isinstance(error, Image.DecompressionBombError):
             raise ValueError(
@@ -142,16 +142,16 @@ def _errors_of(what: str, how: str) -> Iterator[None]:
 
 
 def open_image(file: Any, what: str, max_pixels: int | None = None) -> Image.Image:
-    """Return the image in a file, of which nothing but the head is decoded.
+    """Return the image in a file; only its header is decoded.
 
     Args:
-        file: binary and seekable. It must stay open until the image is loaded.
-        what: how to call it in an error.
+        file: a binary, seekable file. It must stay open until the image is loaded.
+        what: its name in errors.
         max_pixels: see `check_dimensions`.
 
     Raises:
-        ValueError: it is empty, not of a format that is read, damaged, or too large.
-        OSError, MemoryError: of the machine; see `is_machine_fault`.
+        ValueError: the file is empty, damaged, too large, or has an unsupported format.
+        OSError, MemoryError: a fault of the machine; see `is_machine_fault`.
     """
     with _errors_of(what, "cannot be read"):
         file.seek(0)
@@ -166,7 +166,7 @@ def open_image(file: Any, what: str, max_pixels: int | None = None) -> Image.Ima
         raise ValueError(
             f"{what} {known}"
             if known
-            else f"{what} is not an image of a format that is read ({', '.join(image_formats())}), or it is damaged."
+            else f"{what} is not an image of a supported format ({', '.join(image_formats())}), or it is damaged."
         )
     check_dimensions(*image.size, what, max_pixels)
     if image.format == "TIFF" and (said := [text for text in warned if any(part in text for part in _DAMAGED_TAGS)]):
@@ -177,23 +177,23 @@ def open_image(file: Any, what: str, max_pixels: int | None = None) -> Image.Ima
 
 
 def _has_several(image: Image.Image) -> bool:
-    """Return whether an image moves or has several pages; the further images in a JPEG of a phone do not count."""
+    """Return whether an image is animated or has several pages; extra images in a phone's JPEG (MPO) do not count."""
     try:
         with quiet():
             return image.format != "MPO" and bool(getattr(image, "is_animated", False))
-    except Exception:  # GIF looks for the second frame, whose damage does not matter here
+    except Exception:  # for GIF, Pillow reads the second frame; its damage does not matter here
         return False
 
 
 def _opened(file: Any, head: bytes) -> Image.Image | None:
-    """Return an image whose head was read, of any number of pixels; None if it is of no format that is read."""
+    """Return an image whose header was read, of any number of pixels; None if its format is not supported."""
     formats = image_formats()
     try:
         return Image.open(file, formats=formats)
     except UnidentifiedImageError:
         return None
     except Image.DecompressionBombError:
-        # Twice Pillow's limit, which is the process's; the caller's own is checked next.
+        # More than twice Pillow's limit, which is global; the caller's limit is checked next.
         for format in formats:
             make, accepts = Image.OPEN[format]
             if accepts is None or accepts(head[:16]) is True:
@@ -203,18 +203,18 @@ def _opened(file: Any, head: bytes) -> Image.Image | None:
 
 
 def load_pixels(image: Image.Image, what: str = "the image", max_pixels: int | None = None) -> Image.Image:
-    """Return an opened Pillow image with its pixels decoded, so that a truncated file is noticed; bounds come first.
+    """Check the bounds of an opened Pillow image and decode its pixels, which detects a truncated file.
 
-    Gray values of 16 bits, which Pillow reads from PGM as whole numbers of any size, become mode I;16.
+    16-bit gray values, which Pillow reads from PGM in mode I, become mode I;16.
 
     Raises:
-        ValueError: it is too large, truncated or damaged.
-        OSError, MemoryError: of the machine; see `is_machine_fault`.
+        ValueError: the image is too large, truncated or damaged.
+        OSError, MemoryError: a fault of the machine; see `is_machine_fault`.
     """
     if not isinstance(image, ImageFile.ImageFile) or not (
         image.tile or (image.format in _WITHOUT_TILES and image.fp is not None)
     ):
-        check_dimensions(*image.size, what, sys.maxsize)  # decoded already: the caller has paid for its pixels
+        check_dimensions(*image.size, what, sys.maxsize)  # already decoded: only the sides are checked
         return image
     check_dimensions(*image.size, what, max_pixels)
     if (file := image.fp) is not None:
@@ -229,15 +229,15 @@ def load_pixels(image: Image.Image, what: str = "the image", max_pixels: int | N
 
 
 def load_stored(image: Image.Image, what: str, max_pixels: int | None = None) -> Image.Image:
-    """Decode an image that was just opened; return the pixels that the file stores, their orientation beside them.
+    """Decode a newly opened image; return the pixels as stored, with the orientation in its EXIF.
 
-    Pillow turns a TIFF file while it decodes it, and forgets the orientation; both are undone here, so that one rule
-    holds for all formats.
+    Pillow applies the orientation of a TIFF while decoding it and drops the tag. Both are undone here, so that all
+    formats behave the same.
 
     Raises:
         ValueError, OSError, MemoryError: see `load_pixels`.
     """
-    # Of other formats some say only after decoding what their orientation is.
+    # Some other formats have their orientation only after decoding.
     stated = orientation_of(image) if image.format == "TIFF" else 1
     image = load_pixels(image, what, max_pixels)
     if stated == 1 or orientation_of(image) != 1:
@@ -245,12 +245,12 @@ def load_stored(image: Image.Image, what: str, max_pixels: int | None = None) ->
     image = image.transpose(_BACK[stated])
     exif = image.getexif()
     exif[ExifTags.Base.Orientation] = stated
-    image.info["exif"] = exif.tobytes()  # where copies of the image know it from
+    image.info["exif"] = exif.tobytes()  # copies of the image read it from there
     return image
 
 
 def read_stored(file: Any, what: str, max_pixels: int | None = None) -> Image.Image:
-    """Return the image in a file, decoded, as `load_stored` does; the file can be closed then.
+    """Return the decoded image in a file, as `load_stored` does; the file can be closed afterwards.
 
     Raises:
         ValueError, OSError, MemoryError: see `open_image` and `load_pixels`.
@@ -260,7 +260,7 @@ def read_stored(file: Any, what: str, max_pixels: int | None = None) -> Image.Im
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8: that of an upright image where there is no EXIF or it cannot be read."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if there is no EXIF or it cannot be read."""
     try:
         with quiet():
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -270,10 +270,10 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def oriented(image: Image.Image, do_exif_transpose: bool | None) -> Image.Image:
-    """Return a decoded image turned as its EXIF orientation says, or with its pixels as they are stored.
+    """Return a decoded image with its EXIF orientation applied, or with its pixels as stored.
 
-    Either way the result has no orientation any more, so that nothing turns it a second time. An EXIF block that
-    cannot be read turns nothing, as in viewers. An image without orientation is returned as it is.
+    Either way the result has no orientation, so it is not applied twice. An unreadable EXIF block is ignored, as in
+    viewers. An image without orientation is returned unchanged.
     """
     orientation = orientation_of(image)
     if orientation == 1:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetching images by http(s), within a time and a size for all of it.
+"""Downloading images by http(s), with one limit of time and one of size for the whole download.
 
-A host that sends a byte now and then, or none, ends with the time; so do a slow name server, an endless body and
-redirects, which lead to http(s) only.
+The time limit also covers a host that sends a byte now and then or none, a slow name server, an endless body and
+redirects. Redirects lead to http(s) only.
 """
 
 import base64
@@ -28,15 +28,15 @@ _HEADERS = {"Accept": "image/*,*/*;q=0.5", "User-Agent": "transformers-fastvlm"}
 
 
 class FetchError(ConnectionError):
-    """Nothing could be fetched; the message is the reason alone, without a full stop."""
+    """The download failed; the message is the reason only, without a full stop."""
 
 
 class TooManyBytesError(ValueError):
-    """There is more than was to be taken."""
+    """The download is larger than allowed."""
 
 
 class Budget:
-    """Bytes that several fetches may take together, from several threads.
+    """Bytes that several downloads may use together. Thread-safe.
 
     Args:
         size: in bytes.
@@ -46,10 +46,10 @@ class Budget:
         self.size, self._left, self._lock = size, size, threading.Lock()
 
     def spend(self, count: int) -> None:
-        """Take bytes from it.
+        """Subtract bytes from the budget.
 
         Raises:
-            TooManyBytesError: there are not so many left.
+            TooManyBytesError: fewer bytes are left.
         """
         with self._lock:
             self._left -= count
@@ -67,10 +67,10 @@ class Address(NamedTuple):
 
 
 def parse_address(url: str) -> Address:
-    """Return the parts of an address; nothing is looked up.
+    """Return the parts of an address, without resolving the host.
 
     Raises:
-        ValueError: it is none of http(s), or not well formed; the message is the reason alone.
+        ValueError: the address is not http(s), or not well formed; the message is the reason only.
     """
     parts = urllib.parse.urlsplit(url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
@@ -90,15 +90,15 @@ def fetch(
 
     Args:
         url: an http(s) address.
-        seconds: for all of it: names, connections, redirects, and the last byte.
-        budget: what it may take of bytes.
-        is_allowed: says of an IP address whether it may be connected to. The address that it saw is the one that is
-            connected to, whatever a name server says a second later, so no proxy is used. None for any, by the proxies
-            that the environment names.
-        redirects: how many are followed, to http(s) only.
+        seconds: limit for the whole download: name look-up, connections, redirects and body.
+        budget: limit of bytes.
+        is_allowed: returns whether an IP address may be connected to. The connection goes to the checked address
+            itself, even if the name server changes its answer, so no proxy is used. None allows any address and uses
+            the proxies of the environment.
+        redirects: most redirects to follow, to http(s) only.
 
     Raises:
-        FetchError: no address of http(s), not allowed, no answer in time, or another one than the whole of a body.
+        FetchError: not an http(s) address, not allowed, no answer in time, or an error or incomplete answer.
         TooManyBytesError: more bytes than are left of `budget`.
     """
     watchdog = _Watchdog(seconds)
@@ -111,7 +111,7 @@ def fetch(
                     location = response.headers["Location"] if response.status in _REDIRECTIONS else None
                     if location is None or not redirects:
                         return _body(response, budget, watchdog)
-            # Headers are read as Latin-1, whatever they are.
+            # http.client decodes headers as Latin-1, whatever their encoding.
             url = urllib.parse.urljoin(url, urllib.parse.quote(location.encode("latin-1"), safe=string.punctuation))
         raise FetchError(f"more than {redirects} redirects")
     except (TooManyBytesError, FetchError):
@@ -131,17 +131,17 @@ def _body(response: http.client.HTTPResponse, budget: Budget, watchdog: "_Watchd
     while piece := response.read(_PIECE):
         budget.spend(len(piece))
         content += piece
-    watchdog.check()  # a connection that was ended looks like the end of a body
+    watchdog.check()  # a connection that the watchdog closed looks like the end of a body
     if response.length:
         raise FetchError(f"the connection ended {response.length} bytes before the end")
     return bytes(content)
 
 
 class _Watchdog:
-    """Ends the connection that a thread uses when its time is over: a socket's own time-out begins anew with each byte.
+    """Closes a thread's connection when the time is over, since a socket's timeout restarts with each byte.
 
     Attributes:
-        is_over: whether the time is.
+        is_over: whether the time is over.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -152,16 +152,16 @@ class _Watchdog:
         self._timer.start()
 
     def left(self) -> float:
-        """Return the seconds that are left, which are never none."""
+        """Return the seconds that are left, always above 0."""
         return max(self._end - time.monotonic(), 0.01)
 
     def check(self) -> None:
-        """Raise TimeoutError where the time is over."""
+        """Raise TimeoutError if the time is over."""
         if self.is_over:
             raise TimeoutError
 
     def watch(self, one: socket.socket) -> None:
-        """Take the connection that is in use from now on."""
+        """Set the connection to close when the time is over."""
         self._socket = one
         self.check()
 
@@ -177,12 +177,12 @@ class _Watchdog:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to an address that was checked.
+    """A connection to a checked address.
 
     Args:
         host, port: of the server, or of a proxy.
-        secure: whether it is https, to a server of this name, or where there is a tunnel to that at its end.
-        watchdog: its time.
+        secure: for https the server's name, also at the end of a tunnel; None for http.
+        watchdog: limits its time.
         is_allowed: see `fetch`.
     """
 
@@ -190,11 +190,11 @@ class _Connection(http.client.HTTPConnection):
         self, host: str, port: int, secure: str | None, watchdog: _Watchdog, is_allowed: Callable[[str], bool] | None
     ) -> None:
         super().__init__(host, port)
-        self.default_port = _PORTS["https" if secure else "http"]  # is left out of the header Host
+        self.default_port = _PORTS["https" if secure else "http"]  # omitted from the header Host
         self._secure, self._watchdog, self._is_allowed = secure, watchdog, is_allowed or (lambda address: True)
 
     def connect(self) -> None:
-        """Look the host up once, check every address, and connect to the first that answers."""
+        """Resolve the host once, check every address, and connect to the first that answers."""
         addresses = _look_up(self.host, self.port, self._watchdog.left())
         if not all(self._is_allowed(address) for address in addresses):
             raise FetchError("it has an address that is not public")
@@ -224,7 +224,7 @@ class _Connection(http.client.HTTPConnection):
 def _connection(
     address: Address, watchdog: _Watchdog, is_allowed: Callable[[str], bool] | None
 ) -> tuple[_Connection, str, dict[str, str]]:
-    """Return a connection for an address, not made yet, and the target and the headers of a request on it."""
+    """Return an unopened connection for an address, and the target and headers of a request on it."""
     scheme, host, port, target = address
     secure = host if scheme == "https" else None
     proxy = urllib.request.getproxies().get(scheme) if is_allowed is None else None
@@ -232,7 +232,7 @@ def _connection(
         return _Connection(host, port, secure, watchdog, is_allowed), target, {}
     parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"http://{proxy}")
     if parts.scheme not in _PORTS or not parts.hostname:
-        raise FetchError(f"the proxy that the environment names for {scheme} is none of http")
+        raise FetchError(f"the environment's proxy for {scheme} is not an http proxy")
     headers = {}
     if parts.username is not None:
         user = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
@@ -246,7 +246,7 @@ def _connection(
 
 
 def _look_up(host: str, port: int, seconds: float) -> list[str]:
-    """Return the IP addresses of a host. Looking up has no time-out of its own and can take minutes."""
+    """Return the IP addresses of a host; in a thread, since `getaddrinfo` has no timeout and can take minutes."""
     found: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
 
     def look_up() -> None:
@@ -267,11 +267,11 @@ def _look_up(host: str, port: int, seconds: float) -> list[str]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return why a connection failed, without addresses of this machine's network."""
+    """Return why a connection failed, without addresses of the local network."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted ({error.verify_message})"
     if isinstance(error, socket.gaierror):
         return "its name cannot be looked up"
     if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
-        return f"its answer is no HTTP ({type(error).__name__})"
+        return f"its answer is not HTTP ({type(error).__name__})"
     return getattr(error, "strerror", None) or str(error)[:200] or type(error).__name__

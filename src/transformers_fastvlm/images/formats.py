@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which image formats are read, and what a file is that is none of them."""
+"""The supported image formats, and descriptions of files in other formats."""
 
 import functools
 import importlib.util
@@ -10,10 +10,10 @@ from PIL import Image
 __all__ = ["advice_about", "describe", "image_formats", "image_suffixes"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
-"""What Pillow decodes by itself, in Pillow's names.
+"""Supported formats, in Pillow's names.
 
-Formats for which it calls another program (EPS), runs its own slow or rarely used readers, or decodes an image within
-the image (ICO, ICNS) are left out: each is a way for a stranger's file to do harm.
+Formats for which Pillow calls another program (EPS), uses slow or rarely used decoders, or decodes an image within the
+image (ICO, ICNS) are excluded: each is an attack surface for untrusted files.
 """
 
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
@@ -26,7 +26,7 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"%!PS", "a PostScript drawing, which is a program", "Render it to PNG."),
     (b"\xc5\xd0\xd3\xc6", "a PostScript drawing (EPS), which is a program", "Render it to PNG."),
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "Fetch the files: git lfs pull"),
-    (b"\x00\x05\x16\x07", "what macOS keeps beside a file (._NAME), not the image", "Leave it out."),
+    (b"\x00\x05\x16\x07", "a macOS metadata file (._NAME), not the image", "Leave it out."),
     (b"\x1f\x8b", "compressed by gzip", _UNPACK),
     (b"PK\x03\x04", "a ZIP archive, or a document made of one", _UNPACK),
     (b"BZh", "compressed by bzip2", _UNPACK),
@@ -63,7 +63,7 @@ _MARKUP = (
 
 @functools.cache
 def image_formats() -> tuple[str, ...]:
-    """Return the formats that are read, in Pillow's names: HEIF too where pillow-heif is installed."""
+    """Return the supported formats, in Pillow's names, with HEIF if pillow-heif is installed."""
     if importlib.util.find_spec("pillow_heif") is None:
         return FORMATS
     import pillow_heif
@@ -74,7 +74,7 @@ def image_formats() -> tuple[str, ...]:
 
 @functools.cache
 def image_suffixes() -> tuple[str, ...]:
-    """Return the suffixes, in small letters, of the files in a folder that are taken for images."""
+    """Return the lower-case suffixes of files that are treated as images in a folder."""
     formats = image_formats()
     Image.init()
     known = tuple(suffix for suffix, format in Image.registered_extensions().items() if format in formats)
@@ -82,18 +82,18 @@ def image_suffixes() -> tuple[str, ...]:
 
 
 def advice_about(suffixes: Iterable[str]) -> str:
-    """Return what to install for files of these suffixes, after a colon; nothing where that would not help."""
+    """Return what to install for files of these suffixes, after a colon; "" if nothing would help."""
     needs_heif = any(suffix in HEIF_SUFFIXES for suffix in suffixes) and "HEIF" not in image_formats()
     return ": pip install pillow-heif reads HEIC" if needs_heif else ""
 
 
 def describe(head: bytes) -> str | None:
-    """Return what a file is that is not of the formats above, by its first bytes, and what to do; None if unknown."""
+    """Return what a file of another format is, by its first bytes, and what to do; None if unknown."""
     if head[4:8] == b"ftyp":
         if head[8:12] in _HEIF_BRANDS and "HEIF" in image_formats():
             return "is a damaged HEIC (HEIF) image."
         if head[8:12] in _HEIF_BRANDS:
-            return "is a HEIC (HEIF) image. Install what reads it: pip install pillow-heif"
+            return "is a HEIC (HEIF) image. Install its decoder: pip install pillow-heif"
         if head[8:12] in (b"avif", b"avis"):
             return "is an AVIF image, which this build of Pillow cannot decode. Update it: pip install -U pillow"
         return "is a video (MP4 or QuickTime). Take frames of it, as `fastvlm batch` does."
@@ -109,5 +109,5 @@ def describe(head: bytes) -> str | None:
     if text[:1] in (b"{", b"["):
         return "is JSON text, as a service's error may be. Name an image."
     if head and not head.strip(b"\0"):
-        return "begins with nothing but zeros, as after a copy that was broken off. Copy it again."
+        return "begins with zeros only, as after an interrupted copy. Copy it again."
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How images are read: what every tool hands through to where an image is opened."""
+"""Options of reading images, which every tool passes to the function that opens an image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ Colour: TypeAlias = str | Sequence[int] | None
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How images are read.
+    """Options of reading images.
 
     Args:
-        do_exif_transpose: turn them as their EXIF orientation says; False for their pixels as they are stored.
-        alpha_background: colour that transparent images are laid on, by name, as #rrggbb or as (red, green, blue);
-            None or "none" drops the transparency, as Apple's code does, which shows what was hidden.
-        max_pixels: of an image; None for `PIL.Image.MAX_IMAGE_PIXELS`.
+        do_exif_transpose: apply the EXIF orientation; False keeps the pixels as stored.
+        alpha_background: background colour for transparent images, by name, as #rrggbb or as (red, green, blue); None
+            or "none" drops the transparency, as Apple's code does, and shows the colours beneath.
+        max_pixels: most pixels of an image; None for `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Raises:
-        ValueError: no such colour.
+        ValueError: an unknown colour, or `max_pixels` below 1.
     """
 
     do_exif_transpose: bool = True
@@ -39,7 +39,7 @@ class ReadOptions:
 
     @property
     def background(self) -> tuple[int, int, int] | None:
-        """The colour's red, green and blue, 0 to 255."""
+        """The background's red, green and blue, 0 to 255; None to drop transparency."""
         return as_colour(self.alpha_background)
 
 
@@ -47,7 +47,7 @@ def as_colour(colour: Colour) -> tuple[int, int, int] | None:
     """Return a colour's red, green and blue, 0 to 255; None for None and "none".
 
     Raises:
-        ValueError: no such colour.
+        ValueError: an unknown colour.
     """
     if colour is None or colour == "none":
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading pictures: from files, addresses, base64, Pillow images and arrays to 8-bit pixels, or a clear error.
+"""Reading images: from files, URLs, base64, Pillow images and arrays to 8-bit pixels, or a clear error.
 
-Both image processors read through here, so that they accept and refuse the same things. A picture that cannot be
-used as it is raises; nothing is replaced, clipped or guessed.
+Both image processors use this module, so that they accept and refuse the same inputs. An unusable image is an error;
+nothing is replaced, clipped or guessed.
 """
 
 import io
@@ -27,18 +27,20 @@ logger = logging.get_logger(__name__)
 CHANNELS = (1, 3, 4)
 _FEW_BITS = 2**12
 DOWNLOAD_SECONDS = 60.0
-"""For all of a download: the host's name, redirects, and the last byte."""
+"""Time limit of a download: name look-up, redirects and body."""
 MAX_DOWNLOAD_BYTES = 2**28
 
 _REDIRECTS = 5
 _NONE_OF = "it is neither an existing file, nor an http:// or https:// address, nor base64"
 _SHORTEST_BASE64 = 40
-"""Without a prefix a shorter text is far more likely to be a wrong path than an image."""
+"""A shorter text without a prefix is far more likely a wrong path than an image."""
 _RANGE_TOLERANCE = 1e-4
 
 
 def read_image(source: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
-    """Return the decoded picture at `source`, in its own mode, its EXIF orientation beside it; see `oriented`.
+    """Return the decoded image at `source`, in its original mode, with its EXIF orientation not yet applied.
+
+    `oriented` applies the orientation.
 
     Args:
         source: path of a file, http(s) address, or base64 of a file's bytes, with or without `data:image/...;base64,`.
@@ -47,7 +49,7 @@ def read_image(source: str | os.PathLike, max_pixels: int | None = None) -> Imag
     Raises:
         ValueError: not an image, empty, truncated, too large, or a text that is none of the above.
         ConnectionError: the address cannot be downloaded.
-        OSError, MemoryError: of the machine; see `is_machine_fault`.
+        OSError, MemoryError: a fault of the machine; see `is_machine_fault`.
     """
     name = os.fspath(source)
     if isinstance(name, bytes):
@@ -75,7 +77,7 @@ def read_image(source: str | os.PathLike, max_pixels: int | None = None) -> Imag
 
 
 def _hint(name: str) -> str:
-    """Return what to say about a name that looks like a prompt."""
+    """Return a hint for a name that looks like a prompt."""
     is_text = IMAGE_TOKEN in name or (any(map(str.isspace, name)) and not os.path.splitext(name)[1])
     return " The first argument is the images; pass a text as text=." if is_text else ""
 
@@ -84,8 +86,8 @@ def read_file(path: str, what: str, max_pixels: int | None = None) -> Image.Imag
     """Return the image in a file, as `read_stored` does.
 
     Raises:
-        ValueError: it cannot be opened, or see `read_stored`.
-        OSError, MemoryError: of the machine; see `is_machine_fault`.
+        ValueError: the file cannot be opened; or see `read_stored`.
+        OSError, MemoryError: a fault of the machine; see `is_machine_fault`.
     """
     with open_file(path, what) as file:
         return read_stored(file, what, max_pixels)
@@ -95,8 +97,8 @@ def open_file(path: str, what: str) -> BinaryIO:
     """Return an opened file.
 
     Raises:
-        ValueError: it cannot be opened.
-        OSError: of the machine; see `is_machine_fault`.
+        ValueError: the file cannot be opened.
+        OSError: a fault of the machine; see `is_machine_fault`.
     """
     try:
         return open(path, "rb")
@@ -123,9 +125,9 @@ def _download(address: str) -> io.BytesIO:
 
 
 def as_shown(image: Image.Image, options: ReadOptions) -> Image.Image:
-    """Return a decoded image as it is to be seen: turned, and transparent ones laid on the background.
+    """Return a decoded image as a viewer shows it: with its orientation applied, and without transparency.
 
-    What comes of it has neither orientation nor transparency, so that nothing treats it a second time.
+    The result has neither orientation nor transparency, so neither is applied twice.
     """
     shown = opaque(oriented(image, options.do_exif_transpose), options.background)
     if FIRST_OF_SEVERAL in image.info and shown is not image:
@@ -134,14 +136,14 @@ def as_shown(image: Image.Image, options: ReadOptions) -> Image.Image:
 
 
 def opaque(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
-    """Return a transparent image in mode RGB, laid on a colour, or with None its colours alone; another as it is."""
+    """Return a transparent image as RGB on a background colour (None: without alpha); others unchanged."""
     if not image.has_transparency_data:
         return image
     if background is None:
         return pil_to_rgb(image)
-    if image.mode == "RGBa" or image.mode == "La":  # whose colours were multiplied by alpha
+    if image.mode == "RGBa" or image.mode == "La":  # premultiplied alpha
         image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
-    if image.mode.startswith("I"):  # 16 bits, with one value that is transparent
+    if image.mode.startswith("I"):  # 16 bits, with one transparent value
         shown = pil_to_rgb(image)
         alpha = Image.fromarray(np.asarray(image) != image.info["transparency"]).convert("L")
     else:
@@ -153,10 +155,10 @@ def opaque(image: Image.Image, background: tuple[int, int, int] | None) -> Image
 
 
 def pil_to_rgb(image: Image.Image, alpha_background: tuple[int, int, int] | None = None) -> Image.Image:
-    """Convert a Pillow image of any mode to RGB; a transparent one is laid on a colour, or with None alpha is dropped.
+    """Convert a Pillow image of any mode to RGB; transparent images get a background colour, None drops alpha.
 
-    Modes of more than 8 bits, which Pillow would clip to white, are scaled (16-bit), need values in 0...255 (mode I)
-    or in 0...1 (mode F).
+    Pillow would clip modes of more than 8 bits to white. Here 16-bit modes are scaled; mode I needs values in 0...255
+    and mode F in 0...1.
     """
     mode = image.mode
     if alpha_background is not None and image.has_transparency_data:
@@ -172,7 +174,7 @@ def pil_to_rgb(image: Image.Image, alpha_background: tuple[int, int, int] | None
     if mode == "La":
         image = image.convert("LA")
     elif mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        # Pillow would warn that the alpha of a palette is lost; here it always is.
+        # Avoids Pillow's warning that a palette's alpha is lost, which is intended here.
         image = image.copy()
         del image.info["transparency"]
     try:
@@ -182,20 +184,20 @@ def pil_to_rgb(image: Image.Image, alpha_background: tuple[int, int, int] | None
 
 
 def _warn_of_darkness(greatest: int) -> None:
-    """Say that 16 bits hold values of a camera's 12 or fewer; they come out nearly black, and may be meant so."""
+    """Warn if a 16-bit image has only 12-bit values, as from some cameras: it becomes nearly black."""
     if 0 < greatest < _FEW_BITS:
         logger.warning_once(
-            f"A 16-bit image has no value above {_FEW_BITS - 1}, as from a camera of 12 bits, and is nearly black. If "
-            "that is not meant, stretch it first: Image.fromarray(np.asarray(image) * 16)."
+            f"A 16-bit image has no value above {_FEW_BITS - 1}, as from a 12-bit camera, and becomes nearly black. If "
+            "that is not intended, scale it first: Image.fromarray(np.asarray(image) * 16)."
         )
 
 
 def blended(pixels: Any, background: Any) -> Any:
-    """Return an array or tensor of (height, width, 4) laid on a colour, rounded as Pillow does.
+    """Return an RGBA array or tensor (height, width, 4) blended with a background colour, rounded like Pillow.
 
     Args:
-        pixels: integers of 32 bits.
-        background: red, green and blue, of the same kind.
+        pixels: int32 values.
+        background: red, green and blue, in the same kind of array and dtype.
     """
     alpha = pixels[..., 3:]
     mixed = pixels[..., :3] * alpha + background * (255 - alpha) + 128
@@ -213,10 +215,10 @@ def pil_as_is(image: Image.Image) -> Image.Image:
 
 
 def channel_axis(shape: Sequence[int], input_data_format: str | ChannelDimension | None) -> int:
-    """Return which axis, 0 or 2, of a picture of three axes holds its channels.
+    """Return the channel axis, 0 or 2, of an image with three axes.
 
     Raises:
-        ValueError: not three axes, no axis of 1, 3 or 4, or both could be it and `input_data_format` does not say.
+        ValueError: not three axes, no axis of 1, 3 or 4 channels, or both possible and no `input_data_format`.
     """
     shape = tuple(shape)
     if len(shape) != 3:
@@ -247,7 +249,7 @@ def channel_axis(shape: Sequence[int], input_data_format: str | ChannelDimension
 
 
 def check_float_range(low: float, high: float) -> None:
-    """Raise ValueError unless floating-point pixels lie in 0...1; NaN does not."""
+    """Raise ValueError unless floating-point pixels lie in 0...1; NaN is an error."""
     if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
         raise ValueError(
             f"a floating-point image has values from {low} to {high}; expected finite values in 0...1. "
@@ -256,7 +258,7 @@ def check_float_range(low: float, high: float) -> None:
 
 
 def check_rescaled(is_float: bool, do_rescale: bool | None) -> None:
-    """Raise ValueError where a floating-point picture, which is read as bytes, would be returned as 0...255."""
+    """Raise ValueError if a floating-point image, which is converted to bytes, would be returned as 0...255."""
     if is_float and not do_rescale:
         raise ValueError(
             "do_rescale=False was passed with a floating-point image. Leave it at True: values in 0...1 are returned "
@@ -273,7 +275,7 @@ def check_integer_range(low: int, high: int) -> None:
 
 
 def array_to_uint8(array: np.ndarray) -> np.ndarray:
-    """Return the pixels of a non-empty array as bytes: integers in 0...255 as they are, floats in 0...1 times 255."""
+    """Return the pixels of a non-empty array as uint8: integers in 0...255 unchanged, floats in 0...1 times 255."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
@@ -299,9 +301,9 @@ def array_to_pil(
 
     Args:
         array: (height, width), (height, width, channels) or (channels, height, width); see `array_to_uint8` for values.
-        input_data_format: which axis has the channels, needed only where the shape leaves it open.
-        convert_rgb: gray is repeated and alpha goes; otherwise the mode is L, RGB or RGBX.
-        alpha_background: what an image with alpha is laid on; None drops alpha.
+        input_data_format: the channel axis, needed only if the shape is ambiguous.
+        convert_rgb: repeat gray and remove alpha; otherwise the mode is L, RGB or RGBX.
+        alpha_background: background colour for an image with alpha; None drops alpha.
     """
     if array.ndim == 2:
         array, input_data_format = array[..., None], ChannelDimension.LAST

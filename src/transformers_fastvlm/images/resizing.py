@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three ways a picture becomes square tiles, with Pillow's 8-bit resampling, and the same for extreme shapes.
+"""The three ways of making an image square, with Pillow's 8-bit resampling, and the same for extreme shapes.
 
-Pillow resamples one axis after the other and rounds to bytes in between, so the order matters. Pillow 13 began to
-choose it by the shape; here its rule is applied explicitly, so that every version of Pillow gives the same pixels.
+Pillow resamples one axis after the other and rounds to bytes in between, so the order matters. Pillow 13 chooses it by
+the shape; here this rule is applied explicitly, so that every version of Pillow gives the same pixels.
 
-Padding a panorama to a square, or scaling its short side up before a centre crop, can ask for a canvas of 10^10
-pixels of which little is seen. There the pass along the oversized axis computes only the part that is seen, with
-Pillow's weights to the bit: fixed-point with 22 fractional bits, applied in exact integer arithmetic.
+Padding a panorama to a square, or scaling its short side up before a centre crop, can need a canvas of 10^10 pixels, of
+which only a small part is visible. The pass along the oversized axis then computes only the visible part, with exactly
+Pillow's weights: fixed-point with 22 fractional bits, applied in exact integer arithmetic.
 
-Sources: LLaVA's and Apple's preprocessing (what is padded, cropped and rounded where); Pillow's documentation of its
+Sources: LLaVA's and Apple's preprocessing (padding, cropping and rounding); Pillow's documentation of its
 resampling filters; Keys, *Cubic convolution interpolation for digital image processing*, 1981 (a = -0.5).
 """
 
@@ -21,7 +21,7 @@ from PIL import Image
 from .anyres import fitted_size
 
 MAX_CANVAS_PIXELS = 2**26
-"""Intermediate canvases of more pixels than this are never made."""
+"""Intermediate canvases never have more pixels than this."""
 
 _FRACTION_BITS = 22
 _BAND = 256
@@ -32,7 +32,7 @@ _TRANSPOSE = Image.Transpose.TRANSPOSE
 
 
 def vertical_first(size_hw: tuple[int, int], target_hw: tuple[int, int]) -> bool:
-    """Whether columns are resampled before rows: where the height loses over twice as many pixels as the width."""
+    """Whether columns are resampled before rows: if the height loses over twice as many pixels as the width."""
     shrink_h, shrink_w = size_hw[0] - target_hw[0], size_hw[1] - target_hw[1]
     return shrink_h > 0 and shrink_h > 2 * shrink_w
 
@@ -54,7 +54,7 @@ def pad_to_square(image: Image.Image, side: int, resample: int) -> Image.Image:
         return resize(image, side, side, resample)
     left, top = (long - width) // 2, (long - height) // 2
     if long * long <= MAX_CANVAS_PIXELS:
-        # Rows are resampled first and each on its own, so there need never be a canvas of (long, long).
+        # Rows are resampled first and independently, so a canvas of (long, long) is never needed.
         if width < height:
             return _padded_rows(image, long, left, side, resample).resize((side, side), resample)
         canvas = Image.new(image.mode, (side, long))
@@ -74,7 +74,7 @@ def pad_to_square(image: Image.Image, side: int, resample: int) -> Image.Image:
 
 
 def _padded_rows(image: Image.Image, long: int, left: int, side: int, resample: int) -> Image.Image:
-    """Return the rows of `image`, put at `left` on black ones of `long` pixels, resampled to `side` pixels."""
+    """Return the rows of `image`, placed at `left` on black rows of `long` pixels and resampled to `side` pixels."""
     result = Image.new(image.mode, (side, image.height))
     for top in range(0, image.height, _BAND):
         bottom = min(top + _BAND, image.height)
@@ -85,7 +85,7 @@ def _padded_rows(image: Image.Image, long: int, left: int, side: int, resample: 
 
 
 def crop_to_square(image: Image.Image, side: int, resample: int) -> Image.Image:
-    """Scale the shorter side of `image` to `side`, then cut the centre (side, side)."""
+    """Scale the shorter side of `image` to `side`, then crop the centre (side, side)."""
     width, height = image.size
     short, long = min(width, height), max(width, height)
     scaled = int(side * long / short)
@@ -110,7 +110,7 @@ def crop_to_square(image: Image.Image, side: int, resample: int) -> Image.Image:
 def cut_into_tiles(image: Image.Image, target_hw: tuple[int, int], side: int, resample: int) -> list[Image.Image]:
     """Return the AnyRes views: the whole image squeezed to (side, side), then its tiles in reading order.
 
-    For the tiles the image is scaled to fit into `target_hw` and centred on black.
+    For the tiles the image is scaled to fit into `target_hw` and centred on a black canvas.
     """
     target_h, target_w = target_hw
     height, width = fitted_size((image.height, image.width), target_hw)
@@ -161,7 +161,7 @@ _FILTERS: dict[int, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
 
 
 def _filter(resample: int) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
-    """The filter's weight by distance, and the distance from which on it is 0."""
+    """Return a filter's weight as a function of the distance, and its support."""
     if resample not in _FILTERS:
         known = ", ".join(_Resampling(kind).name for kind in _FILTERS)
         raise ValueError(
@@ -172,7 +172,7 @@ def _filter(resample: int) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
 
 
 def _window(position: int, in_size: int, out_size: int, resample: int) -> tuple[int, int]:
-    """The inputs [first, last) that output `position` of a line resampled from `in_size` to `out_size` is made of."""
+    """Return the inputs [first, last) of output `position` of a line resampled from `in_size` to `out_size`."""
     scale = in_size / out_size
     reach = _filter(resample)[1] * max(scale, 1.0)
     centre = (position + 0.5) * scale
@@ -180,7 +180,7 @@ def _window(position: int, in_size: int, out_size: int, resample: int) -> tuple[
 
 
 def _touched(in_size: int, out_size: int, offset: int, length: int, resample: int) -> tuple[int, int]:
-    """The outputs [first, last) that inputs [offset, offset + length) can reach, possibly a few more."""
+    """Return the outputs [first, last) that depend on inputs [offset, offset + length), possibly a few more."""
     scale = in_size / out_size
     margin = math.ceil(2 * max(scale, 1.0) / scale) + 1
     first = max(int(offset / scale) - margin, 0)
@@ -189,18 +189,18 @@ def _touched(in_size: int, out_size: int, offset: int, length: int, resample: in
 
 
 def _seen(in_size: int, out_size: int, wanted: range, resample: int) -> tuple[int, int]:
-    """The inputs [first, last) that the outputs `wanted` are made of."""
+    """Return the inputs [first, last) of the outputs `wanted`."""
     return _window(wanted[0], in_size, out_size, resample)[0], _window(wanted[-1], in_size, out_size, resample)[1]
 
 
 def _resample_lines(
     lines: np.ndarray, in_size: int, offset: int, out_size: int, wanted: range, resample: int
 ) -> np.ndarray:
-    """Resample along the first axis, as Pillow does, a virtual array of `in_size` lines that is black but for `lines`.
+    """Resample a virtual array of `in_size` lines along its first axis, as Pillow does; it is black except for `lines`.
 
     Args:
-        lines: (length, n) bytes, which stand at [offset, offset + length).
-        wanted: the outputs to compute, of `out_size`.
+        lines: (length, n) bytes at positions [offset, offset + length).
+        wanted: the outputs to compute, out of `out_size`.
 
     Returns:
         (len(wanted), n) bytes.
@@ -226,7 +226,7 @@ def _resample_lines(
     for at in range(0, columns, step):
         block = lines[:, at : at + step].astype(np.float64)
         for row, start, stop, fixed in passes:
-            # Sums stay far below 2^53, so these are exact integers whatever the order of summation.
+            # Sums stay far below 2^53, so they are exact integers in any order of summation.
             value = fixed @ block[start:stop] + (1 << (_FRACTION_BITS - 1))
             result[row, at : at + step] = np.clip(np.floor(value / (1 << _FRACTION_BITS)), 0, 255)
     return result

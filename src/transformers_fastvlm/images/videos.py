@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames of videos, decoded one by one when they are asked for: every so many seconds, or some spread evenly."""
+"""Frames of videos, decoded one by one on request: one per interval of time, or a number of evenly spaced ones."""
 
 import bisect
 import os
@@ -30,27 +30,27 @@ def require_av() -> Any:
 
 
 def open_video(file: str) -> Any:
-    """Return a file as a container of PyAV's.
+    """Return a file as a PyAV container.
 
-    To ffmpeg a name such as `10:30.mp4` is an address, and a file may be a list of others: so the name is said to be a
-    file's, and nothing but videos is opened, which name no other file.
+    ffmpeg reads a name such as `10:30.mp4` as a URL, and some formats list other files. So the name gets the prefix
+    "file:", and only video formats that refer to no other file are opened.
 
     Raises:
-        Exception: whatever PyAV raises.
+        Exception: any error of PyAV.
     """
     options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
     return require_av().open(f"file:{file}", options=options)
 
 
 def reason_of(error: BaseException) -> str:
-    """Return why something failed, on one line; with the class where the message may need it."""
+    """Return an error's message on one line, with the class if the message alone may be unclear."""
     text = " ".join(str(error).split())
     return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 @dataclass(frozen=True)
 class _Index:
-    """Where a video's frames are, in units of its time base: of all, and of those that can be decoded alone."""
+    """Times of a video's frames, and of its key frames, in units of its time base."""
 
     times: list[int]
     keys: list[int]
@@ -59,23 +59,23 @@ class _Index:
 
 
 class VideoFrames:
-    """Frames of a video: one every so many seconds, or so many of them, spread evenly from the first to the last.
+    """Frames of a video: one per interval, or a number of them, spread evenly from the first to the last.
 
-    The packets of the file are listed without decoding them. A picture is decoded when it is asked for; the file stays
-    open from the first to the last of them. Not for several threads at once.
+    The packets of the file are listed without decoding them. A frame is decoded on request; the file stays open from
+    the first to the last request. Not thread-safe.
 
     Args:
         file: path.
-        every: seconds; the frames are the first, and then the first at or after each multiple of them.
-        count: number of frames, or all of the video's where it has fewer; in place of `every`.
-        do_exif_transpose: turn the pictures as the file says, as players do.
+        every: interval in seconds; the frames are the first one, and the first at or after each multiple of `every`.
+        count: number of frames, or all if the video has fewer; replaces `every`.
+        do_exif_transpose: apply the rotation stored in the file, as players do.
 
     Attributes:
-        times: of the frames, in seconds from the first.
-        damage: what is missing at the video's end; None if nothing is.
+        times: times of the frames, in seconds from the first.
+        damage: a description of what is missing at the video's end; None if nothing is.
 
     Raises:
-        OSError, ValueError: the file is no video, has sound only, is damaged, or its pictures are too large.
+        OSError, ValueError: the file is not a video, has only sound, is damaged, or its frames are too large.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class VideoFrames:
         self._wanted = (
             [index.times[position] for position in spread(len(index.times), count)]
             if count is not None
-            else _at_multiples(index, Fraction(str(every)))  # exactly what was written: 0.1 is a tenth
+            else _at_multiples(index, Fraction(str(every)))  # the decimal value: 0.1 is exactly a tenth
         )
         self.times = [float((time - first) * index.unit) for time in self._wanted]
 
@@ -169,7 +169,7 @@ def _at_multiples(index: _Index, interval: Fraction) -> list[int]:
 
 
 def _list_packets(file: str) -> _Index:
-    """Return where the frames of a video are.
+    """Return the times of a video's frames, without decoding them.
 
     Raises:
         OSError, ValueError: see `VideoFrames`.
@@ -179,10 +179,10 @@ def _list_packets(file: str) -> _Index:
     damage = None
     with open_video(file) as container:
         if not container.streams.video:
-            raise ValueError("it has no pictures, only sound.")
+            raise ValueError("it has no images, only sound.")
         stream = container.streams.video[0]
         if stream.codec_context is None:
-            raise ValueError("its codec is not known.")
+            raise ValueError("its codec is not supported.")
         check_dimensions(stream.codec_context.width, stream.codec_context.height, f"the video {file!r}")
         unit, stated = stream.time_base, stream.frames
         try:
@@ -203,7 +203,7 @@ def _list_packets(file: str) -> _Index:
 
 
 def spread(total: int, wanted: int) -> list[int]:
-    """Return up to `wanted` indices below `total`, evenly spread from the first to the last; of one, the middle."""
+    """Return up to `wanted` indices below `total`, evenly spread from first to last; a single one is the middle."""
     if wanted >= total:
         return list(range(total))
     if wanted == 1:
@@ -212,14 +212,14 @@ def spread(total: int, wanted: int) -> list[int]:
 
 
 def spread_frames(video: str | os.PathLike[str], count: int) -> "list[Image]":
-    """Return `count` frames of a video, or all where it has fewer, spread evenly from the first to the last.
+    """Return `count` frames of a video, or all if it has fewer, spread evenly from the first to the last.
 
     Args:
         video: a file, or an http(s) address, which Transformers fetches.
 
     Raises:
         ImportError: PyAV is not installed.
-        ValueError: the file is missing, no video, or damaged; the message has its name.
+        ValueError: the file is missing, not a video, or damaged; the message names it.
     """
     name = os.fspath(video)
     require_av()

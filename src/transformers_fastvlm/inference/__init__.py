@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faster answers from a loaded model: a fused encoder, and what several questions share is computed once."""
+"""Faster answers from a loaded model: a fused encoder, and a cache for the common beginning of several prompts."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

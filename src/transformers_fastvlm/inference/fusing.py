@@ -2,7 +2,8 @@
 """Fusing an encoder for inference: every BatchNorm and layer scale becomes part of the layer before it.
 
 Folding a normalisation into a convolution: RepVGG, arXiv 2101.03697, section 3.3. The fused encoder computes the same
-function with fewer operations, from parameters that no checkpoint has; so it neither trains nor saves.
+function with fewer operations. Its parameters differ from those of any checkpoint, so it can be neither trained nor
+saved.
 """
 
 from typing import Any, TypeVar
@@ -26,16 +27,16 @@ Model = TypeVar("Model", bound=nn.Module)
 def fuse(model: Model) -> Model:
     """Fold BatchNorms and layer scales of a FastViTHD encoder into its convolutions and matrices, in place.
 
-    Branches of the train-time form are merged first. The folding is computed in float64 and rounded once to the type
-    of the parameters. In float16 the last stage stays as it is, and so does a layer scale that is too small for that.
-    Calling it again changes nothing. Loading the model again with from_pretrained() is the way back.
+    Branches of the train-time form are merged first. The folding is computed in float64 and rounded once to the dtype
+    of the parameters. In float16 the last stage is not fused, nor are layer scales too small for float16. A second call
+    changes nothing. To undo fusing, load the model again with from_pretrained().
 
-    A fused encoder refuses state_dict(), and so save_pretrained(); load_state_dict(); training; and adapters such as
-    LoRA. The language model beside it stays as it is.
+    A fused encoder raises errors for state_dict() and save_pretrained(), load_state_dict(), training, and adapters
+    such as LoRA. The language model does not change.
 
     Args:
         model: a `FastVLMForConditionalGeneration`, `FastVLMModel`, `FastViTHDModel` or `FastViTHDBackbone`, or any
-            module that holds some of them, in evaluation mode, on any device.
+            module that contains one, in evaluation mode, on any device.
 
     Returns:
         `model` itself.
@@ -43,7 +44,7 @@ def fuse(model: Model) -> Model:
     Raises:
         TypeError: `model` has no FastViTHD encoder.
         RuntimeError: the encoder is in training mode or carries an adapter.
-        ValueError: the encoder's parameters are quantised, sharded, on several devices or not loaded.
+        ValueError: the encoder's parameters are quantized, sharded, on several devices or not loaded.
 
     Example:
         >>> from transformers_fastvlm import FastViTHDConfig, FastViTHDModel
@@ -77,8 +78,8 @@ def _check(encoder: FastViTHDPreTrainedModel) -> None:
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
             kind = f"{type(parameter).__name__} of {parameter.dtype}"
             raise ValueError(
-                f"The encoder's {name} is a {kind}, expected an ordinary floating-point parameter: fuse() works "
-                "neither on quantised nor on sharded encoders. Keep the encoder out of the quantisation."
+                f"The encoder's {name} is a {kind}, expected an ordinary floating-point parameter: fuse() supports "
+                "neither quantized nor sharded encoders. Exclude the encoder from quantization."
             )
     devices = sorted({str(parameter.device) for parameter in parameters.values()})
     if len(devices) > 1 or devices == ["meta"]:
@@ -91,9 +92,9 @@ def _check(encoder: FastViTHDPreTrainedModel) -> None:
 @torch.no_grad()
 def _fuse_encoder(encoder: FastViTHDPreTrainedModel) -> None:
     device = next(encoder.parameters()).device
-    encoder.to("cpu")  # not every device has float64
+    encoder.to("cpu")  # not every device supports float64
     encoder.reparameterize()
-    # The end of a float16 encoder is computed in float32, for which rounding its parameters again would be a loss.
+    # The end of a float16 encoder computes in float32; rounding its parameters again would lose precision.
     float16 = encoder.patch_embed_dtype == torch.float16
     folded = encoder.network[:FIRST_FLOAT32_MODULE] if float16 else encoder.network
     for module in list(folded.modules()):
@@ -122,7 +123,7 @@ def _fold_norm(network: ConvFFN) -> None:
 
 
 def _fold_scale(block: nn.Module, name: str, layer: nn.Conv2d | nn.Linear) -> None:
-    """Multiply the outputs of `layer` by the layer scale called `name`, which is None from then on."""
+    """Fold the layer scale `name` into the parameters of `layer`, and set it to None."""
     factors = getattr(block, name).double().flatten()
     assert layer.bias is not None
     weight = layer.weight.double() * factors.view(-1, *[1] * (layer.weight.ndim - 1))
@@ -134,9 +135,9 @@ def _fold_scale(block: nn.Module, name: str, layer: nn.Conv2d | nn.Linear) -> No
 
 
 def _fits(exact: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether `dtype` holds the float64 `exact` to its own precision, in each row of the first dimension.
+    """Return whether `dtype` represents the float64 `exact` to full precision, in each row of the first dimension.
 
-    float16 has no numbers between 6e-8 and 0, and few near them.
+    float16 has no numbers between 0 and 6e-8, and few just above.
     """
     rows = exact.flatten(1) if exact.ndim > 1 else exact[:, None]
     error = (rows.to(dtype).double() - rows).abs().amax(1)
@@ -144,14 +145,14 @@ def _fits(exact: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _refuse_gradient(gradient: Tensor) -> None:
-    raise RuntimeError(f"This encoder is fused, and its parameters have no use for gradients. {RELOAD}")
+    raise RuntimeError(f"This encoder is fused and cannot be trained: its parameters take no gradients. {RELOAD}")
 
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    # With keep_vars, torch.export collects the parameters of a graph, which may well be fused.
+    # With keep_vars, torch.export collects the parameters of a graph, which may be fused.
     if not keep_vars:
-        raise RuntimeError(f"This encoder is fused and cannot be saved: no checkpoint has its parameters. {RELOAD}")
+        raise RuntimeError(f"This encoder is fused and cannot be saved: its parameters fit no checkpoint. {RELOAD}")
 
 
 def _refuse_load_state_dict(module: nn.Module, *arguments: Any) -> None:
-    raise RuntimeError(f"This encoder is fused and cannot take a checkpoint's parameters. {RELOAD}")
+    raise RuntimeError(f"This encoder is fused and cannot load a checkpoint's parameters. {RELOAD}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image processor that prepares each picture once, for conversations that bring the same pictures again."""
+"""An image processor that prepares each image once, for conversations that repeat the same images."""
 
 import hashlib
 from typing import Any
@@ -10,31 +10,31 @@ from transformers import BatchFeature
 
 __all__ = ["ImageMemory"]
 
-_COLOURS_ELSEWHERE = ("P", "PA")  # modes whose bytes are numbers of colours in a palette
+_COLOURS_ELSEWHERE = ("P", "PA")  # modes whose bytes are indices into a palette
 
 
 class ImageMemory:
-    """Stands in for an image processor and hands out again what it made of a picture with the same pixels.
+    """Wraps an image processor and reuses its output for images with the same pixels.
 
-    Pictures are compared by a digest of their pixels, so one that was drawn on meanwhile is prepared anew. Pillow
-    pictures are remembered; anything else (arrays, pictures with a palette) is prepared every time.
+    Images are compared by a digest of their pixels, so an image that was changed is prepared again. Only Pillow images
+    are cached; others (arrays, images with a palette) are prepared every time.
 
     Args:
-        image_processor: the one to ask; every other attribute is its own.
-        remembered: what was made so far, oldest first, shared between calls.
-        max_images: how many pictures to keep.
+        image_processor: the wrapped processor; other attributes are read from it.
+        remembered: earlier outputs, oldest first, shared between calls.
+        max_images: number of images to keep.
     """
 
     def __init__(self, image_processor: Any, remembered: dict[Any, dict[str, Any]], max_images: int) -> None:
         self._image_processor, self._remembered, self._max_images = image_processor, remembered, max_images
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # what copying and pickling ask for before there is an image processor to ask
+        if name.startswith("_"):  # copying and pickling read these before the image processor is set
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self._image_processor, name)
 
     def __call__(self, images: list[Any], **options: Any) -> BatchFeature:
-        """Return what the image processor returns for this flat list of pictures."""
+        """Return the image processor's output for this flat list of images."""
         if options.get("return_tensors") != "pt" or not all(_has_digest(image) for image in images):
             return self._image_processor(images, **options)
         settings = (self._image_processor.to_json_string(), repr(sorted(options.items())))
@@ -45,7 +45,7 @@ class ImageMemory:
             self._remembered.update(zip(unknown, _one_by_one(made), strict=True))
         parts = {key: self._remembered.pop(key) for key in dict.fromkeys(keys)}
         if len({part["pixel_values"].shape[1:] for part in parts.values()}) > 1:
-            return self._image_processor(images, **options)  # which says what is wrong with that
+            return self._image_processor(images, **options)  # raises, and explains the mismatch
         self._remembered.update(parts)  # now the newest
         for key in list(self._remembered)[: -max(self._max_images, len(parts))]:
             del self._remembered[key]
@@ -58,12 +58,12 @@ def _has_digest(image: Any) -> bool:
 
 
 def _digest(image: Image.Image) -> tuple[Any, ...]:
-    exif = image.info.get("exif")  # may turn the picture
+    exif = image.info.get("exif")  # may rotate the image
     return image.mode, image.size, exif, hashlib.sha256(image.tobytes()).digest()
 
 
 def _one_by_one(features: BatchFeature) -> list[dict[str, Any]]:
-    """Split what was made of several pictures; with AnyRes each has several tiles."""
+    """Split the output for several images; with AnyRes each has several tiles."""
     pixels = features["pixel_values"]
     tiles = pixels.split(features["num_tiles"].tolist()) if "num_tiles" in features else pixels.split(1)
     others = [name for name in features if name != "pixel_values"]

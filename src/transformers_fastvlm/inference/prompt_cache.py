@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several questions about the same pictures: what the last prompt and the next one begin with is computed once."""
+"""Several questions about the same images: the common beginning of consecutive prompts is computed once."""
 
 import copy
 import itertools
@@ -17,13 +17,13 @@ from .image_memory import ImageMemory
 
 __all__ = ["PromptCache"]
 
-_ASSISTED = "assisted decoding runs the whole prompt through the model, also what is in the cache. Call model.generate."
+_ASSISTED = "assisted decoding runs the whole prompt through the model, including cached tokens. Call model.generate."
 _NOT_TAKEN = {
-    **dict.fromkeys(compat.CACHE_NAMES, "PromptCache keeps its own cache. Leave it out, or call model.generate."),
+    **dict.fromkeys(compat.CACHE_NAMES, "PromptCache keeps its own cache. Omit it, or call model.generate."),
     "mm_encoder_outputs": "PromptCache encodes the images itself. Pass pixel_values.",
     "inputs_embeds": "embeddings cannot be compared with an earlier prompt. Pass input_ids.",
-    "cache_implementation": "only a dynamic cache can be cut back to a common beginning. Leave it out, or call "
-    "model.generate, which prefills anew.",
+    "cache_implementation": "only a dynamic cache can be cropped to a common beginning. Omit it, or call "
+    "model.generate, which prefills the whole prompt.",
     "assistant_model": _ASSISTED,
     "assistant_early_exit": _ASSISTED,
     "prompt_lookup_num_tokens": _ASSISTED,
@@ -31,13 +31,13 @@ _NOT_TAKEN = {
 
 
 @dataclass(eq=False)
-class _Picture:
-    """A picture and what the model made of it.
+class _CachedImage:
+    """An image and its features.
 
     Attributes:
         pixels: (tiles, channels, height, width); one tile without AnyRes.
-        size: height and width before the picture was cut into tiles, with AnyRes.
-        key: stands for each of its tokens in a prompt; below 0, so that no token has it.
+        size: with AnyRes, height and width before tiling.
+        key: identifies each of its tokens in a prompt; below 0, so that it differs from all token ids.
         features: (tokens, hidden_size).
     """
 
@@ -53,33 +53,32 @@ class _Picture:
 
 
 class PromptCache:
-    """Answers prompts one after the other, and computes only what the last prompt did not begin with.
+    """Answers prompts one after the other, and reuses the beginning that a prompt shares with the last one.
 
-    A second question about a picture, in the same conversation or in one of its own, neither encodes the picture nor
-    runs its tokens through the language model again. Nothing has to be said about what is the same: tokens and pixels
-    are compared. The answers are those of a fresh run, but that sums in another order differ in their last bits: in
-    half precision two tokens of nearly the same score may change places. Several threads may ask; each waits for its
-    turn.
+    A second question about an image, in the same conversation or a new one, neither encodes the image nor prefills its
+    tokens again. Common beginnings are found by comparing tokens and pixels. Answers match a fresh run up to
+    floating-point rounding: in half precision, two tokens of nearly the same score may change places. Thread-safe:
+    concurrent calls wait for each other.
 
-    Features of pictures outlive the prompt they were in, so that going back to one costs no encoding. What changes
-    the model, such as new weights, another adapter, type or device, makes all of it wrong: call `reset` then.
+    Features of images are kept after their prompt, so returning to an image needs no encoding. Call `reset` after any
+    change of the model, such as new weights, another adapter, dtype or device.
 
     Args:
         model: `FastVLMForConditionalGeneration`, also with adapters or quantized.
         processor: its `FastVLMProcessor`.
-        max_images: pictures to remember beside those of the last prompt.
+        max_images: number of images to keep besides those of the last prompt, at least 1.
 
     Attributes:
-        reused_tokens: of the last prompt, how many were in the cache.
-        prefilled_tokens: of the last prompt, how many were not.
-        encoded_images: how many of the last prompt's pictures had to be encoded.
+        reused_tokens: number of the last prompt's tokens that were in the cache.
+        prefilled_tokens: number of the last prompt's tokens that were not.
+        encoded_images: number of the last prompt's images that had to be encoded.
 
     Raises:
         ValueError: `max_images` below 1.
 
     Example:
         >>> cache = PromptCache(model, processor)  # doctest: +SKIP
-        >>> content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]  # doctest: +SKIP
+        >>> content = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]  # doctest: +SKIP
         >>> cache.answer([{"role": "user", "content": content}], max_new_tokens=64)  # doctest: +SKIP
     """
 
@@ -92,27 +91,27 @@ class PromptCache:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all prompts and pictures."""
+        """Forget all prompts and images."""
         with self._answering, self._preparing:
             self._processed: dict[Any, dict[str, Any]] = {}
-            self._pictures: list[_Picture] = []
+            self._images: list[_CachedImage] = []
             self._forget_prompt()
             self.reused_tokens = self.prefilled_tokens = self.encoded_images = 0
 
     def _forget_prompt(self) -> None:
-        # Made without a configuration, so that layers with a sliding window keep every token and can be cut back.
+        # Created without a configuration, so that layers with a sliding window keep every token and can be cropped.
         self._cache = DynamicCache()
-        self._keys: list[int] = []  # of each token in the cache: its id, or its picture's key
+        self._keys: list[int] = []  # of each token in the cache: its id, or its image's key
 
     def answer(self, messages: list[dict[str, Any]], **options: Any) -> str:
         """Return the model's answer to a conversation.
 
         Args:
-            messages: as `FastVLMProcessor.apply_chat_template` takes them, the last one the user's.
+            messages: as for `FastVLMProcessor.apply_chat_template`; the last one is the user's.
             **options: of `generate`, such as `max_new_tokens` or `streamer`.
 
         Raises:
-            ValueError: see `prepare` and `generate`; several sequences are asked for.
+            ValueError: see `prepare` and `generate`; or `num_return_sequences` is above 1.
         """
         if (count := self._option("num_return_sequences", options) or 1) > 1:
             raise ValueError(f"num_return_sequences is {count}, but answer() returns one text; use generate().")
@@ -124,12 +123,12 @@ class PromptCache:
         return text.strip()
 
     def prepare(self, messages: list[dict[str, Any]]) -> BatchFeature:
-        """Return what `generate` takes for a conversation, on the model's device.
+        """Return the inputs of `generate` for a conversation, on the model's device.
 
-        As `apply_chat_template` of the processor; pictures that Pillow opened are prepared only once.
+        Like `apply_chat_template` of the processor; Pillow images are prepared only once.
 
         Raises:
-            ValueError: what `FastVLMProcessor.apply_chat_template` raises.
+            ValueError: see `FastVLMProcessor.apply_chat_template`.
         """
         processor = copy.copy(self.processor)
         with self._preparing:
@@ -140,7 +139,7 @@ class PromptCache:
         return inputs.to(self.model.device)
 
     def process_images(self, images: list[Any], **options: Any) -> BatchFeature:
-        """Return what the processor's image processor does, for a flat list; known pictures are prepared only once."""
+        """Return the image processor's output for a flat list of images; known images are prepared only once."""
         with self._preparing:
             return ImageMemory(self.processor.image_processor, self._processed, self.max_images)(images, **options)
 
@@ -157,15 +156,15 @@ class PromptCache:
         """Return what `model.generate` returns for the same arguments.
 
         Args:
-            input_ids: (1, length), the whole prompt; (rows, length), all rows the same, for several answers to it.
+            input_ids: (1, length), the whole prompt; or (rows, length) with identical rows, for several answers.
             attention_mask: of the same shape, all ones; or None.
-            pixel_values, image_sizes, num_tiles: all of the prompt's pictures, as the processor made them.
-            **options: of `model.generate`: sampling, beams, `streamer`, `max_new_tokens` and so on. With beams or
-                several returned sequences the prompt is prefilled once, not once for each.
+            pixel_values, image_sizes, num_tiles: all images of the prompt, as returned by the processor.
+            **options: of `model.generate`: sampling, beams, `streamer`, `max_new_tokens` and so on. The prompt is
+                prefilled once, also with beams or several returned sequences.
 
         Raises:
-            ValueError: rows that differ, padding, placeholders that do not fit the pictures, or an option that does not
-                go together with a cache of its own.
+            ValueError: rows that differ, padding, placeholders that do not match the images, or an option that
+                PromptCache does not support.
         """
         with self._answering:
             return self._generate(input_ids, attention_mask, (pixel_values, image_sizes, num_tiles), options)
@@ -174,36 +173,36 @@ class PromptCache:
         self, input_ids: Tensor, attention_mask: Tensor | None, images_given: Any, options: dict[str, Any]
     ) -> Any:
         self._check(input_ids, attention_mask, options)
-        pictures = self._remember(*images_given)
-        prompt, spans = self._keys_of(input_ids[0].tolist(), pictures)
+        images = self._remember(*images_given)
+        prompt, spans = self._keys_of(input_ids[0].tolist(), images)
         start = self._cut_back(prompt, spans)
-        rest = [picture for picture, (first, _) in zip(pictures, spans, strict=True) if first >= start]
+        rest = [image for image, (first, _) in zip(images, spans, strict=True) if first >= start]
         self.reused_tokens, self.prefilled_tokens = start, len(prompt) - start
-        images: dict[str, Any] = {}
+        encoded: dict[str, Any] = {}
         if rest:
-            features = BaseModelOutputWithPooling(pooler_output=[picture.features for picture in rest])
-            images = {"mm_encoder_outputs": {"image": features}}
+            features = BaseModelOutputWithPooling(pooler_output=[image.features for image in rest])
+            encoded = {"mm_encoder_outputs": {"image": features}}
         copies = max(self._option(name, options) or 1 for name in ("num_beams", "num_return_sequences"))
         copies *= len(input_ids)
         if copies > 1 and spans and spans[-1][1] == len(prompt):
-            raise ValueError("The prompt ends in a picture, with which beams cannot begin; add text after it.")
+            raise ValueError("The prompt ends in an image; beams need text after the last image. Add some.")
         mask = torch.ones_like(input_ids)
         options = _with_cache(options)
         try:
             if copies > 1:
                 if len(prompt) - start > 1:
                     own = {"cache": self._cache, "use_cache": True, "logits_to_keep": 1}
-                    self.model(input_ids=input_ids[:1, start:-1], attention_mask=mask[:1, :-1], **own, **images)
-                images = {}
+                    self.model(input_ids=input_ids[:1, start:-1], attention_mask=mask[:1, :-1], **own, **encoded)
+                encoded = {}
                 self._cache.batch_repeat_interleave(copies)
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
                 **{compat.CACHE: self._cache},
-                **images,
+                **encoded,
                 **options,
             )
-        except BaseException:  # an interrupted answer, too, leaves its prompt behind
+        except BaseException:  # also keep the prompt of an interrupted answer
             self._keep_beginning(prompt)
             raise
         if copies > 1:
@@ -211,11 +210,11 @@ class PromptCache:
         else:
             sequences = output if isinstance(output, Tensor) else output.sequences
             keys = prompt + sequences[0, len(prompt) :].tolist()
-            self._keys = keys[: self._cache.get_seq_length()]  # the last token was never fed
+            self._keys = keys[: self._cache.get_seq_length()]  # the last token was not run through the model
         return output
 
     def _option(self, name: str, options: dict[str, Any]) -> Any:
-        """Return one of generate()'s options: as given, else of the given configuration, else of the model's."""
+        """Return an option of generate(): as given, or from the given generation_config, or from the model's."""
         configs = (options.get("generation_config"), self.model.generation_config)
         values = [options.get(name), *(getattr(config, name, None) for config in configs)]
         return next((value for value in values if value is not None), None)
@@ -223,28 +222,28 @@ class PromptCache:
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
         if input_ids.ndim != 2 or not input_ids.numel() or not (input_ids == input_ids[:1]).all():
             raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; expected (1, length), or rows that are the same: "
+                f"input_ids has shape {tuple(input_ids.shape)}; expected (1, length), or identical rows: "
                 "PromptCache takes one prompt at a time. For a batch call model.generate."
             )
         if attention_mask is not None and (attention_mask.shape != input_ids.shape or not attention_mask.all()):
             raise ValueError(
-                "attention_mask is not of input_ids' shape and all ones; expected a prompt without padding."
+                "attention_mask has another shape than input_ids, or zeros; expected a prompt without padding."
             )
         for name, why in _NOT_TAKEN.items():
             if self._option(name, options) is not None:
                 raise ValueError(f"{name} is set, but {why}")
         if options.get("use_cache") is False:
-            raise ValueError("use_cache is False, but PromptCache lives from its cache. Call model.generate.")
+            raise ValueError("use_cache is False, but PromptCache needs its cache. Call model.generate.")
         if compat.GENERATE_KEEPS_ENCODER_OUTPUTS and self._option("prefill_chunk_size", options) is not None:
             raise ValueError(
-                "prefill_chunk_size is set, but Transformers before 5.20 would prefill what is in the cache again. "
-                "Upgrade, or leave it out."
+                "prefill_chunk_size is set, but Transformers before 5.20 would prefill cached tokens again. "
+                "Upgrade, or omit it."
             )
 
     def _remember(
         self, pixel_values: Tensor | None, image_sizes: Tensor | None, num_tiles: Tensor | None
-    ) -> list[_Picture]:
-        """Return the prompt's pictures in order, with those encoded that were not known."""
+    ) -> list[_CachedImage]:
+        """Return the prompt's images in order; encode the new ones."""
         self.encoded_images = 0
         if pixel_values is None:
             return []
@@ -254,16 +253,16 @@ class PromptCache:
         elif image_sizes is not None and len(image_sizes) == len(counts) and sum(counts) == len(pixel_values):
             views, sizes = pixel_values.split(counts), image_sizes.tolist()
         if (counts is None) != (image_sizes is None) or (counts is not None and sizes is None):
-            self.model.get_image_features(pixel_values, image_sizes, num_tiles)  # raises, and says what does not fit
-        found: list[_Picture] = []
-        new: list[_Picture] = []
+            self.model.get_image_features(pixel_values, image_sizes, num_tiles)  # raises, and explains the mismatch
+        found: list[_CachedImage] = []
+        new: list[_CachedImage] = []
         for index, view in enumerate(views):
             size = None if sizes is None else sizes[index]
-            picture = next((one for one in (*self._pictures, *new) if one.is_of(view, size)), None)
-            if picture is None:
-                picture = _Picture(view.clone(), size, next(self._next_key))
-                new.append(picture)
-            found.append(picture)
+            image = next((one for one in (*self._images, *new) if one.is_of(view, size)), None)
+            if image is None:
+                image = _CachedImage(view.clone(), size, next(self._next_key))
+                new.append(image)
+            found.append(image)
         if new:
             tiled = {}
             if sizes is not None:
@@ -271,36 +270,36 @@ class PromptCache:
                 tiled["num_tiles"] = torch.tensor([len(one.pixels) for one in new], device=pixel_values.device)
             pixels = torch.cat([one.pixels for one in new])
             features = self.model.get_image_features(pixels, **tiled, return_dict=True).pooler_output
-            for picture, own in zip(new, features, strict=True):
-                picture.features = own
+            for image, own in zip(new, features, strict=True):
+                image.features = own
         self.encoded_images = len(new)
-        others = [one for one in self._pictures if one not in found]
-        self._pictures = [*others[-self.max_images :], *dict.fromkeys(found)]
+        others = [one for one in self._images if one not in found]
+        self._images = [*others[-self.max_images :], *dict.fromkeys(found)]
         return found
 
-    def _keys_of(self, tokens: list[int], pictures: list[_Picture]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return what identifies each token, and of each picture the first position and the one after its last."""
+    def _keys_of(self, tokens: list[int], images: list[_CachedImage]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return a key for each token, and the span [first, end) of each image's tokens."""
         image_token_id = self.model.config.image_token_id
-        places = [index for index, token in enumerate(tokens) if token == image_token_id]
-        expected = sum(len(picture.features) for picture in pictures)
-        if len(places) != expected:
+        placeholders = [index for index, token in enumerate(tokens) if token == image_token_id]
+        expected = sum(len(image.features) for image in images)
+        if len(placeholders) != expected:
             raise ValueError(
-                f"input_ids has {len(places)} <image> placeholders, but the {len(pictures)} pictures have {expected} "
-                "features. Let the processor make both, with one <image> in the text for each picture."
+                f"input_ids has {len(placeholders)} <image> placeholders, but the {len(images)} images have {expected} "
+                "features. Let the processor make both, with one <image> in the text for each image."
             )
         keys, spans, done = list(tokens), [], 0
-        for picture in pictures:
-            own = places[done : done + len(picture.features)]
-            for place in own:
-                keys[place] = picture.key
+        for image in images:
+            own = placeholders[done : done + len(image.features)]
+            for index in own:
+                keys[index] = image.key
             spans.append((own[0], own[-1] + 1))
             done += len(own)
         return keys, spans
 
     def _cut_back(self, prompt: list[int], spans: list[tuple[int, int]]) -> int:
-        """Cut the cache back to what it and `prompt` begin with, never inside a picture; return that length.
+        """Crop the cache to its common beginning with `prompt`, never inside an image; return its length.
 
-        The last token is always left to be fed, since its logits are wanted.
+        The last token is never reused, since its logits are needed.
         """
         pairs = zip(self._keys, prompt[:-1], strict=False)
         length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -313,7 +312,7 @@ class PromptCache:
         return length
 
     def _keep_beginning(self, prompt: list[int]) -> None:
-        """Keep one row of what all layers hold of `prompt`, after beams or an interruption at any point."""
+        """Crop the cache to one row and to the part of `prompt` in all layers, after beams or an interruption."""
         layers = self._cache.layers
         lengths = [min(layer.keys.shape[-2], layer.values.shape[-2]) for layer in layers if layer.is_initialized]
         length = min((*lengths, len(prompt)))
@@ -326,7 +325,7 @@ class PromptCache:
 
 
 def _with_cache(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options of generate() that use a cache; beside a whole configuration it takes no single ones."""
+    """Return options of generate() with use_cache set: in a given generation_config, or else as a single option."""
     config = options.get("generation_config")
     if config is None:
         return options | {"use_cache": True}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fast operations for CPUs, each beside the plain form that it replaces; tests hold the two together.
+"""Fast operations for CPUs, each beside the plain form that it replaces; tests compare the two.
 
-What is faster is decided at every call by device, type, shape and processor (`dispatch`). On accelerators, and under
-`torch.compile` and `torch.export`, the plain forms run.
+`dispatch` chooses the form at every call, by device, dtype, shape and CPU. On accelerators, and under `torch.compile`
+and `torch.export`, the plain forms run.
 """
 
 from .convolution import conv2d, plain_conv2d

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions on the CPU, each written as what oneDNN has a fast kernel for.
+"""Convolutions on the CPU, expressed by operations for which oneDNN has fast kernels.
 
-- 1x1: a matrix product, whose backward pass runs at the rate of matrix products.
-- Depthwise with several outputs a channel (between stages): one convolution for each, with one output a channel, in
-  float32 so that the sum of their gradients is rounded once.
+- 1x1: a matrix multiplication, whose backward pass is also a GEMM.
+- Depthwise with several outputs per channel (between stages): one convolution for each output, in float32 so that the
+  sum of their gradients is rounded once.
 - Gradients of depthwise kernels wider than 3, on CPUs with 256-bit vectors: strips of 3 columns, since the fast kernel
-  holds a row of the gradient in registers and there are too few of them for more.
-- Gradients of depthwise kernels lie in memory as the kernels do, which DistributedDataParallel warns about otherwise.
-- Half types on CPUs without instructions for them: float32 inside.
+  holds a row of the gradient in registers, which are too few for wider rows.
+- Gradients of depthwise kernels get the memory layout of the kernels; otherwise DistributedDataParallel warns.
+- Half precision on CPUs without instructions for it: computed in float32.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ _LAST = torch.channels_last
 def plain_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> Tensor:
-    """Return `F.conv2d` in the type of `input`, whatever type the weights are stored in; under autocast in its type."""
+    """Return `F.conv2d` in the dtype of `input`, whatever the weights' dtype; under autocast in autocast's dtype."""
     if weight.dtype != input.dtype and not autocasts(input):
         weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
     return F.conv2d(input, weight, bias, stride, padding, 1, groups)
@@ -36,7 +36,7 @@ def plain_conv2d(
 def conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> Tensor:
-    """Return what `plain_conv2d` returns, of shape (batch, out, height', width').
+    """Return the result of `plain_conv2d`, of shape (batch, out, height', width').
 
     `input` has shape (batch, in, height, width), `weight` (out, in / groups, k, k) and `bias` (out,).
     """
@@ -55,18 +55,18 @@ def conv2d(
 
 
 def _has_multiplier(weight: Tensor, groups: int) -> bool:
-    """Return whether a convolution is depthwise with several outputs a channel and this CPU is known to profit."""
+    """Return whether a convolution is depthwise with several outputs per channel and splitting it is faster here."""
     return weight.shape[1] == 1 and weight.shape[0] > groups > 1 and vector_width() > 0
 
 
 def _in_strips(weight: Tensor, stride: int, groups: int, dtype: torch.dtype) -> bool:
-    """Return whether the gradient of a depthwise kernel is better computed in strips."""
+    """Return whether computing the gradient of a depthwise kernel in strips is faster."""
     depthwise = weight.shape[0] == groups > 1 and stride == 1
     return depthwise and weight.shape[-1] > _STRIP and dtype == torch.float32 and vector_width() == 256
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution with results of type `dtype`, computed in float32 if this CPU is slow in `dtype`."""
+    """A convolution with results in `dtype`, computed in float32 if this CPU is slow in `dtype`."""
 
     @staticmethod
     def forward(
@@ -109,12 +109,12 @@ class _Convolution(torch.autograd.Function):
 
 
 def _number_of_parts(weight: Tensor, groups: int) -> int:
-    """Return into how many convolutions this one is split, each with one output a channel."""
+    """Return the number of convolutions, with one output per channel each, that this one is split into."""
     return weight.shape[0] // groups if _has_multiplier(weight, groups) else 1
 
 
 def _interleave(parts: list[Tensor]) -> Tensor:
-    """Put maps (batch, channels, height, width) together: output m of channel c is channel c * len(parts) + m."""
+    """Interleave maps (batch, channels, height, width): output m of channel c becomes channel c * len(parts) + m."""
     if len(parts) == 1:
         return parts[0]
     return channels_first(torch.stack([part.permute(0, 2, 3, 1) for part in parts], -1).flatten(-2))
@@ -123,7 +123,7 @@ def _interleave(parts: list[Tensor]) -> Tensor:
 def channels_first(maps: Tensor) -> Tensor:
     """Return (batch, height, width, channels) as (batch, channels, height, width), with channels last in memory.
 
-    `view` gives a batch of one a proper stride: convolutions judge by it whether channels are last.
+    `view` gives a batch of one a proper stride, by which convolutions recognise channels last.
     """
     return maps.reshape(-1, maps.shape[-1]).view(maps.shape).permute(0, 3, 1, 2)
 
@@ -161,12 +161,12 @@ def _grad_weight(grad: Tensor, input: Tensor, weight: Tensor, stride: int, paddi
 
 
 def _laid_out_as(weight: Tensor, grad: Tensor) -> Tensor:
-    """Return `grad` with the strides of `weight`: oneDNN chooses others for the dimension of one input a channel."""
+    """Return `grad` with the strides of `weight`: oneDNN chooses other strides for the input dimension of size 1."""
     if weight.stride() == grad.stride() or weight.shape[1] > 1 or not weight.is_contiguous():
         return grad
     return grad.contiguous().view(-1).view(grad.shape)
 
 
 def _arguments(padding: tuple[int, int], stride: int, groups: int) -> tuple[Any, ...]:
-    """Return what `aten.convolution_backward` wants between its tensors and its mask."""
+    """Return the arguments of `aten.convolution_backward` between its tensors and its mask."""
     return [0], [stride, stride], list(padding), [1, 1], False, [0, 0], groups

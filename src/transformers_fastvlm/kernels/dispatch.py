@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a fast form may stand in for the plain one: told by tensors, mode and machine, never by a processor's name."""
+"""When a fast form may replace the plain one: decided by tensors, mode and CPU features, never by a CPU's name."""
 
 import functools
 
@@ -10,22 +10,22 @@ from .private_torch import HAS_POINTWISE_CONVOLUTIONS, onednn_takes, transforms_
 
 
 def is_recorded() -> bool:
-    """Return whether a compiler, an exporter, a tracer or a functional transform records what is computed.
+    """Return whether a compiler, an exporter, a tracer or a functional transform records the computation.
 
-    They get the plain forms, since they optimise by themselves and a graph must not depend on the machine that it was
-    made on.
+    These get the plain forms: they optimise graphs themselves, and a graph must not depend on the machine that recorded
+    it.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active()
 
 
 def eager_on_cpu(*tensors: Tensor | None) -> bool:
-    """Return whether all `tensors` are ordinary ones on the CPU and nothing records what is done to them.
+    """Return whether all `tensors` are ordinary CPU tensors and no graph is recorded.
 
-    Subclasses of Tensor (fake, sharded, quantised) get the plain forms.
+    Subclasses of Tensor (fake, sharded, quantized) get the plain forms.
     """
     if is_recorded():
         return False
-    for tensor in tensors:  # a layer asks this for every token: `all` of a generator would take twice as long
+    for tensor in tensors:  # called by layers for every token: `all` of a generator takes twice as long
         if tensor is not None and not ((type(tensor) is Tensor or type(tensor) is nn.Parameter) and tensor.is_cpu):
             return False
     return True
@@ -37,9 +37,9 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
 
 
 def has_fast_products(dtype: torch.dtype) -> bool:
-    """Return whether this CPU has fast matrix products and convolutions of type `dtype`.
+    """Return whether this CPU has fast GEMMs and convolutions in `dtype`.
 
-    Where it has not, PyTorch falls back to loops that are much slower than float32.
+    Otherwise PyTorch falls back to loops that are much slower than float32.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return True
@@ -48,14 +48,14 @@ def has_fast_products(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def vector_width() -> int:
-    """Return the bits of a vector register that PyTorch uses on an x86 CPU: 512, 256, or 0 elsewhere."""
+    """Return the bits of the vector registers that PyTorch uses on an x86 CPU, 512 or 256; 0 on other CPUs."""
     return {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability(), 0)
 
 
 def has_fused_convolutions(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN's convolutions with activation and addition of type `dtype` are used on this CPU.
+    """Return whether to use oneDNN's convolutions with fused activation or addition in `dtype` on this CPU.
 
-    They are with 512-bit vectors. With 256-bit ones a matrix product and an activation in the cache take their place.
+    They are used with 512-bit vectors. With 256-bit vectors, a GEMM and an activation in the CPU's cache replace them.
     """
     mkldnn = torch.backends.mkldnn
     if not HAS_POINTWISE_CONVOLUTIONS or vector_width() != 512 or not (mkldnn.is_available() and mkldnn.enabled):
@@ -64,15 +64,15 @@ def has_fused_convolutions(dtype: torch.dtype) -> bool:
 
 
 def autocasts(tensor: Tensor) -> bool:
-    """Return whether autocast is on for the device of `tensor`; the meta device, which computes nothing, has none."""
+    """Return whether autocast is on for the device of `tensor`; False for the meta device."""
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
 def result_dtype(input: Tensor) -> torch.dtype:
-    """Return the type of what a matrix product or convolution of `input` gives, autocast considered."""
+    """Return the dtype of the result of a GEMM or convolution of `input`, with autocast considered."""
     return torch.get_autocast_dtype(input.device.type) if autocasts(input) else input.dtype
 
 
 def is_slow(input: Tensor) -> bool:
-    """Return whether products of `input` should be computed in float32, since this CPU has none of its type."""
+    """Return whether GEMMs of `input` should be computed in float32, since this CPU has no fast ones in its dtype."""
     return eager_on_cpu(input) and not has_fast_products(result_dtype(input))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pointwise convolutions with exact GELU on CPUs, for inference only.
 
-A map that is larger than the cache makes the round to memory after each step, and PyTorch asks the system anew for the
-memory of every large result. So the rows of a map pass through all steps some at a time, in buffers that stay in the
-cache. On CPUs with 512-bit vectors, oneDNN's convolution applies activation and addition by itself.
+A feature map larger than the CPU's cache is written to memory and read back at each step, and PyTorch allocates every
+large result from the system. So blocks of rows run through all steps in buffers that stay in the cache. On CPUs with
+512-bit vectors, oneDNN's convolution includes activation and addition.
 
 Activation: GELU, arXiv 1606.08415, section 2, the exact form with the error function.
 """
@@ -17,12 +17,12 @@ from .dispatch import eager_on_cpu, has_fast_products, has_fused_convolutions
 from .private_torch import convolution_add, convolution_gelu
 
 _LAST = torch.channels_last
-# Positions that pass through all steps together; with 1536 inner channels, 6 MB of float32.
+# Positions in a block; with 1536 inner channels, 6 MB of float32.
 _ROWS = 1024
 
 
 def infers_on_cpu(*tensors: Tensor | None) -> bool:
-    """Return whether the forms for inference may run on these: eagerly, on a CPU, without gradients and autocast."""
+    """Return whether the inference forms may be used: eager mode on a CPU, without gradients and autocast."""
     return eager_on_cpu(*tensors) and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
@@ -36,7 +36,7 @@ def plain_conv2d_gelu(
 def conv2d_gelu(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> Tensor:
-    """Return what `plain_conv2d_gelu` returns, of shape (batch, out, height', width'); shapes as in `conv2d`."""
+    """Return the result of `plain_conv2d_gelu`, of shape (batch, out, height', width'); shapes as in `conv2d`."""
     if not infers_on_cpu(input, weight, bias) or not has_fast_products(input.dtype):
         return F.gelu(conv2d(input, weight, bias, stride, padding, groups))
     dtype = input.dtype
@@ -81,9 +81,9 @@ def feed_forward(
     weight_2: Tensor,
     bias_2: Tensor,
 ) -> Tensor:
-    """Return what `plain_feed_forward` returns; fast where `infers_on_cpu`, in the type of `input`.
+    """Return the result of `plain_feed_forward`, in the dtype of `input`; fast if `infers_on_cpu`.
 
-    The memory beyond the result is that of 1024 positions, whatever the size of the map.
+    The fast form needs extra memory for 1024 positions only, whatever the size of the map.
     """
     dtype = input.dtype
     fast = infers_on_cpu(input, residual, scale, weight_1, weight_2) and has_fast_products(dtype)
@@ -93,7 +93,7 @@ def feed_forward(
     weight_2, bias_1, bias_2 = weight_2.to(dtype), bias_1.to(dtype), bias_2.to(dtype)
     factors = None if scale is None else scale.to(dtype).flatten()
     if factors is not None and input[:, 0].numel() > weight_2.shape[1]:
-        # Less work than scaling the map.
+        # Cheaper than scaling the map.
         weight_2, bias_2, factors = weight_2 * factors.view(-1, 1, 1, 1), bias_2 * factors, None
     if has_fused_convolutions(dtype):
         inner = _fused(input, weight_1, bias_1)
@@ -115,7 +115,7 @@ def feed_forward(
 
 
 def _rows_of(maps: Tensor) -> Tensor:
-    """Return a map with channels last in memory as (positions, channels), without a copy."""
+    """Return a channels-last map as (positions, channels), without a copy."""
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
@@ -127,6 +127,6 @@ def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> 
 def _fused(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> Tensor:
-    """Convolution and GELU in one kernel of oneDNN."""
+    """Return GELU of a convolution, computed by one kernel of oneDNN."""
     bias = None if bias is None else bias.to(input.dtype)
     return convolution_gelu(input, weight.to(input.dtype), bias, stride, padding, groups)

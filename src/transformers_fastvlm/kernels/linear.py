@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products on CPUs without instructions for half types: held in half, computed in float32."""
+"""Matrix multiplications on CPUs without half-precision instructions: stored in half precision, computed in float32."""
 
 import math
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 from .dispatch import autocasts, eager_on_cpu, has_fast_products, is_recorded, result_dtype
 
-# From about this many rows on, converting the matrix to float32 pays.
+# From about this many rows on, converting the matrix to float32 is faster.
 _MIN_ROWS = 8
-# Elements of a matrix converted at a time, however large the vocabulary: 16 MB of float32 can stay in a cache, and the
-# memory is not fetched from the system anew for each.
+# Elements of a matrix converted at a time, however large the vocabulary: 16 MB of float32 can stay in the CPU's cache,
+# and need not be allocated from the system each time.
 _BLOCK = 1 << 22
 
 
 def plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `F.linear` in the type of `input`, whatever type the weights are stored in; under autocast in its type."""
+    """Return `F.linear` in the dtype of `input`, whatever the weights' dtype; under autocast in autocast's dtype."""
     if weight.dtype == input.dtype or autocasts(input):
         return F.linear(input, weight, bias)
     return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
@@ -28,7 +28,7 @@ def plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return (..., out) from `input` (..., in), `weight` (out, in) and `bias` (out,), as `plain_linear`."""
-    # Decoding has one row and a step of it hundreds of products: what is cheapest is asked first.
+    # A decoding step makes hundreds of GEMMs with one row each, so the cheapest check comes first.
     if type(input) is Tensor and not is_recorded() and input.numel() < _MIN_ROWS * input.shape[-1]:
         return plain_linear(input, weight, bias)
     if not eager_on_cpu(input, weight, bias):
@@ -42,7 +42,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def float32_linear(
     input: Tensor, weight: Tensor, float32_rows: Callable[[slice], Tensor], bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return `linear` of type `dtype`, computed in float32, from rows of `weight` that `float32_rows` makes."""
+    """Return `linear` in `dtype`, computed in float32 from the rows of `weight` that `float32_rows` returns."""
     rows = input.reshape(-1, input.shape[-1]).float()
     out = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype)
     with torch.autocast("cpu", enabled=False):
@@ -52,7 +52,7 @@ def float32_linear(
 
 
 class _Float32Linear(torch.autograd.Function):
-    """`F.linear` of tensors of half types with float32 inside and results of type `dtype`."""
+    """`F.linear` of half-precision tensors, computed in float32, with results in `dtype`."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -84,7 +84,7 @@ class _Float32Linear(torch.autograd.Function):
 
 
 def _blocks(weight: Tensor) -> list[slice]:
-    """Return slices of the rows of `weight` (out, in), of like length and `_BLOCK` elements at most if one row fits."""
+    """Return slices of the rows of `weight` (out, in), of similar length and at most `_BLOCK` elements or one row."""
     rows, columns = weight.shape
     parts = math.ceil(rows / max(1, _BLOCK // max(columns, 1)))
     step = math.ceil(rows / max(parts, 1))
@@ -92,7 +92,7 @@ def _blocks(weight: Tensor) -> list[slice]:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by `linear`: computes in the type of its input, also if its weights are stored in a smaller one."""
+    """`nn.Linear` with `linear`: computes in the dtype of its input, also if its weights have a smaller one."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
@@ -106,13 +106,13 @@ class Linear(nn.Linear):
 
 
 def speed_up_linear_layers(model: nn.Module) -> None:
-    """Make the `nn.Linear` layers of `model` compute by `linear`, those whose type this CPU has no fast products of.
+    """Replace `nn.Linear` by `Linear` in `model` for layers whose dtype has no fast GEMM on this CPU.
 
-    Layers of other kinds (quantised, adapted, on another device) and other types stay as they are, so that on most
-    machines nothing changes.
+    Other layers (quantized, with adapters, on another device or in another dtype) do not change, so most machines keep
+    all layers.
     """
     for module in model.modules():
         if type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu":
             if not has_fast_products(module.weight.dtype):
-                module.__dict__["_was_plain"] = True  # and is so again when it leaves the CPU
-                module.__class__ = Linear  # the only difference is `forward`, and no hook or tie is lost
+                module.__dict__["_was_plain"] = True  # restored when the layer leaves the CPU
+                module.__class__ = Linear  # only `forward` differs; hooks and ties are kept

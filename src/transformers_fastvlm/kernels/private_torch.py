@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of PyTorch that it does not promise to keep, all in one place; where one is missing, the plain form runs.
+"""Private names of PyTorch, all in one place; if one is missing, the plain form runs.
 
-`HAS_…` say at import what this build of PyTorch has: builds without oneDNN lack some, and another version may have
-renamed any of them. A test says which are there, and that what goes without them computes the same.
+The `HAS_…` flags are set at import: builds without oneDNN lack some names, and any version may rename them. A test
+reports which names exist, and that the code computes the same without them.
 """
 
 from typing import Any
@@ -38,17 +38,17 @@ _GRAPH_TASK = getattr(torch._C, "_current_graph_task_id", None)
 
 
 def transforms_are_active() -> bool:
-    """Return whether a functional transform, such as `torch.func.vmap`, is at work; no if that cannot be told."""
+    """Return whether a functional transform, such as `torch.func.vmap`, is active; False if unknown."""
     return _TRANSFORMS is not None and bool(_TRANSFORMS())
 
 
 def in_backward() -> bool:
-    """Return whether this is called from within a backward pass; no if that cannot be told."""
+    """Return whether this is called from within a backward pass; False if unknown."""
     return _GRAPH_TASK is not None and _GRAPH_TASK() != -1
 
 
 def onednn_takes(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN has fast products of bfloat16 or float16 on this CPU; no if that cannot be told."""
+    """Return whether oneDNN has fast bfloat16 or float16 GEMMs on this CPU; False if unknown."""
     supported = getattr(_MKLDNN, _TAKES[dtype], None)
     return supported is not None and bool(supported())
 
@@ -60,7 +60,7 @@ def _geometry(stride: int, padding: int, groups: int) -> tuple[Any, ...]:
 def convolution_gelu(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> Tensor:
-    """Return gelu(convolution) by one kernel of oneDNN, all of one type; needs `HAS_POINTWISE_CONVOLUTIONS`."""
+    """Return gelu(convolution) by one kernel of oneDNN, all in one dtype; needs `HAS_POINTWISE_CONVOLUTIONS`."""
     geometry = _geometry(stride, padding, groups)
     result: Tensor = _MKLDNN._convolution_pointwise(input, weight, bias, *geometry, "gelu", [], "none")
     return result
@@ -75,16 +75,16 @@ def convolution_add(input: Tensor, residual: Tensor, weight: Tensor, bias: Tenso
 
 
 def int8_product(rows: Tensor, integers: Tensor, scales: Tensor) -> Tensor:
-    """Return (rows, out) of bfloat16 from (rows, in), integers (out, in) and scales (out,); `HAS_INT8_PRODUCTS`."""
+    """Return bfloat16 (rows, out) from (rows, in), integers (out, in), scales (out,); needs `HAS_INT8_PRODUCTS`."""
     return torch._weight_int8pack_mm(rows, integers, scales)
 
 
 def packed_int4(integers: Tensor) -> Tensor:
-    """Return integers (out, in) from 0 to 15, two a byte, as `int4_product` takes them; needs `HAS_INT4_PRODUCTS`."""
+    """Pack integers (out, in) from 0 to 15 for `int4_product`, two per byte; needs `HAS_INT4_PRODUCTS`."""
     packed: Tensor = _ATEN._convert_weight_to_int4pack_for_cpu(integers, 1)
     return packed
 
 
 def int4_product(rows: Tensor, packed: Tensor, group: int, scales: Tensor) -> Tensor:
-    """Return (rows, out) of bfloat16 from (rows, in) and packed integers with a scale and an offset a group."""
+    """Return bfloat16 (rows, out) from (rows, in) and packed integers with a scale and an offset per group."""
     return torch._weight_int4pack_mm_for_cpu(rows, packed, group, scales)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with weights that torchao holds in 8 or 4 bits, in bfloat16 on CPUs.
+"""Matrix multiplications with weights that torchao quantized to 8 or 4 bits, in bfloat16 on CPUs.
 
-torchao 0.18 turns the whole matrix into bfloat16 for every token there. PyTorch
-has products that read the small integers, fast for the few rows of decoding; for the many rows of a prompt the matrix
-is turned into float32 where the CPU has no fast products of bfloat16. The plain form is `nn.Linear` by torchao.
+There torchao 0.18 dequantizes the whole matrix to bfloat16 for every token. PyTorch has GEMMs that read the integers
+directly, which are fast for the few rows of decoding. For the many rows of a prompt the matrix is dequantized to
+float32 if the CPU has no fast bfloat16 GEMMs. The plain form is torchao's `nn.Linear`.
 """
 
 from typing import Any
@@ -15,14 +15,14 @@ from . import private_torch
 from .dispatch import eager_on_cpu, has_fast_products
 from .linear import float32_linear
 
-# With more rows than this, turning the matrix into float32 once is shared by enough of them.
+# With more rows than this, dequantizing the matrix to float32 once is faster.
 _MAX_ROWS = 32
-_GROUPS = (32, 64, 128, 256)  # inputs that share a scale, as the 4-bit kernel takes them
-_OUTPUTS = 32  # it takes multiples of this many outputs
+_GROUPS = (32, 64, 128, 256)  # group sizes that the 4-bit kernel supports: inputs that share a scale
+_OUTPUTS = 32  # the 4-bit kernel needs a multiple of this many outputs
 
 
 class QuantizedLinear(nn.Linear):
-    """`nn.Linear` with a weight that torchao has quantized; made by `speed_up_quantized_layers`."""
+    """`nn.Linear` with a weight that torchao quantized; created by `speed_up_quantized_layers`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out) from (..., in)."""
@@ -41,11 +41,11 @@ class QuantizedLinear(nn.Linear):
         return out.view(*input.shape[:-1], out.shape[-1])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__.pop("_packed", None)  # values are written into the tensors that are there
+        self.__dict__.pop("_packed", None)  # loading writes values into the existing tensors
         super()._load_from_state_dict(*args, **kwargs)
 
     def _product(self, rows: Tensor, weight: Any) -> Tensor:
-        # Asking a tensor of torchao's for as little as its shape takes longer than a small product.
+        # Even reading the shape of a torchao tensor takes longer than a small GEMM.
         packed = self.__dict__.get("_packed")
         if packed is None or packed[0] is not weight.qdata:
             packed = self.__dict__["_packed"] = (weight.qdata, *_pack(weight))
@@ -56,10 +56,10 @@ class QuantizedLinear(nn.Linear):
 
 
 def _pack(weight: Any) -> tuple[Tensor, Tensor, int]:
-    """Return integers and bfloat16 scales as the kernels take them, and the size of a group of 4-bit weights or 0.
+    """Return integers and bfloat16 scales in the kernels' format, and the group size of 4-bit weights or 0.
 
-    In 8 bits the integers are those of the weight itself, with (out,) scales; in 4 two integers a byte, and (groups,
-    out, 2) scales and offsets. Rounding the scales adds no more error than torchao's rounding of the whole matrix.
+    8-bit integers are the weight's own, with (out,) scales. 4-bit integers are packed two per byte, with (groups, out,
+    2) scales and offsets. Rounding the scales adds no more error than torchao's rounding of the whole matrix.
     """
     if _bits(weight) == 8:
         return weight.qdata, weight.scale.view(-1).to(torch.bfloat16), 0
@@ -79,7 +79,7 @@ def _float32_rows(weight: Any, block: slice) -> Tensor:
 
 
 def _bits(weight: Any) -> int:
-    """Return 8 or 4 for weights quantized alone, row by row or in groups of a row, and 0 for any others."""
+    """Return 8 or 4 for weight-only quantization, by row or by groups of a row, and 0 for all others."""
     kind = type(weight).__name__
     if kind == "Int8Tensor":
         plain = weight.act_quant_kwargs is None and weight.act_pre_scale is None
@@ -100,7 +100,7 @@ def _applies(input: Tensor, weight: Any, bias: Tensor | None) -> bool:
 
 
 def speed_up_quantized_layers(model: nn.Module) -> None:
-    """Make those `nn.Linear` layers of `model` that torchao has quantized compute as above, where they can."""
+    """Replace `nn.Linear` by `QuantizedLinear` in `model` for layers that torchao quantized in a supported format."""
     for module in model.modules():
         if type(module) is nn.Linear and _bits(module.weight):
-            module.__class__ = QuantizedLinear  # the only difference is `forward`, and nothing else is lost
+            module.__class__ = QuantizedLinear  # only `forward` and loading differ; everything else is kept
