@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 import transformers_fastvlm
 from transformers_fastvlm import FastViTHDConfig, FastVLMConfig
@@ -110,7 +111,35 @@ def test_docstrings_name_every_field_of_the_configurations(config: type) -> None
     assert [name for name in fields if not name.startswith("_") and f" {name}: " not in (config.__doc__ or "")] == []
 
 
+def test_the_walks_of_development_name_files_and_functions_that_exist() -> None:
+    walks = read("docs/development.md").split("## Four walks")[1].split("\n## ")[0]
+    steps = re.findall(r"`([\w/]+\.py)`((?:(?:,| and)? `\w+`)*)", walks)
+    assert len(steps) >= 25
+    missing = []
+    for file, names in steps:
+        source = ROOT / "src" / PACKAGE / file
+        text = source.read_text(encoding="utf-8") if source.is_file() else ""
+        missing += [file] if not text else []
+        missing += [
+            f"{file}: {name}" for name in re.findall(r"\w+", names) if not re.search(rf"(def|class) {name}\b", text)
+        ]
+    assert missing == []
+
+
 def test_table_of_tokens() -> None:
     side, tokens = re.findall(r"^\| (?:side|tokens) \|(.+)\|$", read("docs/images.md"), flags=re.M)
     for number, expected in zip(side.split("|"), tokens.split("|"), strict=True):
         assert anyres.num_image_tokens((480, 640), None, int(number)) == int(expected)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda file: file.name)
+def test_github_files_are_yaml_and_name_targets_that_exist(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    targets = set(re.findall(r"^([a-z][a-z-]*):", read("Makefile"), flags=re.M))
+    called = {word for line in re.findall(r"run: make (.+)", text) for word in line.split() if word.isidentifier()}
+    for job in content.get("jobs", {}).values():
+        called |= {
+            word for line in job.get("strategy", {}).get("matrix", {}).get("target", []) for word in line.split()
+        }
+    assert called - targets == set()

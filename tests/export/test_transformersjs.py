@@ -101,7 +101,7 @@ def test_shown_programs_run(tmp_path: Path, page: str) -> None:
     file = directory / "README.md" if page.startswith("DIRECTORY") else ROOT / page
     (block,) = [block for block in blocks(file.read_text(encoding="utf-8")) if block.language == "js"]
     # Without loss, so that both see the same pixels, whatever the file is called.
-    picture.save(tmp_path / re.findall(r"picture\.\w+", block.code)[0], format="png")
+    picture.save(tmp_path / re.findall(r"(?:picture|image)\.(?:png|jpg)", block.code)[0], format="png")
     (tmp_path / "shown.mjs").write_text(block.code, encoding="utf-8")
     question = re.findall(r"<image>\\n(.*?)\"", block.code)[0]
     count = int(re.findall(r"max_new_tokens: (\d+)", block.code)[0])
