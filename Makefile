@@ -59,7 +59,7 @@ format: .venv/installed-dev ## rewrite the sources in the project's format
 
 .PHONY: docs
 docs: .venv/installed-dev ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	$(BIN)/zensical build --strict --clean
 
 .PHONY: wheel
 wheel: dist/built ## build the wheel and the source distribution into dist/

@@ -1,18 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Links of the pages lead somewhere, and the reference and its tables say what the package has."""
 
+import importlib
+import pkgutil
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import transformers_fastvlm
-from transformers_fastvlm import FastViTHDConfig, FastVLMConfig, checkpoints, data, registration, training
+from transformers_fastvlm import FastViTHDConfig, FastVLMConfig
 from transformers_fastvlm.images import anyres
 
 ROOT = Path(__file__).parent.parent
-DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+FOR_DEVELOPERS = ("development.md",)
+"""Files of docs/ that are not pages of the site."""
+DOCS = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in FOR_DEVELOPERS]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/development.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+    *DOCS,
+]
+PACKAGE = "transformers_fastvlm"
+NO_API = ("cli", "images", "kernels", "storage", "vllm_plugin")
+"""Packages whose names are for this project alone."""
+PACKAGES = [
+    transformers_fastvlm,
+    *(
+        importlib.import_module(f"{PACKAGE}.{found.name}")
+        for found in pkgutil.iter_modules(transformers_fastvlm.__path__)
+        if found.ispkg and found.name not in NO_API
+    ),
+]
 
 
 def read(name: str) -> str:
@@ -44,26 +64,53 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     nav = read("mkdocs.yml").split("nav:")[1]
-    assert [page.name for page in DOCS if not re.search(rf": {re.escape(page.name)}$", nav, flags=re.M)] == []
+    assert [page.name for page in DOCS if not re.search(rf" {re.escape(page.name)}$", nav, flags=re.M)] == []
+    assert len(re.findall(r"^  - ", nav, flags=re.M)) == 5
 
 
-def test_reference_names_everything_public() -> None:
-    reference = read("docs/api.md")
-    parts = (transformers_fastvlm, checkpoints, data, training)
-    public = [*(name for part in parts for name in part.__all__), registration.NO_VISION2SEQ]
-    # Layout is the type of convert()'s argument, whose values are listed.
-    assert [name for name in public if name not in reference and name != "Layout"] == []
+@pytest.mark.parametrize("page", [page for page in DOCS if page.name != "index.md"], ids=lambda page: page.name)
+def test_pages_say_what_they_are_for_and_where_to_go_next(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ") and lines[1] == "" and lines[2][0].isalpha(), "a title, then a sentence"
+    headings = [line for line in lines if line.startswith("## ")]
+    assert headings[-1] == "## Next" and lines[-1].startswith(("- ", "  "))
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_pages_say_image(page: Path) -> None:
+    assert re.findall(r"(?i)\bpictures?\b", page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)
+def test_pages_are_short(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= (200 if page.name == "README.md" else 250)
+
+
+def named_by(path: str) -> object:
+    """Return the object with a dotted path, as a `::: path` line of the reference gives it."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_reference_has_every_public_name(package: ModuleType) -> None:
+    paths = [path for page in DOCS for path in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), flags=re.M)]
+    reference = [(path.rpartition(".")[2], named_by(path)) for path in paths if path.startswith(PACKAGE)]
+    missing = [
+        f"::: {getattr(getattr(package, name), '__module__', package.__name__)}.{name}"
+        for name in package.__all__
+        if not any(name == other and getattr(package, name) is value for other, value in reference)
+    ]
+    assert missing == [], "put these lines on a page docs/api*.md"
 
 
 @pytest.mark.parametrize("config", [FastVLMConfig, FastViTHDConfig])
-def test_reference_names_every_field_of_the_configurations(config: type) -> None:
-    section = read("docs/api.md").split(f"### {config.__name__}\n")[1].split("\n##")[0]
+def test_docstrings_name_every_field_of_the_configurations(config: type) -> None:
     fields = [name for name, kind in config.__annotations__.items() if "ClassVar" not in str(kind)]
-    fields = [name for name in fields if not name.startswith("_") and name not in ("model_type", "base_config_key")]
-    assert [name for name in fields if f"`{name}`" not in section] == []
+    assert [name for name in fields if not name.startswith("_") and f" {name}: " not in (config.__doc__ or "")] == []
 
 
 def test_table_of_tokens() -> None:
-    side, tokens = re.findall(r"^\| (?:side|tokens) \|(.+)\|$", read("docs/concepts.md"), flags=re.M)
+    side, tokens = re.findall(r"^\| (?:side|tokens) \|(.+)\|$", read("docs/images.md"), flags=re.M)
     for number, expected in zip(side.split("|"), tokens.split("|"), strict=True):
         assert anyres.num_image_tokens((480, 640), None, int(number)) == int(expected)

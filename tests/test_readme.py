@@ -13,7 +13,7 @@ them, in a folder of their own, with these substitutions and no others:
 
 The commands of `RUN` run too, in such a folder. Other commands have runs of their own (`make demo`, the tests of their
 verbs). `# prints: TEXT` at the end of a line of Python, or on the line after a command, is compared with what is
-printed.
+printed; so is a block of `text` that follows a block of Python.
 """
 
 import configparser
@@ -24,18 +24,20 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
 MARK = "<!-- test -->"
 HUB_NAME = "apple/FastVLM-0.5B"
 RUN = ("generate", "chat", "info", "convert")
 """Verbs whose commands run: they need no other package, no port, and seconds."""
 PROGRAMS = {
     "training.md": "tests/training/test_training_docs.py",
+    "training-recipes.md": "tests/training/test_training_docs.py",
     "training-scale.md": "tests/training/test_lora_docs.py",
     "export.md": "tests/export/test_onnx_docs.py",
     "serve.md": "tests/server/test_http_docs.py",
@@ -50,7 +52,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relativ
 class Block:
     """A fenced block: its language, its code, the line of its first line in the page, and its mark.
 
-    `needs` is the package of `<!-- test with PACKAGE -->`; `marked` is set for `<!-- test -->` alone.
+    `needs` is the package of `<!-- test with PACKAGE -->`; `marked` is set for `<!-- test -->` alone. `printed` is the
+    block of `text` that follows one of Python, with nothing but empty lines between.
     """
 
     language: str
@@ -58,10 +61,22 @@ class Block:
     line: int
     marked: bool
     needs: str | None = None
+    printed: str | None = None
 
 
-def blocks(text: str) -> Iterator[Block]:
-    """Yield the fenced blocks of a Markdown page."""
+def blocks(text: str) -> list[Block]:
+    """Return the fenced blocks of a Markdown page."""
+    found = list(fenced(text))
+    lines = text.splitlines()
+    for block, after in pairwise(found):
+        between = lines[block.line + block.code.count("\n") + 1 : after.line - 2]
+        if block.language == "python" and after.language == "text" and not any(line.strip() for line in between):
+            block.printed = after.code
+    return found
+
+
+def fenced(text: str) -> Iterator[Block]:
+    """Yield the fenced blocks of a Markdown page, each without what it prints."""
     lines = text.splitlines()
     start, fence, indent = 0, "", ""
     for number, line in enumerate(lines):
@@ -145,7 +160,8 @@ def test_python_runs(
         capsys.readouterr()
         # Padding makes the line numbers of a traceback those of the page.
         exec(compile("\n" * (block.line - 1) + code, page.name, "exec"), namespace)
-        if expected := re.findall(r"# prints: (.*)$", block.code, flags=re.M):
+        expected = re.findall(r"# prints: (.*)$", block.code, flags=re.M)
+        if expected := (block.printed or "").splitlines() or expected:
             assert capsys.readouterr().out.splitlines() == expected
 
 
@@ -273,12 +289,14 @@ def test_the_reading_of_pages() -> None:
         "```bash\n# a comment\n$ fastvlm generate a.png \\\n  -p 'two; words' --json   # and so on\n"
         "make test && make check\n```\n"
     )
-    text += "<!-- test with peft -->\n\n```python\nz = 1\n```\n"
+    text += "<!-- test with peft -->\n\n```python\nz = 1\n```\n\n```text\n1\n2\n```\n"
+    assert [block.printed for block in blocks(text)] == [None, None, None, "1\n2", None]
     assert [(b.language, b.marked, b.needs, b.line) for b in blocks(text)] == [
         ("python", True, None, 6),
         ("python", False, None, 10),
         ("bash", False, None, 14),
         ("python", False, "peft", 22),
+        ("text", False, None, 26),
     ]
     assert commands(text) == [
         ["make", "demo"],

@@ -6,7 +6,8 @@
     python tools/environment.py make .venv package --keep         and leave what else is there
     python tools/environment.py make .venvs/minimal minimal --package dist/*.whl
     python tools/environment.py newest .venvs/newest              no lock and no cap on Transformers; PyTorch as locked
-    python tools/environment.py lock                              resolve requirements/*.in again
+    python tools/environment.py lock                              resolve requirements/*.in again, newest versions
+    python tools/environment.py lock dev --keep                   only what changed in dev.in or setup.cfg moves
 
 A lock can name a version that has no wheel for this platform or Python. Then the newest versions within setup.cfg's
 bounds are installed, and a line says so. The script needs nothing beside Python. pip brings uv into `.venvs/uv`.
@@ -156,8 +157,12 @@ def newest(folder: Path) -> None:
             raise SystemExit("The newest versions do not go together; uv's reason is above.")
 
 
-def lock(names: Sequence[str]) -> None:
+def lock(names: Sequence[str], keep: bool = False) -> None:
     """Resolve requirements/NAME.in to requirements/NAME.txt, with the newest versions.
+
+    Args:
+        names: of the locks.
+        keep: start from the versions of each lock as it is, so that only what its requirements ask for changes.
 
     Raises:
         SystemExit: if a set of requirements has no solution.
@@ -165,8 +170,9 @@ def lock(names: Sequence[str]) -> None:
     for name in names:
         start, target = STARTS_FROM[name], LOCKS / f"{name}.txt"
         # uv prefers the versions that it finds in the file that it is to write.
-        target.unlink(missing_ok=True)
-        if start is not None:
+        if not keep:
+            target.unlink(missing_ok=True)
+        if start is not None and not keep:
             shutil.copy(LOCKS / f"{start}.txt", target)
         options = [*VLLM_OPTIONS, *VLLM_PLATFORM] if name.endswith("vllm") else ["--universal"]
         options += ["--python-version", "3.11", "--no-emit-package", NAME, "--custom-compile-command", "make lock"]
@@ -189,6 +195,7 @@ def main() -> None:
     verb.add_argument("folder", type=Path)
     verb = verbs.add_parser("lock", help="make the locks again")
     verb.add_argument("names", nargs="*")
+    verb.add_argument("--keep", action="store_true", help="keep the locked versions where the requirements allow them")
     arguments = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - the script runs before anything has checked it
         sys.exit("Python 3.11 or later is needed; run make PYTHON=python3.11 (or later).")
@@ -198,7 +205,7 @@ def main() -> None:
     elif arguments.verb == "newest":
         newest(arguments.folder.absolute())
     else:
-        lock(arguments.names or list(STARTS_FROM))
+        lock(arguments.names or list(STARTS_FROM), arguments.keep)
 
 
 if __name__ == "__main__":

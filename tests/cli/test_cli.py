@@ -2,6 +2,7 @@
 """The command as a whole: as a process of its own, its help, its errors."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers_fastvlm.cli import cli_errors
 
 VERBS = (
     *("generate", "chat", "info", "convert", "export", "new", "train", "merge", "data"),
-    *("batch", "serve", "demo", "bench", "eval", "eval-report", "eval-encoder"),
+    *("batch", "serve", "demo", "bench", "eval", "eval-report", "eval-encoder", "env"),
 )
 
 
@@ -48,18 +49,22 @@ def test_answers_in_a_process_of_its_own(checkpoint, golden) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_of_a_verb_has_an_example(run, verb: str) -> None:
+def test_help_of_a_verb_has_an_example_and_fits(run, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     shown = run(verb, "--help").stdout
-    assert f"Example: fastvlm {verb}" in shown
+    assert re.search(rf"^ +(Example: )?fastvlm {verb}\b", shown, re.MULTILINE)
+    lines = shown.splitlines()
+    assert len(lines) <= 90 and max(map(len, lines)) <= 80
 
 
 def test_version(run) -> None:
-    assert run("--version").stdout == f"fastvlm {__version__}\n"
+    assert run("--version").stdout == run("-V").stdout == f"fastvlm {__version__}\n"
 
 
-def test_without_a_verb_shows_help(run) -> None:
-    result = run(code=2)
-    assert "generate" in result.stdout + result.stderr
+def test_without_a_verb_shows_all_of_them_in_groups(run) -> None:
+    shown = run(code=2)
+    lines = re.findall(r"^[│|] ([a-z][a-z-]*) ", shown.stdout + shown.stderr, re.MULTILINE)
+    assert sorted(lines) == sorted(VERBS)
 
 
 def test_errors_of_the_program_are_one_line_unless_debug(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/training.md shows works: its programs run, and with `-m soak` each of its commands."""
+"""What docs/training.md and docs/training-recipes.md show works: their programs run, with `-m soak` their commands."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from test_readme import HUB_NAME, MARK, ROOT, blocks, commands
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
-PAGE = ROOT / "docs" / "training.md"
+PAGES = [ROOT / "docs" / name for name in ("training.md", "training-recipes.md")]
 QWEN = "Qwen/Qwen3-0.6B"
 
 pytestmark = [
@@ -33,16 +33,17 @@ def folder(golden: Path, golden_batches: dict[str, Any], tmp_path: Path, monkeyp
     for file in (golden / "images").iterdir():
         shutil.copy(file, tmp_path)
     shutil.copy(golden / "images" / "large_rgb.jpg", tmp_path / "photo.jpg")
+    shutil.copytree(ROOT / "examples" / "images", tmp_path / "examples" / "images")
     return tmp_path
 
 
 def run_blocks(mark: str, count: int, model: Path, namespace: dict[str, Any]) -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    marked = [block for block in blocks(text.replace(mark, MARK)) if block.marked]
+    texts = [page.read_text(encoding="utf-8").replace(MARK, "").replace(mark, MARK) for page in PAGES]
+    marked = [(page, block) for page, text in zip(PAGES, texts, strict=True) for block in blocks(text) if block.marked]
     assert len(marked) == count
-    for block in marked:
+    for page, block in marked:
         code = block.code.replace(HUB_NAME, model.as_posix())
-        exec(compile("\n" * (block.line - 1) + code, PAGE.name, "exec"), namespace)
+        exec(compile("\n" * (block.line - 1) + code, page.name, "exec"), namespace)
 
 
 def test_the_programs_run(folder: Path, checkpoint: Callable[[str], Path]) -> None:
@@ -71,7 +72,7 @@ def test_the_commands_run(folder: Path, checkpoint: Callable[[str], Path]) -> No
         "data.max_length=2048",  # a tiny model's context holds 4096
     ]
     ran = 0
-    for command in commands(PAGE.read_text(encoding="utf-8")):
+    for command in commands("\n".join(page.read_text(encoding="utf-8") for page in PAGES)):
         if command[0] != "fastvlm" or len(command) == 2:  # a verb that is only named
             continue
         words = [word.replace(HUB_NAME, tiny).replace(QWEN, tiny) for word in command[1:]]

@@ -8,9 +8,10 @@ input that cannot be used. Nothing here imports torch before a verb needs it.
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from .. import __version__
 from . import (
@@ -20,6 +21,7 @@ from . import (
     convert,
     data,
     demo,
+    env,
     eval,
     eval_encoder,
     eval_report,
@@ -36,29 +38,39 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="fastvlm",
-    help="FastVLM on the command line: answer questions about pictures. `fastvlm VERB --help` explains each verb.",
+    help="FastVLM on the command line: answer questions about images. `fastvlm VERB --help` explains each verb.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("demo")(demo.demo)
-app.command("info")(info.info)
-app.command("convert")(convert.convert)
-app.command("export")(export.export)
-app.command("new")(new.new)
-app.command("serve")(serve.serve)
-app.command("batch")(batch.batch)
-app.command("bench")(bench.bench)
-app.command("eval")(eval.evaluate)
-app.command("eval-report")(eval_report.eval_report)
-app.command("eval-encoder")(eval_encoder.eval_encoder)
-app.command("train")(train.train)
-app.command("merge")(merge.merge)
-app.add_typer(data.app, name="data")
+
+
+class _Verb(TyperCommand):
+    """A verb with help in plain text; Rich's panels leave 24 of 80 columns to what an option does."""
+
+    def __init__(self, name: str | None, **options: Any) -> None:
+        super().__init__(name, **(options | {"rich_markup_mode": None}))
+
+
+_GROUPS: dict[str, dict[str, Any]] = {
+    "Ask": {"generate": generate.generate, "chat": chat.chat, "batch": batch.batch, "demo": demo.demo},
+    "Train": {"train": train.train, "data": data.app, "merge": merge.merge, "new": new.new},
+    "Measure": {
+        "eval": eval.evaluate,
+        "eval-report": eval_report.eval_report,
+        "eval-encoder": eval_encoder.eval_encoder,
+        "bench": bench.bench,
+    },
+    "Serve and convert": {"serve": serve.serve, "export": export.export, "convert": convert.convert},
+    "Inspect": {"info": info.info, "env": env.env},
+}
+for _group, _verbs in _GROUPS.items():
+    for _name, _verb in _verbs.items():
+        if isinstance(_verb, typer.Typer):
+            app.add_typer(_verb, name=_name, rich_help_panel=_group)
+        else:
+            app.command(_name, cls=_Verb, rich_help_panel=_group)(_verb)
 
 
 def _print_version(wanted: bool) -> None:
@@ -70,7 +82,8 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     pass

@@ -90,8 +90,8 @@ def utf8(text: str | None) -> str | None:
 NAMES = (
     "Directory of a checkpoint, its name on the Hugging Face hub, or tiny, the test model that ships with the package."
 )
-Model = Annotated[str, typer.Option("--model", "-m", help=NAMES)]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES)]
+Model = Annotated[str, typer.Option("--model", "-m", envvar="FASTVLM_MODEL", help=NAMES)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", envvar="FASTVLM_MODEL", help=NAMES)]
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=NAMES)]
 Device = Annotated[str, typer.Option(help="auto (CUDA, else Apple's GPU, else the CPU), cpu, cuda, cuda:1, mps, …")]
 Dtype = Annotated[

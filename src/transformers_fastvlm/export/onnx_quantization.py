@@ -7,8 +7,10 @@
 | embeddings | 8 bits a row | 8 bits a row |
 | 1 x 1 convolutions | 8 bits a channel | 8 bits a channel in q4, float16 in q4f16 |
 
-Everything is asymmetric in blocks and symmetric in rows and channels, rounded to the nearest; activations keep their
-type. The rest (biases, norms, depthwise kernels) is small and keeps its precision.
+Everything is asymmetric in blocks and symmetric in rows and channels, rounded to the nearest. Activations keep their
+dtype, but onnxruntime rounds those of q8 and q4 matrices to 8 bits a block inside the multiplication: its CPU kernels
+for float32 activations are slower, for 8-bit weights by more than ten times. The rest (biases, norms, depthwise
+kernels) is small and keeps its precision.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,8 @@ from typing import Any
 __all__ = ["quantize"]
 
 BLOCK = 32
+_INT8_ACTIVATIONS = 4
+"""onnxruntime's `accuracy_level` of a multiplication whose activations may be rounded to 8 bits."""
 ROWS_AT_ONCE = 4096
 """Of an embedding, while it is rounded: its numbers in float32 would be as large as the model."""
 
@@ -104,6 +108,8 @@ def _quantize_matrix(graph: Any, node: Any, bits: int) -> None:
         parts.value(graph, "zero_points", ir.DataType.UINT8, [width * -(-blocks * bits // 8)]),
     ]
     attributes = {"K": depth, "N": width, "bits": bits, "block_size": BLOCK}
+    if tensor.dtype == ir.DataType.FLOAT:
+        attributes["accuracy_level"] = _INT8_ACTIVATIONS
     _replace(graph, node, [ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=node.name)])
 
 
