@@ -143,6 +143,41 @@ def test_weights_that_are_no_weights(dtype: torch.dtype, copy: Path, tmp_path: P
         assert FastViTHDModel.from_pretrained(copy)  # the encoder's own tensors are weights
 
 
+def pickled(directory: Path, tensors: dict[str, torch.Tensor], **options: Any) -> None:
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    torch.save(tensors, directory / "pytorch_model.bin", **options)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_pickled_weights_are_judged_alike(legacy: bool, copy: Path) -> None:
+    options = {"_use_new_zipfile_serialization": not legacy}
+    tensors = load_file(copy / "model.safetensors")
+    whole = FastVLMForConditionalGeneration.from_pretrained(copy)
+    weight = tensors[PROJECTOR_WEIGHT]
+    pickled(copy, tensors | {OURS: weight.clone()}, **options)
+    model = FastVLMForConditionalGeneration.from_pretrained(copy)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in whole.state_dict().items())
+    wrong: list[tuple[dict[str, torch.Tensor], str]] = [
+        ({PROJECTOR_WEIGHT: weight.to(dtype)}, r"pytorch_model\.bin holds 1 tensors that are not weights")
+        for dtype in (torch.int8, torch.uint8, torch.bool, torch.complex64)
+    ]
+    wrong.append(({OURS: weight + 1}, r"linear_1\.weight is stored 2 times with different values"))
+    for change, message in wrong:
+        pickled(copy, tensors | change, **options)
+        with pytest.raises(ValueError, match=message):
+            FastVLMForConditionalGeneration.from_pretrained(copy)
+
+
+def test_pickled_shard_outside_of_the_folder(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    pickled(copy.parent, tensors)
+    (copy / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "../pytorch_model.bin")}
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"names the shard .*same directory"):
+        AutoModelForImageTextToText.from_pretrained(copy)
+
+
 def test_one_tensor_with_two_values(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     rewrite(copy, tensors | {OURS: tensors[PROJECTOR_WEIGHT].clone()})

@@ -192,8 +192,9 @@ def check_directory(directory: str | os.PathLike[str]) -> None:
     if (folder / _GENERATION_FILE).is_file():
         check_generation_fields(read_json(folder / _GENERATION_FILE), folder)
     if not (folder / SINGLE_FILE).is_file():
-        for index in sorted(folder.glob("model.safetensors.index*.json")):
-            read_index(index)
+        for pattern in ("model.safetensors.index*.json", "pytorch_model.bin.index*.json"):
+            for index in sorted(folder.glob(pattern)):
+                read_index(index)
 
 
 @contextlib.contextmanager

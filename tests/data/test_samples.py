@@ -331,6 +331,7 @@ def test_images_that_cannot_be_read(folder: Path, image: Any, expected: str) -> 
         ("file:///etc/hostname", "is an address"),
         ("data:image/png;base64,AAAA", "is an address"),
         ("a\0.png", "is not valid"),
+        ("a\ud800.png", "is not valid"),
         ("", "is empty"),
         ({"path": "../secret.png", "bytes": None}, "leaves the image folder"),
         (7, "an image is 7 (int); expected a path, a Pillow image"),
