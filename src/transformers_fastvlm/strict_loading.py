@@ -66,7 +66,7 @@ class StrictPreTrainedModel(PreTrainedModel):
             ) from error
         if source is not None and hasattr(model, "peft_config") and info["missing_keys"]:
             # The missing keys are the adapter's: its tensors would be initialised as if it had not been trained.
-            raise ValueError(_message(f"The adapter in {source}", "no values for tensors of its", info["missing_keys"]))
+            raise ValueError(_message(f"The adapter in {source}", "no values for its tensors", info["missing_keys"]))
         return (model, info) if wants_info else model
 
     @staticmethod
@@ -105,7 +105,9 @@ def _refuse_missing(model: StrictPreTrainedModel, load_config: Any, missing: set
     if quantizer is not None and not quantizer.pre_quantized:
         missing &= _names_before_quantization(model)
     if missing >= needed:
-        raise ValueError(_message(_of(load_config), "not one tensor of this model, it is another's: no", missing))
+        raise ValueError(
+            _message(_of(load_config), "no tensor of this model and belongs to another one; missing", missing)
+        )
     if len(missing & _TIED) == 1:
         missing -= _TIED  # each can replace the other
     if missing:

@@ -263,7 +263,7 @@ def test_https_goes_through_a_proxy_as_a_tunnel(seen: list[str], monkeypatch: py
 
 def test_a_proxy_of_another_kind_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "socks5://user:secret@127.0.0.1:1")
-    with pytest.raises(ConnectionError, match="proxy that the environment names for http") as error:
+    with pytest.raises(ConnectionError, match="the environment's proxy for http is not an http proxy") as error:
         reading.read_image("http://images.invalid/good.png")
     assert "secret" not in str(error.value)
 
