@@ -61,9 +61,9 @@ def test_a_changed_picture_changes_the_stamp_of_its_rows_only(folder: Path) -> N
 @pytest.mark.parametrize(
     ("row", "metric", "message"),
     [
-        ({"image": "red.png", "question": "Colour?"}, "exact", "has no answer, but None"),
-        (GOOD | {"answer": None}, "exact", "has no answer, but None"),
-        (GOOD | {"answers": []}, "exact", r"has no answer, but \[\]"),
+        ({"image": "red.png", "question": "Colour?"}, "exact", "the answer is None; expected"),
+        (GOOD | {"answer": None}, "exact", "the answer is None; expected"),
+        (GOOD | {"answers": []}, "exact", r"the answer is \[\]; expected"),
         (GOOD | {"question": " "}, "exact", "question is ' '; expected"),
         (GOOD | {"image": "gone.png"}, "exact", "'gone.png' cannot be read: No such file"),
         (GOOD | {"image": "../outside.png"}, "exact", "leaves the image folder"),

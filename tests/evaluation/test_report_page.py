@@ -124,7 +124,7 @@ def test_pictures_are_in_the_page_and_small(tmp_path: Path) -> None:
     pictures = [Image.open(io.BytesIO(base64.b64decode(source))) for source in sources]
     assert [picture.size for picture in pictures] == [(640, 160), (30, 20)]
     assert min(pictures[0].convert("RGB").getpixel((5, 5))) > 240  # as the model sees it: on white
-    assert ("alt", "picture 2 of 2, t · 0") in page.attributes
+    assert ("alt", "image 2 of 2, t · 0") in page.attributes
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no picture"])
@@ -160,8 +160,8 @@ def test_questions_whose_picture_was_kept_come_first_and_others_say_so(tmp_path:
     kept = [at for at in range(40) if at % 10 == 3]
     samples = [sample(at, 0.0, images=("a.png",) if at in kept else ()) for at in range(40)]
     _, _, text = page_of(tmp_path, *samples, most=4)
-    assert re.findall(r"question (\d+)", text) == [str(at) for at in kept] and "kept no picture" not in text
+    assert re.findall(r"question (\d+)", text) == [str(at) for at in kept] and "stored no image" not in text
     _, _, text = page_of(tmp_path, *samples, most=6)
-    assert text.count("kept no picture") == 2 and text.count("<img src") == 4
+    assert text.count("stored no image") == 2 and text.count("<img src") == 4
     _, _, text = page_of(tmp_path, sample(0, 0.0))
-    assert "kept no picture" not in text  # a task without pictures
+    assert "stored no image" not in text  # a task without pictures

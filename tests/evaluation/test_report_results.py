@@ -70,7 +70,7 @@ def test_nothing_is_written_that_could_not_be_read(tmp_path: Path, bad: Sample, 
 
 
 def test_a_sample_twice(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="sample 0 of task 't' is there twice"):
+    with pytest.raises(ValueError, match="sample 0 of task 't' occurs twice"):
         write_run(tmp_path, run_of(sample(), sample()))
 
 
@@ -96,11 +96,11 @@ def test_an_interrupted_second_run_is_not_taken_for_a_complete_one(
     [
         ("results.json", '"score": 50.0', '"score": 500', "task 't': score is '500'"),
         ("results.json", '"count": 1', '"count": 2', "has 1 samples, but results.json counts 2"),
-        ("results.json", '"engine"', '"motor"', "missing: engine; not known: motor"),
+        ("results.json", '"engine"', '"motor"', "missing keys: engine; unknown keys: motor"),
         ("results.json", "}", "", "results.json is not valid JSON"),
         ("results.json", '"total": 2.0', '"total": -1', "seconds, total is '-1'"),
         ("samples.jsonl", '"task"', "task", "samples.jsonl, line 1 is not valid JSON"),
-        ("samples.jsonl", '"given": "3', '"given": 3, "x": "', "line 1: keys missing: none; not known: x"),
+        ("samples.jsonl", '"given": "3', '"given": 3, "x": "', "line 1: missing keys: none; unknown keys: x"),
         ("samples.jsonl", '["3", "three"]', '"3"', "answers is '3' .str.; expected a list of texts"),
     ],
 )

@@ -104,7 +104,7 @@ def test_a_score_that_is_no_mean_of_its_samples_is_noted() -> None:
     row = report["runs"][0]["tasks"][0]
     assert row["score"] == 60.0 and row["mean_of_samples"] == 50.0
     assert sum(row["interval"]) / 2 == pytest.approx(60.0, abs=2)
-    assert "the harness's score is 60.0, the mean of its samples 50.0" in notes(report)[0]
+    assert "the harness's score is 60.0, but the mean of the samples is 50.0" in notes(report)[0]
 
 
 def test_runs_are_compared_in_pairs() -> None:

@@ -12,20 +12,20 @@ CONFIDENCE = 0.95
 RESAMPLES = 10_000
 SEED = 0
 _CELLS = 4_000_000
-"""Most counts that are drawn at a time, which bounds the memory."""
+"""Upper limit of the counts drawn at a time; it bounds the memory."""
 
 
 def resampled_means(
     values: Sequence[float], name: str = "", resamples: int = RESAMPLES, seed: int = SEED
 ) -> np.ndarray:
-    """Return the means, (resamples,), of as many samples drawn from `values` with replacement.
+    """Return the bootstrap means of `values`, (resamples,).
 
-    A resample is known by how often it has each of the different values, and those numbers are drawn at once; scores
-    take few values, so this is fast also for a hundred thousand of them.
+    Each resample draws `len(values)` values with replacement. The counts of the distinct values are drawn from a
+    multinomial distribution. Scores have few distinct values, so this is fast even for a hundred thousand of them.
 
     Args:
         values: one or more.
-        name: of the task; others draw other resamples with the same seed, whatever else is evaluated.
+        name: of the task. Tasks with different names get independent resamples from the same seed.
 
     Raises:
         ValueError: there are no values.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifiers on features that stay as they are: a linear probe, nearest neighbours, and embeddings of texts.
+"""Classifiers on frozen features: a linear probe, k nearest neighbours, and zero-shot classification.
 
 Sources: linear probe as in CLIP, arXiv 2103.00020, section 3.2 and appendix A.3: scikit-learn's logistic regression by
 L-BFGS, its regularisation chosen on held-out data; nearest neighbours with weights exp(similarity / 0.07) as in Z. Wu
@@ -23,7 +23,7 @@ from .tasks import EXTRA
 __all__ = ["REGULARISATIONS", "fit_probe", "nearest_neighbours", "read_text_embeddings", "zero_shot"]
 
 REGULARISATIONS = tuple(10.0**power for power in range(2, -7, -1))
-"""Strengths that the linear probe chooses from, the strongest first."""
+"""Candidate regularisation strengths of the linear probe, the strongest first."""
 
 _KNN_TEMPERATURE = 0.07
 
@@ -33,23 +33,22 @@ def fit_probe(
 ) -> tuple[Any, float, dict[float, float]]:
     """Fit multinomial logistic regression to standardised features.
 
-    It minimises mean cross-entropy + strength / 2 * ‖weight‖²; the bias is not penalised. Features that are constant
-    count as 0.
+    It minimises mean cross-entropy + strength / 2 * ‖weight‖²; the bias is not penalised. Constant features become 0.
 
     Args:
         features: (rows, features), floating point, on the CPU.
-        labels: one a row.
-        strengths: of the regularisation, 0 or more. Of several, the one whose probe is right most often on the rows
-            that are held out is fitted to all; of equally good ones the first.
-        held_out: of each row whether it is for that choice; without a choice it has no use.
+        labels: one for each row.
+        strengths: candidate regularisation strengths, each 0 or more. The one with the highest accuracy on the held-out
+            rows is refitted on all rows; the first wins a tie.
+        held_out: whether each row is held out for this selection; ignored if there is only one strength.
 
     Returns:
-        The classifier, whose `predict` takes NumPy's (rows, features); the strength; and by strength the share of
-        right answers on what was held out, empty without a choice.
+        The classifier, whose `predict` takes a NumPy array (rows, features); the chosen strength; and the accuracy on
+        the held-out rows by strength, empty for a single strength.
 
     Raises:
         ImportError: scikit-learn is missing.
-        ValueError: features that are not finite, or a negative strength.
+        ValueError: a feature is not finite, or a strength is negative.
     """
     with needs("scikit-learn", "The method probe", EXTRA):
         from sklearn.linear_model import LogisticRegression
@@ -60,8 +59,8 @@ def fit_probe(
     if min(strengths) < 0:
         raise ValueError(f"regularisation is {min(strengths)}; expected 0 or more.")
     if not torch.isfinite(features).all():
-        raise ValueError("features hold numbers that are not finite. Encode in float32 (--dtype float32).")
-    # scikit-learn weighs the sum of the rows' losses, by the inverse of the strength.
+        raise ValueError("the features contain NaN or infinity. Encode in float32 (--dtype float32).")
+    # scikit-learn sums the losses of the rows and scales that sum by the inverse of the strength.
     weights = {strength: 1 / (strength * len(features)) if strength else np.inf for strength in strengths}
     regression = LogisticRegression(C=weights[strengths[0]], max_iter=1000, tol=1e-6)
     probe = Pipeline([("scaled", StandardScaler()), ("regression", regression)])
@@ -75,13 +74,13 @@ def fit_probe(
 
 
 def nearest_neighbours(features: Tensor, labels: Sequence[int], queries: Tensor, k: int) -> Tensor:
-    """Return the class, (queries,), that the k training rows of the largest cosine similarity vote for.
+    """Classify each query by its k nearest training rows in cosine similarity; return the labels, (queries,).
 
-    Each votes with the weight exp(similarity / 0.07).
+    Each neighbour votes with the weight exp(similarity / 0.07).
 
     Args:
         features: (rows, features), on the CPU.
-        labels: one a row.
+        labels: one for each row.
         queries: (queries, features), on the CPU.
 
     Raises:
@@ -92,10 +91,10 @@ def nearest_neighbours(features: Tensor, labels: Sequence[int], queries: Tensor,
         from sklearn.neighbors import KNeighborsClassifier
 
     if not 1 <= k <= len(features):
-        raise ValueError(f"k is {k}; expected 1 to {len(features)}, the number of training pictures.")
+        raise ValueError(f"k is {k}; expected 1 to {len(features)}, the number of training images.")
 
     def votes(distances: np.ndarray) -> np.ndarray:
-        # Relative to the nearest one, so that no sum overflows; that changes no order.
+        # Relative to the nearest neighbour, so that no sum overflows. The ranking of the classes is unchanged.
         return np.exp((distances.min(1, keepdims=True) - distances) / _KNN_TEMPERATURE)
 
     classifier = KNeighborsClassifier(k, weights=votes, metric="cosine", algorithm="brute")
@@ -103,27 +102,27 @@ def nearest_neighbours(features: Tensor, labels: Sequence[int], queries: Tensor,
 
 
 def zero_shot(embeddings: Tensor, texts: Tensor) -> Tensor:
-    """Return the index, (pictures,), of the text that each picture's embedding has the largest cosine similarity with.
+    """Return the index, (images,), of the text with the largest cosine similarity to each image's embedding.
 
     Args:
-        embeddings: (pictures, dimensions).
+        embeddings: (images, dimensions).
         texts: (classes, dimensions).
     """
     return (F.normalize(embeddings, dim=-1) @ F.normalize(texts, dim=-1).T).argmax(-1)
 
 
 def read_text_embeddings(file: str | os.PathLike[str]) -> tuple[tuple[str, ...], Tensor]:
-    """Return the classes of a file of a text tower's embeddings, and one unit vector a class.
+    """Read a text tower's class embeddings; return the class names and one unit vector for each class.
 
-    The file is in safetensors format and has a tensor for each class, under the class's name: (dimensions,), or
-    (prompts, dimensions), whose unit vectors are averaged.
+    The file is in safetensors format and has one tensor for each class, named after it: (dimensions,), or
+    (prompts, dimensions). The vectors of several prompts are normalised and averaged.
 
     Returns:
         The names, sorted, and a float32 tensor (classes, dimensions).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not in that form.
+        ValueError: the file does not have this form.
     """
     path = Path(file)
     if not path.is_file():
@@ -133,7 +132,7 @@ def read_text_embeddings(file: str | os.PathLike[str]) -> tuple[tuple[str, ...],
             found = {name: content.get_tensor(name) for name in sorted(content.keys())}
     except SafetensorError as error:
         raise ValueError(
-            f"{path} cannot be read as safetensors: {error}. It is damaged, or of another format."
+            f"{path} cannot be read as safetensors: {error}. The file is damaged or has another format."
         ) from error
     if len(found) < 2:
         raise ValueError(f"{path} has {len(found)} tensors; expected one for each of two or more classes.")
@@ -141,16 +140,14 @@ def read_text_embeddings(file: str | os.PathLike[str]) -> tuple[tuple[str, ...],
     for name, tensor in found.items():
         if tensor.ndim not in (1, 2) or not tensor.numel() or not tensor.is_floating_point():
             raise ValueError(
-                f"{path}: {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected floating-point numbers, "
-                "(dimensions,) or (prompts, dimensions)."
+                f"{path}: {name!r} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; expected a floating-point "
+                "tensor of shape (dimensions,) or (prompts, dimensions)."
             )
         prompts = tensor.float().reshape(-1, tensor.shape[-1])
         if not torch.isfinite(prompts).all() or not prompts.norm(dim=-1).all():
-            raise ValueError(f"{path}: {name!r} has a vector that is zero or not finite; it has no direction.")
+            raise ValueError(f"{path}: {name!r} has a vector that is zero or not finite; it cannot be normalised.")
         vectors.append(F.normalize(F.normalize(prompts, dim=-1).mean(0), dim=-1))
     sizes = sorted({len(vector) for vector in vectors})
     if len(sizes) > 1:
-        raise ValueError(
-            f"{path} has embeddings of different sizes, {sizes}; expected one size, that of the text tower."
-        )
+        raise ValueError(f"{path} has embeddings of different sizes, {sizes}; expected one size for all classes.")
     return tuple(found), torch.stack(vectors)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastViTHD judged without a language model: what simple classifiers make of its features."""
+"""Evaluation of FastViTHD without a language model: accuracy of simple classifiers on its frozen features."""
 
 import os
 import time
@@ -45,38 +45,38 @@ def judge_encoder(
     max_pixels: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
-    """Measure how well classes of pictures can be told from an encoder's features.
+    """Measure the quality of an encoder's frozen features on an image classification data set.
 
-    The probe and the neighbours see the mean over the last feature map; zero-shot classification sees the CLIP
-    embedding, so the encoder must have that head. Features are held in memory and nowhere else.
+    The probe and k-NN use the mean of the last feature map. Zero-shot classification uses the CLIP embedding, so the
+    encoder must have that head. Features are kept in memory only.
 
     Args:
         model: directory or hub repository of a FastVLM, or of an encoder alone.
-        folder: with `train/CLASS/…` and `val/CLASS/…`, or with `CLASS/…` (see `held_out`).
+        folder: contains `train/CLASS/…` and `val/CLASS/…`, or `CLASS/…` (see `held_out`).
         methods: some of "probe" (logistic regression), "knn" and "zero-shot".
-        text: for "zero-shot", a file as `read_text_embeddings` reads it, with a tensor for each class of the folder;
-            its other classes can be answered too, and are then wrong.
+        text: for "zero-shot", a file for `read_text_embeddings` with a tensor for each class of the folder. Further
+            classes in the file can be predicted too and count as wrong.
         size: height and width in pixels, a multiple of 64; None for the checkpoint's.
         aspect: "pad" or "square" (crop); None for the checkpoint's, and "pad" for AnyRes.
-        batch_size: pictures that are encoded together.
-        k: neighbours; None for 20, or all training pictures where they are fewer.
-        regularisation: of the probe; None chooses it on a fifth of the training pictures, and then fits it to all.
-        held_out: share of each class to judge by, for a folder that does not divide its pictures itself. Zero-shot
-            classification alone is judged by all.
-        seed: of both divisions and of the bootstrap.
+        batch_size: images in a batch of the encoder.
+        k: number of neighbours; None for 20, or for all training images if there are fewer.
+        regularisation: of the probe; None selects it on a fifth of the training images and refits on all of them.
+        held_out: share of each class used for validation if the folder has no `train` and `val`. Zero-shot
+            classification alone uses all images for validation.
+        seed: of both splits and of the bootstrap.
         device, dtype: of the encoder; features are float32.
         do_exif_transpose, alpha_background, max_pixels: how images are read, see `images.read_options.ReadOptions`.
-        progress: called with the numbers of pictures encoded and to encode.
+        progress: called with the numbers of images encoded and to encode.
 
     Returns:
         A record: `model`, `folder`, `size`, `aspect`, `features`, `dtype`, `classes`, `train` and `val` (numbers of
-        pictures), `seconds`, and `results` by method, each with `accuracy` and `interval` in percent, `per_class` (mean
-        of the classes' accuracies), `count`, and what was chosen.
+        images), `seconds`, and `results` by method, each with `accuracy` and `interval` in percent, `per_class` (mean
+        of the classes' accuracies), `count`, and the hyperparameters used.
 
     Raises:
-        OSError: no such model or folder.
-        ImportError: "probe" and "knn" need scikit-learn.
-        ValueError: options, pictures or embeddings that cannot be used; the message names a picture's file.
+        OSError: the model or the folder does not exist.
+        ImportError: scikit-learn is missing; "probe" and "knn" need it.
+        ValueError: an option, image or embedding is invalid; the message names the image's file.
     """
     _check(methods, text, batch_size, regularisation)
     has_split = all(os.path.isdir(os.path.join(folder, name)) for name in ("train", "val"))
@@ -93,9 +93,9 @@ def judge_encoder(
     learns = PROBE in methods or KNN in methods
     number = k if k is not None else min(_NEIGHBOURS, len(train))
     if KNN in methods and not 1 <= number <= len(train):
-        raise ValueError(f"k is {number}; expected 1 to {len(train)}, the number of training pictures.")
+        raise ValueError(f"k is {number}; expected 1 to {len(train)}, the number of training images.")
     if PROBE in methods and regularisation is None:
-        split(train, _HELD_OUT_FOR_REGULARISATION, seed)  # says now, not after the encoding, if it cannot
+        split(train, _HELD_OUT_FOR_REGULARISATION, seed)  # fail before the encoding, not after it
     start = time.perf_counter()
     total = len(val) + (len(train) if learns else 0)
     done = 0
@@ -149,10 +149,10 @@ def load_encoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[FastViTHDModel, FastVLMImageProcessorPil]:
-    """Load an encoder, alone or out of a FastVLM, and the image processor that goes with it.
+    """Load an encoder, alone or from a FastVLM checkpoint, and its image processor.
 
-    A directory with an encoder alone need not have files for the processor: it then gets Apple's way, padding, at the
-    size that the encoder's configuration names.
+    A directory with an encoder alone needs no processor files: the processor then pads, as Apple's does, and takes its
+    size from the encoder's configuration.
     """
     source = resolve_model(model)
     encoder: Any = FastViTHDModel.from_pretrained(source, dtype=dtype)
@@ -162,7 +162,7 @@ def load_encoder(
         aspect = "pad" if processor.image_aspect_ratio == "anyres" else processor.image_aspect_ratio
     if size is None:
         size = int(processor.size["height"])
-    # As it was made, but for AnyRes' grids, which here have no use.
+    # Keep the processor's options except the AnyRes grids, which are not used here.
     unused = ("image_processor_type", "image_grid_pinpoints", "processor_class")
     options = {name: value for name, value in processor.to_dict().items() if name not in unused}
     options |= {"size": {"height": size, "width": size}, "image_aspect_ratio": aspect}
@@ -177,13 +177,13 @@ def encode(
     batch_size: int,
     advance: Callable[[int], None] = lambda pictures: None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean features, (pictures, channels), and the pooled output, (pictures, dimensions), in float32.
+    """Return the mean features, (images, channels), and the pooled output, (images, dimensions), in float32.
 
     Args:
-        advance: called with the number of pictures of each batch when it is done.
+        advance: called after each batch with its number of images.
 
     Raises:
-        ValueError: a picture that cannot be read; the message names its file.
+        ValueError: an image cannot be read; the message names its file.
     """
     folder = ImageFolder(
         images.folder,
@@ -204,7 +204,7 @@ def encode(
         advance(len(paths))
     features = torch.cat(means)
     if not torch.isfinite(features).all():
-        raise ValueError(f"the encoder's features are not finite in {encoder.dtype}. Encode in float32.")
+        raise ValueError(f"the encoder's features contain NaN or infinity in {encoder.dtype}. Encode in float32.")
     return features, torch.cat(pooled)
 
 
@@ -213,7 +213,7 @@ def _check(methods: tuple[str, ...], text: Any, batch_size: int, regularisation:
     if unknown or not methods:
         raise ValueError(f"methods are {methods}; expected some of {', '.join(METHODS)}.")
     if (ZERO_SHOT in methods) != (text is not None):
-        raise ValueError("zero-shot classification and a file of text embeddings go together; give both or neither.")
+        raise ValueError("zero-shot classification needs text embeddings, and only it uses them; give both or neither.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
     if regularisation is not None and not regularisation >= 0:
@@ -221,13 +221,13 @@ def _check(methods: tuple[str, ...], text: Any, batch_size: int, regularisation:
 
 
 def _texts(text: str | os.PathLike[str], images: LabelledImages) -> tuple[Tensor, Tensor]:
-    """Return the label of each text's class, -1 for one that the folder has not, and the vectors."""
+    """Return the label of each text's class, -1 for a class missing from the folder, and the vectors."""
     names, vectors = read_text_embeddings(text)
     missing = [name for name in images.classes if name not in names]
     if missing:
         raise ValueError(
             f"{text} has no tensor for {len(missing)} of the folder's classes, such as {missing[0]!r}; expected one "
-            "for each, under the name of its folder."
+            "for each class, named after its folder."
         )
     return torch.tensor([images.classes.index(name) if name in images.classes else -1 for name in names]), vectors
 
@@ -236,13 +236,13 @@ def _check_head(encoder: FastViTHDModel, texts: Tensor, model: Any) -> None:
     dimensions = encoder.config.projection_dim
     if not dimensions:
         raise ValueError(
-            f"{model} has an encoder without the CLIP head (projection_dim is 0), so its features are not comparable "
-            "with texts; use the methods probe and knn."
+            f"{model} has an encoder without the CLIP head (projection_dim is 0), so its features cannot be compared "
+            "with text embeddings. Use the methods probe and knn."
         )
     if texts.shape[1] != dimensions:
         raise ValueError(
             f"the text embeddings have {texts.shape[1]} dimensions, but the encoder's embedding has {dimensions}; "
-            "expected those of the text tower that it was trained with."
+            "expected embeddings of the text tower that it was trained with."
         )
 
 

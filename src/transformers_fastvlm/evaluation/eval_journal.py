@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The answers of an evaluation, on the disk after every batch, so that it can be killed at any moment and resumed.
+"""The journal of an evaluation. Answers are written to disk after every batch, so a killed evaluation can be resumed.
 
-An answer is found again by all that it depends on: the checkpoint's files, the settings, the task, the row and what was
-asked.
+An answer is stored under a key of everything that it depends on: the checkpoint's files, the settings, the task, the
+row and the question.
 """
 
 import json
@@ -20,12 +20,12 @@ __all__ = ["AnswerJournal", "Journalled", "answer_key"]
 
 @dataclass(frozen=True)
 class Journalled:
-    """An answer that is on the disk.
+    """An answer in the journal.
 
     Attributes:
-        text: what the model said.
-        prompt_tokens, completion_tokens: as the engine counted them.
-        seconds: its share of the time that the engine took for its batch.
+        text: the model's answer.
+        prompt_tokens, completion_tokens: token counts from the engine.
+        seconds: the answer's share of its batch's time in the engine.
     """
 
     text: str
@@ -35,14 +35,14 @@ class Journalled:
 
 
 class AnswerJournal(JournalFile):
-    """An open journal, which no other process has open.
+    """An open journal, locked against other processes.
 
     Args:
-        path: of the file; it is created, or resumed.
+        path: of the file. A missing file is created; an existing one is resumed.
 
     Raises:
-        JournalError: the file is no journal, is damaged before its end, or in use.
-        OSError: it cannot be read or written.
+        JournalError: the file is not a journal, is damaged before its end, or is in use.
+        OSError: the file cannot be read or written.
     """
 
     kind = "fastvlm_eval"
@@ -57,17 +57,17 @@ class AnswerJournal(JournalFile):
         return len(self._answers)
 
     def get(self, key: str) -> Journalled | None:
-        """Return the answer of `answer_key`'s key, or None if there is none."""
+        """Return the answer for a key from `answer_key`, or None if there is none."""
         return self._answers.get(key)
 
     def append(self, batch: Iterable[tuple[str, Journalled]]) -> None:
-        """Write a batch of keys and answers; when this returns, they are on the disk."""
+        """Write a batch of keys and answers to disk; it is durable when this returns."""
         answers = dict(batch)
         self.append_line({key: astuple(answer) for key, answer in answers.items()})
         self._answers |= answers
 
     def take(self, batch: Any) -> None:
-        """Note the answers of a batch that is there."""
+        """Take in the answers of a stored batch."""
         self._answers |= {key: Journalled(*values) for key, values in batch.items()}
 
 
@@ -75,10 +75,10 @@ def answer_key(identity: Mapping[str, Any], task: str, doc_id: int | str, prompt
     """Return the key of an answer.
 
     Args:
-        identity: JSON values of what all answers depend on: the model's files and the settings.
+        identity: JSON values that all answers depend on: the model's files and the settings.
         task: name of the task.
         doc_id: of the row in the task.
-        prompt: what is asked.
-        options: JSON values of how the answer is generated.
+        prompt: the question.
+        options: generation options, as JSON values.
     """
     return joined([json.dumps([identity, task, doc_id, prompt, options], sort_keys=True, default=str)])

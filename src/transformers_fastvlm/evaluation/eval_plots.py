@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy against the time to the first token, a point a run, like the plot on Apple's model card."""
+"""Plot of accuracy against the time to the first token, one point for each run, like the one on Apple's model card."""
 
 import os
 from pathlib import Path
@@ -14,10 +14,10 @@ _STYLE = Path(__file__).parents[1] / "plots.mplstyle"
 
 
 def plot_points(report: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """Return the points of the runs, those of the card, and the tasks that they are means of.
+    """Return the points of the runs, the points of the card, and the tasks over which the scores are averaged.
 
-    The tasks are those that all runs with a time have in common, and of them those on the card if there are any: means
-    of different tasks would not be comparable. A point has `name`, `milliseconds`, `score` and `interval` (None for the
+    The tasks are common to all runs with a time, since means over different tasks are not comparable. If some of these
+    tasks are on the card, only they are used. A point has `name`, `milliseconds`, `score` and `interval` (None for the
     card's).
 
     Args:
@@ -35,7 +35,7 @@ def plot_points(report: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict
     points = []
     for run, own in zip(timed, rows, strict=True):
         score = sum(own[task]["score"] for task in tasks) / len(tasks)
-        # Tasks are independent, so the half widths add up as the sides of right triangles do.
+        # Tasks are independent, so the squares of the half widths add up.
         down, up = (
             sum((own[task]["interval"][end] - own[task]["score"]) ** 2 for task in tasks) ** 0.5 / len(tasks)
             for end in (0, 1)
@@ -53,15 +53,15 @@ def plot_points(report: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict
 def write_plot(report: dict[str, Any], file: str | os.PathLike[str]) -> Path | None:
     """Draw accuracy against the time to the first token, as a PNG file.
 
-    The runs' points have the interval of their mean. The card's points are named as such: their accuracies are those
-    of Apple's model card, their times the paper's, from another machine.
+    The runs' points have the interval of their mean. The card's points are labelled: their accuracies come from
+    Apple's model card, and their times come from the paper, measured on another machine.
 
     Args:
         report: from `make_report`.
-        file: replaced if it is there.
+        file: an existing file is replaced.
 
     Returns:
-        The file; None if no run has a time to the first token, or they have no task in common.
+        The file; None if no run has a time to the first token or the runs have no task in common.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -108,5 +108,5 @@ def _figure(points: list[dict[str, Any]], card: list[dict[str, Any]], tasks: lis
 
 
 def _plain(text: str) -> str:
-    """Return a text in which matplotlib finds no formula."""
+    """Escape the characters that matplotlib reads as formulas."""
     return text.replace("$", r"\$")

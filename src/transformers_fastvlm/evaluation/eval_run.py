@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation from its tasks to its table: lmms-eval asks and judges, the model `fastvlm` answers."""
+"""An evaluation from its tasks to its results: lmms-eval asks and scores, the model `fastvlm` answers."""
 
 import argparse
 import contextlib
@@ -38,24 +38,24 @@ _READING = ("do_exif_transpose", "alpha_background", "max_pixels")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """What is evaluated, and how.
+    """Options of an evaluation.
 
     Args:
-        tasks: names of lmms-eval's tasks, groups of them, or "card"; empty where `data` is given.
-        include: folder with YAML files of further tasks of lmms-eval.
-        data: a file or folder of one's own questions; see `read_own_data`.
-        metric: by which the answers to `data` are judged; see `METRICS`.
-        suffix: a line that follows each question of `data`.
-        max_new_tokens: longest answer to `data`, in tokens; tasks have limits of their own.
-        limit: take the first rows of each task only; None for all.
-        do_exif_transpose: turn the images of `data` as their EXIF orientation says. Tasks do always.
-        alpha_background, max_pixels: likewise how the images of `data` are read, see `images.read_options.ReadOptions`.
+        tasks: names of lmms-eval's tasks or groups, or "card"; empty if `data` is given.
+        include: folder with YAML files of further lmms-eval tasks.
+        data: a file or folder with custom questions; see `read_own_data`.
+        metric: scores the answers to `data`; see `METRICS`.
+        suffix: a line added to each question of `data`.
+        max_new_tokens: longest answer to `data`, in tokens; tasks define their own limits.
+        limit: number of rows to use from the start of each task; None for all.
+        do_exif_transpose: apply the EXIF rotation to the images of `data`. Tasks always apply it.
+        alpha_background, max_pixels: how the images of `data` are read, see `images.read_options.ReadOptions`.
         engine: one of `transformers_fastvlm.engines.ENGINES`.
         engine_options: of the engine, such as `dtype`, `device` and `size`.
-        batch_size: questions that are answered together; a kill costs one such batch at most.
-        pictures: keep small copies of the pictures of up to 200 answers a task, the worst ones first; None keeps
-            them for `data` only.
-        time_first_token: measure the time to the first token too.
+        batch_size: questions in a batch; a killed run loses at most one batch.
+        pictures: keep small copies of the images of up to 200 samples for each task, the lowest scores first; None
+            keeps them for `data` only.
+        time_first_token: also measure the time to the first token.
     """
 
     tasks: tuple[str, ...] = ()
@@ -83,28 +83,29 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     loaded: Callable[[], None] = lambda: None,
 ) -> EvaluationRun:
-    """Evaluate a model and write what `results` describes.
+    """Evaluate a model and write the files that `results` describes.
 
-    Every finished batch is on the disk. Killed and started again with the same checkpoint and settings, the evaluation
-    goes on; what was answered with others is not used. Tasks that were evaluated before cost nothing again.
+    Every finished batch is written to disk. A killed evaluation resumes if it is started again with the same checkpoint
+    and settings; answers from another checkpoint or other settings are not reused. Finished tasks are not generated
+    again.
 
     Args:
         model: directory or hub repository of a FastVLM checkpoint.
-        out: directory of the run; it is made. Beside the results it has `journal.jsonl`, all answers so far,
-            `harness.log`, what lmms-eval printed, and `harness`, what its tasks write themselves.
-        options: what is evaluated, and how.
-        progress: called with the numbers of answered and of all questions.
+        out: directory of the run; created if missing. Beside the results it holds `journal.jsonl` (all answers so
+            far), `harness.log` (the output of lmms-eval) and `harness` (files that the tasks write).
+        options: of the evaluation.
+        progress: called with the numbers of answered questions and of all questions.
         loaded: called when the model is loaded.
 
     Returns:
-        What was written. Of `seconds`, "generate" is what the engine took for all answers, and "total" is that, all
-        reading, judging and writing of lmms-eval, but neither the loading of the model nor the timing of first tokens.
+        The run as written. In `seconds`, "generate" is the engine's time for all answers. "total" adds the reading,
+        scoring and writing of lmms-eval; it excludes loading the model and timing first tokens.
 
     Raises:
-        ValueError: an unknown task, data without answers or with pictures that cannot be read, an option out of its
-            range, or a run that is in use.
+        ValueError: a task is unknown, data have no answers or unreadable images, an option is out of range, or the run
+            is in use.
         ImportError: lmms-eval or the engine's package is not installed.
-        OSError: there is no such checkpoint or file.
+        OSError: the checkpoint or file does not exist.
     """
     if bool(options.tasks) == (options.data is not None):
         raise ValueError("give either names of tasks or a file or folder of data.")
@@ -113,7 +114,7 @@ def evaluate(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with _process_kept(), _into_log(folder / LOG):
-        # Tasks of lmms-eval take truncated images as they are; one's own are errors.
+        # Tasks of lmms-eval accept truncated images; in `data` they are errors.
         ImageFile.LOAD_TRUNCATED_IMAGES = options.data is None
         from .lmms_model import FastVLM
 
@@ -121,7 +122,7 @@ def evaluate(
         tasks = _tasks(options)
         chosen = dict(options.engine_options)
         about = {"engine": options.engine, "versions": _versions(), **chosen}
-        for name in _READING:  # only what is not usual, so that results of before compare
+        for name in _READING:  # non-default values only, so that answers of earlier versions can be reused
             if getattr(options, name) != getattr(EvaluationOptions, name):
                 about[name] = getattr(options, name)
         before_loading = time.perf_counter()
@@ -176,7 +177,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _process_kept() -> Iterator[None]:
-    """Put back what tasks change of the process: random streams, warnings, and how Pillow reads."""
+    """Restore the process state that tasks change: random streams, warnings, Pillow and truncated images."""
     truncated = ImageFile.LOAD_TRUNCATED_IMAGES
     with kept_random_streams(), warnings.catch_warnings():
         try:
@@ -187,10 +188,10 @@ def _process_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _into_log(path: Path) -> Iterator[None]:
-    """Import lmms-eval, and send what it and its tasks print to a file; it is much, and of use only after a failure.
+    """Import lmms-eval, and write its long output and that of its tasks to a file, for use after a failure.
 
-    What other threads of the process print goes where it did. lmms-eval logs with loguru. Where that was there before,
-    its handlers stay, and get lmms-eval's lines too.
+    Output of other threads is not redirected. lmms-eval logs with loguru. If the process already uses loguru, its
+    handlers stay and also get lmms-eval's lines.
     """
     is_new, stderr = "loguru" not in sys.modules, sys.stderr
     with (
@@ -201,7 +202,7 @@ def _into_log(path: Path) -> Iterator[None]:
         import_harness()
         from loguru import logger
 
-        if is_new:  # its first handler writes to what was standard error when it was imported: the log
+        if is_new:  # the default handler writes to the standard error at import time, which is the log
             logger.remove()
             logger.add(stderr, filter=_is_others)
         evaluating = threading.get_ident()
@@ -213,11 +214,11 @@ def _into_log(path: Path) -> Iterator[None]:
 
 
 class _OfThisThread:
-    """A stream that takes what the thread that made it writes; what other threads write goes to another stream.
+    """A stream that sends the output of the creating thread and that of other threads to different streams.
 
     Args:
-        own: for this thread.
-        others: for the others.
+        own: receives the output of the creating thread.
+        others: receives the output of all other threads.
     """
 
     def __init__(self, own: TextIO, others: TextIO) -> None:
@@ -231,7 +232,7 @@ class _OfThisThread:
 
 
 def _is_others(record: Any) -> bool:
-    """Return whether a line is none of lmms-eval's, which its log has."""
+    """Return whether a log record comes from another package than lmms-eval."""
     return not str(record["name"]).startswith("lmms_eval")
 
 
@@ -270,7 +271,7 @@ def _harness(answering: Any, tasks: Mapping[str, Any], folder: Path, limit: int 
     except RetryError as error:
         cause = error.last_attempt.exception()
         raise ValueError(
-            f"an answer could not be judged ({type(cause).__name__}: {cause}); see {folder / LOG}."
+            f"an answer could not be scored ({type(cause).__name__}: {cause}). See {folder / LOG}."
         ) from error
     return outcome
 
@@ -278,11 +279,11 @@ def _harness(answering: Any, tasks: Mapping[str, Any], folder: Path, limit: int 
 def _result(name: str, task: Any, outcome: Mapping[str, Any]) -> tuple[TaskResult, list[Sample]]:
     """Return a task's score and its samples, each row once."""
     metric = main_metric(name, task)
-    rows = {row["doc_id"]: row for row in reversed(outcome["samples"][name])}  # of several filters the first
+    rows = {row["doc_id"]: row for row in reversed(outcome["samples"][name])}  # the first of several filters
     samples = []
     for number, row in sorted(rows.items()):
         if metric not in row:
-            raise ValueError(f"task {name}, row {number} has no {metric}; its data set has no answer for it.")
+            raise ValueError(f"task {name}, row {number} has no {metric}: its data set has no answer for this row.")
         given = row["resps"][0]
         samples.append(
             Sample(
@@ -305,14 +306,14 @@ def _result(name: str, task: Any, outcome: Mapping[str, Any]) -> tuple[TaskResul
 
 
 def _sample_score(task: Any, metric: str, value: Any) -> float:
-    """Return a row's score from 0 to 1; what is no number yet, the task's own aggregation turns into one."""
+    """Return a row's score from 0 to 1; the task's aggregation converts values that are not numbers."""
     if isinstance(value, Mapping):
         value = value["score"] if "score" in value else task.aggregation()[metric]([value])
     return float(value)
 
 
 def _with_pictures(samples: list[Sample], task: Any, folder: Path) -> Iterator[Sample]:
-    """Yield the samples, the worst of them with small copies of their pictures."""
+    """Yield the samples, those with the lowest scores with small copies of their images."""
     worst = sorted(samples, key=lambda sample: sample.score)[:_PICTURES_OF_TASK]
     wanted = {sample.doc_id for sample in worst}
     for sample in samples:
@@ -325,7 +326,7 @@ def _with_pictures(samples: list[Sample], task: Any, folder: Path) -> Iterator[S
 
 
 def _save_small(picture: Image.Image, path: Path) -> None:
-    """Write a decoded image as JPEG, whole or not at all."""
+    """Write a decoded image as JPEG, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     small = pil_to_rgb(picture, WHITE).copy()
     small.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))

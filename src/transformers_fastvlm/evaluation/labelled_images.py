@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures whose class is the folder that they are in."""
+"""Images in class folders: the folder's name is the class."""
 
 import os
 import random
@@ -12,13 +12,13 @@ __all__ = ["LabelledImages", "read_class_folders", "read_labelled_images", "spli
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Pictures and their classes.
+    """Images and their classes.
 
     Attributes:
-        folder: what the paths are relative to.
-        classes: names, sorted; labels are indices of it.
-        paths: of the pictures, relative to `folder`.
-        labels: one a picture.
+        folder: `paths` are relative to it.
+        classes: sorted names; labels are indices into it.
+        paths: of the images, relative to `folder`.
+        labels: one for each image.
     """
 
     folder: Path
@@ -30,20 +30,20 @@ class LabelledImages:
         return len(self.paths)
 
     def part(self, indices: list[int]) -> "LabelledImages":
-        """Return the pictures of these indices, with the same classes."""
+        """Return the images at these indices, with the same classes."""
         paths, labels = (tuple(values[index] for index in indices) for values in (self.paths, self.labels))
         return LabelledImages(self.folder, self.classes, paths, labels)  # type: ignore[arg-type]
 
 
 def read_class_folders(folder: str | os.PathLike[str]) -> LabelledImages:
-    """Return the pictures of `folder/CLASS/…`; files in folders further down belong to their class.
+    """Return the images of `folder/CLASS/…`, including those in subfolders of a class.
 
-    Names that begin with a dot are left out. All other files count as pictures, and one that is none will be an error
-    when it is read.
+    Names that begin with a dot are skipped. All other files count as images; reading a file of another kind fails
+    later.
 
     Raises:
-        NotADirectoryError: there is no such folder.
-        ValueError: it has no folders of classes, files beside them, or a class without files.
+        NotADirectoryError: the folder does not exist.
+        ValueError: the folder has fewer than two class folders, files beside them, or a class without files.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -65,7 +65,7 @@ def read_class_folders(folder: str | os.PathLike[str]) -> LabelledImages:
             if not file.is_dir() and not any(part.startswith(".") for part in file.relative_to(root).parts)
         )
         if not found:
-            raise ValueError(f"{root / name} has no pictures; expected some of its class, or no such folder.")
+            raise ValueError(f"{root / name} has no images; expected at least one. Add images or remove the folder.")
         paths += found
         labels += [label] * len(found)
     return LabelledImages(root, tuple(classes), tuple(paths), tuple(labels))
@@ -74,40 +74,40 @@ def read_class_folders(folder: str | os.PathLike[str]) -> LabelledImages:
 def read_labelled_images(
     folder: str | os.PathLike[str], held_out: float, seed: int
 ) -> tuple[LabelledImages, LabelledImages, bool]:
-    """Return the pictures to learn from and those to judge by, and whether the folder itself divides them.
+    """Return the training images, the validation images, and whether the split comes from the folder.
 
     Args:
-        folder: with `train/CLASS/…` and `val/CLASS/…`, or with `CLASS/…`, which is then divided.
-        held_out: share of each class to judge by, in (0, 1); for a folder that does not divide them itself.
-        seed: of that division.
+        folder: contains `train/CLASS/…` and `val/CLASS/…`, or `CLASS/…`, which is then split.
+        held_out: share of each class used for validation, in (0, 1), if the folder has no `train` and `val`.
+        seed: of that split.
 
     Raises:
-        NotADirectoryError, ValueError: as `read_class_folders`; or `val` has a class that `train` has not.
+        NotADirectoryError, ValueError: as `read_class_folders`; or a class of `val` is missing from `train`.
     """
     root = Path(folder)
     names = {entry.name for entry in root.iterdir() if entry.is_dir()} if root.is_dir() else set()
     if not {"train", "val"} <= names:
         if names and names <= {"train", "val"}:
-            raise ValueError(f"{root} has {names.pop()!r} alone; expected both train and val, or folders of classes.")
+            raise ValueError(f"{root} has only {names.pop()!r}; expected both train and val, or class folders.")
         return *split(read_class_folders(root), held_out, seed), False
     train, val = read_class_folders(root / "train"), read_class_folders(root / "val")
     unknown = [name for name in val.classes if name not in train.classes]
     if unknown:
         raise ValueError(
-            f"{root / 'val'} has classes that train has not: {', '.join(unknown[:10])}. Give them pictures."
+            f"{root / 'val'} has classes that are missing from train: {', '.join(unknown[:10])}. Add training images."
         )
     labels = tuple(train.classes.index(val.classes[label]) for label in val.labels)
     return train, LabelledImages(val.folder, train.classes, val.paths, labels), True
 
 
 def split(images: LabelledImages, held_out: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Divide pictures by class: at least one and at most all but one of each are held out.
+    """Split images by class; of each class at least one image is held out and at least one is kept.
 
     Returns:
-        Those that are kept, and those held out.
+        The kept and the held-out images.
 
     Raises:
-        ValueError: `held_out` is not between 0 and 1, or a class has a single picture.
+        ValueError: `held_out` is not between 0 and 1, or a class has only one image.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"the share to hold out is {held_out}; expected a number between 0 and 1.")
@@ -115,8 +115,8 @@ def split(images: LabelledImages, held_out: float, seed: int) -> tuple[LabelledI
     single = [name for label, name in enumerate(images.classes) if counts[label] == 1]
     if single:
         raise ValueError(
-            f"{images.folder}: class {single[0]!r} has a single picture, but some are to be held out; expected two or "
-            "more of each class."
+            f"{images.folder}: class {single[0]!r} has only one image, so none can be held out; expected two or more "
+            "in each class."
         )
     rng = random.Random(seed)
     out: set[int] = set()

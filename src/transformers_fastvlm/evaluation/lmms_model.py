@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastVLM as a model of lmms-eval, which finds it by the entry point `fastvlm` in the group `lmms_eval.models`.
+"""FastVLM as a model of lmms-eval, registered as the entry point `fastvlm` in the group `lmms_eval.models`.
 
-lmms-eval is imported on first use of `FastVLM`, and not before.
+lmms-eval is imported on the first use of `FastVLM`.
 """
 
 import contextlib
@@ -27,43 +27,43 @@ if TYPE_CHECKING:
     FastVLM: Any
 
 DEFAULT_MAX_NEW_TOKENS = 128
-"""For tasks that state no limit themselves."""
+"""Limit for tasks that set none."""
 
 _TIMED_PROMPTS = 7
 _UNREADABLE = (OSError, ValueError, SyntaxError)  # what Pillow raises
 
 
 class _Answering:
-    """What `FastVLM` does; lmms-eval's base class comes to it in `__getattr__` below.
+    """The implementation of `FastVLM`; `__getattr__` below adds lmms-eval's base class.
 
-    Answers are greedy, whatever a task asks, in batches of questions of similar length. A text that ends an answer
-    (`until`) cuts it afterwards. A question that has `<image>` once for each picture has them there; any other
-    number is literal text, which reaches the model as `< image >`.
+    Decoding is greedy, in batches of questions of similar length. Answers are cut at a task's stop strings (`until`)
+    after generation. If a question has one `<image>` for each of its images, the images go there. Any other number of
+    `<image>` is literal text, which reaches the model as `< image >`.
 
     Args:
         pretrained: directory or hub repository of a FastVLM checkpoint.
-        engine: name of an engine, or one that is loaded.
-        batch_size: questions that are answered, and written to the journal, together.
-        journal: path of a file that keeps each finished batch; an evaluation that is started again with it goes on.
-            None keeps nothing.
-        identity: JSON values that stored answers depend on besides the checkpoint, the task and the question. By
-            default the engine's name and its options.
-        progress: called with the numbers of answered and of all questions.
-        time_first_token: measure the time to the first token, after all answers.
+        engine: name of an engine, or a loaded engine.
+        batch_size: questions in a batch; each batch is answered and written to the journal together.
+        journal: path of a file that stores each finished batch; an evaluation with the same file resumes. None stores
+            nothing.
+        identity: JSON values that stored answers depend on besides the checkpoint, the task and the question. The
+            default is the engine's name and its options.
+        progress: called with the numbers of answered questions and of all questions.
+        time_first_token: measure the time to the first token after all answers.
         **options: of the engine, such as `dtype`, `device` and `size`; see `transformers_fastvlm.engines`.
 
     Attributes:
         engine: the loaded engine.
-        generate_seconds: that the engine took for all answers, those of the journal included.
-        reused_seconds: the part of it that was for answers of the journal.
-        reused: number of answers that came from the journal.
-        first_token_seconds: the median time to the first token at batch 1, over at most 7 prompts; or None.
-        timing_seconds: that were spent on measuring it.
+        generate_seconds: the engine's time for all answers, including those from the journal.
+        reused_seconds: the part of `generate_seconds` that belongs to answers from the journal.
+        reused: number of answers from the journal.
+        first_token_seconds: the median time to the first token at batch size 1, over at most 7 prompts; or None.
+        timing_seconds: the time spent on measuring `first_token_seconds`.
 
     Raises:
-        ValueError: an option that is none of these, several processes, or no FastVLM.
+        ValueError: an option is unknown or invalid, there are several processes, or the checkpoint is not a FastVLM.
         ImportError: the engine's package is not installed.
-        OSError: there is no such checkpoint.
+        OSError: the checkpoint does not exist.
     """
 
     is_simple = False
@@ -82,14 +82,16 @@ class _Answering:
     ) -> None:
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("the model fastvlm runs in one process, but WORLD_SIZE says otherwise; start one process.")
+            raise ValueError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the model fastvlm runs in one process; start only one."
+            )
         try:
             self.batch_size = int(batch_size)
         except ValueError:
             self.batch_size = 0
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; expected a whole number of 1 or more.")
-        if isinstance(options.get("size"), str):  # lmms-eval's own command passes texts
+        if isinstance(options.get("size"), str):  # lmms-eval's command passes strings
             options["size"] = int(options["size"])
         name = engine if isinstance(engine, str) else type(engine).__name__
         if identity is None:
@@ -113,8 +115,8 @@ class _Answering:
         """Answer lmms-eval's requests, in their order.
 
         Raises:
-            ValueError: a row's picture cannot be read, or a task asks for what this model cannot do; the message
-                names the task and the row.
+            ValueError: a row's image cannot be read, or a task needs an unsupported feature; the message names the task
+                and the row.
         """
         from lmms_eval.api.instance import GenerationResult, TokenCounts
 
@@ -154,18 +156,20 @@ class _Answering:
         return results
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """Refuse: FastVLM is judged by the answers that it generates."""
+        """Refuse: likelihoods are not supported, only generated answers."""
         raise ValueError(
-            f"task {requests[0].task_name} scores given answers by their likelihood; the model fastvlm only generates "
+            f"task {requests[0].task_name} needs the likelihoods of given answers; the model fastvlm only generates "
             "answers. Choose a task whose output_type is generate_until."
         )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
-        """Refuse: one question, one answer."""
-        raise ValueError(f"task {requests[0].task_name} has several rounds; the model fastvlm answers one question.")
+        """Refuse: several rounds are not supported."""
+        raise ValueError(
+            f"task {requests[0].task_name} has several rounds; the model fastvlm only supports one question and answer."
+        )
 
     def clean(self) -> None:
-        """Give back the model's memory and the journal, when lmms-eval has all answers; a second time does nothing."""
+        """Free the model's memory and close the journal; a second call does nothing."""
         if self._cleaned:
             return
         self._cleaned = True
@@ -174,7 +178,7 @@ class _Answering:
             self._journal.close()
 
     def _opened(self, batches: Sequence[Sequence[Any]]) -> Generator[list[Conversation]]:
-        """Yield the conversations of each batch, whose pictures a thread opens while the batch before is answered."""
+        """Yield the conversations of each batch; a thread opens the images of the next batch in the meantime."""
         with ThreadPoolExecutor(1, "fastvlm-pictures") as thread:
             following: Future[list[Conversation]] | None = None
             for batch in batches:
@@ -192,7 +196,7 @@ class _Answering:
         try:
             answers = self.engine.generate(conversations, sampling)
         except ValueError as error:
-            # The engines say which of several conversations it is.
+            # The engines name the conversation that failed.
             found = re.match(r"Conversation (\d+): ", str(error))
             _, _, _, doc_id, task, _ = requests[int(found[1]) if found else 0].args
             raise ValueError(f"task {task}, row {doc_id}: {str(error)[found.end() if found else 0 :]}") from error
@@ -200,7 +204,7 @@ class _Answering:
         return [Journalled(one.text, one.prompt_tokens, one.completion_tokens, seconds) for one in answers]
 
     def _stamps(self, task: str, split: str) -> Any:
-        """Return what a task's rows say, besides the prompt, of which pictures they have; only own data do."""
+        """Return the image stamps of a task's rows; only custom data have them."""
         if (task, split) not in self._stamps_of:
             documents = self.task_dict[task][split]  # type: ignore[attr-defined]
             stamped = "stamp" in documents.column_names
@@ -208,9 +212,9 @@ class _Answering:
         return self._stamps_of[task, split]
 
     def _first_token(self, requests: Sequence[Any]) -> float:
-        """Return the median seconds from a decoded picture and its question to the first token."""
+        """Return the median seconds from a decoded image and its question to the first token."""
         seconds = []
-        for request in (requests[0], *requests):  # the first time is a warm-up
+        for request in (requests[0], *requests):  # the first request runs twice: once as a warm-up
             conversation = self._conversations([request])
             start = time.perf_counter()
             self.engine.generate(conversation, Sampling(max_new_tokens=1))
@@ -218,14 +222,14 @@ class _Answering:
         return statistics.median(seconds[1:])
 
     def _conversations(self, requests: Sequence[Any]) -> list[Conversation]:
-        """Return what requests of one task ask, with decoded pictures."""
+        """Return the conversations of one task's requests, with decoded images."""
         _, _, _, _, task, split = requests[0].args
         table = self.task_dict[task][split]  # type: ignore[attr-defined]
         rows = [request.args[3] for request in requests]
         try:
-            columns = table[rows]  # all at once: `datasets` takes its time for each call
+            columns = table[rows]  # all at once: each call of `datasets` is slow
         except _UNREADABLE:
-            columns = None  # one of them; the loop finds which
+            columns = None  # one row failed; the loop finds it
         conversations = []
         for at, row in enumerate(rows):
             where = f"task {task}, row {row}"
@@ -241,10 +245,10 @@ class _Answering:
 
 
 def _options(chosen: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Return what of a task's options is used."""
+    """Return the options of a task that are used."""
     if chosen.get("num_beams", 1) not in (None, 1) or chosen.get("do_sample"):
         raise ValueError(
-            f"task {task} asks for beams or sampling ({dict(chosen)}); the model fastvlm answers greedily."
+            f"task {task} needs beam search or sampling ({dict(chosen)}); the model fastvlm only decodes greedily."
         )
     until = chosen.get("until") or []
     until = [until] if isinstance(until, str) else until
@@ -257,9 +261,9 @@ def _options(chosen: Mapping[str, Any], task: str) -> dict[str, Any]:
 def _batches(
     requests: Sequence[Any], options: Sequence[dict[str, Any]], done: Mapping[int, Any], size: int
 ) -> list[list[int]]:
-    """Return the indices of what is not done, in batches of one task, with the same options and of similar length.
+    """Return the indices of unanswered requests, in batches with the same task and options and of similar length.
 
-    The longest come first: if memory does not suffice, that shows at once.
+    The longest come first, so that an out-of-memory error appears in the first batch.
     """
     groups: dict[tuple[str, str, int], list[int]] = {}
     for at, chosen in enumerate(options):
@@ -274,13 +278,13 @@ def _batches(
 
 
 def _content(parts: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Return the parts of a message as engines take them, with the pictures where its question says <image>."""
+    """Return the parts of a message for an engine, with the images at the <image> placeholders of the question."""
     found = [_part(part, where) for part in parts]
     texts = [part["text"] for part in found if "text" in part]
     pictures = [part["image"] for part in found if "image" in part]
     if len(texts) == 1 and texts[0].count(IMAGE_TOKEN) == len(pictures):
         return place_images(texts[0], pictures)
-    # The questions are others': what generate and batch refuse cannot be written otherwise here.
+    # The user cannot change a benchmark's questions, so <image> is literal text here instead of an error.
     return [part | {"text": part["text"].replace(IMAGE_TOKEN, LITERAL)} if "text" in part else part for part in found]
 
 
@@ -292,8 +296,8 @@ def _part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
     picture = part.get("url")
     if part["type"] != "image" or not isinstance(picture, Image.Image):
         raise ValueError(
-            f"{where} holds {part['type']} of type {type(picture).__name__}; the model fastvlm takes texts and "
-            "decoded pictures."
+            f"{where} has a part {part['type']!r} of type {type(picture).__name__}; the model fastvlm accepts only "
+            "text and decoded images."
         )
     return {"type": "image", "image": picture}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics by name, each of which is lmms-eval's own function."""
+"""The metrics by name; each one is lmms-eval's function."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,42 +7,42 @@ from collections.abc import Callable, Sequence
 __all__ = ["METRICS", "check_answers", "score"]
 
 METRICS = {
-    "exact": "equal to one of the answers, letter for letter; white space around it does not count",
+    "exact": "equal to one of the answers, letter for letter; surrounding white space is ignored",
     "letter": "the option's letter, A to H, found in the answer as for RealWorldQA",
     "vqa": "VQA accuracy, as for VQAv2 and TextVQA: the leave-one-out mean of min(1, matches / 3)",
     "anls": "average normalised Levenshtein similarity, 0 below 0.5, as for DocVQA and InfoVQA",
-    "relaxed": "numbers within 5 %, other answers equal but for case, as for ChartQA",
-    "substring": "contains one of the answers, whatever the case, as for OCRBench",
+    "relaxed": "numbers within 5 %, other answers equal, ignoring case, as for ChartQA",
+    "substring": "contains one of the answers, ignoring case, as for OCRBench",
 }
-"""Names of the metrics and what they say."""
+"""Names and descriptions of the metrics."""
 
 _LETTERS = "ABCDEFGH"
 _FEWEST_FOR_VQA = 4
 
 
 def score(metric: str, answers: Sequence[str], given: str) -> float:
-    """Return how right an answer is, from 0 to 1.
+    """Return the score of an answer, from 0 to 1.
 
     Args:
         metric: one of `METRICS`.
-        answers: those that count as right, at least one. For "vqa" they are what different people said, usually 10.
-        given: what the model said.
+        answers: the reference answers, at least one. For "vqa" they come from different annotators, usually 10.
+        given: the model's answer.
 
     Raises:
-        ValueError: no such metric.
+        ValueError: the metric is unknown.
         ImportError: lmms-eval is not installed.
     """
     return float(_functions()[_known(metric)](list(answers), given.strip()))
 
 
 def check_answers(metric: str, answers: Sequence[str]) -> None:
-    """Raise ValueError if a metric can do nothing with these right answers, or there is no such metric."""
+    """Raise ValueError if a metric cannot use these reference answers, or is unknown."""
     if _known(metric) == "letter" and any(len(a.strip()) != 1 or a.strip() not in _LETTERS for a in answers):
         raise ValueError(f"the answers are {list(answers)}; the metric letter expects capital letters from A to H.")
     if metric == "vqa" and len(answers) < _FEWEST_FOR_VQA:
         raise ValueError(
-            f"there are {len(answers)} answers, but the metric vqa leaves one out and wants three others that agree: "
-            f"with fewer than {_FEWEST_FOR_VQA} nothing is fully right. Use exact, anls or relaxed."
+            f"there are {len(answers)} answers, but the metric vqa leaves one out and needs three others that agree: "
+            f"with fewer than {_FEWEST_FOR_VQA} no answer scores 1. Use exact, anls or relaxed."
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's own questions: a JSONL or JSON file, Parquet, or a data set that Hugging Face's `datasets` saved."""
+"""Custom questions: a JSONL or JSON file, Parquet, or a data set saved by Hugging Face's `datasets`."""
 
 import hashlib
 import json
@@ -28,14 +28,14 @@ _EXPECTED = 'expected {"image": PATH, "question": TEXT, "answer": TEXT}, or list
 
 @dataclass(frozen=True)
 class OwnData:
-    """Questions with their right answers.
+    """Questions with their reference answers.
 
     Attributes:
-        name: of the task that they become.
-        documents: of each row its number `row`, `question`, `answers`, and `stamp`, by which a row whose pictures
-            were changed is known.
-        rows: as they stand in the file.
-        images: opens the pictures that rows name.
+        name: of the resulting task.
+        documents: one for each row, with its number `row`, `question`, `answers`, and `stamp`, which changes when an
+            image of the row changes.
+        rows: the unmodified rows of the file.
+        images: opens the images that rows name.
     """
 
     name: str
@@ -44,10 +44,10 @@ class OwnData:
     images: ImageFolder
 
     def pictures(self, row: int) -> list[Image.Image]:
-        """Return the pictures of a row, decoded.
+        """Return the images of a row, decoded.
 
         Raises:
-            ValueError: one cannot be read; the message names the row.
+            ValueError: an image cannot be read; the message names the row.
         """
         try:
             return [self.images.open(source) for source in images_of(self.rows[row])]
@@ -61,20 +61,20 @@ def read_own_data(
     limit: int | None = None,
     reading: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
 ) -> OwnData:
-    """Read questions and check what can be checked before a model is loaded.
+    """Read questions and check them before a model is loaded.
 
-    A row has "question", "answer" or "answers", and "image" or "images": paths relative to the data's folder, which
-    they do not leave, or, in Parquet and saved data sets, the pictures themselves. Without them it is text alone.
+    A row has "question", "answer" or "answers", and "image" or "images". Images are paths relative to the data's folder
+    and inside it, or, in Parquet and saved data sets, embedded images. A row without images is a text question.
 
     Args:
         path: a .jsonl, .json or .parquet file, or a folder with such files or from `save_to_disk`.
-        metric: by which answers are judged; see `METRICS`.
-        limit: take the first rows only.
+        metric: scores the answers; see `METRICS`.
+        limit: number of rows to read from the start; None for all.
         reading: how images are read.
 
     Raises:
-        ValueError: a row has no question, no answer, or names no file; the message says which.
-        OSError: there is no such file.
+        ValueError: a row has no question or no answer, or its image file does not exist; the message names the row.
+        OSError: the file does not exist.
         ImportError: `datasets` is not installed.
     """
     file = Path(path)
@@ -83,7 +83,7 @@ def read_own_data(
     if not file.is_dir() and file.suffix.lower() not in (".jsonl", ".json", ".parquet"):
         raise ValueError(
             f"the data are {str(path)!r}; expected a .jsonl, .json or .parquet file, or a folder with such files or "
-            "with what save_to_disk wrote."
+            "one that save_to_disk wrote."
         )
     part = open_part(file, None, ALL_SPLITS, None, False, reading)
     rows, images = part.rows, part.images
@@ -116,7 +116,7 @@ def own_task(data: OwnData, metric: str, suffix: str | None, max_new_tokens: int
     Args:
         data: the questions.
         metric: see `METRICS`.
-        suffix: a line that follows each question, such as "Answer with a single word."
+        suffix: a line added to each question, such as "Answer with a single word."
         max_new_tokens: longest answer, in tokens.
     """
     from datasets import Dataset, DatasetDict
@@ -147,10 +147,10 @@ def own_task(data: OwnData, metric: str, suffix: str | None, max_new_tokens: int
 
 
 def _stamp(source: Any, images: ImageFolder) -> list[Any]:
-    """Return what changes when a picture does: size and time of a file, a digest of bytes.
+    """Return a stamp that changes when the image changes: a file's size and time, or a digest of embedded bytes.
 
     Raises:
-        SampleError: the file's name leaves the data's folder, or there is no such file.
+        SampleError: the path is outside the data's folder, or the file does not exist.
     """
     if isinstance(source, Mapping):
         if (content := source.get("bytes")) is not None:
@@ -170,7 +170,7 @@ def _answers(row: Mapping[str, Any], metric: str) -> list[str]:
     found = row.get("answer") if row.get("answers") is None else row["answers"]
     several = found if isinstance(found, list) else [found]
     if not several or any(is_absent(answer) or isinstance(answer, bool | dict | list) for answer in several):
-        raise SampleError(f"the row has no answer, but {shortened(found)}; {_EXPECTED}.")
+        raise SampleError(f"the answer is {shortened(found)}; {_EXPECTED}.")
     answers = [str(answer) for answer in several]
     check_answers(metric, answers)
     return answers

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page of answers: pictures with question, expected and given answer, wrong ones first, in one file.
+"""A single-file page of answers: images with question, expected and given answer, wrong answers first.
 
-Whatever comes from data sets and models is untrusted: all of it is escaped, and the page's content policy lets nothing
-run or load but its own script, its own style and the pictures inside it.
+Text from data sets and models is untrusted. It is escaped, and the page's content security policy allows only the
+page's script, style and embedded images.
 """
 
 import base64
@@ -35,7 +35,7 @@ _ALMOST = 1e-6
 
 @dataclass(frozen=True)
 class Shown:
-    """How much of the runs is on the page: questions there, and questions in all."""
+    """The numbers of questions on the page and of all questions."""
 
     questions: int
     of: int
@@ -43,7 +43,7 @@ class Shown:
 
 @dataclass
 class _Case:
-    """A question, and what each run answered, by the run's name."""
+    """A question and the answer of each run, by the run's name."""
 
     task: str
     folder: Path
@@ -52,7 +52,7 @@ class _Case:
 
     @property
     def state(self) -> str:
-        """Wrong if one of the runs is all wrong, right if all are right."""
+        """Wrong if the answer of one run is wrong, right if all are right, else partly right."""
         states = {_state(sample) for sample in self.given.values()}
         return "wrong" if "wrong" in states else "right" if states == {"right"} else "partly"
 
@@ -62,7 +62,7 @@ class _Case:
 
     @property
     def answers(self) -> Counter[str]:
-        """The different right answers, with how often each is among them."""
+        """The distinct reference answers with their counts."""
         return Counter(self.sample.answers)
 
     @property
@@ -75,20 +75,20 @@ def write_page(
     file: str | os.PathLike[str],
     samples_a_task: int = SAMPLES_A_TASK,
 ) -> Shown:
-    """Write a page of what the runs were asked and answered, whole or not at all.
+    """Write a page with the questions and answers of the runs, atomically.
 
-    The same question of several runs is there once, with all their answers. The file holds everything, pictures
-    included (as JPEG, at most 640 pixels high and wide), and loads nothing.
+    A question that several runs share appears once, with all their answers. The file is self-contained: images are
+    embedded as JPEG, at most 640 pixels high and wide.
 
     Args:
-        runs: each with its directory, by the names to call them.
-        file: replaced if it is there.
-        samples_a_task: most questions of each task; half of them wrong and half right where there are enough of both,
-            spread evenly over the task.
+        runs: each with its directory, by display name.
+        file: an existing file is replaced.
+        samples_a_task: largest number of questions for each task: half of them wrong and half right if there are enough
+            of both, spread evenly over the task.
 
     Raises:
-        ValueError: `samples_a_task` is below 1, or a picture is missing or cannot be read; the message names it.
-        NotADirectoryError: samples have pictures, but a run has no directory of them.
+        ValueError: `samples_a_task` is below 1, or an image is missing or cannot be read; the message names it.
+        NotADirectoryError: samples have images, but a run has no image directory.
     """
     if samples_a_task < 1:
         raise ValueError(f"samples_a_task is {samples_a_task}; expected 1 or more.")
@@ -132,7 +132,7 @@ def _cases(runs: Mapping[str, tuple[EvaluationRun, str | os.PathLike[str]]]) -> 
 
 
 def _choose(cases: list[_Case], most: int) -> list[_Case]:
-    """Return some cases; those whose pictures the run kept before those whose it did not."""
+    """Select cases; cases with stored images come first."""
     right = [case for case in cases if case.state == "right"]
     others = [case for case in cases if case.state != "right"]
     of_others = min(len(others), max(most - most // 2, most - len(right)))
@@ -149,7 +149,7 @@ def _spread(cases: list[_Case], number: int) -> list[_Case]:
 
 
 def _render(**values: Any) -> str:
-    """Return the page's HTML; whatever a data set or a model says is escaped there."""
+    """Return the page's HTML; the template escapes all text from data sets and models."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     def clean(value: Any) -> Any:
@@ -161,7 +161,7 @@ def _render(**values: Any) -> str:
 
 
 def _embedded(image: Image.Image) -> tuple[str, int, int]:
-    """Return a picture, as the model sees its colours, as a data address, and its width and height."""
+    """Return an image with the colours that the model sees, as a data URL, and its width and height."""
     small = pil_to_rgb(image, WHITE)
     if small is image:
         small = image.copy()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluations beside Apple's model card and beside each other, as a record, as Markdown, and as rows of tables."""
+"""Comparison of evaluations with Apple's model card and with each other, as a record, Markdown, and table rows."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,20 +15,20 @@ from .results import EvaluationRun, Sample
 __all__ = ["FORMAT", "Table", "make_report", "markdown", "run_names", "tables"]
 
 FORMAT = 1
-"""Of the record; a change that a reader must know of makes it larger."""
+"""Version of the record's format; incompatible changes increase it."""
 
 CARD_ROUNDING = 0.05
-"""The card's figures have one decimal."""
+"""Rounding error of the card's figures, which have one decimal."""
 
 _NOTICEABLE = 0.05
-"""Points between the harness's score and the mean of the samples that are worth a line."""
+"""Difference in points between the harness's score and the mean of the samples above which a note is added."""
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
-"""Title, columns and rows, of which the first column is to be aligned left."""
+"""Title, columns and rows; the first column is aligned left."""
 
 
 def run_names(runs: Sequence[EvaluationRun], directories: Sequence[str]) -> list[str]:
-    """Return a short name for each run: its model's, with what tells two of the same model apart."""
+    """Return a short unique name for each run: the model's name, with engine, dtype or directory where it is needed."""
     names = [PurePath(run.model).name or run.model for run in runs]
     for details in ([f"{run.engine}, {run.dtype}" for run in runs], list(directories)):
         counts = Counter(names)
@@ -45,24 +45,25 @@ def make_report(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> dict[str, Any]:
-    """Compare runs with Apple's model card, and all but the first with the first.
+    """Compare runs with Apple's model card, and every further run with the first one.
 
-    A difference is `outside` if the bootstrap interval of the run's own score does not reach the card's figure, give
-    or take its rounding. The card's figure itself is taken as exact. Between runs the same samples are compared in
-    pairs, which sees smaller differences.
+    A difference is `outside` if the card's figure, up to its rounding, lies outside the bootstrap interval of the run's
+    score. The card's figure has no interval. Runs are compared with a paired bootstrap on their common samples, which
+    detects smaller differences.
 
     Args:
-        runs: by the names that they are to have.
-        cards: by the same names, "0.5B", "1.5B" or "7B" where a run is to be beside the card's figures of that size.
-        resamples: of the bootstrap.
+        runs: by display name.
+        cards: by the same names, "0.5B", "1.5B" or "7B" for runs to compare with the card's figures of that size.
+        resamples: number of bootstrap resamples.
         seed: of the bootstrap.
 
     Returns:
-        What `report.json` holds: `confidence`, `resamples`, `seed` and `runs`, each with its model, settings, versions,
-        seconds, `tasks`, `mean` and `against_first`. Scores, intervals and differences are percent and points.
+        The content of `report.json`: `confidence`, `resamples`, `seed` and `runs`, each with its model, settings,
+        versions, seconds, `tasks`, `mean` and `against_first`. Scores and intervals are in percent, differences in
+        points.
 
     Raises:
-        ValueError: no runs, or a size that the card does not have.
+        ValueError: there are no runs, or the card does not have a size.
     """
     if not runs:
         raise ValueError("there are no runs to report; expected one or more.")
@@ -96,7 +97,7 @@ def make_report(
 
 
 def _task(run: EvaluationRun, task: str, size: str | None, resamples: int, seed: int) -> tuple[dict[str, Any], Any]:
-    """Return a task's row, and the resampled means, in percent, around the harness's score."""
+    """Return a task's row and its resampled means, in percent, shifted to the harness's score."""
     result = run.tasks[task]
     scores = [100 * sample.score for sample in run.samples_of(task)]
     mean = float(np.mean(scores))
@@ -115,7 +116,7 @@ def _task(run: EvaluationRun, task: str, size: str | None, resamples: int, seed:
 
 
 def _mean(rows: list[dict[str, Any]], means: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the mean over the tasks with a figure of the card, or over all if none has; None for a single task."""
+    """Return the mean over the tasks that are on the card, or over all tasks if none is; None for a single task."""
     chosen = [row for row in rows if row["card"] is not None] or rows
     if len(chosen) < 2:
         return None
@@ -138,7 +139,7 @@ def _beside(score: float, means: Any, card: float | None) -> dict[str, Any]:
 
 
 def _paired(first: EvaluationRun, run: EvaluationRun, resamples: int, seed: int) -> list[dict[str, Any]]:
-    """Return how far a run is from the first one on the questions that both were asked."""
+    """Return the differences between a run and the first one on their common questions."""
     rows = []
     for task in run.tasks:
         base = {_key(sample): sample for sample in first.samples_of(task)}
@@ -165,7 +166,7 @@ def _key(sample: Sample) -> tuple[int | str, str, tuple[str, ...]]:
 
 
 def tables(report: dict[str, Any]) -> Iterator[Table]:
-    """Yield the tables of a report: one a run, beside the card, and one for each run but the first, beside it."""
+    """Yield a table for each run, compared with the card, and one for each further run, compared with the first."""
     percent = f"{100 * report['confidence']:g} % interval"
     for run in report["runs"]:
         size = run["card"]
@@ -174,7 +175,7 @@ def tables(report: dict[str, Any]) -> Iterator[Table]:
         rows: list[tuple[str, ...]] = [_row(row, row["task"], row["metric"], str(row["count"])) for row in run["tasks"]]
         if run["mean"]:
             rows.append(_row(run["mean"], f"mean of {run['mean']['tasks']}", "", ""))
-        if not size:  # no empty columns where there is nothing to compare with
+        if not size:  # without a card, leave out its columns
             columns = (*columns[:3], *columns[4:6])
             rows = [(*row[:3], *row[4:6]) for row in rows]
         yield run["name"], columns, rows
@@ -213,14 +214,14 @@ def _verdict(difference: float, outside: bool) -> str:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """Return lines that a reader of the tables should know."""
+    """Return notes to the tables."""
     found = []
     for run in report["runs"]:
         for row in run["tasks"]:
             if abs(row["score"] - row["mean_of_samples"]) > _NOTICEABLE:
                 found.append(
-                    f"{run['name']}, {row['task']}: the harness's score is {row['score']:.1f}, the mean of its samples "
-                    f"{row['mean_of_samples']:.1f}; the interval is that of the mean, moved to the score."
+                    f"{run['name']}, {row['task']}: the harness's score is {row['score']:.1f}, but the mean of the "
+                    f"samples is {row['mean_of_samples']:.1f}; the interval of the mean is shifted to the score."
                 )
         unknown = [row["task"] for row in run["tasks"] if run["card"] and row["card"] is None]
         if unknown:
@@ -233,7 +234,7 @@ def markdown(report: dict[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader(__package__, ".")
-    # Not HTML, but Markdown: `cell` escapes what is of others.
+    # The output is Markdown, not HTML: the filter `cell` escapes untrusted text.
     environment = Environment(
         loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -242,5 +243,5 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text that cannot end its cell or line, nor be read as HTML."""
+    """Escape a text so that it cannot end its cell or line, or be read as HTML."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

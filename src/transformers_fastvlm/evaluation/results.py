@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation leaves in its directory: `results.json`, `samples.jsonl` and the pictures under `images`."""
+"""The files of an evaluation: `results.json`, `samples.jsonl` and the images under `images`."""
 
 import json
 import math
@@ -17,7 +17,7 @@ __all__ = ["IMAGES", "RESULTS", "SAMPLES", "EvaluationRun", "Sample", "TaskResul
 RESULTS, SAMPLES, IMAGES = "results.json", "samples.jsonl", "images"
 
 _Check = tuple[Callable[[Any], bool], str]
-"""What a value must be like, as a function and in words."""
+"""A test of a value, and a description of the expected value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class TaskResult:
         metric: its name, such as "anls".
         score: in percent, 0 to 100.
         count: number of samples.
-        raw: what the harness itself reported, any JSON value; None for nothing.
+        raw: the value that the harness reported, any JSON value; None if it reported none.
     """
 
     metric: str
@@ -39,13 +39,13 @@ class TaskResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One question of a task and what the model answered.
+    """One question of a task and the model's answer.
 
     Attributes:
         task: one of the run's tasks.
-        doc_id: names the sample within its task.
-        question: as the model was asked it.
-        answers: those that count as right.
+        doc_id: identifies the sample within its task.
+        question: as given to the model.
+        answers: the reference answers.
         given: the model's answer.
         score: 0 (wrong) to 1 (right).
         images: files, relative to the run's `images` directory, with forward slashes.
@@ -66,14 +66,14 @@ class EvaluationRun:
 
     Attributes:
         model: directory or repository.
-        engine: what generated the answers, such as "transformers".
+        engine: that generated the answers, such as "transformers".
         dtype: such as "bfloat16".
-        settings: everything else that was chosen, JSON values.
+        settings: all other settings, as JSON values.
         versions: of the packages that the scores depend on.
         tasks: results by task.
         seconds: "total" and "generate".
-        time_to_first_token: seconds from the decoded picture and question to the first token at batch 1, the median;
-            None where it was not measured.
+        time_to_first_token: median seconds from the decoded image and question to the first token at batch size 1;
+            None if it was not measured.
         samples: of all tasks, in any order.
     """
 
@@ -93,15 +93,15 @@ class EvaluationRun:
 
 
 def write_run(directory: str | os.PathLike[str], run: EvaluationRun) -> None:
-    """Write `results.json` and `samples.jsonl`, each whole or not at all; the pictures are the caller's.
+    """Write `results.json` and `samples.jsonl`, each atomically; the caller writes the images.
 
-    The results come last: a directory that has them is complete.
+    `results.json` is written last: a directory that has it is complete.
 
     Args:
-        directory: made where it is missing; files of these names in it are replaced.
+        directory: created if missing; existing files of these names are replaced.
 
     Raises:
-        ValueError: something that `read_run` would refuse, such as a score out of range; nothing is written then.
+        ValueError: `read_run` would refuse a value, such as a score out of range; nothing is written.
     """
     results = {name: value for name, value in asdict(run).items() if name != "samples"}
     for task in results["tasks"].values():
@@ -112,19 +112,19 @@ def write_run(directory: str | os.PathLike[str], run: EvaluationRun) -> None:
     _check_samples(checked, [_sample(line, f"sample {at}") for at, line in enumerate(lines)], "the results")
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
-    # Of an older run's two files the one that says "complete" goes first.
+    # Remove an older run's results first, since they mark the directory as complete.
     (out / RESULTS).unlink(missing_ok=True)
-    # ASCII alone: a question from elsewhere may hold half a character, which UTF-8 cannot.
+    # ASCII only: a question may contain a lone surrogate, which UTF-8 cannot encode.
     write_lines(out / SAMPLES, (json.dumps(line, allow_nan=False) for line in lines))
     write_lines(out / RESULTS, [json.dumps(results, indent=2, allow_nan=False)])
 
 
 def read_run(directory: str | os.PathLike[str]) -> EvaluationRun:
-    """Return the evaluation that a directory holds.
+    """Read the evaluation in a directory.
 
     Raises:
-        FileNotFoundError: there is no finished evaluation.
-        ValueError: a file that is damaged, or whose contents contradict each other; the message says where.
+        FileNotFoundError: the directory has no finished evaluation.
+        ValueError: a file is damaged, or the files do not match; the message names the file.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -132,8 +132,8 @@ def read_run(directory: str | os.PathLike[str]) -> EvaluationRun:
     for name in (RESULTS, SAMPLES):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} has no {name}; expected the directory of a finished evaluation. Run fastvlm eval with it "
-                "as --out again, which goes on where it stopped."
+                f"{folder} has no {name}; expected the directory of a finished evaluation. Run fastvlm eval again with "
+                "this directory as --out to resume."
             )
     path = folder / RESULTS
     run = _run(_loads(_text(path), str(path)), str(path))
@@ -170,7 +170,7 @@ def _number(largest: float, expected: str) -> _Check:
 
 
 def _is_inside(name: str) -> bool:
-    """Return whether a name is that of a file below the directory that it is relative to."""
+    """Return whether a relative path stays inside its directory."""
     return not any(part in ("", ".", "..") for part in name.split("/")) and not set(name) & set("\\\0:")
 
 
@@ -209,14 +209,14 @@ def _check(value: Any, check: _Check, where: str) -> None:
 
 
 def _fields(content: Any, checks: Mapping[str, _Check], where: str, separator: str = ": ") -> Any:
-    """Return `content`, an object with exactly these keys, but for "raw", whose values are right."""
+    """Check that `content` is an object with exactly these keys and valid values, and return it; "raw" is optional."""
     _check(content, _OBJECT, where)
     missing = [name for name in checks if name not in content and name != "raw"]
     unknown = [name for name in content if name not in checks]
     if missing or unknown:
         raise ValueError(
-            f"{where}: keys missing: {', '.join(missing) or 'none'}; not known: {', '.join(unknown) or 'none'}. "
-            "Another version of this package may have written it; evaluate again."
+            f"{where}: missing keys: {', '.join(missing) or 'none'}; unknown keys: {', '.join(unknown) or 'none'}. "
+            "Another version of this package may have written the file; evaluate again."
         )
     for name, value in content.items():
         _check(value, checks[name], f"{where}{separator}{name}")
@@ -243,7 +243,7 @@ def _sample(content: Any, where: str) -> Sample:
 
 
 def _check_samples(run: EvaluationRun, samples: list[Sample], where: str) -> None:
-    """Raise ValueError unless there are as many samples of each task as its result says, each once."""
+    """Raise ValueError unless each task has as many samples as its result counts, and no duplicates."""
     counts = Counter(sample.task for sample in samples)
     for name in counts.keys() | run.tasks.keys():
         expected = run.tasks[name].count if name in run.tasks else 0
@@ -254,4 +254,4 @@ def _check_samples(run: EvaluationRun, samples: list[Sample], where: str) -> Non
             )
     double = [key for key, number in Counter((sample.task, sample.doc_id) for sample in samples).items() if number > 1]
     if double:
-        raise ValueError(f"{where}: sample {double[0][1]!r} of task {double[0][0]!r} is there twice. Evaluate again.")
+        raise ValueError(f"{where}: sample {double[0][1]!r} of task {double[0][0]!r} occurs twice. Evaluate again.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lmms-eval's tasks: the eleven of the model card, and any other by its name."""
+"""lmms-eval's tasks: the eleven of the model card, and any other by name."""
 
 import contextlib
 import difflib
@@ -43,17 +43,17 @@ CARD_METRICS = {
     "realworldqa": "exact_match",
     "seedbench": "seed_image",
 }
-"""The metric that is the model card's figure, by lmms-eval's name of each of its eleven tasks, which `card` names."""
+"""The metric of each of the model card's eleven tasks, by lmms-eval's task name; `card` selects these tasks."""
 
 
 def import_harness() -> None:
-    """Import lmms-eval, or say how to install it; nothing else of the process changes.
+    """Import lmms-eval without its side effects on the process.
 
     Raises:
-        ImportError: it is not installed, or does not go with the version of another package.
+        ImportError: lmms-eval is not installed, or is incompatible with the version of another package.
     """
     truncated = ImageFile.LOAD_TRUNCATED_IMAGES
-    # Its import takes all handlers off loguru, adds others, turns warnings off, and lets Pillow read truncated images.
+    # The import replaces loguru's handlers, turns warnings off, and lets Pillow read truncated images.
     with needs("lmms-eval", "fastvlm eval", EXTRA), warnings.catch_warnings(), contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError):
             from loguru import logger
@@ -66,18 +66,18 @@ def import_harness() -> None:
 
 
 def _nothing(*arguments: Any, **options: Any) -> None:
-    """Stand in for what lmms-eval would call."""
+    """Do nothing, in place of loguru's functions."""
 
 
 def expand(names: Sequence[str], include: str | os.PathLike[str] | None = None) -> dict[str, Path]:
-    """Return the YAML files of tasks, by their names, groups and `card` written out.
+    """Return the YAML files of tasks by name; groups and `card` are expanded into their tasks.
 
     Args:
-        names: of tasks, of lmms-eval's groups of tasks, or "card".
+        names: of tasks, of lmms-eval's groups, or "card".
         include: a folder with YAML files of further tasks.
 
     Raises:
-        ValueError: there is no such task; the message lists names that are near.
+        ValueError: a task is unknown; the message lists similar names.
         ImportError: lmms-eval is not installed.
     """
     tasks, groups = _index(None if include is None else str(include))
@@ -94,23 +94,23 @@ def expand(names: Sequence[str], include: str | os.PathLike[str] | None = None) 
                 add(member)
         else:
             near = difflib.get_close_matches(name, ["card", *tasks, *groups], n=4, cutoff=0.5)
-            hint = f"Near names: {', '.join(near)}." if near else "No name is near it."
-            raise ValueError(f"unknown task {name!r}. {hint} `card` stands for the model card's eleven tasks.")
+            hint = f"Similar names: {', '.join(near)}." if near else "There is no similar name."
+            raise ValueError(f"unknown task {name!r}. {hint} `card` selects the model card's eleven tasks.")
 
     for name in names:
         add(name)
     if not found:
-        raise ValueError("no task was named; expected names of lmms-eval's tasks, or card.")
+        raise ValueError("no tasks were given; expected names of lmms-eval's tasks, or card.")
     return found
 
 
 def load_task(name: str, path: Path) -> Any:
     """Return one of lmms-eval's tasks with its data.
 
-    Of SEED-Bench only the questions about pictures are taken, as the card does.
+    SEED-Bench is restricted to the questions about images, as on the card.
 
     Raises:
-        ValueError: its data set has no answers, is nowhere to be had, or the task is of a kind that generates none.
+        ValueError: the data set has no answers or cannot be loaded, or the task does not use generate_until.
     """
     import_harness()
     from lmms_eval.api.task import ConfigurableMessagesTask
@@ -118,17 +118,16 @@ def load_task(name: str, path: Path) -> Any:
 
     config = load_yaml_config(str(path), mode="full")
     if "class" in config or config.get("output_type", "generate_until") != "generate_until":
-        kind = "a class of its own" if "class" in config else f"output_type {config['output_type']}"
+        kind = "its own class" if "class" in config else f"output_type {config['output_type']}"
         raise ValueError(f"task {name} has {kind}; only tasks whose output_type is generate_until can be evaluated.")
     metrics = [metric["metric"] for metric in config.get("metric_list") or []]
     if metrics and all(metric == _SUBMISSION for metric in metrics):
         raise ValueError(
-            f"task {name} has no answers: its data are a test whose scores a server gives out. Take its validation "
-            "task instead."
+            f"task {name} has no answers: it is a test split that a server scores. Use its validation task instead."
         )
     arguments = dict(config.get("dataset_kwargs") or {})
     if arguments.get("token") is True and get_token() is None:
-        del arguments["token"]  # datasets refuses without a token what is public anyway
+        del arguments["token"]  # datasets would fail without a token although the data are public
     config["dataset_kwargs"] = arguments or None
     if name == "seedbench":
         config["process_docs"] = _only_pictures
@@ -142,7 +141,7 @@ def load_task(name: str, path: Path) -> Any:
 
 
 def main_metric(name: str, task: Any) -> str:
-    """Return the name of the metric that stands for a task: the card's, or the first one that is no submission."""
+    """Return the name of a task's main metric: the card's, or the first one that is not a submission."""
     metrics = list(task.aggregation())
     if CARD_METRICS.get(name) in metrics:
         return CARD_METRICS[name]
@@ -150,11 +149,11 @@ def main_metric(name: str, task: Any) -> str:
 
 
 def right_answers(doc: Mapping[str, Any], target: Any) -> tuple[str, ...]:
-    """Return what counts as right in a row, each once.
+    """Return the distinct reference answers of a row.
 
     Args:
         doc: the row.
-        target: what lmms-eval calls its target; for VQAv2 and TextVQA that is the name of a column that is not there.
+        target: lmms-eval's target of the row; for VQAv2 and TextVQA it is the name of a missing column.
     """
     if target in ("answer", "answers") and target not in doc:
         target = doc.get("answers") or []
@@ -167,7 +166,7 @@ def right_answers(doc: Mapping[str, Any], target: Any) -> tuple[str, ...]:
 def _index(include: str | None) -> tuple[dict[str, Path], dict[str, Path]]:
     """Return the files of all tasks and groups.
 
-    Only their names are read: to parse all YAML files takes lmms-eval half a minute.
+    Only the names are read, since lmms-eval needs half a minute to parse all YAML files.
     """
     import_harness()
     import lmms_eval.tasks
@@ -194,7 +193,7 @@ def _members(path: Path) -> Iterator[str]:
 
     for member in load_yaml_config(str(path), mode="simple").get("task") or []:
         if not isinstance(member, str):
-            raise ValueError(f"the group of {path} changes its tasks' settings; name the tasks one by one.")
+            raise ValueError(f"the group in {path} changes the settings of its tasks; name the tasks one by one.")
         yield member
 
 
@@ -203,7 +202,7 @@ def _only_pictures(documents: Any) -> Any:
 
 
 def _require_answers(name: str, task: Any) -> None:
-    """Raise ValueError if none of the first rows says what is right."""
+    """Raise ValueError if none of the first rows has an answer."""
     documents = task.eval_docs_no_media
     columns = [column for column in _ANSWERS if column in documents.column_names]
     if not columns or not len(documents):
@@ -212,16 +211,16 @@ def _require_answers(name: str, task: Any) -> None:
     if all(value in (None, "", []) for row in rows for value in row.values()):
         raise ValueError(
             f"task {name} has no answers: the column {' and '.join(columns)} of {task.config.dataset_path} is empty. "
-            "Take a split with answers, such as validation."
+            "Use a split with answers, such as validation."
         )
 
 
 @contextlib.contextmanager
 def _offline_where_there_is_no_network(retrying: Any) -> Iterator[None]:
-    """Where the hub's name cannot be looked up, use what is cached at once, and not after minutes of retries.
+    """If the hub's name cannot be resolved, use the cache immediately instead of retrying for minutes.
 
     Args:
-        retrying: tenacity's object of lmms-eval's loading of data, which waits between five tries.
+        retrying: the tenacity object of lmms-eval's data loading, which waits between five attempts.
     """
     import datasets.config
     from huggingface_hub import constants
@@ -246,7 +245,7 @@ def _offline_where_there_is_no_network(retrying: Any) -> Iterator[None]:
 
 
 def _explained(name: str, config: Mapping[str, Any], error: Exception) -> ValueError:
-    """Return in one sentence why a task's data cannot be had."""
+    """Return an error that explains why a task's data cannot be loaded."""
     from tenacity import RetryError
 
     cause: BaseException = error
@@ -260,13 +259,13 @@ def _explained(name: str, config: Mapping[str, Any], error: Exception) -> ValueE
     )
     if not local and unreachable:
         return ValueError(
-            f"no network for task {name}: its data set {source} is neither on this machine (HF_HOME) nor can the hub "
-            "be reached. Fetch it once on a machine with a network."
+            f"no network for task {name}: its data set {source} is not in the cache (HF_HOME), and the hub cannot be "
+            "reached. Download it once with a network connection."
         )
     if type(cause).__name__ in ("DatasetNotFoundError", "GatedRepoError", "RepositoryNotFoundError"):
         return ValueError(
-            f"task {name}: the data set {source} was not found, or needs a login (hf auth login). {cause}"
+            f"task {name}: the data set {source} does not exist or needs a login (hf auth login). {cause}"
         )
     if type(cause).__name__ in ("UnidentifiedImageError", "DecompressionBombError") or isinstance(cause, SyntaxError):
         return ValueError(f"task {name}, row 0 has an image that cannot be read: {cause}")
-    return ValueError(f"task {name}: its data cannot be used. {text}")
+    return ValueError(f"task {name}: its data cannot be loaded. {text}")
