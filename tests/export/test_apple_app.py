@@ -92,6 +92,6 @@ def test_its_halves_answer_together(exported: Export) -> None:
 
 
 def test_only_qwen2(checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a 'llama'; Apple's app runs Qwen2 alone"):
+    with pytest.raises(ValueError, match="is a 'llama'; Apple's app supports only Qwen2"):
         export("apple-app", checkpoint("llama"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -65,7 +65,7 @@ def test_float32_at_the_checkpoints_size(tmp_path: Path) -> None:
 
     script = subprocess.run([sys.executable, done.directory / "check_coreml.py"], capture_output=True, text=True)
     if sys.platform == "linux":
-        assert (script.returncode, script.stderr) == (2, "Core ML runs on a Mac only.\n")
+        assert (script.returncode, script.stderr) == (2, "Core ML runs only on a Mac.\n")
 
 
 def test_float16_keeps_the_last_stage_in_float32(tmp_path: Path) -> None:

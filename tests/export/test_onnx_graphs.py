@@ -91,7 +91,7 @@ def test_nothing_keeps_the_weights_of_a_model_that_was_deleted(part: Any) -> Non
     gc.collect()
     assert not [weight for weight in weights if weight() is not None]
     value = next(value for value in graph.graph.initializers.values() if isinstance(value.const_value, ir.LazyTensor))
-    with pytest.raises(RuntimeError, match="The model is gone"):
+    with pytest.raises(RuntimeError, match="The model was deleted"):
         value.const_value.numpy()
 
 

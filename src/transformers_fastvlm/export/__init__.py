@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export of a model to the files that another runtime takes, with a model card that says how exact they are."""
+"""Export of a model to the files of another runtime, with a model card that states their error."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ __all__ = ["Export", "ExportOptions", "Report", "Source", "TARGETS", "Target", "
 
 
 def __getattr__(name: str) -> Any:
-    # The table of targets is read where nobody wants to wait for torch, as in the command's help.
+    # The command's help reads the table of targets and must not import torch.
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target `apple-app`: the folder that Apple's app takes, encoder for Core ML and language model for MLX.
+"""The target `apple-app`: a model folder for Apple's app, with the encoder for Core ML and the language model for MLX.
 
 The app compiles fastvithd.mlpackage, and reads config.json, tokenizer, preprocessor_config.json and every safetensors
-file. Nothing of it runs on Linux, so each half is checked on its own. Source: github.com/apple/ml-fastvlm, app/FastVLM.
+file. The app does not run on Linux, so each half is checked separately.
+Source: github.com/apple/ml-fastvlm, app/FastVLM.
 """
 
 import importlib.metadata
@@ -40,15 +41,15 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
     text = source.config.text_config
     if text.model_type != "qwen2":
         raise ValueError(
-            f"The language model is a {text.model_type!r}; Apple's app runs Qwen2 alone, with Qwen2's prompts. Export "
-            "to 'mlx' or 'onnx' instead."
+            f"The language model is a {text.model_type!r}; Apple's app supports only Qwen2 and its prompt format. "
+            "Export to 'mlx' or 'onnx' instead."
         )
     check_language_model(source, "Apple's app")
     token_id = source.processor.image_token_id
     if token_id >= text.vocab_size:
         raise ValueError(
-            f"<image> has the id {token_id}, but there are {text.vocab_size} embeddings; Apple's app looks it up in "
-            "them. Resize the model's token embeddings first."
+            f"<image> has the id {token_id}, but there are only {text.vocab_size} embeddings; Apple's app needs an "
+            "embedding for it. Resize the model's token embeddings first."
         )
     side = source.image_size
     errors, _ = convert_encoder(source, out / PACKAGE, "float32", (side,), options)
@@ -73,7 +74,7 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
         how_to_run=how_to_run("apple-app"),
         limits=tuple(_limits(side, source.config.vision_config.num_features, source)),
         notes=(
-            "Apple's app does not run here. The encoder's program was evaluated in PyTorch, and the language model's "
+            "Apple's app was not run. The encoder's program was evaluated in PyTorch, and the language model's "
             f"weights were read back with MLX {importlib.metadata.version('mlx')}.",
         ),
         library_name="mlx",
@@ -88,7 +89,7 @@ def _tensors(model: Any) -> dict[str, Tensor]:
 
 
 def _weights_error(out: Path, tensors: dict[str, Tensor], quantization: dict[str, Any] | None) -> float:
-    """Return the relative error of all written weights together, after reading them back."""
+    """Read the weights back and return the relative error over all of them."""
     squares, total = 0.0, 0.0
     written = read_weights(out, quantization)
     if written.keys() != tensors.keys():
@@ -126,7 +127,7 @@ def _processor_files(side: int) -> dict[str, dict[str, Any]]:
 
 
 def _name_tokenizer(out: Path) -> None:
-    """Call the tokenizer by the name that Swift's tokenizers know, and see that it knows <image>."""
+    """Set the tokenizer class to a name that Swift's tokenizers know, and check that the tokenizer has <image>."""
     path = out / "tokenizer_config.json"
     write_json(path, read_json(path) | {"tokenizer_class": "Qwen2Tokenizer"})
     if all(token["content"] != "<image>" for token in read_json(out / "tokenizer.json")["added_tokens"]):
@@ -135,16 +136,15 @@ def _name_tokenizer(out: Path) -> None:
 
 def _limits(side: int, channels: int, source: Source) -> list[str]:
     limits = [
-        "The app cuts pictures to their centred square instead of padding them, as this model was trained with, and "
-        "puts the picture behind the question instead of in front of it. Answers differ from those of this package.",
-        "The app takes one picture a question.",
+        "The app crops images to their centred square, but this model was trained with padding. It also puts the image "
+        "after the question instead of before it. Answers differ from those of this package.",
+        "The app takes one image for each question.",
     ]
     if side != _APP_SIZE or channels != _APP_CHANNELS:
         limits.append(
-            f"The app expects features of the shape [1, {(_APP_SIZE // 64) ** 2}, {_APP_CHANNELS}] and stops at any "
-            f"other. This model's are [1, {(side // 64) ** 2}, {channels}]: change the shape in `FastVLM.swift` "
-            "wherever it stands."
+            f"The app requires features of shape [1, {(_APP_SIZE // 64) ** 2}, {_APP_CHANNELS}]. This model's features "
+            f"have shape [1, {(side // 64) ** 2}, {channels}]: change the shape everywhere in `FastVLM.swift`."
         )
     if source.config.image_aspect_ratio == "anyres":
-        limits.append("There is no AnyRes in the app: each picture is seen once.")
+        limits.append("The app has no AnyRes: each image is encoded once, without tiles.")
     return limits

@@ -46,8 +46,8 @@ def _licence(source: Source) -> str:
     if source.licence == APPLES:
         return RESEARCH_ONLY
     if source.licence is not None:
-        return f"The weights are under {source.licence}, as those that they were made from."
-    text = "The checkpoint states no licence; ask whoever made it."
+        return f"The weights are under {source.licence}, the licence of the original checkpoint."
+    text = "The checkpoint states no licence; ask its author."
     return f"{text} {RESEARCH_ONLY}" if source.may_be_apples else text
 
 

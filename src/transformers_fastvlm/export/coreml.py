@@ -2,8 +2,8 @@
 """The target `coreml`: the encoder as `fastvithd.mlpackage`, an ML program for iOS 16 and macOS 13 or newer.
 
 As in Apple's app, the input is `images` (1, 3, height, width) in float32, from 0 to 1, the output `image_features`
-(1, tokens, channels) in float32, before the projector. Core ML runs on Apple's systems alone, so the written program is
-evaluated in PyTorch (`coreml_check`), and a script goes with it that runs it on a Mac.
+(1, tokens, channels) in float32, before the projector. Core ML runs only on Apple's systems, so the written program is
+evaluated in PyTorch (`coreml_check`), and a script to check it on a Mac is written beside it.
 """
 
 import contextlib
@@ -31,21 +31,21 @@ PACKAGE = "fastvithd.mlpackage"
 SCRIPT, SAMPLES = "check_coreml.py", "check_coreml.npz"
 _MAC_SCRIPT = Path(__file__).with_name("coreml_on_mac.py")
 
-# In float16 the encoder is computed in float32 from here on: activations of published models come close to the
-# largest float16 number behind it, and pass it.
+# In float16 exports the encoder computes in float32 from here on: activations of published models overflow float16
+# after this point.
 _FIRST_FLOAT32_WEIGHTS = "p_encoder_network_8_"
 _TOLERANCE = {"float32": 1e-4, "float16": 5e-2}
 
 
 class _Encoder(nn.Module):
-    """The encoder as Core ML is to have it; attribute and argument names become names in the program."""
+    """The encoder in the form for Core ML; attribute and argument names become names in the program."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, images: Tensor) -> Tensor:
-        # The encoder's own forward pass refuses sides that are no multiples of 64, which Core ML cannot say of a size.
+        # The encoder's forward pass checks that sides are multiples of 64, which Core ML's sizes cannot express.
         hidden = self.encoder.patch_embed(images)
         for module in self.encoder.network:
             hidden = module(hidden)
@@ -61,23 +61,23 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
     shown = ", ".join(f"{size} x {size}" for size in sizes)
     channels = source.config.vision_config.num_features
     limits = [
-        "The package holds the encoder alone. `image_features` go through the projector next, which is part of the "
-        "language model's files: see the target `apple-app`.",
-        "The error above is of the program read back from the package and evaluated operation by operation in "
-        "PyTorch, each result rounded to the type that the program gives it. Core ML itself may differ a little; "
-        f"`python {SCRIPT}` measures it on a Mac.",
+        "The package contains only the encoder. The projector, which takes `image_features`, is part of the language "
+        "model's files: see the target `apple-app`.",
+        "For the error above, the program was read back from the package and evaluated operation by operation in "
+        "PyTorch, each result rounded to the program's dtype. Core ML itself may differ a little; "
+        f"`python {SCRIPT}` measures the error on a Mac.",
     ]
     if options.precision == "float16":
         limits.append(
-            "From the last downsampling on the program computes in float32, and the weights there are float32: in "
-            "float16 published models overflow."
+            "From the last downsampling on, the weights and computations are float32, because published models "
+            "overflow in float16."
         )
     return Report(
         checked_in=None,
         errors=errors,
         how_to_run=how_to_run("coreml", sizes=shown, first=sizes[0], channels=channels),
         limits=tuple(limits),
-        notes=(f"Core ML does not run here: run `python {SCRIPT}` in the new directory on a Mac to check it there.",),
+        notes=(f"The package was not run in Core ML. To check it, run `python {SCRIPT}` in its directory on a Mac.",),
         library_name="coreml",
     )
 
@@ -91,32 +91,32 @@ def convert_encoder(
     Args:
         package: the path to write.
         precision: "float32" or "float16".
-        sizes: sides of the square pictures; the first is the default, and the only one has the program fixed.
+        sizes: sides of the square images, the default first. A single size becomes fixed in the program.
 
     Returns:
-        The relative error by name, and for each size the picture and the encoder's output in PyTorch.
+        The relative error by name, and for each size the image and the encoder's output in PyTorch.
 
     Raises:
-        ValueError: the program computes another function than the encoder.
+        ValueError: the encoder is not supported, or the program's output differs too much from the encoder's.
     """
     encoder: Any = FastViTHDModel.from_pretrained(source.directory, dtype=torch.float32).eval()
     if encoder.config.multi_scale is not None:
         raise ValueError(
-            f"The encoder has multi_scale {encoder.config.multi_scale!r}, which this target does not know. Export to "
-            "'onnx' instead."
+            f"The encoder has multi_scale {encoder.config.multi_scale!r}, which this target does not support. Export "
+            "to 'onnx' instead."
         )
     samples = {}
     for size in sizes:
         pixels = picture(size)
         samples[size] = pixels, encoder(pixels).last_hidden_state.flatten(2).transpose(1, 2)
-    # A layer scale within the kernel may be too small for float16; beside it, it is not.
+    # Folding a layer scale into a kernel may underflow float16; keep it separate there.
     encoder = fuse(encoder) if precision == "float32" else encoder.reparameterize()
     options.say("converting the encoder")
     with _quiet():
         model = _converted(_Encoder(encoder).eval(), precision, sizes)
-        model.short_description = "FastViTHD, the vision encoder of FastVLM: pictures to features."
+        model.short_description = "FastViTHD, the vision encoder of FastVLM: images to features."
         model.input_description["images"] = "RGB, from 0 to 1, (1, 3, height, width)"
-        model.output_description["image_features"] = "(1, tokens, channels), rows of the picture first"
+        model.output_description["image_features"] = "(1, tokens, channels), rows of the image first"
         if source.may_be_apples:
             model.license = RESEARCH_ONLY
         model.save(str(package))
@@ -145,7 +145,7 @@ def _converted(module: nn.Module, precision: str, sizes: tuple[int, ...]) -> Any
         example, dynamic = torch.zeros((1, 3, sizes[0], sizes[0])), None
         shape: Any = tuple(example.shape)
     else:
-        # Equal sides would become one size to torch.export, which it then narrows.
+        # torch.export would treat equal sides as one size.
         example = torch.zeros((1, 3, min(sizes), max(sizes)))
         limits = {"min": min(sizes), "max": max(sizes)}
         sides = {axis: torch.export.Dim(name, **limits) for axis, name in ((2, "height"), (3, "width"))}
@@ -170,7 +170,7 @@ def _converted(module: nn.Module, precision: str, sizes: tuple[int, ...]) -> Any
 
 
 class _BeforeLastStage:
-    """Says of each operation whether it belongs to the part of the encoder that is computed in float16."""
+    """Tells whether an operation belongs to the part of the encoder that computes in float16."""
 
     def __init__(self) -> None:
         self._late: set[str] | None = None
@@ -196,7 +196,7 @@ class _BeforeLastStage:
 
 
 def _save_samples(path: Path, samples: dict[int, tuple[Tensor, Tensor]]) -> None:
-    """Write pictures, as bytes, and expected features for the script that runs on a Mac."""
+    """Write images, as bytes, and expected features for the script that runs on a Mac."""
     import numpy as np
 
     arrays: dict[str, Any] = {}
@@ -208,7 +208,7 @@ def _save_samples(path: Path, samples: dict[int, tuple[Tensor, Tensor]]) -> None
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep coremltools' progress bars and remarks on other packages' versions off the screen; errors still come."""
+    """Hide coremltools' progress bars and version warnings; errors are still shown."""
     logger = logging.getLogger("coremltools")
     level = logger.level
     logger.setLevel(logging.ERROR)

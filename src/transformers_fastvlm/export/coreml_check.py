@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading an .mlpackage back: is its interface as it should be, and what does its program compute?
+"""Check of a written .mlpackage: its interface, and the output of its program.
 
-The program's operations, read from the written files, are evaluated in PyTorch, each in float32 and its result rounded
-to the type that the program declares. That checks all but Apple's kernels.
+The program's operations are read from the written files and evaluated in PyTorch, each in float32 and its result
+rounded to the dtype that the program declares. This checks everything except Apple's kernels.
 Source of the operations: the documentation of MIL in coremltools 9, `coremltools.converters.mil.mil.ops.defs`.
 """
 
@@ -20,7 +20,7 @@ _FLOAT32 = 65568  # ArrayFeatureType.FLOAT32 of Core ML's model format
 
 
 def check_interface(package: Path, sizes: tuple[int, ...], channels: int) -> None:
-    """Compare inputs and outputs with what `convert_encoder` promises.
+    """Compare inputs and outputs with the interface that `convert_encoder` promises.
 
     Raises:
         ValueError: they differ.
@@ -55,14 +55,14 @@ def evaluate(package: Path, images: Tensor) -> Tensor:
     """Compute the program of an .mlpackage in PyTorch.
 
     Args:
-        package: as it was written.
+        package: path of the .mlpackage.
         images: the program's only input.
 
     Returns:
         Its only output.
 
     Raises:
-        ValueError: the program has an operation that this module does not know.
+        ValueError: the program has an operation that this module does not support.
     """
     import coremltools as ct
     from coremltools.converters.mil.frontend.milproto.load import load
@@ -78,7 +78,7 @@ def evaluate(package: Path, images: Tensor) -> Tensor:
             continue
         compute = _OPERATIONS.get(operation.op_type)
         if compute is None:
-            raise ValueError(f"The program has the operation {operation.op_type!r}, which is not known. Report it.")
+            raise ValueError(f"The program has the unsupported operation {operation.op_type!r}. Please report it.")
         arguments = {key: _value(var, values) for key, var in operation.inputs.items() if var is not None}
         results = compute(arguments)
         for var, result in zip(operation.outputs, results if isinstance(results, list) else [results], strict=True):
@@ -89,7 +89,7 @@ def evaluate(package: Path, images: Tensor) -> Tensor:
 
 
 def _value(var: Any, values: dict[str, Any]) -> Any:
-    """Return a constant, or what an earlier operation gave; float16 as float32."""
+    """Return a constant, or the result of an earlier operation; float16 becomes float32."""
     import numpy as np
 
     if isinstance(var, list | tuple):
@@ -145,7 +145,7 @@ def _split(a: dict[str, Any]) -> list[Tensor]:
 
 
 def _reshape(a: dict[str, Any]) -> Tensor:
-    # 0 stands for the size as it is.
+    # 0 keeps the size of the axis.
     shape = [size or a["x"].shape[axis] for axis, size in enumerate(_ints(a["shape"]))]
     return a["x"].reshape(shape)
 
@@ -157,7 +157,7 @@ def _gather(a: dict[str, Any]) -> Tensor:
 
 
 def _concat(a: dict[str, Any]) -> Tensor:
-    # Sizes come as numbers, which make a vector.
+    # Sizes are scalars, which are concatenated to a vector.
     return torch.cat([torch.atleast_1d(torch.as_tensor(part)) for part in a["values"]], int(a["axis"]))
 
 

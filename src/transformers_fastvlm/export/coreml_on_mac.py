@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run fastvithd.mlpackage, which lies beside this file, on a Mac, and compare it with the model in PyTorch.
+"""Run the fastvithd.mlpackage beside this file on a Mac, and compare it with the model in PyTorch.
 
     pip install coremltools
     python check_coreml.py
 
-`check_coreml.npz` beside it holds a picture for each size and what PyTorch made of it in float32. The relative error
+`check_coreml.npz` holds an image for each size and PyTorch's float32 output for it. The relative error
 ‖a - b‖ / ‖b‖ of `image_features` should be below 1e-3 in float32 and 5e-2 in float16.
 """
 
@@ -19,7 +19,7 @@ LIMIT = 5e-2
 def main() -> int:
     """Print the error and the time of each size, and return 1 if an error is too large."""
     if platform.system() != "Darwin":
-        print("Core ML runs on a Mac only.", file=sys.stderr)
+        print("Core ML runs only on a Mac.", file=sys.stderr)
         return 2
     import coremltools
     import numpy
@@ -43,7 +43,7 @@ def main() -> int:
         error = float(numpy.linalg.norm(found - expected) / numpy.linalg.norm(expected))
         worst = max(worst, error if error == error else float("inf"))
         print(f"{size} x {size}: relative error {error:.1e}, {milliseconds:.1f} ms")
-    print("as expected" if worst <= LIMIT else f"an error is above {LIMIT}: this package does not fit the model")
+    print("as expected" if worst <= LIMIT else f"an error is above {LIMIT}: this package does not match the model")
     return int(worst > LIMIT)
 
 

@@ -4,9 +4,8 @@
     pixel_values ─ vision_encoder.pte ──► image features ─┐
     input_ids ─── token_embedding.pte ──► inputs_embeds ──┴► text_decoder.pte, keys and values inside ─► logits
 
-The decoder takes any number of new tokens with their positions, so that one program does the prompt and what follows.
-Keys and values lie in the program, at the places that the positions say; positions that start at 0 again start a new
-conversation.
+The decoder takes any number of new tokens with their positions, so one program runs both the prompt and decoding.
+The program stores keys and values at their positions. To start a new conversation, start again at position 0.
 """
 
 import importlib.metadata
@@ -36,7 +35,7 @@ _BUFFERS = ("cached_keys_", "cached_values_")
 
 
 class _Slots(StaticLayer):
-    """Keys and values of one layer, written at positions that the caller names."""
+    """Keys and values of one layer, written at given positions."""
 
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         super().__init__(max_cache_len=keys.shape[2])
@@ -51,11 +50,11 @@ class _Slots(StaticLayer):
 
 
 class StaticDecoder(nn.Module):
-    """Language model and head, with room for the keys and values of `context` tokens inside.
+    """Language model and head, with buffers for the keys and values of `context` tokens.
 
     Args:
         model: a `FastVLMForConditionalGeneration` in evaluation mode.
-        context: most tokens of a conversation, those of the picture included.
+        context: largest number of tokens of a conversation, including those of images.
     """
 
     def __init__(self, model: Any, context: int) -> None:
@@ -108,8 +107,8 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
     context = min(tokens + _TEXT_TOKENS, text.max_position_embeddings)
     if context < len(expected.input_ids) + len(expected.answer):
         raise ValueError(
-            f"A picture of {size} x {size} has {tokens} tokens, but the language model has room for {context}. Choose "
-            "a smaller size."
+            f"An image of {size} x {size} has {tokens} tokens, but the context of the language model is {context}. "
+            "Choose a smaller size."
         )
     for name, program in _programs(model, size, context).items():
         options.say(f"writing {name}.pte")
@@ -133,14 +132,14 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
         errors=errors,
         how_to_run=how_to_run("executorch"),
         limits=(
-            f"Pictures of {size} x {size} pixels, one or several a conversation; conversations of at most {context} "
-            f"tokens, of which a picture takes {tokens}.",
-            "One conversation at a time: keys and values lie in the decoder. It starts anew where positions start at "
-            "0 again.",
-            "Tensors have to be contiguous: ExecuTorch reads a transposed view, such as a picture whose channels were "
-            "moved to the front, as another picture, without a word. `.contiguous()` makes it right.",
-            "The program above resizes a picture before it pads it, which this package does in the other order; that "
-            "moves some values a little.",
+            f"Images must have {size} x {size} pixels; a conversation can have several. It has at most {context} "
+            f"tokens, and each image takes {tokens}.",
+            "The decoder stores the keys and values of one conversation at a time. To start a new conversation, start "
+            "again at position 0.",
+            "Tensors must be contiguous: ExecuTorch silently misreads a transposed view, such as an image whose "
+            "channels were moved to the front. Call `.contiguous()`.",
+            "The program above resizes an image before padding it; this package pads first. Some pixel values differ "
+            "a little.",
         ),
         library_name="executorch",
     )
@@ -148,7 +147,7 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
 
 def _programs(model: Any, size: int, context: int) -> dict[str, ExportedProgram]:
     text: Any = model.config.text_config
-    # ExecuTorch runs a length of 1 too; torch.export would make a program for that length alone of it.
+    # ExecuTorch also runs a length of 1, but with min=1 torch.export would fix the length to 1.
     length = Dim("length", min=2, max=context)
     ids = torch.zeros((1, 3), dtype=torch.long)
     embeds, positions = torch.zeros((1, 3, text.hidden_size)), torch.arange(3)
@@ -169,12 +168,12 @@ def _programs(model: Any, size: int, context: int) -> dict[str, ExportedProgram]
 
 
 def _lower(program: ExportedProgram, file: Path) -> None:
-    """Give what XNNPACK can compute to it, and write the program."""
+    """Delegate supported operations to XNNPACK, and write the program."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 
-    # Without the pass keys and values begin as whatever lies in memory, and not-a-number there passes the mask.
+    # Without this pass keys and values start uninitialised, and NaN among them would get through the mask.
     config = ExecutorchBackendConfig(passes=[InitializedMutableBufferPass(list(_BUFFERS))])
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch(config)
     with file.open("wb") as stream:
@@ -190,7 +189,7 @@ def _errors(directory: Path, expected: Reference) -> dict[str, float]:
     methods = {name: program.load_method("forward") for name, program in programs.items()}
 
     def run(name: str, *inputs: Tensor) -> Tensor:
-        return methods[name].execute(list(inputs))[0].clone()  # the runtime uses its memory again
+        return methods[name].execute(list(inputs))[0].clone()  # the runtime reuses its memory
 
     def embedded(ids: list[int]) -> Tensor:
         return run("token_embedding", torch.tensor([ids]))
@@ -212,5 +211,5 @@ def _errors(directory: Path, expected: Reference) -> dict[str, float]:
         "float32: logits": relative_error(first, expected.logits[-1]),
     }
     if not max(errors.values()) <= _TOLERANCE or tuple(answer) != expected.answer:
-        raise ValueError(f"The programs compute another function than the model: {errors}. Please report it.")
+        raise ValueError(f"The programs' outputs differ from the model's: {errors}. Please report it.")
     return errors

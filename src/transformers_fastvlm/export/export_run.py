@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`export`: check what was asked for, write into a temporary directory, add the card, give the directory its name."""
+"""`export`: check the options, write into a temporary directory, add the card, rename the directory."""
 
 import importlib
 import importlib.util
@@ -21,13 +21,13 @@ SIZE_STEP, LARGEST_SIZE = 64, 2048
 
 @dataclass(frozen=True)
 class Export:
-    """What `export` did.
+    """The result of `export`.
 
     Attributes:
-        directory: where the files are.
+        directory: of the files.
         target: the target's name.
-        precisions: those that were written.
-        report: how exact the files are, and what to know about them.
+        precisions: the written precisions.
+        report: the measured errors and limits of the files.
         files: every file, relative to the directory, with its size in bytes.
     """
 
@@ -54,38 +54,38 @@ def export(
     name: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Export:
-    """Write a model in the form that another runtime takes.
+    """Write a model in the format of another runtime.
 
-    The files are checked in that runtime, where it runs on this machine. The checkpoint is never changed, and `out`
-    appears under its name only when it is complete.
+    The files are checked in that runtime if it runs on this machine. The checkpoint is never changed, and `out` appears
+    only when it is complete.
 
     Args:
         target: a name in `TARGETS`.
         model: directory of a checkpoint, or "tiny".
         out: a directory that does not exist yet, or is empty.
-        precision: one of the target's, or several where it takes several; by default its first.
-        sizes: heights, equal to widths, of the pictures in pixels, for targets that fix them.
-        external_data: for "onnx": keep weights in files of their own beside the graphs; by default where a graph
-            would otherwise pass 2 GB.
-        name: what the card calls the model, such as its name on the hub; by default the directory's name.
+        precision: one of the target's precisions, or several if the target supports that; by default its first.
+        sizes: heights, equal to widths, of the images in pixels, for targets that fix them.
+        external_data: for "onnx": store weights in separate files beside the graphs; by default only if a graph
+            would otherwise exceed 2 GB.
+        name: of the model in the card, such as its name on the hub; by default the directory's name.
         say: called with a line of progress.
 
     Raises:
         FileExistsError: `out` exists and is not an empty directory.
         FileNotFoundError: the checkpoint, or a part of it, is missing.
         ImportError: the target needs packages that are not installed.
-        ValueError: unknown target, precision or size, or a model that the target cannot express.
+        ValueError: the target, precision or size is unknown, or the target does not support the model.
 
     Example:
         >>> export("onnx", "tiny", "tiny-onnx", precision="q4f16")  # doctest: +SKIP
     """
     row, precisions = _check(target, precision, sizes)
     if external_data is not None and target != "onnx":
-        raise ValueError(f"external_data is for the target 'onnx'; {target!r} has no such choice.")
+        raise ValueError(f"external_data is for the target 'onnx'; {target!r} has no such option.")
     source, out = Source(model, name), Path(out)
     if out.resolve().is_relative_to(source.directory.resolve()):
         raise ValueError(
-            f"{out} lies inside the checkpoint {source.directory}, which is never written to. Choose another place."
+            f"{out} is inside the checkpoint {source.directory}, which is never changed. Choose another directory."
         )
     write = _writer(target, row)
     options = ExportOptions(precisions=precisions, sizes=tuple(sizes), external_data=external_data, say=say)
@@ -122,16 +122,16 @@ def _check(target: str, precision: str | Sequence[str] | None, sizes: Sequence[i
         if size % SIZE_STEP or not SIZE_STEP <= size <= LARGEST_SIZE:
             raise ValueError(f"size is {size}; expected a multiple of {SIZE_STEP} from {SIZE_STEP} to {LARGEST_SIZE}.")
     if sizes and row.sizes == "none":
-        raise ValueError(f"sizes are given, but {target!r} has none to choose: its files take every size.")
+        raise ValueError(f"sizes are given, but the files of {target!r} take images of every size. Leave them out.")
     if len(sizes) > 1 and row.sizes == "one":
         raise ValueError(f"{len(sizes)} sizes were given; {target!r} takes one.")
     if len(set(sizes)) != len(sizes):
-        raise ValueError(f"sizes are {list(sizes)}; expected each once.")
+        raise ValueError(f"sizes are {list(sizes)}; expected each size once.")
     return row, chosen
 
 
 def _writer(target: str, row: Target) -> Writer:
-    """Import the target's module, after a look at whether its packages are installed."""
+    """Check that the target's packages are installed, and import its module."""
     missing = [package for package in row.packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint that is exported: loaded when it is needed, only read, and whose licence it is under."""
+"""The checkpoint to export: loaded on demand, never changed, with its licence."""
 
 import functools
 import os
@@ -23,14 +23,14 @@ class Source:
 
     Args:
         directory: in Apple's layout or this package's; or "tiny".
-        name: what the model is called in the card; by default the directory's name.
+        name: of the model in the card; by default the directory's name.
 
     Attributes:
         layout: "apple" or "transformers".
 
     Raises:
-        FileNotFoundError: no such directory, or no config.json in it.
-        ValueError: of another model, or of Transformers' own `fast_vlm`.
+        FileNotFoundError: the directory or its config.json does not exist.
+        ValueError: the checkpoint is of another model, or of Transformers' own `fast_vlm`.
     """
 
     def __init__(self, directory: str | os.PathLike[str], name: str | None = None) -> None:
@@ -70,16 +70,16 @@ class Source:
         return FastVLMProcessor.from_pretrained(self.directory)
 
     def model(self, dtype: torch.dtype | str = torch.float32) -> Any:
-        """Load the model anew, on the CPU, in evaluation mode; the caller may do with it what it wants.
+        """Load a new copy of the model on the CPU, in evaluation mode; the caller may change it.
 
         Args:
-            dtype: of the weights; "auto" is the checkpoint's own, and takes the least memory.
+            dtype: of the weights; "auto" is the checkpoint's dtype and takes the least memory.
         """
         return FastVLMForConditionalGeneration.from_pretrained(self.directory, dtype=dtype).eval()
 
     @functools.cached_property
     def licence(self) -> str | None:
-        """The weights' licence by its name on the hub, "apple-amlr" for Apple's; None if none is stated."""
+        """The licence of the weights, by its name on the hub ("apple-amlr" for Apple's); None if none is stated."""
         if self.is_tiny:
             return "apache-2.0"
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in self.licence_files()]
@@ -89,7 +89,7 @@ class Source:
 
     @property
     def may_be_apples(self) -> bool:
-        """Whether the weights are Apple's, or could be: the published encoder's shape and no licence stated."""
+        """Whether the weights are or may be Apple's: they have the published encoder's shape and state no licence."""
         return licences.may_be_apples(self.licence, self.config.vision_config.hidden_sizes)
 
     def licence_files(self) -> list[Path]:

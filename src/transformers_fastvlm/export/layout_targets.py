@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The targets `apple` and `native`: whole checkpoints for Apple's scripts and for Transformers' own `fast_vlm`.
 
-`checkpoints.convert` writes both. What is added here is what makes the directories work in others' hands: a merged
-encoder, generation settings that end, a chat template that places pictures; and the checks after writing.
+`checkpoints.convert` writes both. This module adds a merged encoder, generation settings with stop tokens, a chat
+template that places images, and the checks after writing.
 """
 
 import fnmatch
@@ -24,7 +24,7 @@ from .targets import ExportOptions, Report, how_to_run
 
 __all__ = ["write_apple", "write_native"]
 
-_SQUARE = "Pictures are padded to a black square, as in training."
+_SQUARE = "Images are padded to a black square, as in training."
 _TEMPLATE_FILES = ("chat_template.json", "chat_template.jinja")
 
 
@@ -36,7 +36,7 @@ def write_apple(source: Source, out: Path, options: ExportOptions) -> Report:
         errors={},
         how_to_run=how_to_run("apple"),
         limits=tuple(_apple_limits(source)),
-        notes=(*notes, "Apple's scripts are not installed here: the files were read back, but not run in them."),
+        notes=(*notes, "The files were read back, but not run in Apple's scripts."),
         library_name="ml-fastvlm",
     )
 
@@ -69,7 +69,7 @@ def write_native(source: Source, out: Path, options: ExportOptions) -> Report:
 
 
 def _convert(source: Source, out: Path, layout: Layout, options: ExportOptions) -> list[str]:
-    """Convert into `out`, with the encoder merged, read the result back, and return the conversion's notes."""
+    """Convert into `out` with a merged encoder, read the result back, and return the conversion's notes."""
     with tempfile.TemporaryDirectory(dir=out, prefix="converting-") as folder:
         directory = source.directory
         if not source.config.vision_config.reparameterized:
@@ -83,7 +83,7 @@ def _convert(source: Source, out: Path, layout: Layout, options: ExportOptions) 
 
 
 def _merged(source: Source, out: Path, layout: Layout) -> Path:
-    """Save the model with its encoder merged, beside those other files of the checkpoint that `convert` copies."""
+    """Save the model with a merged encoder, and copy the checkpoint's other files that `convert` keeps."""
     merged_model(source, "auto").save_pretrained(out)
     dropped = DROPPED_FILES | (DROPPED_FROM[source.layout] if layout != source.layout else {})
     for path in source.directory.iterdir():
@@ -95,7 +95,7 @@ def _merged(source: Source, out: Path, layout: Layout) -> Path:
 
 @torch.no_grad()
 def _native_errors(directory: Path, expected: Reference) -> dict[str, float]:
-    """Run the directory in Transformers' own class and compare."""
+    """Run the directory in Transformers' `fast_vlm` and compare."""
     from transformers import FastVlmForConditionalGeneration
 
     model, info = FastVlmForConditionalGeneration.from_pretrained(
@@ -103,7 +103,7 @@ def _native_errors(directory: Path, expected: Reference) -> dict[str, float]:
     )
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     if wrong:
-        raise ValueError(f"Transformers' fast_vlm does not take {len(wrong)} tensors of the export: {wrong[:5]}.")
+        raise ValueError(f"Transformers' fast_vlm does not load {len(wrong)} tensors of the export: {wrong[:5]}.")
     model.eval()
     features = model.get_image_features(pixel_values=expected.pixel_values).pooler_output
     inputs = {"input_ids": torch.tensor([expected.input_ids]), "pixel_values": expected.pixel_values}
@@ -113,33 +113,33 @@ def _native_errors(directory: Path, expected: Reference) -> dict[str, float]:
     }
     answer = model.generate(**inputs, do_sample=False, temperature=None, max_new_tokens=len(expected.answer))
     if tuple(answer[0, len(expected.input_ids) :].tolist()) != expected.answer:
-        raise ValueError(f"Transformers' fast_vlm answers otherwise than this package; relative errors {errors}.")
+        raise ValueError(f"Transformers' fast_vlm gives another answer than this package; relative errors {errors}.")
     return errors
 
 
 def _apple_limits(source: Source) -> list[str]:
     limits = [
-        "Apple's scripts take one picture a question, and need `llava` from github.com/apple/ml-fastvlm.",
-        "The tokenizer has no <image>: Apple's scripts put the id -200 where the picture belongs.",
+        "Apple's scripts take one image for each question and need `llava` from github.com/apple/ml-fastvlm.",
+        "The tokenizer has no <image>: Apple's scripts use the id -200 as the placeholder.",
     ]
     if not source.has_published_encoder:
         limits.append(
-            "The encoder is smaller than the published one. Apple's code builds the published one whatever config.json "
-            "says, and so cannot load this model; this package can."
+            "The encoder does not have the published size. Apple's code always builds the published encoder and cannot "
+            "load this model; this package can."
         )
     return limits
 
 
 def _native_limits(source: Source) -> list[str]:
     limits = [
-        f'{_SQUARE} With `backend="pil"` the pixels are exactly those of this package; without it torchvision '
-        "resizes, and a value may be off by two of 255.",
-        "The chat template, chat_template.jinja, is this package's: it takes contents that are strings or lists of "
-        "parts, and puts the one picture of a turn in front of its text, as in training.",
-        'Transformers pads batches on the right unless told otherwise: pass `padding_side="left"` for generation.',
+        f'{_SQUARE} With `backend="pil"` the pixels equal those of this package; otherwise torchvision resizes, and '
+        "values may differ by 2 of 255.",
+        "chat_template.jinja is this package's chat template: it takes strings or lists of parts as content, and "
+        "moves a single image of a turn before the text, as in training.",
+        'Transformers pads batches on the right by default: pass `padding_side="left"` for generation.',
     ]
     if source.config.image_aspect_ratio == "anyres":
-        limits.append("There is no AnyRes: each picture is seen once, padded to a square, and not in tiles.")
+        limits.append("There is no AnyRes: each image is padded to a square and encoded once, without tiles.")
     if source.config.image_aspect_ratio == "square":
-        limits[0] = limits[0].replace(_SQUARE, "Pictures are cut to their centred square, as this checkpoint asks for.")
+        limits[0] = limits[0].replace(_SQUARE, "Images are cropped to their centred square, as in the checkpoint.")
     return limits

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target `mlx`: a directory that mlx-vlm loads as its `fastvlm`.
 
-A tensor's values change only in type and order: MLX keeps channels last. mlx-vlm takes the encoder's sizes from its own
-constants, and a language model with the biases of Qwen2; a Llama gets zeros there, which is the same function.
+Only the dtype and the axis order of tensors change: MLX keeps channels last. mlx-vlm takes the encoder's sizes from
+constants and expects the biases of Qwen2 in the language model; for a Llama they are zeros.
 Source: names and shapes of the parameters of mlx-vlm 0.7's `fastvlm`.
 """
 
@@ -37,7 +37,7 @@ MODULES: tuple[tuple[str, str], ...] = (
 """See `renamed`."""
 
 IMAGE_TOKEN_INDEX = -200
-"""What stands in a picture's place for mlx-vlm. With any other number in config.json it would leave the picture out."""
+"""The placeholder's token id in mlx-vlm. With any other value in config.json, mlx-vlm ignores the image."""
 _FIXED = ("attention_head_dim", "hidden_act", "multi_scale", "layer_norm_eps", "batch_norm_eps", "num_channels")
 _TOLERANCE = 1e-3
 
@@ -77,12 +77,12 @@ def _check_encoder(source: Source) -> None:
     if different:
         found = ", ".join(f"{field} {getattr(vision, field)!r}" for field in different)
         raise ValueError(
-            f"The encoder has {found}; mlx-vlm knows only the published model's. Export to 'onnx' instead."
+            f"The encoder has {found}; mlx-vlm supports only the published model's values. Export to 'onnx' instead."
         )
 
 
 def check_language_model(source: Source, runtime: str) -> None:
-    """Raise ValueError unless the language model is one that a Qwen2 of the sizes in config.json can express."""
+    """Raise ValueError unless the language model can be expressed as a Qwen2 with the sizes in config.json."""
     text = source.config.text_config
     wrong = {
         "model_type": text.model_type if text.model_type not in ("qwen2", "llama") else None,
@@ -102,7 +102,7 @@ def check_language_model(source: Source, runtime: str) -> None:
 
 
 def save_tokenizer(source: Source, out: Path) -> None:
-    """Write the tokenizer's files, tokenizer.json among them, with the chat template that places pictures."""
+    """Write the tokenizer's files, including tokenizer.json and the chat template that places images."""
     processor = source.processor
     tokenizer = processor.tokenizer
     tokenizer.chat_template = processor.chat_template
@@ -110,13 +110,13 @@ def save_tokenizer(source: Source, out: Path) -> None:
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
-    """Return what the model is made of, by our names, with the parts that mlx-vlm always has."""
+    """Return the model's tensors by our names, with the parts that mlx-vlm always has."""
     config = model.config
     vision, text = config.vision_config, config.text_config
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".num_batches_tracked")}
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    # Nobody has a use for the learned newline where pictures are not cut into tiles.
+    # The learned newline is only used with tiles.
     tensors.pop("model.image_newline", None)
     like = tensors["model.vision_tower.conv_exp.reparam_conv.weight"]
     tensors.setdefault("model.vision_tower.head.proj", like.new_zeros((vision.num_features, 1)))
@@ -127,7 +127,7 @@ def _tensors(model: Any) -> dict[str, Tensor]:
 
 
 def _arranged(name: str, tensor: Tensor) -> Tensor:
-    """Return an encoder's tensor with its channels last, and any other as it is."""
+    """Return a tensor of the encoder with its channels last, and any other tensor unchanged."""
     if not name.startswith("model.vision_tower."):
         return tensor
     if tensor.ndim == 4:
@@ -136,7 +136,7 @@ def _arranged(name: str, tensor: Tensor) -> Tensor:
 
 
 def _config(source: Source, model: Any, quantization: dict[str, Any] | None) -> dict[str, Any]:
-    """Return config.json: Apple's, as mlx-vlm reads it."""
+    """Return config.json: Apple's, with the fields that mlx-vlm reads."""
     config = model.config
     flat = apple_config(config)
     flat.pop("image_token_id", None)
@@ -159,7 +159,7 @@ def _config(source: Source, model: Any, quantization: dict[str, Any] | None) -> 
 
 
 def _preprocessor(source: Source) -> dict[str, Any]:
-    """Return preprocessor_config.json, as mlx-vlm's image processor and Apple's app read it."""
+    """Return preprocessor_config.json for mlx-vlm's image processor and Apple's app."""
     content = native_processor_files(source.config)["preprocessor_config.json"]
     del content["do_pad"]
     return content | {"image_processor_type": "FastVLMImageProcessor", "processor_class": "FastVLMProcessor"}
@@ -167,7 +167,7 @@ def _preprocessor(source: Source) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def encoder_of(source: Source) -> Iterator[None]:
-    """Let mlx-vlm build an encoder of the checkpoint's sizes, in place of the constants that it has for them."""
+    """Let mlx-vlm build an encoder of the checkpoint's sizes instead of those in its constants."""
     from mlx_vlm.models.fastvlm.config import VisionConfig
 
     vision = source.config.vision_config
@@ -181,7 +181,7 @@ def encoder_of(source: Source) -> Iterator[None]:
 
 
 def _image_features(model: Any, pixel_values: Any) -> Any:
-    """Return (batch, tokens, hidden) that mlx-vlm's encoder and projector make of (batch, 3, height, width)."""
+    """Return mlx-vlm's image features, (batch, tokens, hidden), of pixels (batch, 3, height, width)."""
     stem = model.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv.weight
     _, encoded, _ = model.vision_tower(pixel_values.astype(stem.dtype).transpose(0, 2, 3, 1))
     return model.mm_projector(encoded.reshape(encoded.shape[0], -1, encoded.shape[-1]))
@@ -193,12 +193,12 @@ def greedy_answer(
     """Return the token ids that mlx-vlm generates greedily.
 
     Args:
-        model: as mlx-vlm loads it.
-        input_ids: with one `IMAGE_TOKEN_INDEX` in the picture's place.
+        model: a model loaded by mlx-vlm.
+        input_ids: with `IMAGE_TOKEN_INDEX` as the image's placeholder.
         pixel_values: MLX array (1, 3, height, width).
-        max_tokens: most tokens.
-        ends: ids that end the answer, and are not returned.
-        kwargs: more of mlx-vlm's `generate_step`.
+        max_tokens: largest number of tokens to generate.
+        ends: stop token ids; they are not returned.
+        kwargs: further arguments of mlx-vlm's `generate_step`.
     """
     import mlx.core as mx
     from mlx_vlm.generate import generate_step
@@ -228,32 +228,31 @@ def _errors(source: Source, directory: Path, precision: str, expected: Reference
     }
     if not all(error < float("inf") for error in errors.values()):
         raise ValueError(
-            f"In mlx-vlm the model gives values that are not finite in {precision}: activations at the end of the "
-            "encoder pass the largest number of float16. Export as bfloat16, q8 or q4 instead."
+            f"In mlx-vlm the model's outputs are not finite in {precision}: activations at the end of the encoder "
+            "overflow float16. Export as bfloat16, q8 or q4 instead."
         )
     if precision == "float32":
         answer = greedy_answer(model, ids, pixel_values, len(expected.answer))
         if max(errors.values()) > _TOLERANCE or tuple(answer) != expected.answer:
-            raise ValueError(f"mlx-vlm computes another function than this package: {errors}. Please report it.")
+            raise ValueError(f"mlx-vlm's outputs differ from this package's: {errors}. Please report it.")
     return errors
 
 
 def _limits(source: Source, precision: str) -> list[str]:
     limits = [
-        "One picture a question: with two or more, mlx-vlm puts the text at the wrong places between them.",
-        "mlx-vlm pads every picture to a black square, and loses up to one of 255 a value in doing so.",
-        "mlx-vlm takes a picture whose largest value is 1 of 255 or less for one that is scaled already, and so sees a "
-        "nearly black picture as a bright one.",
-        "`image_token_index` in config.json must stay -200, and `model_type` llava_qwen2: with others mlx-vlm leaves "
-        "the picture out without a word.",
+        "Use one image for each question: with two or more, mlx-vlm puts the text at the wrong places between them.",
+        "mlx-vlm pads every image to a black square; pixel values may change by 1 of 255.",
+        "mlx-vlm scales an image whose largest value is 1 of 255 or less twice, so a nearly black image looks bright.",
+        "`image_token_index` in config.json must stay -200, and `model_type` llava_qwen2: with other values mlx-vlm "
+        "silently ignores the image.",
     ]
     config = source.config
     if precision == "float16":
-        limits.append("The encoder is computed in float16 here, where this package computes its end in float32.")
+        limits.append("The whole encoder computes in float16; this package computes its last stage in float32.")
     if config.image_aspect_ratio != "pad":
         limits.append(f"This checkpoint has image_aspect_ratio {config.image_aspect_ratio!r}; mlx-vlm pads instead.")
     if not source.has_published_encoder:
-        limits.append("The encoder is not of the published size: mlx-vlm has to be told its sizes, as shown above.")
+        limits.append("The encoder does not have the published size: set its sizes in mlx-vlm, as shown above.")
     return limits
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing of tensors as MLX reads them: safetensors in a float type, with matrices quantized in groups of a row."""
+"""Tensors in MLX's format: safetensors in a floating-point dtype, with matrices quantized in groups along the rows."""
 
 import functools
 from collections.abc import Callable
@@ -21,25 +21,25 @@ _SHARD_BYTES = 5 * 10**9
 
 
 def quantization_of(precision: str) -> dict[str, Any] | None:
-    """Return what config.json says of a precision's quantization, or None if it is a float type."""
+    """Return a precision's quantization for config.json, or None for a floating-point dtype."""
     bits = _BITS.get(precision)
     return None if bits is None else {"group_size": _GROUP, "bits": bits, "mode": "affine"}
 
 
 def renamed(name: str, modules: tuple[tuple[str, str], ...], runtime: str) -> str:
-    """Return a runtime's name of a parameter that has our name.
+    """Translate our name of a parameter to the runtime's name.
 
     Args:
-        modules: pairs (our prefix, the runtime's); the first that fits counts.
-        runtime: as an error calls it.
+        modules: pairs (our prefix, the runtime's prefix); the first match is used.
+        runtime: name of the runtime in error messages.
 
     Raises:
-        ValueError: the runtime has no such part.
+        ValueError: no prefix matches.
     """
     for ours, theirs in modules:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
-    raise ValueError(f"{runtime} has no place for the tensor {name}.")
+    raise ValueError(f"{runtime} has no parameter for the tensor {name}.")
 
 
 def write_weights(
@@ -48,11 +48,11 @@ def write_weights(
     """Write tensors in MLX's safetensors, in shards of at most 5 GB before any quantization.
 
     Args:
-        tensors: by the names to write them under.
-        dtype: "float32", "float16" or "bfloat16", of all that is not quantized.
-        quantization: None, or as `quantization_of` returns it.
-        quantizable: prefix of the names of the matrices that are quantized, embeddings included. Those whose rows are
-            not a multiple of the group size stay as they are, which MLX finds out by itself.
+        tensors: by the names in the file.
+        dtype: "float32", "float16" or "bfloat16", of the tensors that are not quantized.
+        quantization: None, or the value of `quantization_of`.
+        quantizable: prefix of the names of matrices to quantize, including embeddings. Matrices whose row length is not
+            a multiple of the group size are not quantized; MLX detects them.
     """
     import mlx.core as mx
 
@@ -80,7 +80,7 @@ def _arrays(name: str, tensor: Tensor, dtype: str, quantization: dict[str, Any] 
     """Return a tensor as MLX arrays: itself, or packed values with a scale and a bias for each group."""
     import mlx.core as mx
 
-    # MLX reads no bfloat16 from NumPy, and float32 holds every value of the types that checkpoints have.
+    # MLX cannot read bfloat16 from NumPy; float32 represents all values of the dtypes in checkpoints.
     array = mx.array(tensor.detach().to(torch.float32).contiguous().numpy()).astype(getattr(mx, dtype))
     is_matrix = name.endswith(".weight") and tensor.ndim == 2 and tensor.shape[1] % _GROUP == 0
     if quantization is None or not is_matrix:

@@ -4,9 +4,9 @@
     OUT/config.json, tokenizer files, preprocessor_config.json, processor_config.json
     OUT/onnx/{vision_encoder,embed_tokens,decoder_model_merged}{,_fp16,_quantized,_q4,_q4f16}.onnx
 
-float32, q8 and q4 come from one graph of each part, float16 and q4f16 from another whose weights are float16. The
-encoder is converted for each, and then given back; the language model keeps its type, and its weights are converted one
-by one while they are written: so memory stays near the model's own size.
+float32, q8 and q4 share one graph of each part; float16 and q4f16 share another with float16 weights. The encoder is
+converted for each graph and then freed. The language model keeps its dtype; its weights are converted one by one while
+they are written, so memory stays close to the model's size.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ LARGEST_FLOAT32_ERROR = 1e-4
 QUESTION = "Describe the picture."
 _NAMES = {torch.float32: "float32", torch.float16: "float16"}
 _DTYPE_OF = {"float32": "fp32", "float16": "fp16"}
-"""What transformers.js calls them."""
+"""Names of the dtypes in transformers.js."""
 
 
 def write(source: Source, out: Path, options: ExportOptions) -> Report:
@@ -50,7 +50,7 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
     size = options.sizes[0] if options.sizes else source.image_size
     model = source.model("auto")
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(f"{source.directory} is quantised; export the checkpoint that it was made from.")
+        raise ValueError(f"{source.directory} is quantized; export the original checkpoint instead.")
     _leave_the_file(model)
     example = _Example(_processor(source, size), model)
     writer = _Writer(out / "onnx", options)
@@ -75,24 +75,24 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
 
 
 def _leave_the_file(model: Any) -> None:
-    """Read the weights now: the file's pages would stay beside the converted ones as long as any of them is in use."""
+    """Copy the weights from the mapped file, whose pages would stay in memory beside the converted ones."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.clone()
         for name, buffer in module.named_buffers(recurse=False):
-            # A new one, since it may be a view, which keeps what it was made from.
+            # A copy, since a view would keep its base tensor in memory.
             setattr(module, name, buffer.clone())
 
 
 def _limits(source: Source) -> list[str]:
     limits = [
-        "transformers.js replaces only the first `<image>` of a prompt: for several pictures write each placeholder as "
-        "often as its picture has tokens.",
-        "transformers.js shrinks pictures with another filter than Pillow's, and in browsers with the canvas'; so its "
-        "pixel values are near this package's and not equal.",
+        "transformers.js replaces only the first `<image>` of a prompt: for several images write each placeholder as "
+        "often as its image has tokens.",
+        "transformers.js does not resize with Pillow's filter, and uses the canvas in browsers: its pixel values "
+        "differ a little from this package's.",
     ]
     if source.config.image_aspect_ratio == "anyres":
-        limits.append("The checkpoint cuts large pictures into tiles (AnyRes); these files see one padded square.")
+        limits.append("The checkpoint cuts large images into tiles (AnyRes); these files use one padded square.")
     return limits
 
 
@@ -104,7 +104,7 @@ def _processor(source: Source, size: int) -> FastVLMProcessor:
 
 
 class _Writer:
-    """Writes the precisions that a graph is for, and remembers which have their weights outside."""
+    """Writes the precisions of a graph, and records which files have external weights."""
 
     def __init__(self, folder: Path, options: ExportOptions) -> None:
         folder.mkdir()
@@ -112,7 +112,7 @@ class _Writer:
         self.external: dict[str, bool] = {}
 
     def wants(self, dtype: torch.dtype) -> list[str]:
-        """Return the precisions that are made from a graph of this type."""
+        """Return the precisions that are made from a graph of this dtype."""
         half = ("float16", "q4f16")
         return [name for name in self.options.precisions if (name in half) == (dtype == torch.float16)]
 
@@ -128,7 +128,7 @@ class _Writer:
 
 
 class _Example:
-    """A picture and a question, with what the model in PyTorch float32 makes of them."""
+    """An image and a question, with the model's outputs in PyTorch float32."""
 
     def __init__(self, processor: FastVLMProcessor, model: FastVLMForConditionalGeneration) -> None:
         size = processor.image_processor.size["height"]
@@ -150,12 +150,12 @@ class _Example:
 
     @torch.no_grad()
     def see(self, model: FastVLMForConditionalGeneration) -> None:
-        """Keep the image features."""
+        """Store the image features."""
         self.features = VisionEncoder(model).eval()(self.pixels)
 
     @torch.no_grad()
     def read(self, model: FastVLMForConditionalGeneration) -> None:
-        """Keep the logits of the prompt, the last token of which is fed on its own."""
+        """Store the logits of the prompt; its last token is a separate step."""
         embeds = TokenEmbedding(model).eval()(self.ids)
         embeds[self.places] = self.features.flatten(0, 1)
         positions = torch.arange(self.ids.shape[1])[None]
@@ -168,7 +168,7 @@ class _Example:
         """Run the files of one precision, one part at a time, and compare.
 
         Raises:
-            RuntimeError: float32 is off, so something was translated wrongly.
+            RuntimeError: the outputs are not finite, or the float32 error is too large.
         """
         runner = OnnxModel(out, precision, prepack=False)
         ids, mask = self.ids.numpy(), self.mask.numpy()
@@ -188,12 +188,12 @@ class _Example:
         }
         worst = max(errors.values())
         if not np.isfinite(worst) or (precision == "float32" and worst > LARGEST_FLOAT32_ERROR):
-            raise RuntimeError(f"The {precision} files do not compute what the model does: {errors}. Please report it.")
+            raise RuntimeError(f"The {precision} files' outputs differ from the model's: {errors}. Please report it.")
         return errors
 
 
 def _write_vision(model: Any, example: _Example, writer: _Writer) -> None:
-    """Write encoder and projector, and take the encoder out of the model."""
+    """Write encoder and projector, and remove both from the model."""
     model.model.vision_tower.float().reparameterize()
     model.model.multi_modal_projector.float()
     example.see(model)
@@ -201,7 +201,7 @@ def _write_vision(model: Any, example: _Example, writer: _Writer) -> None:
     dtypes = [dtype for dtype in (torch.float32, torch.float16) if writer.wants(dtype)]
     for dtype in dtypes:
         writer.options.say(f"translating the encoder in {_NAMES[dtype]}")
-        # What is fused is of no use to another type.
+        # Fusing changes the modules, so every dtype but the last gets a copy.
         chosen = parts if dtype == dtypes[-1] else copy.deepcopy(parts)
         model.model.vision_tower, model.model.multi_modal_projector = (part.to(dtype) for part in chosen)
         fuse(model)
@@ -223,7 +223,7 @@ def _write_text(model: Any, example: _Example, writer: _Writer) -> None:
 
 @contextlib.contextmanager
 def _computing_in_float32(model: Any) -> Iterator[None]:
-    """Give each layer of the language model wide weights while it runs; the head, whose type counts, all the time."""
+    """Give each layer of the language model float32 weights while it runs; the head, which sets the dtype, always."""
     head, handles = model.lm_head, []
     narrow: dict[Any, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
 
@@ -250,7 +250,7 @@ def _computing_in_float32(model: Any) -> Iterator[None]:
 
 
 def _give_memory_back() -> None:
-    """Collect what is no longer used. glibc keeps freed memory, up to half the model's size here, until it is asked."""
+    """Free unused memory. glibc keeps freed memory, here up to half the model's size, until malloc_trim."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands beside the ONNX graphs: config.json, processor and tokenizer files as transformers.js reads them."""
+"""The files beside the ONNX graphs: config.json, processor and tokenizer files for transformers.js."""
 
 import shutil
 from pathlib import Path
@@ -13,9 +13,9 @@ from .export_source import Source
 
 __all__ = ["javascript_template", "write_files"]
 
-# Where a tokenizer was loaded from, which Transformers writes into its files.
+# Fields about the place that a tokenizer was loaded from, which Transformers writes into its files.
 _NOT_OF_THE_TOKENIZER = ("is_local", "local_files_only", "name_or_path")
-# What the templates say in Jinja's Python dialect, and how @huggingface/jinja takes it.
+# Expressions of the templates in Python's Jinja, and their equivalents for @huggingface/jinja.
 _DIALECT = (
     ("\\U000f0000", "\U000f0000"),
     ("turn.text.count('<image>') == 1", "(turn.text.split('<image>') | length) == 2"),
@@ -33,11 +33,11 @@ def javascript_template(text_model_type: str) -> str:
 
 
 def write_files(source: Source, out: Path, size: int, external: dict[str, bool]) -> None:
-    """Write everything but the graphs; config.json last.
+    """Write all files except the graphs; config.json is last.
 
     Args:
-        size: height and width of pictures in pixels.
-        external: names of the graphs whose weights are in a file of their own.
+        size: height and width of images in pixels.
+        external: names of the graphs with external weights.
     """
     template = javascript_template(source.config.text_config.model_type)
     _write_tokenizer(source, out, template)
@@ -61,9 +61,9 @@ def _write_tokenizer(source: Source, out: Path, template: str) -> None:
 
 
 def _image_processor(source: Source, content: dict[str, Any], size: int) -> dict[str, Any]:
-    """Make a square of the given size: by black borders, or by cutting for a checkpoint of that kind.
+    """Return a configuration that pads images to a black square, or crops them if the checkpoint does.
 
-    transformers.js has no padding in the middle, but its centre crop of a smaller picture is one.
+    transformers.js cannot pad on both sides, but its centre crop of a smaller image does.
     """
     cuts = source.config.image_aspect_ratio == "square"
     edges = {"shortest_edge": size} if cuts else {"shortest_edge": size, "longest_edge": size}
@@ -76,7 +76,7 @@ def _image_processor(source: Source, content: dict[str, Any], size: int) -> dict
 
 
 def _config(source: Source, external: dict[str, bool]) -> dict[str, Any]:
-    """Return config.json: Apple's flat one for Qwen2, which transformers.js has a class for, and else LLaVA's."""
+    """Return config.json: Apple's flat form for Qwen2, for which transformers.js has a class, and LLaVA's otherwise."""
     config, text = source.config, source.config.text_config
     aspect = "pad" if config.image_aspect_ratio == "anyres" else config.image_aspect_ratio
     if text.model_type == "qwen2":

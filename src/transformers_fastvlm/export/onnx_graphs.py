@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX graphs of a model's parts, with the inputs and outputs that transformers.js expects, and how they are saved.
+"""ONNX graphs of a model's parts, with the inputs and outputs that transformers.js expects, and saving them.
 
-A graph refers to the model's own weights, whatever their type, and reads, converts and saves them one by one: so
-graphs of several types and precisions are written without a copy of the model in any of them.
+A graph refers to the model's weights in their original dtype. They are read, converted and saved one by one, so no
+precision needs a copy of the model.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ __all__ = ["OPSET", "decoder_graph", "embedding_graph", "save_graph", "vision_gr
 
 OPSET = 21
 EXTERNAL_ABOVE = 1_500_000_000
-"""Bytes of weights from which they go to a file of their own: protobuf ends at 2 GB, and so do buffers in browsers."""
+"""Bytes above which weights are stored externally: protobuf files and browser buffers are limited to 2 GB."""
 
 _BATCH = "batch_size"
 
 
 def vision_graph(model: Any) -> Any:
-    """Return `VisionEncoder` as an `onnx_ir.Model`, in the types of its weights: pixel_values to image_features.
+    """Return `VisionEncoder` as an `onnx_ir.Model`, in the dtypes of its weights: pixel_values to image_features.
 
-    The model must be there, and unchanged, until the graph is saved; so it must for the other graphs.
+    Keep the model alive and unchanged until the graph is saved; this holds for all graphs.
     """
     return _graph(
         model,
@@ -53,7 +53,7 @@ def embedding_graph(model: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def decoder_graph(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Return `Decoder` as an `onnx_ir.Model`: one graph for prompts, whose past has length 0, and for what follows.
+    """Return `Decoder` as an `onnx_ir.Model`: one graph for the prompt, with a past of length 0, and for decoding.
 
     Args:
         dtype: of the graph's weights; by default the model's.
@@ -75,10 +75,10 @@ def _graph(
     inputs: dict[str, dict[int, str]],
     outputs: dict[str, dict[int, str]],
 ) -> Any:
-    """Translate a part and give its inputs, outputs and their free dimensions these names."""
+    """Translate a part, and name its inputs, outputs and their free dimensions."""
     import onnx_ir as ir
 
-    # The exporter comments on its own work, on passes of its optimiser and on packages that it could also use.
+    # The exporter logs its progress, its optimiser's passes and hints about optional packages.
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with _placeholders(model, dtype) as weights:
@@ -88,7 +88,7 @@ def _graph(
         translated = torch.onnx.export(program, opset_version=OPSET, dynamo=True, verbose=False, optimize=False)
         assert translated is not None
         _refer_to_weights(translated.model.graph, program, weights)
-        # The optimiser would hold every matrix that it transposes, and computes with the weights.
+        # Done before the optimiser runs, which would keep every transposed matrix in memory.
         _lay_out_weights(translated.model.graph)
         translated.optimize()
     graph = translated.model.graph
@@ -96,8 +96,8 @@ def _graph(
     for values, wanted in ((graph.inputs, inputs), (graph.outputs, outputs)):
         if len(values) != len(wanted):
             raise RuntimeError(f"The graph has {len(values)} inputs or outputs; expected {', '.join(wanted)}.")
-    # Shapes in between are left to the runtime: the exporter's names for free dimensions are not these, and where its
-    # optimiser has moved an operation they need not hold any more.
+    # Drop intermediate shapes: the exporter uses other names for free dimensions, and shapes may be wrong where its
+    # optimiser has moved an operation.
     for node in graph:
         for value in node.outputs:
             value.shape = None if value not in graph.outputs else value.shape
@@ -110,12 +110,12 @@ def _graph(
 
 @contextlib.contextmanager
 def _placeholders(model: nn.Module, dtype: torch.dtype | None) -> Iterator[dict[int, nn.Parameter]]:
-    """Give a model parameters of type `dtype`, by default of their own, that take no memory, since nothing is written
-    to them. An exporter needs no more, and whatever it leaves behind holds on to these. Buffers keep their type, as in
-    `generate`: in float16 the frequencies of positions would be off.
+    """Replace a model's parameters by empty ones of dtype `dtype`, by default the original one. They take no memory,
+    since nothing is written to them. The exporter needs only their shapes, and any reference that it keeps is to the
+    empty ones. Buffers keep their dtype, as in `generate`: in float16 the rotary frequencies would be inexact.
 
     Yields:
-        the model's own parameters by the address of what stands for them.
+        the original parameters by the address of their replacements.
     """
     stand_ins: dict[nn.Parameter, nn.Parameter] = {}
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -134,7 +134,7 @@ def _placeholders(model: nn.Module, dtype: torch.dtype | None) -> Iterator[dict[
 
 
 def _refer_to_weights(graph: Any, program: ExportedProgram, weights: dict[int, nn.Parameter]) -> None:
-    """Let a graph's initialisers be the weights that the program's parameters stand for."""
+    """Make a graph's initialisers refer to the original weights."""
     import onnx_ir as ir
 
     parameters = dict(program.named_parameters())
@@ -147,14 +147,14 @@ def _refer_to_weights(graph: Any, program: ExportedProgram, weights: dict[int, n
         ) -> Any:
             weight = stands_for()
             if weight is None:
-                raise RuntimeError(f"The model is gone, and with it {name}; save its graphs before.")
+                raise RuntimeError(f"The model was deleted before {name} was saved; save its graphs first.")
             return ir.tensor_adapters.TorchTensor(weight.detach().to(dtype), name=name)
 
         value.const_value = ir.LazyTensor(read, value.dtype, value.shape, name=name)
 
 
 def _forget_the_origin(graph: Any) -> None:
-    """Take out the exporter's notes, in which each operation has the paths of the programs that it comes from."""
+    """Remove the exporter's metadata, which contains local source paths."""
     graph.metadata_props.clear()
     for node in graph:
         node.metadata_props.clear()
@@ -165,7 +165,7 @@ def _forget_the_origin(graph: Any) -> None:
 
 
 def _lay_out_weights(graph: Any) -> None:
-    """Transpose matrices when they are saved, where the graph would do it at every start."""
+    """Transpose matrices when they are saved instead of at every start of the graph."""
     import numpy as np
     import onnx_ir as ir
 
@@ -190,10 +190,10 @@ def _lay_out_weights(graph: Any) -> None:
 
 
 def save_graph(model: Any, path: Path, external_data: bool | None) -> bool:
-    """Write a graph to `path`, with its weights inside or in `<path>_data`, and return whether they are outside.
+    """Write a graph to `path`, with its weights inside or in `<path>_data`, and return whether they are external.
 
     Raises:
-        ValueError: the weights are to be inside but are too large.
+        ValueError: the weights are too large to store inside.
     """
     import onnx_ir as ir
 
@@ -201,8 +201,8 @@ def save_graph(model: Any, path: Path, external_data: bool | None) -> bool:
     external = size > EXTERNAL_ABOVE if external_data is None else external_data
     if size > EXTERNAL_ABOVE and not external:
         raise ValueError(
-            f"{path.name} has {size / 1e9:.1f} GB of weights, more than an ONNX file holds beside its graph. Leave "
-            "external_data out, or choose a smaller precision."
+            f"{path.name} has {size / 1e9:.1f} GB of weights, too many for one ONNX file. Leave external_data out, "
+            "or choose a smaller precision."
         )
     if external:
         ir.save(model, path, external_data=f"{path.name}_data")
@@ -212,7 +212,7 @@ def save_graph(model: Any, path: Path, external_data: bool | None) -> bool:
 
 
 def _save_with_weights(model: Any, path: Path) -> None:
-    """Write an ONNX file with its weights inside, one after the other; protobuf would hold all of them, twice."""
+    """Write an ONNX file with its weights inside, one by one; protobuf would need twice their size in memory."""
     import numpy as np
     import onnx
     import onnx_ir as ir
@@ -227,8 +227,8 @@ def _save_with_weights(model: Any, path: Path) -> None:
     finally:
         for value, tensor in zip(values, tensors, strict=True):
             value.const_value = tensor
-    # A message is a sequence of fields in any order. That of a tensor ends with its numbers, that of the graph with
-    # its tensors, and that of the file with its graph.
+    # The fields of a protobuf message may be in any order. Here a tensor ends with its data, the graph with its
+    # tensors, and the file with its graph.
     heads = []
     for head, tensor in zip(proto.graph.initializer, tensors, strict=True):
         head.ClearField("raw_data")
@@ -247,7 +247,7 @@ def _save_with_weights(model: Any, path: Path) -> None:
 
 
 def _head(field: int, size: int) -> bytes:
-    """Return what stands before `size` bytes of a field in protobuf's encoding."""
+    """Return the header of a field of `size` bytes in protobuf's encoding."""
     found = bytearray()
     for number in (field << 3 | 2, size):
         while number > 127:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of an ONNX graph in 8 or 4 bits, computed one tensor at a time while the graph is saved.
+"""Quantization of an ONNX graph's weights to 8 or 4 bits, one tensor at a time while the graph is saved.
 
 | | q8 | q4, q4f16 |
 |---|---|---|
@@ -7,7 +7,7 @@
 | embeddings | 8 bits a row | 8 bits a row |
 | 1 x 1 convolutions | 8 bits a channel | 8 bits a channel in q4, float16 in q4f16 |
 
-Everything is asymmetric in blocks and symmetric in rows and channels, rounded to the nearest. Activations keep their
+Quantization is asymmetric in blocks and symmetric in rows and channels, and rounds to nearest. Activations keep their
 dtype, but onnxruntime rounds those of q8 and q4 matrices to 8 bits a block inside the multiplication: its CPU kernels
 for float32 activations are slower, for 8-bit weights by more than ten times. The rest (biases, norms, depthwise
 kernels) is small and keeps its precision.
@@ -22,16 +22,16 @@ BLOCK = 32
 _INT8_ACTIVATIONS = 4
 """onnxruntime's `accuracy_level` of a multiplication whose activations may be rounded to 8 bits."""
 ROWS_AT_ONCE = 4096
-"""Of an embedding, while it is rounded: its numbers in float32 would be as large as the model."""
+"""Rows of an embedding that are quantized at once: the whole table in float32 would be as large as the model."""
 
 
 def quantize(model: Any, bits: int, convolutions: bool) -> Any:
-    """Return a copy of an `onnx_ir.Model` whose weights are quantised.
+    """Return a copy of an `onnx_ir.Model` with quantized weights.
 
     Args:
-        model: left as it is.
+        model: not changed.
         bits: of the matrices, 8 or 4.
-        convolutions: whether kernels of 1 x 1 convolutions are, too.
+        convolutions: also quantize the kernels of 1 x 1 convolutions.
     """
     copy = model.clone()
     graph = copy.graph
@@ -57,7 +57,7 @@ def _is_weight(value: Any, rank: int) -> bool:
 
 
 class _Parts:
-    """The tensors that one weight becomes: computed together, and forgotten when those of another are asked for."""
+    """The tensors of one quantized weight: computed together, and freed when those of another weight are needed."""
 
     _last: tuple[Any, dict[str, Any]] | None = None
 
@@ -72,7 +72,7 @@ class _Parts:
         return last[1][kind]
 
     def value(self, graph: Any, kind: str, dtype: Any, shape: list[int]) -> Any:
-        """Register one of them with the graph."""
+        """Register one of the tensors with the graph."""
         import onnx_ir as ir
 
         name = f"{self.name}.{kind}"
@@ -85,7 +85,7 @@ class _Parts:
 
 
 def _replace(graph: Any, node: Any, nodes: list[Any]) -> None:
-    """Put `nodes` in the place of `node`; the last one's output takes that of `node`."""
+    """Replace `node` by `nodes`; the last one's output replaces that of `node`."""
     import onnx_ir as ir
 
     old, new = node.outputs[0], nodes[-1].outputs[0]
@@ -114,13 +114,13 @@ def _quantize_matrix(graph: Any, node: Any, bits: int) -> None:
 
 
 def _blockwise(weight: Any, bits: int) -> dict[str, Any]:
-    """Return a (depth, width) matrix as onnxruntime's own quantizer packs it."""
+    """Pack a (depth, width) matrix with onnxruntime's quantizer."""
     import numpy as np
     from onnxruntime.quantization.matmul_nbits_quantizer import quantize_matmul_4bits, quantize_matmul_8bits
 
     depth, width = weight.shape
     blocks = -(-depth // BLOCK)
-    # The quantizer reads memory in this order, whatever the array's strides say.
+    # The quantizer ignores strides, so the array must be contiguous.
     weight = np.ascontiguousarray(np.pad(weight, ((0, blocks * BLOCK - depth), (0, 0))))
     packed = np.zeros((width, blocks, BLOCK * bits // 8), dtype=np.uint8)
     scales = np.zeros((width, blocks), dtype=weight.dtype)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's parts as modules with plain tensors for inputs and outputs, and as programs of `torch.export`.
+"""A model's parts as modules with plain tensors as inputs and outputs, and as `torch.export` programs.
 
     pixel_values ─ VisionEncoder (Encoder, Projector) ─► image_features ─┐
     input_ids ─── TokenEmbedding ──────────────────────► inputs_embeds ──┴► Decoder, with past keys and values ─► logits
 
-Every program takes any batch, any number of tokens, and pictures whose height and width are multiples of 64. Whatever
-type a part computes in, it takes and gives float32, so that parts of different precision fit together.
+Every program takes any batch size, any number of tokens, and images whose height and width are multiples of 64. Inputs
+and outputs are float32 for every internal dtype, so parts of different precision fit together.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ __all__ = [
 KeyValues = list[tuple[Tensor, Tensor]]
 """A layer's keys and values, each (batch, key-value heads, tokens, head size)."""
 
-# Dimensions of 1 would become constants, and so would equal ones become one.
+# torch.export would make dimensions of 1 constant and equal dimensions one.
 _EXAMPLE_BATCH, _EXAMPLE_LENGTH, _EXAMPLE_PAST = 2, 3, 5
 
 
@@ -59,7 +59,7 @@ class Projector(nn.Module):
         self.multi_modal_projector = model.model.multi_modal_projector
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return what stands in the place of the tokens' embeddings, in float32."""
+        """Return the image features, in float32."""
         return self.multi_modal_projector(features.flatten(2).transpose(1, 2)).float()
 
 
@@ -78,7 +78,7 @@ class VisionEncoder(nn.Module):
 class TokenEmbedding(nn.Module):
     """The tokens' embeddings: input_ids (batch, length) to (batch, length, hidden).
 
-    A placeholder may have no row of its own; then it gets row 0, which the image features replace.
+    If the placeholder has no embedding, row 0 is used; the image features replace it later.
     """
 
     def __init__(self, model: Any) -> None:
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
 
 def _export(part: type[nn.Module], model: Any, arguments: tuple[Any, ...], shapes: tuple[Any, ...]) -> ExportedProgram:
     if model.training:
-        raise RuntimeError("The model is in training mode; call eval() first, since only evaluation is exported.")
+        raise RuntimeError("The model is in training mode, but only evaluation mode is exported; call eval() first.")
     with torch.no_grad():
         return torch.export.export(part(model).eval(), arguments, dynamic_shapes=shapes, strict=False)
 
@@ -172,9 +172,9 @@ def export_prefill(model: Any) -> ExportedProgram:
 
 
 def export_decode(model: Any) -> ExportedProgram:
-    """Return the program of `Decoder` for further tokens, one or several at a time, after earlier ones.
+    """Return the program of `Decoder` for one or several further tokens after earlier ones.
 
-    torch.export bounds the mask's length: earlier and new tokens are at least 4 together.
+    torch.export bounds the mask's length: earlier and new tokens together must be at least 4.
     """
     return _export_decoder(model, past=_EXAMPLE_PAST)
 
@@ -193,7 +193,7 @@ def _export_decoder(model: Any, past: int) -> ExportedProgram:
         [(keys.clone(), keys.clone()) for _ in range(layers)],
     )
     batch_dim, length_dim = Dim("batch"), Dim("length")
-    # The mask is past + length long, which a Dim cannot say: it is a size of its own.
+    # The mask has past + length columns, which a Dim cannot express, so its size is a separate dimension.
     total = Dim.AUTO if past else length_dim
     kept = {0: batch_dim, 2: Dim("past")}
     shapes = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the model in PyTorch, in float32, answers to one picture and question: what exported files are held to."""
+"""The model's outputs in PyTorch float32 for one image and question: the reference for exported files."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +22,12 @@ class Reference:
 
     Attributes:
         pixel_values: (1, 3, size, size), from 0 to 1.
-        prompt: the question's token ids with one `image_token_id` for the picture.
-        image_token_id: what the picture's place is called in `prompt`.
+        prompt: the question's token ids with one `image_token_id` for the image.
+        image_token_id: id of the placeholder in `prompt`.
         encoded: (1, tokens, channels), the encoder's output.
         features: (1, tokens, hidden size), the projector's output.
-        logits: (length, vocabulary), after every token of the prompt, the picture's included.
-        answer: the greedy token ids that follow, at most 8.
+        logits: (length, vocabulary), of every token of the prompt, including those of the image.
+        answer: the token ids of the greedy answer, at most 8.
     """
 
     pixel_values: Tensor
@@ -40,23 +40,23 @@ class Reference:
 
     @property
     def input_ids(self) -> list[int]:
-        """The prompt with as many placeholders as the picture has tokens."""
+        """The prompt with as many placeholders as the image has tokens."""
         return self.prompt_with([self.image_token_id] * self.features.shape[1])
 
     def prompt_with(self, placeholders: list[int]) -> list[int]:
-        """Return the prompt with `placeholders` in the picture's place."""
+        """Return the prompt with `placeholders` in place of its one placeholder."""
         return [new for token in self.prompt for new in (placeholders if token == self.image_token_id else [token])]
 
 
 def prompt_ids(source: Source, question: str) -> tuple[int, ...]:
-    """Return the token ids of a question about one picture, with one placeholder for the picture."""
+    """Return the token ids of a question about one image, with one placeholder for the image."""
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     text = source.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tuple(source.processor.tokenizer(text)["input_ids"])
 
 
 def merged_model(source: Source, dtype: torch.dtype | str = torch.float32) -> Any:
-    """Load the model with the branches of its encoder's train-time form merged, which other runtimes do not know."""
+    """Load the model with a merged encoder, since other runtimes do not support its train-time form."""
     model = source.model(dtype)
     model.model.vision_tower.reparameterize()
     return model
@@ -77,7 +77,7 @@ def reference(source: Source, size: int | None = None) -> Reference:
     """Ask the model about a drawn scene, in float32 and greedily.
 
     Args:
-        size: side of the picture in pixels; by default the checkpoint's.
+        size: side of the image in pixels; by default the checkpoint's.
     """
     pixel_values = picture(size or source.image_size)
     prompt = prompt_ids(source, _row()["messages"][0]["content"].removeprefix("<image>\n"))
@@ -96,12 +96,12 @@ def reference(source: Source, size: int | None = None) -> Reference:
 
 
 def relative_error(found: Any, expected: Tensor) -> float:
-    """Return ‖found - expected‖ / ‖expected‖ in float64; nan or infinity where `found` has such values.
+    """Return ‖found - expected‖ / ‖expected‖ in float64; NaN or infinity if `found` has such values.
 
     Raises:
         ValueError: the shapes differ.
     """
     tensor = torch.as_tensor(found)
     if tensor.shape != expected.shape:
-        raise ValueError(f"The exported files give the shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}.")
+        raise ValueError(f"The exported files' output is {tuple(tensor.shape)}; expected {tuple(expected.shape)}.")
     return float((tensor.double() - expected.double()).norm() / expected.double().norm())

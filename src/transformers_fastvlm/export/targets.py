@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of export targets, and what the frame and a target say to each other.
+"""The table of export targets, and the interface between `export` and a target.
 
-A target is a function `write(source, out, options)` in a module of this folder, which imports its packages in its
-functions. `source` is only read. `out` is an empty directory that gets its name when everything is written and goes on
-any error, so `write` never cleans up; what makes it look like a model (config.json) is written last. `options` fit the
-target's row below. From the `Report` the frame writes README.md; it also copies the licence files.
+A target is a function `write(source, out, options)` in a module of this folder, which imports optional packages inside
+functions. `source` must not be changed. `out` is an empty temporary directory. It is renamed after success and deleted
+after an error, so `write` never cleans up. config.json is written last. `options` are valid for the target's row below.
+`export` writes README.md from the `Report`, and copies the licence files.
 """
 
 import string
@@ -21,12 +21,12 @@ __all__ = ["TARGETS", "ExportOptions", "Report", "Target", "Writer", "how_to_run
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What the user asked for.
+    """Options of an export.
 
     Args:
-        precisions: one of the target's precisions, or several where it takes several.
-        sizes: heights, equal to widths, of the pictures in pixels, each a multiple of 64; empty for the checkpoint's.
-        external_data: for "onnx": weights in files of their own beside the graphs; None where a graph needs it.
+        precisions: one of the target's precisions, or several if the target supports that.
+        sizes: heights, equal to widths, of the images in pixels, each a multiple of 64; empty for the checkpoint's.
+        external_data: for "onnx": store weights in separate files beside the graphs; None only if a graph needs it.
         say: called with a line of progress.
     """
 
@@ -44,15 +44,15 @@ class ExportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a target wrote.
+    """The result of a target.
 
     Args:
-        checked_in: the runtime that the files were run in, with its version, or None where it cannot run here.
-        errors: what was measured: name (such as "float16: logits") to the relative error against this package in
-            PyTorch float32: the norm of the difference divided by the norm.
-        how_to_run: Markdown, with a command or program that can be copied.
-        limits: sentences about what the files or their runtime cannot do, or do otherwise than this package.
-        notes: sentences that the user should read now; the command prints them.
+        checked_in: the runtime that ran the files, with its version, or None if they were not run.
+        errors: relative errors by name (such as "float16: logits") against this package in PyTorch float32: the norm
+            of the difference divided by the norm.
+        how_to_run: Markdown, with a command or program to copy.
+        limits: sentences about limits of the files or their runtime, and differences from this package.
+        notes: sentences that the command prints.
         library_name: the runtime's name on the Hugging Face hub, for the card's header, or None.
     """
 
@@ -68,7 +68,7 @@ Writer = Callable[["Source", Path, ExportOptions], Report]
 
 
 def how_to_run(name: str, **values: Any) -> str:
-    """Return a text of the folder `how_to_run`, with values in place of `$name`."""
+    """Return a text of the folder `how_to_run`, with `values` substituted for `$name`."""
     text = Path(__file__).with_name("how_to_run").joinpath(f"{name}.md").read_text(encoding="utf-8")
     return string.Template(text).substitute(values)
 
@@ -78,13 +78,13 @@ class Target:
     """A row of the table.
 
     Args:
-        summary: what it writes, for help texts.
+        summary: of the output, for help texts.
         module, function: in this folder.
-        precisions: the valid ones, the default first; empty where the files keep the checkpoint's.
-        several_precisions: whether one directory can hold several of them.
-        sizes: how many sizes of pictures a user may name.
-        extra: of this package, that installs what the target needs.
-        packages: names to import that come with the extra.
+        precisions: valid precisions, the default first; empty if the files keep the checkpoint's.
+        several_precisions: whether one directory can hold several precisions.
+        sizes: how many image sizes can be given.
+        extra: the extra of this package that installs the target's packages.
+        packages: import names of the packages in the extra.
     """
 
     summary: str
