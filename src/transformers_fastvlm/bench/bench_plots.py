@@ -17,18 +17,18 @@ _ROW, _LEAST_HEIGHT = 0.45, 2.6
 
 
 def write_plots(record: dict[str, Any], directory: str | os.PathLike[str]) -> list[Path]:
-    """Write the plots that a record of `run` or `run_encoders` has figures for, as PNG files.
+    """Write the plots of a record of `run` or `run_encoders` as PNG files.
 
-    - `where_time_goes.png`: the parts of the time to the first token, a bar a case;
+    - `where_time_goes.png`: the parts of the time to the first token, one bar for each case;
     - `latency_by_resolution.png`: the encoder's time by resolution, with the paper's curve;
-    - `accuracy_by_time.png`: the mean accuracy of Apple's model card against the time to the first token; only sizes
-      that were measured at the model card's resolution.
+    - `accuracy_by_time.png`: the mean accuracy of Apple's model card against the time to the first token, for models
+      measured at the card's resolution.
 
     Args:
-        directory: made where it is missing; files of these names in it are replaced.
+        directory: created if missing; existing files of these names are replaced.
 
     Returns:
-        The files that were written.
+        The written files.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -90,7 +90,7 @@ def _latency(record: dict[str, Any]) -> Any:
     axes.set_xscale("log", base=2)
     axes.set(yscale="log", xlabel="height and width in pixels", ylabel="encoder, milliseconds an image")
     sides = sorted({point[0] for points in curves.values() for point in points} | set(PAPER_ENCODER_MS))
-    # Where two are too close for their numbers, the first has it.
+    # If two ticks are too close for their labels, only the first is labelled.
     shown: list[int] = []
     for pixels in sides:
         if not shown or pixels >= 1.1 * shown[-1]:
@@ -102,7 +102,7 @@ def _latency(record: dict[str, Any]) -> Any:
 
 
 def _accuracy(record: dict[str, Any]) -> Any:
-    """Return the plot, or None where no published size was measured at the model card's resolution."""
+    """Return the plot, or None if no published size was measured at the model card's resolution."""
     series: dict[str, list[tuple[float, float, str]]] = {}
     for result in record["results"]:
         if result["source"] in SIZES and result["resolution"] == MODEL_CARD_SIDE and result["kind"] != "other":
@@ -141,7 +141,7 @@ def _label(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
 
 
 def _titled(title: str, record: dict[str, Any], height: float = 5.0) -> tuple[Any, Any]:
-    """Return an empty figure and its axes, under a title that says what was measured where."""
+    """Return an empty figure and its axes, with a title that names the device, threads and dtypes."""
     from matplotlib.figure import Figure
 
     figure = Figure((8.0, max(_LEAST_HEIGHT, height)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A benchmark's course: a process for each case, those of a group in turns, and the record of it all."""
+"""A benchmark run: one process for each case, the cases of a group in turns, and the record."""
 
 import contextlib
 import json
@@ -22,11 +22,11 @@ from .photo import photo_jpeg
 __all__ = ["FORMAT", "run"]
 
 FORMAT = 1
-"""Version of the record's form."""
+"""Version of the record's format."""
 
 PHOTO_SIDE = 3456
-"""The drawn picture is a square of 12 megapixels: then every model sees all of it, and LLaVA-OneVision's tiles are
-full, as in the paper."""
+"""The drawn image is a square of 12 megapixels, so that no model crops it and LLaVA-OneVision's tiles are full, as in
+the paper."""
 
 PARTS = ("preprocess", "encode", "project", "prefill")
 """Parts of the time to the first token, in their order."""
@@ -35,18 +35,18 @@ _RATIOS = ("preprocess", "encode", "prefill", "first_token", "first_token_from_p
 
 
 def run(options: Options, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Measure everything that `options` ask for and return the record, which `json` can write.
+    """Measure all cases of `options` and return the record, which `json` can write.
 
-    Every case runs in a process of its own, so that its peak memory is its own; those that are compared with each
-    other live at the same time and run in turns, so that whatever else the machine does meets all of them.
+    Every case runs in a separate process, which makes its peak memory measurable. Compared cases are loaded at the same
+    time and run alternately, so that background load affects all of them.
 
     Args:
         progress: called with a line before each case and each round.
 
     Raises:
-        ValueError: a device that is not there, or a model that cannot be built.
+        ValueError: the device is not available, or a model cannot be built.
         ImportError: an optional package is missing.
-        RuntimeError: a process died, for instance for want of memory.
+        RuntimeError: a process died, for instance out of memory.
     """
     device = check_device(options.device)
     results = []
@@ -73,7 +73,7 @@ def check_device(name: str) -> torch.device:
     """Return the device of this name.
 
     Raises:
-        ValueError: torch does not know it, or it is not there.
+        ValueError: torch does not know the device, or it is not available.
     """
     expected = "expected cpu, cuda (or cuda:1 and so on) or mps."
     try:
@@ -117,11 +117,11 @@ def _run_group(
 
 
 class _Worker:
-    """A process of `worker.py` and the line of JSON to and from it."""
+    """A process of `worker.py`, with one line of JSON for each request and answer."""
 
     def __init__(self, case: Case, options: Options) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
-        # The package may have been imported from a source tree that is not on a new process' path.
+        # The package may be imported from a source tree that is not on a new process's path.
         root = str(Path(__file__).parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
         self.case = case
@@ -136,7 +136,7 @@ class _Worker:
         return self
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send a request and return the answer; an error there is raised here."""
+        """Send a request and return the answer; an error in the process is raised again."""
         line = ""
         with contextlib.suppress(BrokenPipeError):
             self.requests.write(json.dumps(request) + "\n")
@@ -144,7 +144,7 @@ class _Worker:
             line = self.answers.readline()
         if not line:
             code = self.process.wait()
-            hint = "; killed, most likely because the machine's memory was full" if code in (-9, 137) else ""
+            hint = "; killed, most likely out of memory" if code in (-9, 137) else ""
             raise RuntimeError(
                 f"the process of {_name(self.case)} ended with status {code}{hint}. Try a smaller model, batch or "
                 "size, or fewer models at once."
@@ -180,7 +180,7 @@ def _result(case: Case, options: Options, facts: dict[str, Any], runs: list[dict
     names = [*PARTS, *(name for name in timed[0]["seconds"] if name not in (*PARTS, whole))]
     names = [name for name in names if name in timed[0]["seconds"]]
     seconds = {name: spread([run["seconds"][name] for run in timed]) for name in names}
-    # The whole without a split may have been measured in the warm-up only.
+    # The unsplit time may have been measured only in the warm-up.
     unsplit = [[run["seconds"][whole] for run in some if whole in run["seconds"]] for some in (timed, runs)]
     seconds[whole] = spread(unsplit[0] or unsplit[1])
     load = {"import": facts["import_seconds"], "model": facts["load_seconds"]}
@@ -202,7 +202,7 @@ def _result(case: Case, options: Options, facts: dict[str, Any], runs: list[dict
 
 
 def _ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return how many times as long as its reference each result took, by medians."""
+    """Return the ratio of each result's median times to those of its reference."""
     found = []
     for result in results:
         if result["reference"] is None:

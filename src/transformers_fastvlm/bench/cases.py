@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: the options of a run, their checks, and the list of cases that follows from them."""
+"""The options of a benchmark run, their checks, and the resulting list of cases."""
 
 import os
 from dataclasses import asdict, dataclass, field
@@ -24,16 +24,16 @@ IMAGE_BACKENDS = ("pil", "torchvision")
 
 @dataclass(frozen=True)
 class Case:
-    """One model at one resolution, dtype and batch size, measured in a process of its own.
+    """One model at one resolution, dtype and batch size, measured in a separate process.
 
     Attributes:
-        label: what it is called in tables; unique together with resolution, dtype and batch.
+        label: name in tables; unique together with resolution, dtype and batch.
         kind: "fastvlm", "native", "llava-onevision" or "other".
-        source: one of `SIZES` (made by its shape, with random weights), "tiny", or the directory or hub repository of
-            a checkpoint.
-        resolution: height and width in pixels; None for what the processor of an "other" model does.
-        reference: label and resolution of the case that this one is compared with; None for the reference itself.
-        group: cases of one group run in turns.
+        source: one of `SIZES` (that shape with random weights), "tiny", or the directory or hub repository of a
+            checkpoint.
+        resolution: height and width in pixels; None if the processor of an "other" model decides.
+        reference: label and resolution of the case that this one is compared with; None for the reference.
+        group: cases of one group run alternately.
     """
 
     label: str
@@ -49,10 +49,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a run; see `fastvlm bench --help`. No `sizes` stands for the one that each model was made for.
+    """Options of a run; see `fastvlm bench --help`. If `sizes` is empty, each model runs at its native size.
 
     Raises:
-        ValueError: a value that cannot be used; the message says what was expected.
+        ValueError: a value is invalid; the message says what was expected.
     """
 
     models: tuple[str, ...] = ("0.5B",)
@@ -88,7 +88,7 @@ class Options:
                 )
         _one_of("dtype", self.dtypes, DTYPES)
         _one_of("image backend", (self.image_backend,), IMAGE_BACKENDS)
-        # The second token is timed apart, and a rate needs two more.
+        # The second token is timed separately, and a rate needs two more.
         least = {"batch": 1, "threads": 1, "warmup": 0, "repetitions": 1, "new_tokens": 4, "prompt_tokens": 2}
         for name, low in least.items():
             values = self.batches if name == "batch" else (getattr(self, name),)
@@ -96,22 +96,22 @@ class Options:
                 if value < low:
                     raise ValueError(f"{name} is {value}; expected at least {low}.")
         if self.image is not None and not os.path.isfile(self.image):
-            raise ValueError(f"there is no picture at {self.image!r}; name a file, or leave it out for a drawn one.")
+            raise ValueError(f"there is no image at {self.image!r}; name a file, or leave it out for a drawn image.")
         for name in self.models:
             if name in (NATIVE, LLAVA_ONEVISION):
-                raise ValueError(f"{name!r} is not a FastVLM, but what one is compared with: --against {name}.")
+                raise ValueError(f"{name!r} is not a FastVLM, but a model to compare with; use --against {name}.")
         _check_sources((*self.models, *(name for name in self.against if name not in (NATIVE, LLAVA_ONEVISION))))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the options as JSON has them."""
+        """Return the options as JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def cases(options: Options) -> list[Case]:
-    """Return what these options ask for, in the order in which it runs.
+    """Return the cases of these options, in the order in which they run.
 
-    Each model has its reference, its fused form and the native one in one group. LLaVA-OneVision has one resolution
-    and other models have their own, so they run once for each dtype and batch size, in the first group of the largest
+    Each group contains a model as the reference, its fused form and the native model. LLaVA-OneVision and other models
+    have fixed resolutions, so they run once for each dtype and batch size, in the first group of the largest
     resolution.
     """
     found: list[Case] = []
@@ -138,13 +138,13 @@ def cases(options: Options) -> list[Case]:
 
 
 def fastvlm_config(model: str) -> Any:
-    """Return the configuration of one of `SIZES`, or of a checkpoint, which must be of a FastVLM."""
+    """Return the configuration of one of `SIZES` or of a FastVLM checkpoint."""
     if model in SIZES:
         return FastVLMConfig.from_preset(model)
     config: Any = AutoConfig.from_pretrained(resolve_model(model))
     if not isinstance(config, FastVLMConfig):
         raise ValueError(
-            f"{model!r} has model_type {config.model_type!r}; expected a FastVLM. Compare with other models by "
+            f"{model!r} has model_type {config.model_type!r}; expected a FastVLM. To compare with another model, use "
             f"--against {model}."
         )
     return config
@@ -163,5 +163,5 @@ def _check_sources(names: tuple[str, ...]) -> None:
         if name.count("/") != 1 or name.startswith((".", "/")) or os.path.exists(name):
             raise ValueError(
                 f"{name!r} is neither a size ({', '.join(SIZES)}), nor a directory with a config.json, nor the name of "
-                f"a hub repository. To compare with, there are also {NATIVE} and {LLAVA_ONEVISION}."
+                f"a hub repository. --against also takes {NATIVE} and {LLAVA_ONEVISION}."
             )

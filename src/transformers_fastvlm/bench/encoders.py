@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder alone beside others: parameters, tokens, latency, and how near it comes to the machine's rate."""
+"""Comparison of the encoder with others: parameters, tokens, latency, and the share of the machine's GEMM rate."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ __all__ = ["ENCODERS", "run_encoders"]
 
 @dataclass(frozen=True)
 class _Encoder:
-    """An encoder: its name in timm, None for FastViTHD, and the heights and widths it is measured at."""
+    """An encoder: its name in timm (None for FastViTHD), and the sides, in pixels, at which it is measured."""
 
     timm_name: str | None
     sides: tuple[int, ...]
@@ -35,7 +35,7 @@ ENCODERS: dict[str, _Encoder] = {
     "ViTamin-L": _Encoder("vitamin_large_224", (224, 256, 384), {"dynamic_img_size": True}),
     "ConvNeXt-L": _Encoder("convnext_large_mlp", (320, 512, 768, 1024)),
 }
-"""Encoders that the paper compares, at resolutions they are used at in CLIP and in vision-language models."""
+"""Encoders that the paper compares, at their usual resolutions in CLIP and in vision-language models."""
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -48,10 +48,10 @@ _GEMM_SLOW_SECONDS = 30.0
 def run_encoders(
     options: Options, only: tuple[str, ...] | None = None, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Measure FastViTHD and timm's encoders in turns, in one process, on random pixels.
+    """Measure FastViTHD and timm's encoders alternately, in one process, on random pixels.
 
     Args:
-        options: dtypes, batches, device, threads, warm-up, repetitions, compile and fuse count.
+        options: only dtypes, batches, device, threads, warm-up, repetitions, compile and fuse are used.
         only: names of `ENCODERS`; None for all.
         progress: called with a line before each step.
 
@@ -68,7 +68,7 @@ def run_encoders(
     clock = Clock(device)
     results, rates = [], {}
     for dtype in options.dtypes:
-        progress(f"rate of matrix products in {dtype}")
+        progress(f"rate of matrix multiplications in {dtype}")
         rates[dtype] = _gemm_rate(getattr(torch, dtype), device, clock)
         built = {}
         for name, encoder in chosen.items():
@@ -122,16 +122,16 @@ def _measure(
 
 @functools.cache
 def _tokens_and_flops(name: str, side: int) -> tuple[int, int]:
-    """Return the tokens of a picture, and the operations that an encoder needs for it, two for a multiply-add.
+    """Return an encoder's tokens and floating-point operations for one image; a multiply-add counts as two.
 
-    Counted on tensors without values, where no fast path runs: the counter does not know fused kernels.
+    They are counted on fake tensors, without fast paths, since the counter does not know fused kernels.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     plain = name.removesuffix(_FUSED)
     ours = ENCODERS[plain].timm_name is None
-    # timm reads values while it builds, which fake tensors do not have and those of its parameters need not.
+    # timm reads tensor values while it builds a model, which fake tensors do not have; the meta device works.
     nowhere = torch.device("cpu" if ours else "meta")
     with FakeTensorMode() if ours else contextlib.nullcontext():
         forward, _ = _build(plain, ENCODERS[plain], torch.float32, nowhere, compiled=False)
@@ -173,7 +173,7 @@ def _build(
 
 
 def _tokens(features: torch.Tensor) -> int:
-    """Return the positions of a map (batch, channels, height, width), or of (batch, tokens, channels) without CLS."""
+    """Count the tokens of (batch, channels, height, width), or of (batch, tokens, channels) without CLS."""
     if features.ndim == 4:
         return features.shape[2] * features.shape[3]
     return int(features.shape[1] ** 0.5) ** 2
@@ -181,7 +181,7 @@ def _tokens(features: torch.Tensor) -> int:
 
 @torch.inference_mode()
 def _gemm_rate(dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
-    """Return the floating-point operations a second of a large matrix product, the median of some."""
+    """Return the floating-point operations per second of a large matrix multiplication, a median of several runs."""
     side = _GEMM_SIDE.get(device.type, 8192)
     left, right = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
     seconds = 0.0
@@ -189,5 +189,5 @@ def _gemm_rate(dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
         found = in_turns({"product": lambda: torch.mm(left, right)}, repetitions, warmup=0, clock=clock)
         seconds = statistics.median(found["product"].wall)
         if seconds > _GEMM_SLOW_SECONDS:
-            break  # a type that this processor has no instructions for
+            break  # this processor has no instructions for the dtype
     return 2 * side**3 / seconds

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring: clocks that wait for the device, work in turns, what many runs amount to, and the record of it all."""
+"""Measuring: clocks that synchronise with the device, alternating runs, statistics, and the record."""
 
 import functools
 import importlib.metadata
@@ -42,21 +42,21 @@ _VECTOR = ("avx", "amx", "fma", "asimd", "sve", "bf16", "i8mm")
 
 
 class Clock:
-    """Wall time and processor time of this process, in seconds, once the device has done all its work."""
+    """Wall time and processor time of this process, in seconds, after the device has finished its work."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "xpu": torch.xpu.synchronize}
         self._wait: Callable[[], None] = waits.get(torch.device(device).type, lambda: None)
 
     def now(self) -> Moment:
-        """Return (wall, processor) seconds since some moment in the past."""
+        """Return (wall, processor) seconds since an arbitrary moment."""
         self._wait()
         return time.perf_counter(), time.process_time()
 
 
 @dataclass
 class Times:
-    """Seconds of some runs, by the wall and by the processor; on a shared machine the latter is the one to compare."""
+    """Wall and processor seconds of several runs; on a shared machine compare the processor seconds."""
 
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
@@ -67,11 +67,11 @@ class Times:
         self.processor.append(end[1] - start[1])
 
     def spread(self) -> dict[str, dict[str, Any]]:
-        """Return the spread of both."""
+        """Return the spread of wall and processor seconds."""
         return {"seconds": spread(self.wall), "processor_seconds": spread(self.processor)}
 
     def rates(self, amount: float, name: str) -> dict[str, float]:
-        """Return `amount` by the median seconds, as "`name`_per_second" and "`name`_per_processor_second"."""
+        """Return `amount` divided by the median seconds, as `NAME_per_second` and `NAME_per_processor_second`."""
         kinds = {"second": self.wall, "processor_second": self.processor}
         return {f"{name}_per_{kind}": round(amount / statistics.median(values), 3) for kind, values in kinds.items()}
 
@@ -86,13 +86,13 @@ def in_turns(
     rotate: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[Name, Times]:
-    """Run everything once a turn, and return each one's times, those of the first `warmup` turns left out.
+    """Run each function once in every turn, and return the times by name, without the first `warmup` turns.
 
-    Whatever else the machine does meets all of them alike, and none is always the first of a turn.
+    Background load affects all functions alike, and none is always the first of a turn.
 
     Args:
-        work: what is measured, by name.
-        before: called with name and turn right before each run, outside its time.
+        work: functions to measure, by name.
+        before: called with name and turn right before each run; its time is not measured.
         rotate: False keeps the order of `work` in every turn.
         progress: called with a line before each turn.
     """
@@ -113,11 +113,11 @@ def in_turns(
 
 
 class Split(LogitsProcessor):
-    """Measures one call of generate(): give it as a logits processor, after `watch` on the parts that run before.
+    """Measures the parts of one generate() call: call `watch` for each part, then pass it as a logits processor.
 
-    The first call of a logits processor is the moment at which the prompt has been read and the first token is known,
-    but for one argmax; the second is one step of decoding later. Waiting for the device between the parts costs a
-    little on a GPU, so the time of the whole is measured apart, without a split.
+    The first call of a logits processor marks the end of the prefill, up to one argmax; the second is one decoding step
+    later. Synchronising the device between the parts costs a little time on a GPU, so the total time is measured
+    separately, without a split.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -127,7 +127,7 @@ class Split(LogitsProcessor):
         self.steps: list[Moment] = []
 
     def watch(self, module: nn.Module, name: str) -> None:
-        """Count the time inside `module`'s forward as the part `name`, also where it runs several times."""
+        """Count the time of all calls of `module`'s forward as the part `name`."""
         inner = module.forward
 
         @functools.wraps(inner)
@@ -145,12 +145,12 @@ class Split(LogitsProcessor):
         module.forward = forward
 
     def begin(self) -> Moment:
-        """Start to count, and return the moment."""
+        """Start counting, and return the moment."""
         self.parts, self.steps, self.active = {}, [], True
         return self.clock.now()
 
     def end(self) -> Moment:
-        """Stop to count, and return the moment."""
+        """Stop counting, and return the moment."""
         self.active = False
         return self.clock.now()
 
@@ -161,7 +161,7 @@ class Split(LogitsProcessor):
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Return median, quartiles, extremes and number of some measurements, to five digits."""
+    """Return median, quartiles, extremes and number of the measurements, to five digits."""
     if len(values) > 1:
         q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive")
     else:
@@ -171,14 +171,14 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def ratio(times: float, reference: float) -> float:
-    """Return how many times `reference` a value is, to four digits."""
+    """Return the ratio of a value to `reference`, to four digits."""
     return float(f"{times / reference:.4g}")
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the most memory that this process has had: on CUDA of the device, else resident; None where unknown.
+    """Return the peak memory of this process: device memory on CUDA, else resident memory; None if unknown.
 
-    Apple's GPU shares the memory of the machine, and what its driver holds now stands for its peak.
+    On Apple's GPU, which has no peak counter, it is the memory that the driver holds now.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -221,7 +221,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions(further: Iterable[str] = ()) -> dict[str, str]:
-    """Return the versions of Python, of this package and of those that the figures depend on, where installed."""
+    """Return the versions of Python, of this package and of the installed packages that affect the figures."""
     from .. import __version__
 
     found = {"python": platform.python_version(), "transformers_fastvlm": __version__}
@@ -234,12 +234,12 @@ def versions(further: Iterable[str] = ()) -> dict[str, str]:
 
 
 def surroundings(device: torch.device | str = "cpu", packages: Iterable[str] = ()) -> dict[str, Any]:
-    """Return what of a record is not measured: `machine` and `versions`."""
+    """Return the description of the environment for a record: `machine` and `versions`."""
     return {"machine": machine(torch.device(device)), "versions": versions(packages)}
 
 
 def write_record(record: Mapping[str, Any], out: str | os.PathLike[str] | None) -> str:
-    """Return a record as JSON, and write it to `out`, if there is one."""
+    """Return a record as JSON, and write it to `out` if given."""
     text = json.dumps(record, indent=2) + "\n"
     if out is not None:
         write_lines(out, text.splitlines())

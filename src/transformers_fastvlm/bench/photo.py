@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture to measure with: drawn, always the same, and as hard to decode and resize as a photograph."""
+"""A drawn test image, always the same, that costs as much to decode and resize as a photograph."""
 
 import io
 
@@ -16,7 +16,7 @@ _SHAPES = 400
 
 
 def make_photo(width: int = PHOTO_SIZE[0], height: int = PHOTO_SIZE[1], seed: int = 0) -> Image.Image:
-    """Return an RGB picture with what makes a photograph: shading, sharp edges, textures and the noise of a sensor.
+    """Return an RGB image with features of a photograph: shading, sharp edges, textures and sensor noise.
 
     Args:
         width, height: in pixels, at least 1.
@@ -40,7 +40,7 @@ def make_photo(width: int = PHOTO_SIZE[0], height: int = PHOTO_SIZE[1], seed: in
         else:
             draw.line(box, fill=colour, width=1 + width // 1000)
     pixels = np.asarray(picture)
-    # Grain of the size of a pixel, the same in the three channels, as a camera's luminance noise.
+    # Noise for each pixel, equal in the three channels, like a camera's luminance noise.
     grain = random.integers(-12, 13, (height, width, 1), dtype=np.int16)
     return Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models by their shape: built in memory with random weights, in their dtype and on their device."""
+"""Models with random weights: built in memory from a configuration, in a dtype and on a device."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ _DEPTHWISE = 0.1
 
 
 def encoder_config() -> FastVLMConfig:
-    """Return the published encoder's configuration, with a language model as small as can be.
+    """Return the published encoder's configuration, with a minimal language model.
 
     `fuse` and `random_model` take whole models.
     """
@@ -33,7 +33,7 @@ def encoder_config() -> FastVLMConfig:
 
 
 def native_twin(config: Any) -> Any:
-    """Return the configuration of Transformers' own `fast_vlm`, with timm's encoder, of the same shapes."""
+    """Return the configuration of Transformers' `fast_vlm` with timm's encoder and the same shapes."""
     fields = native_config(config, config.text_config.vocab_size)
     fields = {key: value for key, value in fields.items() if key not in ("dtype", "transformers_version")}
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -42,11 +42,10 @@ def native_twin(config: Any) -> Any:
 def random_model(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """Return a model of this configuration in evaluation mode, with weights that depend on nothing but shapes.
+    """Return a model of this configuration in evaluation mode, with weights that depend only on their shapes.
 
-    Matrices and kernels have the scale that keeps activations at theirs, and kernels of one input a channel nearly
-    leave them as they are, so that no number is too small or large for its type. Two implementations of one model whose
-    parameters have the same shapes get the same values.
+    Matrices and kernels preserve the scale of activations, and depthwise kernels are close to the identity, so nothing
+    under- or overflows its dtype. Two implementations of a model with the same parameter shapes get the same values.
 
     Args:
         config: of a class that `AutoModelForImageTextToText` knows.
@@ -70,14 +69,14 @@ def _fill(model: nn.Module) -> None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             pattern = (noise * parameter[0].numel() ** -0.5).to(parameter)
-            # Written in the order of a contiguous tensor, whatever the memory format.
+            # Written in the order of a contiguous tensor, independent of the memory format.
             flat = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device).view(-1)
             for start in range(0, flat.numel(), _PATTERN):
                 part = flat[start : start + _PATTERN]
                 part.copy_(pattern[: len(part)])
             parameter.copy_(flat.view(parameter.shape))
             if parameter.ndim == 4 and parameter.shape[1] == 1 < parameter.shape[2]:
-                # One after the other without a shortcut, as FastViTHD has them, random ones grow without bounds.
+                # FastViTHD chains these without a shortcut, so random kernels would grow without bounds.
                 parameter.mul_(_DEPTHWISE)
                 parameter[:, :, parameter.shape[2] // 2, parameter.shape[3] // 2] += 1.0
     for name, buffer in model.named_buffers():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that are measured, each with the pictures' way to its inputs, its encoder and its projector."""
+"""The models to measure, each with its preprocessing, encoder and projector."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ _SIGLIP: dict[str, Any] = {
     "vision_use_head": False,
 }
 _ONEVISION_TEXT: dict[str, Any] = {"vocab_size": 152000}
-"""What differs from the language model of FastVLM-0.5B."""
+"""Differences from the language model of FastVLM-0.5B."""
 
 
 @dataclass
@@ -45,9 +45,9 @@ class Subject:
 
     Attributes:
         model: on its device, in evaluation mode.
-        preprocess: from picture files to the model's inputs, on the CPU.
+        preprocess: from image files to the model's inputs, on the CPU.
         weights: "random" or "checkpoint".
-        encoder, projector: parts of the model; None where it has none of a known name.
+        encoder, projector: parts of the model; None if no part has a known name.
     """
 
     model: Any
@@ -65,7 +65,7 @@ def build(case: Case, options: dict[str, Any]) -> Subject:
 
     Raises:
         ImportError: an optional package is missing; the message names it.
-        ValueError, OSError: a checkpoint that cannot be used.
+        ValueError, OSError: the checkpoint cannot be loaded.
     """
     device, dtype = torch.device(options["device"]), getattr(torch, case.dtype)
     makers = {"fastvlm": _fastvlm, NATIVE: _native, "llava-onevision": _llava_onevision, "other": _other}
@@ -132,7 +132,7 @@ def _native(case: Case, options: dict[str, Any], dtype: torch.dtype, device: tor
 
 
 def _llava_onevision(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Subject:
-    """LLaVA-OneVision-0.5B: SigLIP so400m at 384 px on a view of the whole and 3 x 3 tiles, and Qwen2-0.5B.
+    """LLaVA-OneVision-0.5B: SigLIP so400m at 384 px on an overview and 3 x 3 tiles, and Qwen2-0.5B.
 
     Sizes as in the configuration of the published checkpoint; random weights.
     """
@@ -156,7 +156,7 @@ def _llava_onevision(case: Case, options: dict[str, Any], dtype: torch.dtype, de
         inputs = dict(processor(images, return_tensors="pt", **_place(options)))
         counts = []
         for size in inputs["image_sizes"].tolist():
-            # The whole picture, then the tiles without padding and with a newline after each row.
+            # The whole image, then the tiles without padding and with a newline after each row.
             side = tile // patch
             tiles = side * (LLAVA_ONEVISION_SIDE // tile)
             _, _, height, width = unpadded_grid(size, tiles, tiles)
@@ -169,7 +169,7 @@ def _llava_onevision(case: Case, options: dict[str, Any], dtype: torch.dtype, de
 
 
 def _other(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Subject:
-    """Any image-text-to-text model of Transformers, with its own processor, which also reads the question."""
+    """Any image-text-to-text model of Transformers, with its processor for image and question."""
     processor = AutoProcessor.from_pretrained(resolve_model(case.source))
 
     def preprocess(pictures: list[str]) -> Inputs:
@@ -186,7 +186,7 @@ def _other(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torc
 def _config(case: Case) -> Any:
     config = fastvlm_config(case.source)
     if case.source not in SIZES and config.image_token_id is None:
-        raise ValueError(f"{case.source!r} has no image_token_id and no tokenizer files; put the tokenizer beside it.")
+        raise ValueError(f"{case.source!r} has no image_token_id and no tokenizer; add the tokenizer files to it.")
     return config
 
 
@@ -198,7 +198,7 @@ def _load(source: str, dtype: torch.dtype, device: torch.device, options: dict[s
 
 
 def _image_processor(name: str, options: dict[str, Any]) -> Any:
-    """Return an image processor's class by its name, ours or Transformers', for the backend asked for."""
+    """Return an image processor class by name, ours or Transformers', for the chosen backend."""
     import transformers
 
     import transformers_fastvlm
@@ -208,12 +208,12 @@ def _image_processor(name: str, options: dict[str, Any]) -> Any:
 
 
 def _place(options: dict[str, Any]) -> dict[str, Any]:
-    """Return where pictures are resized: torchvision can do it on the model's device, Pillow only on the CPU."""
+    """Return the device for resizing: torchvision can use the model's device, Pillow only the CPU."""
     return {"device": options["device"]} if options["image_backend"] == "torchvision" else {}
 
 
 def _opened(picture: str) -> Any:
-    """Return a picture that is decoded: Transformers' image processors take no paths."""
+    """Return the decoded image, since Transformers' image processors take no paths."""
     from ..images.reading import read_file
 
     return read_file(picture, f"the image file {picture!r}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that one case is measured in: it builds the model, and runs it whenever its parent asks.
+"""The process of one case: it builds the model, and runs it on request of its parent.
 
-It reads one JSON object a line on standard input, the case first and then {"run": true} for each run, and answers
-each with one on what was standard output when it started. What libraries print goes to standard error.
+It reads one JSON object per line from standard input: first the case, then {"run": true} for each run. It writes one
+JSON object for each to the original standard output. Output of libraries goes to standard error.
 """
 
 import json
@@ -36,18 +36,18 @@ def main() -> None:
             else:
                 answer(runner.run())
     except Exception as error:
-        # The parent raises it again; a traceback here would be seen by nobody who can use it.
+        # The parent raises it again; a traceback here would be of no use.
         answer({"error": type(error).__name__, "message": str(error)})
 
 
 class Runner:
-    """A model and what it takes to measure it once.
+    """A model and the means to measure it.
 
     Args:
         request: "case" (the fields of a `Case`), "options" (`Options.as_dict()`) and "picture" (a file's path).
 
     Attributes:
-        facts: parameters, tokens, and the seconds that importing and building took.
+        facts: numbers of parameters and tokens, and the seconds of importing and building.
     """
 
     def __init__(self, request: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ class Runner:
         }
 
     def run(self) -> dict[str, Any]:
-        """Return the seconds of each part of one answer, by wall and by processor, and the memory so far."""
+        """Return the wall and processor seconds of each part of one answer, and the peak memory."""
         from transformers import LogitsProcessorList
 
         model, clock, split = self.subject.model, self.clock, self.split
@@ -116,7 +116,7 @@ class Runner:
             model.generate(**inputs, **self._length(self.options["new_tokens"]), logits_processor=processors)
             end = whole = split.end()
             if self.device.type != "cpu" or not self._checked:
-                # A CPU does not wait, so there once is enough to see that the parts add up.
+                # A CPU needs no synchronisation, so one unsplit run is enough to check that the parts add up.
                 model.generate(**inputs, **self._length(1))
                 whole, self._checked = clock.now(), True
         first, second = split.steps
@@ -148,7 +148,7 @@ class Runner:
 
 
 def _decoding(compiled: bool, device: Any) -> dict[str, Any]:
-    """Return generate()'s options: compiled steps of decoding need a cache of fixed size."""
+    """Return generate()'s options: compiled decoding needs a static cache."""
     if not compiled:
         return {}
     from transformers import CompileConfig

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes vLLM know FastVLM: `vllm serve DIR` and `LLM(model=DIR)` work where this package is installed.
+"""The vLLM plugin: with this package installed, `vllm serve DIR` and `LLM(model=DIR)` load FastVLM.
 
 vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins` and
-`transformers_fastvlm_entry.vllm_plugin`. Nothing here is imported without vLLM.
+`transformers_fastvlm_entry.vllm_plugin`. Only vLLM imports this package.
 """
 
 import multiprocessing
@@ -15,7 +15,7 @@ __all__ = ["END_WITH_PARENT", "register"]
 ARCHITECTURE = "FastVLMForConditionalGeneration"
 MODE = "fastvlm"
 END_WITH_PARENT = "FASTVLM_VLLM_ENDS_WITH_PARENT"
-"""Environment variable: "1" has vLLM's processes end when the one that started them was killed."""
+"""Environment variable: "1" makes vLLM's processes exit when their parent is killed."""
 
 _WATCH = "fastvlm-parent"
 
@@ -23,13 +23,13 @@ _WATCH = "fastvlm-parent"
 def register() -> None:
     """Register FastVLM with vLLM; later calls change nothing.
 
-    The weights run in this package's encoder and, through vLLM's Transformers backend, in Transformers' language model.
-    Importing this module has imported the package, which made Transformers know FastVLM.
+    vLLM runs this package's encoder and, through its Transformers backend, Transformers' language model. Importing this
+    module also imports the package, which registers FastVLM with Transformers.
 
-    Where `END_WITH_PARENT` says so, a process also watches the one that started it.
+    If `END_WITH_PARENT` is set, each process also watches its parent.
 
     Raises:
-        ImportError: this version of vLLM lacks what is needed; docs/vllm.md has the versions that work.
+        ImportError: this version of vLLM is not supported; docs/vllm.md lists the supported versions.
     """
     if os.environ.get(END_WITH_PARENT) == "1":
         _end_with_parent()
@@ -49,12 +49,12 @@ def register() -> None:
     except Exception as error:
         raise ImportError(
             f"FastVLM could not be registered with this version of vLLM: {type(error).__name__}: {error}\n"
-            "The versions that are known to work are in docs/vllm.md of transformers-fastvlm."
+            "docs/vllm.md of transformers-fastvlm lists the supported versions."
         ) from error
 
 
 def _end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone: vLLM's own outlive a parent that was killed."""
+    """End this process as soon as its parent is gone: vLLM's processes would outlive a killed parent."""
     parent = multiprocessing.parent_process()
     if parent is None or any(thread.name == _WATCH for thread in threading.enumerate()):
         return
@@ -67,7 +67,7 @@ def _end_with_parent() -> None:
 
 
 class _Defaults:
-    """What vLLM asks an architecture to change in its configuration."""
+    """Changes of vLLM's configuration for this architecture."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -75,6 +75,6 @@ class _Defaults:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Choose our renderer, which is vLLM's own with a check of its own, unless the user chose another."""
+        """Select our renderer, which adds a check to vLLM's, unless the user chose another one."""
         if model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = MODE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastVLM for vLLM: its Transformers backend, told about AnyRes, the encoder, and placeholders without an embedding."""
+"""FastVLM in vLLM's Transformers backend, with AnyRes, the encoder and placeholders without an embedding."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +20,10 @@ __all__ = ["FastVLMForConditionalGeneration"]
 
 
 class FastVLMMultiModalProcessor(MultiModalProcessor):
-    """Divides what our processor returns among the pictures of a prompt."""
+    """Splits the output of our processor by the images of a prompt."""
 
     def _get_field_config(self, modality: str, key: str, hf_inputs: Mapping[str, Any], sizes: Any) -> Any:
-        """Return how a field is divided: those of AnyRes have one row a picture, `pixel_values` one a tile."""
+        """Return how a field is split: AnyRes fields have one row for each image, `pixel_values` one for each tile."""
         if key in ("image_sizes", "num_tiles"):
             return MultiModalFieldConfig.batched(modality)
         return super()._get_field_config(modality, key, hf_inputs, sizes)
@@ -41,10 +41,10 @@ class FastVLMForConditionalGeneration(TransformersMultiModalForCausalLM):
         self.configure_mm_token_handling(self.text_config.vocab_size, [self.config.image_token_id])
 
     def recursive_replace(self) -> None:
-        """Put vLLM's layers into the language model and the projector; the encoder keeps its own.
+        """Use vLLM's layers in the language model and the projector, but not in the encoder.
 
-        Parts of it compute in float32 where its weights are float16, or the CPU has no products of their type. vLLM's
-        layers take no other type than their weights', and would quantize it with the rest.
+        Parts of it compute in float32 if its weights are float16 or the CPU has no GEMM for their dtype. vLLM's
+        layers only take inputs of their weights' dtype, and quantization would include the encoder.
         """
         encoder, self.model.vision_tower = self.model.vision_tower, nn.Identity()
         super().recursive_replace()
@@ -57,7 +57,7 @@ class FastVLMForConditionalGeneration(TransformersMultiModalForCausalLM):
 
 
 def _without_batch(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Take away the batch of one of Transformers' layers: vLLM's 8-bit product for CPUs with AMX wants matrices."""
+    """Remove the batch axis of Transformers' layers: vLLM's 8-bit GEMM for CPUs with AMX needs matrices."""
     hidden = arguments[0]
     return (hidden.squeeze(0) if hidden.ndim == 3 else hidden, *arguments[1:])
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's renderer, which prepares prompts, with a check that each picture has its place and each place its picture.
+"""vLLM's prompt renderer, with a check that a prompt has one placeholder for each image.
 
-vLLM itself answers a prompt that has a place too many as if there were a picture, and fails with an internal error
-where one is missing. Both come from the outside: a client only has to write "<image>".
+vLLM answers a prompt with too many placeholders as if there were an image, and fails with an internal error if one is
+missing. Any client can cause both by writing "<image>".
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ __all__ = ["FastVLMRenderer"]
 
 
 class FastVLMRenderer(HfRenderer):
-    """vLLM's renderer for checkpoints in Hugging Face's form, which refuses prompts whose counts do not agree."""
+    """vLLM's renderer for Hugging Face checkpoints; it refuses prompts whose placeholders do not match their images."""
 
     def process_for_engine(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the engine's input for a prompt of token ids, or raise `VLLMValidationError`."""
