@@ -72,7 +72,7 @@ def test_another_model_has_no_size(tmp_path: Path) -> None:
         ({"batches": (0,)}, "batch is 0; expected at least 1"),
         ({"new_tokens": 3}, "new_tokens is 3; expected at least 4"),
         ({"repetitions": 0}, "repetitions is 0; expected at least 1"),
-        ({"image": "gone.jpg"}, "no picture at 'gone.jpg'"),
+        ({"image": "gone.jpg"}, "no image at 'gone.jpg'"),
         ({"image_backend": "cv2"}, "image backend is 'cv2'; expected pil, torchvision"),
     ],
 )
