@@ -22,14 +22,14 @@ demo: .venv/installed-package ## answer questions about an image, offline
 	$(BIN)/python examples/demo.py
 	@echo "make demo took $$(($$(date +%s) - $(START))) seconds"
 
-# The tests of servers and of the web page need packages of their own: test-serving. Gradio leaves event loops to the
-# garbage collector, which pytest takes for an error of whatever test comes then: the page has a process of its own.
+# The tests of servers and of the web page need other packages: test-serving. Gradio leaves event loops to the
+# garbage collector, which pytest reports as an error of a later test, so the page runs in a separate process.
 SERVING := tests/batch tests/demo tests/fuzz tests/server tests/cli/test_serve.py tests/test_process_state.py
 BROWSER := tests/demo/test_page_browser.py
 SUITE := $(SERVING:%=--ignore=%) --ignore=tests/vllm_plugin --ignore=tests/export \
 	--ignore-glob='*/test_harness_*.py' -n auto
 
-# What calls Transformers or is called by it: Auto classes, configurations, processors, models, generate() and its cache,
+# Modules that call Transformers or are called by it: Auto classes, configurations, processors, models, generate() and cache,
 # loading and saving, Trainer. The rest (kernels, data, recipes, reports, the command line's words) would give the same
 # results on another version, or fails here too.
 CORE := $(addprefix tests/, test_registration.py test_registration_order.py test_configuration.py test_processing.py test_image_processing_pil.py \
@@ -38,7 +38,7 @@ CORE := $(addprefix tests/, test_registration.py test_registration_order.py test
 	inference/test_fusing.py training/test_trainer.py \
 	training/test_plain_trainer.py)
 
-# Where an optional package may be used without having been asked for: the core, the command line, data, the pages.
+# Modules that could use an optional package by mistake: the core, the command line, data, the pages.
 MINIMAL := $(CORE) $(addprefix tests/, test_tiny.py test_demo.py test_readme.py test_packaging.py data) \
 	$(filter-out %/test_bench.py, $(wildcard tests/cli/test_*.py))
 
@@ -71,12 +71,12 @@ test-wheel: .venvs/wheel/installed ## install the built wheel with plain pip and
 # Tests against the wheel, with its dependencies and pytest and nothing else; `pythonpath` is emptied so that
 # the installed package is imported and not src/.
 .PHONY: test-minimal test-minimal-full
-test-minimal: .venvs/minimal/installed ## test without any optional package what could miss one
+test-minimal: .venvs/minimal/installed ## test the modules that could need an optional package, without any
 	.venvs/minimal/bin/python -m pytest -o pythonpath= $(MINIMAL) $(PYTEST_ARGS)
 test-minimal-full: .venvs/minimal/installed ## run the whole suite without any optional package
 	.venvs/minimal/bin/python -m pytest -o pythonpath= $(PYTEST_ARGS)
 
-# `make -k test-versions` goes on with the other versions after a failure. On the newest, `make test` runs the suite.
+# `make -k test-versions` continues with the other versions after a failure. On the newest, `make test` runs the suite.
 TRANSFORMERS := 5.16.1 5.19 5.23
 OLDEST := $(firstword $(TRANSFORMERS))
 
@@ -93,7 +93,7 @@ test-versions-full: $(TRANSFORMERS:%=.venvs/transformers-%/installed) test test-
 		.venvs/transformers-$$version/bin/python -m pytest $(SUITE) $(PYTEST_ARGS) || failed=1; \
 		.venvs/transformers-$$version/bin/python tests/upstream/run.py || failed=1; done; test -z "$$failed"
 
-# What comes next. Its failures are shown, and fail nothing: they are about releases that setup.cfg keeps out.
+# Newest releases. Failures are shown but fail nothing, since setup.cfg excludes these releases.
 .PHONY: test-newest
 test-newest: .venv/installed-dev ## run the core of the suite on today's newest Transformers, whatever setup.cfg allows
 	$(PYTHON) tools/newest.py .venvs/newest $(CORE) $(PYTEST_ARGS)
@@ -169,7 +169,7 @@ ENVIRONMENT := $(PYTHON) tools/environment.py
 DECLARED := setup.cfg pyproject.toml src/transformers_fastvlm/_version.py tools/environment.py \
 	requirements/build.txt requirements/uv.txt
 
-# dev.txt names all that package.txt names, in the same versions; `make demo` after `make test` removes nothing.
+# dev.txt contains package.txt in the same versions; `make demo` after `make test` removes nothing.
 .venv/installed-package: requirements/package.txt $(DECLARED)
 	$(ENVIRONMENT) make .venv package --keep
 	@touch $@
@@ -186,7 +186,7 @@ DECLARED := setup.cfg pyproject.toml src/transformers_fastvlm/_version.py tools/
 	$(ENVIRONMENT) make $(@D) minimal --package dist/*.whl
 	@touch $@
 
-# As a user does it: with plain pip, and whatever versions there are today.
+# As a user does it: with plain pip and current versions.
 .venvs/wheel/installed: dist/built
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
@@ -197,7 +197,7 @@ tests/export/javascript/node_modules/installed: tests/export/javascript/package-
 	cd $(<D) && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@
 
-# The browser of the tests. Debian's, since Playwright's own is a download of another kind.
+# The browser of the tests: Debian's Chromium instead of Playwright's download.
 $(CHROMIUM):
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq chromium fonts-dejavu-core \

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts of this folder have in common: their options, questions about scenes, and how a record is written.
+"""Shared parts of the scripts in this folder: options, questions about scenes, and writing of records.
 
 `transformers_fastvlm.bench.measuring` has the rest: clocks, work in turns, medians and spreads.
 """
@@ -58,7 +58,7 @@ def questions(count: int, start: int = 0, aspect: str = "any", task: str = "ques
 
 
 def ask(picture: Any, question: str) -> list[dict[str, Any]]:
-    """Return a conversation with one question about a picture."""
+    """Return a conversation with one question about an image."""
     return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
 
 

@@ -5,10 +5,10 @@
 
 All three have the same random weights, on which speed does not depend, and run in turn in one process on the CPU.
 Times are of the process's own CPU time with one thread, so that other processes disturb them less, and of the wall
-clock with more; both are written. The rate of matrix products is measured between the runs, as the best of float32 and
-the encoder's type. `time_over_products` is the encoder's time divided by the time of its 487 GFLOP (at 1024 x 1024
+clock with more; both are written. The GEMM rate is measured between the runs, as the best of float32 and
+the encoder's dtype. `time_over_products` is the encoder's time divided by the time of its 487 GFLOP (at 1024 x 1024
 pixels; proportional to pixels) at the median of that rate. `milliseconds_of_operations` says what one more run of each
-spent its time on; the native one's only in float32, since in the other types it can take minutes. Needs timm.
+spent its time on; for the native model only in float32, since other dtypes can take minutes. Needs timm.
 """
 
 import copy

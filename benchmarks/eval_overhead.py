@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lmms-eval costs beside the model's own work, in an evaluation of the embedded tiny model on scenes.
+"""Overhead of lmms-eval beside the model's time, in an evaluation of the embedded tiny model on scenes.
 
     python benchmarks/eval_overhead.py [--scenes 500] [--batch-size 16] [--dtype float32] [--out RESULTS.json]
 
 Evaluates as `fastvlm eval tiny --data scenes.jsonl` does, without the measurement of the first token, and takes the
 time of each part: `engine` is all calls of the engine, preprocessing included, `model` the calls of the model's
-`generate` in them, `pictures` the opening of the files, which any way of asking needs. `harness` is everything else
-from the reading of the questions to the written results: lmms-eval, the journal, judging, writing. Loading the model
-and giving back its memory, and the import of lmms-eval, are apart.
+`generate` in them, `pictures` the opening of the files, which every method needs. `harness` is everything else from
+reading the questions to the written results: lmms-eval, the journal, scoring, writing. Loading and freeing the model
+and importing lmms-eval are excluded.
 
-Processor seconds are those of all threads, and other programs of the machine disturb them least. Pictures are opened by
-a thread of their own beside the model, so by the wall `harness_and_pictures` is what is left when loading and the
-engine are taken away: the harness, and waiting for pictures. PyTorch has one thread. Needs the extra `eval`.
+Processor seconds cover all threads; other programs disturb them least. A separate thread opens images beside the
+model, so in wall time `harness_and_pictures` is the rest after loading and the engine: the harness, and waiting for
+images. PyTorch has one thread. Needs the extra `eval`.
 """
 
 import argparse

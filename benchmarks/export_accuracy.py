@@ -10,8 +10,8 @@ this package's preprocessing. Each precision is also compared with PyTorch: by t
 number of answers that are other ones, right or wrong.
 
 With FOLDER, in which `npm ci --ignore-scripts` was run (tests/export/javascript is one), the float32 files also answer
-in transformers.js on Node, about square and about oblong pictures: from this package's pixel values, and from the
-picture, prepared by transformers.js itself. `grey_levels` is the mean distance between the two, of 255.
+in transformers.js on Node, about square and about oblong images: from this package's pixel values, and from the
+image, prepared by transformers.js itself. `grey_levels` is the mean distance between the two, of 255.
 """
 
 import json
@@ -60,7 +60,7 @@ def measure_precisions(done: Export, rows: list[dict[str, Any]]) -> dict[str, An
 
 
 def measure_javascript(done: Export, folder: Path, count: int) -> dict[str, Any]:
-    """Ask transformers.js about square and oblong pictures."""
+    """Ask transformers.js about square and oblong images."""
     processor = OnnxEngine(done.directory, "float32").processor
     found = {}
     for aspect in ("square", "oblong"):

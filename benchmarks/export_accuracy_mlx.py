@@ -5,9 +5,9 @@
 
 Two series of questions, each about one scene, answered greedily and compared letter for letter:
 
-- Every precision of the target `mlx`, from this package's pixel values, on pictures of any shape.
+- Every precision of the target `mlx`, from this package's pixel values, on images of any shape.
 - The preprocessing of mlx-vlm (float32) and of `native` (float32, with Pillow and with torchvision), from the files of
-  the export, on square and on oblong pictures.
+  the export, on square and on oblong images.
 
 It needs `pip install "transformers-fastvlm[mlx,bench,torchvision]"`. MLX is slow on a CPU: the results are written anew
 after every few scenes and say how many they are about, so that a run can be stopped.
@@ -69,7 +69,7 @@ class InMlx:
         self.ends = eos if isinstance(eos, list) else [eos]
 
     def answer(self, ids: list[int], pixel_values: Any, features: Any) -> str:
-        """Return the answer to a prompt with one placeholder, given the picture's features."""
+        """Return the answer to a prompt with one placeholder, given the image's features."""
         tokens = greedy_answer(self.model, ids, pixel_values, MAX_NEW_TOKENS, self.ends, cached_image_features=features)
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time to the first token of a second question about a picture, as a ratio to that of the first.
+"""Time to the first token of a second question about an image, as a ratio to that of the first.
 
     python benchmarks/second_question.py [--preset 0.5b] [--size 1024] [--dtype float32 bfloat16] [--rounds 3]
         [--threads N] [--device cpu|cuda] [--out benchmarks/results/second_question.json]
 
-A model of the preset's shape with random weights answers through `PromptCache`: a first question about a picture, a
-second one in the same conversation, and one of its own about the same picture. Time runs from the messages, the
-picture decoded, to the first token; `processor_seconds` is the time that the process computed, the one to compare on
+A model of the preset's shape with random weights answers through `PromptCache`: a first question about an image, a
+second one in the same conversation, and one of its own about the same image. Time runs from the messages, the
+image decoded, to the first token; `processor_seconds` is the time that the process computed, the one to compare on
 a machine that others use too. Every round starts with an empty cache; medians of the rounds.
 """
 

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What changes a tiny model's answers: padding, resolution, number types, the encoder's form, tiles, more pictures.
+"""Effects on a tiny model's answers: padding, resolution, dtypes, the encoder's form, tiles, more images.
 
     python benchmarks/studies.py [MODEL] [--scenes 500] [--studies form tiles ...] [--out FILE] [--plot FILE]
 
 Each study asks about the same scenes in several ways, greedily, and counts the answers that equal the right one letter
-for letter, as tiny_accuracy.py does. The first way of a study is the one that the others are compared with: by the
-difference in points, question by question, with its 95 % bootstrap interval, and by the number of answers that are
-other ones, right or wrong. Studies that --out already has and that are not asked for are kept. MODEL is the model of
-the package where it is left out.
+for letter, as tiny_accuracy.py does. The others are compared with the first way of a study: by the difference in
+points, question by question, with its 95 % bootstrap interval, and by the number of changed answers, right or wrong.
+Studies that --out already has are kept unless they are run again. The default of MODEL is the test model of the
+package.
 
 The train-time form is made from the merged weights: branches are drawn at random, and the main branch of each
-convolution is what then is missing. That shows what merging costs, and nothing about training with branches.
+convolution is the remainder. This shows the cost of merging, but nothing about training with branches.
 """
 
 import copy
@@ -52,7 +52,7 @@ class Cell:
     model: str = REFERENCE
     aspect: str = "any"
     options: dict[str, Any] = field(default_factory=dict)
-    others: tuple[str, int] | None = None  # further pictures: of which kind and on which side, and how many
+    others: tuple[str, int] | None = None  # further images: of which kind and on which side, and how many
 
 
 def studies(side: int) -> dict[str, list[Cell]]:
@@ -89,7 +89,7 @@ def studies(side: int) -> dict[str, list[Cell]]:
 
 
 class WithOthers:
-    """Scenes whose questions come after further pictures too; the question is about the scene's own."""
+    """Scenes whose questions come after further images too; the question is about the scene's own."""
 
     def __init__(self, scenes: SceneDataset, kind: str, number: int) -> None:
         self.scenes, self.kind, self.number = scenes, kind, number

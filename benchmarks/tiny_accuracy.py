@@ -4,10 +4,10 @@
     python benchmarks/tiny_accuracy.py MODEL [--scenes 2000] [--variants float32 fused ...] [--out RESULTS.json]
 
 Asks one question about each scene of a series that no training uses, greedily, and counts the answers that equal the
-right one letter for letter: over all kinds of questions and shapes of pictures in float32, after fuse(), in bfloat16
-and float16, and with weights of 8 and 4 bits; then, in float32, square and oblong pictures apart, the oblong ones also
+right one letter for letter: over all kinds of questions and shapes of images in float32, after fuse(), in bfloat16
+and float16, and with weights of 8 and 4 bits; then, in float32, square and oblong images apart, the oblong ones also
 cropped to their centre instead of padded. Each variant but the first is also compared with float32: by the difference
-in points, and by the number of answers that are other ones, right or wrong.
+in points, and by the number of changed answers, right or wrong.
 
 All variants see the same batches: each is drawn and preprocessed once. The quantized language models
 have the bfloat16 encoder, so its features are computed once for them all. They need torchao and are made as
@@ -65,7 +65,7 @@ def quantization_config(variant: str, device: str) -> Any:
 def answers(
     models: dict[str, Any], processor: Any, scenes: SceneDataset, batch_size: int, **image_options: Any
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]], dict[str, float]]:
-    """Return the rows without pictures, each model's greedy answers to them, and the seconds that it took for them."""
+    """Return the rows without images, each model's greedy answers to them, and the seconds that it took for them."""
     asked: list[dict[str, Any]] = []
     given: dict[str, list[str]] = {name: [] for name in models}
     seconds = dict.fromkeys(models, 0.0)

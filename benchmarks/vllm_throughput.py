@@ -5,10 +5,10 @@
         [--dtype float32] [--threads N] [--out benchmarks/results/vllm_throughput.json]
 
 Runs in vLLM's environment, so that both sides have its PyTorch and its Transformers. The requests of a round are
-pictures of their own, one half to be described and the other half with a question, answered greedily: by vLLM, which
+images of their own, one half to be described and the other half with a question, answered greedily: by vLLM, which
 gets all at once; by `generate` one after another; and by `generate` in one padded batch, rows of like length together.
 Time runs from Pillow images and messages to texts and covers image processing on all sides. The three take turns in
-every round, with another first each time; no picture is seen twice, so nothing comes from a cache. Ratios are those of
+every round, with another first each time; no image is seen twice, so nothing comes from a cache. Ratios are those of
 the median rates; answers are compared, and the number of those that differ is part of the result.
 """
 

@@ -83,7 +83,7 @@ def _check(record: dict[str, Any]) -> None:
         (("--against", "native,,x"), "--against is 'native,,x'; expected names separated by single commas"),
         (("--against", "nonsense"), "'nonsense' is neither a size"),
         (("--device", "abacus"), "device is 'abacus', which is not available"),
-        (("--image", "gone.jpg"), "no picture at 'gone.jpg'"),
+        (("--image", "gone.jpg"), "no image at 'gone.jpg'"),
         (("--out", "gone/bench.json"), "there is no directory gone"),
         (("--encoders", "7B"), "leave out MODEL"),
         (("--encoders", "--size", "512"), "leave out --size"),
