@@ -114,13 +114,13 @@ def test_missing_tensors_whatever_config_json_says(what: str, quantization: str,
             pytest.importorskip("bitsandbytes")
         (copy / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     for cls in classes:
-        with pytest.raises(ValueError, match=r"no values for tensors|not one tensor of this model"):
+        with pytest.raises(ValueError, match=r"no values for tensors|no tensor of this model"):
             cls.from_pretrained(copy)
 
 
 def test_encoder_out_of_another_models_weights(copy: Path) -> None:
     rewrite(copy, {"model.layers.0.weight": torch.zeros(2)})
-    with pytest.raises(ValueError, match=r"not one tensor of this model, it is another's"):
+    with pytest.raises(ValueError, match=r"no tensor of this model and belongs to another one"):
         FastViTHDModel.from_pretrained(copy)
 
 
@@ -141,6 +141,41 @@ def test_weights_that_are_no_weights(dtype: torch.dtype, copy: Path, tmp_path: P
             load(copy)
     if dtype != torch.complex64:  # safetensors itself does not read complex64
         assert FastViTHDModel.from_pretrained(copy)  # the encoder's own tensors are weights
+
+
+def pickled(directory: Path, tensors: dict[str, torch.Tensor], **options: Any) -> None:
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    torch.save(tensors, directory / "pytorch_model.bin", **options)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_pickled_weights_are_judged_alike(legacy: bool, copy: Path) -> None:
+    options = {"_use_new_zipfile_serialization": not legacy}
+    tensors = load_file(copy / "model.safetensors")
+    whole = FastVLMForConditionalGeneration.from_pretrained(copy)
+    weight = tensors[PROJECTOR_WEIGHT]
+    pickled(copy, tensors | {OURS: weight.clone()}, **options)
+    model = FastVLMForConditionalGeneration.from_pretrained(copy)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in whole.state_dict().items())
+    wrong: list[tuple[dict[str, torch.Tensor], str]] = [
+        ({PROJECTOR_WEIGHT: weight.to(dtype)}, r"pytorch_model\.bin holds 1 tensors that are not weights")
+        for dtype in (torch.int8, torch.uint8, torch.bool, torch.complex64)
+    ]
+    wrong.append(({OURS: weight + 1}, r"linear_1\.weight is stored 2 times with different values"))
+    for change, message in wrong:
+        pickled(copy, tensors | change, **options)
+        with pytest.raises(ValueError, match=message):
+            FastVLMForConditionalGeneration.from_pretrained(copy)
+
+
+def test_pickled_shard_outside_of_the_folder(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    pickled(copy.parent, tensors)
+    (copy / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "../pytorch_model.bin")}
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"names the shard .*same directory"):
+        AutoModelForImageTextToText.from_pretrained(copy)
 
 
 def test_one_tensor_with_two_values(copy: Path) -> None:

@@ -355,7 +355,7 @@ def test_addresses(processor: FastVLMImageProcessorPil, tmp_path: Path, monkeypa
             processor(f"{address}/empty.png")
         with pytest.raises(ValueError, match="is a web page"):
             processor(f"{address}/page.html")
-        monkeypatch.setattr("transformers_fastvlm.images.reading.MAX_DOWNLOAD_BYTES", 100)
+        monkeypatch.setattr("transformers_fastvlm.images.fetching.MAX_DOWNLOAD_BYTES", 100)
         with pytest.raises(ValueError, match="larger than 100 bytes"):
             processor(f"{address}/image.png")
     with pytest.raises(ConnectionError, match="Check the address and the network"):

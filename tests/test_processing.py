@@ -281,7 +281,7 @@ def test_counts_that_differ(
 
 def test_image_part_without_source(processor: FastVLMProcessor) -> None:
     chat = [{"role": "user", "content": [{"type": "image"}]}]
-    with pytest.raises(ValueError, match="its url, path, base64 or image"):
+    with pytest.raises(ValueError, match="needs url, path, base64 or image"):
         processor.apply_chat_template(chat, tokenize=True, return_dict=True)
 
 

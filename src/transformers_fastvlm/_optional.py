@@ -1,12 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports of optional packages: the error names a missing or broken package, its version and the command to fix it."""
+"""Late imports: optional packages, whose errors name the command to fix them, and a package's own public names."""
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Iterator
+from typing import Any
 
-__all__ = ["needs", "with_version"]
+__all__ = ["lazy_names", "needs", "with_version"]
+
+
+def lazy_names(package: str, modules: dict[str, str]) -> tuple[Any, Any, list[str]]:
+    """Return a package's `__getattr__`, `__dir__` and `__all__`: a name is imported when it is first used.
+
+    Args:
+        package: its `__name__`.
+        modules: public names, with spaces between them, by the module that each is of.
+    """
+    module_of = {name: module for module, names in modules.items() for name in names.split()}
+
+    def get(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{module_of[name]}", package), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *module_of}), sorted(module_of)
 
 
 @contextlib.contextmanager

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
 __all__ = [
     "INDEX_FILE",
     "SINGLE_FILE",
+    "Stored",
     "StoredTensor",
     "read_directory",
     "read_index",
@@ -88,14 +89,30 @@ def _read(stream: Any, file: Path, start: int, nbytes: int) -> Iterator[bytes]:
         yield block
 
 
-def same_values(first: StoredTensor, second: StoredTensor) -> bool:
+class Stored(Protocol):
+    """A tensor in a file, of whatever format.
+
+    Attributes:
+        dtype: as safetensors names it.
+    """
+
+    @property
+    def file(self) -> Path: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def blocks(self) -> Iterator[bytes]: ...
+
+
+def same_values(first: Stored, second: Stored) -> bool:
     """Whether two tensors have the same dtype, shape and bytes."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return all(a == b for a, b in zip(first.blocks(), second.blocks(), strict=True))
 
 
-def refuse_two_values(tensors: Mapping[str, Sequence[StoredTensor]]) -> None:
+def refuse_two_values(tensors: Mapping[str, Sequence[Stored]]) -> None:
     """Raise ValueError if a tensor is stored more than once with different values.
 
     Args:
@@ -110,7 +127,7 @@ def refuse_two_values(tensors: Mapping[str, Sequence[StoredTensor]]) -> None:
             )
 
 
-def refuse_integers(tensors: Mapping[str, StoredTensor]) -> None:
+def refuse_integers(tensors: Mapping[str, Stored]) -> None:
     """Raise ValueError if a weight's dtype is not floating-point with at least 16 bits.
 
     Integers and 8-bit floats are meaningless without the scales of their quantization.

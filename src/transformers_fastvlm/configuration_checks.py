@@ -81,9 +81,9 @@ def _is_quantization(value: Any) -> bool:
 
 
 _POSITIVE: _Rule = (_is_positive, "a number above 0")
-_ACTIVATION: _Rule = (_is_activation, "an activation that Transformers knows, such as 'gelu' or 'silu'")
+_ACTIVATION: _Rule = (_is_activation, "an activation that Transformers supports, such as 'gelu' or 'silu'")
 _DTYPE: _Rule = (_is_dtype, "a torch dtype, such as 'bfloat16'")
-_ROPE: _Rule = (_is_rope, "an object with a rope_type that Transformers knows and a rope_theta above 0")
+_ROPE: _Rule = (_is_rope, "an object with a rope_type that Transformers supports and a rope_theta above 0")
 _OBJECT: _Rule = (lambda value: isinstance(value, Mapping) or hasattr(value, "to_dict"), "an object")
 _BOOLEAN: _Rule = (lambda value: isinstance(value, bool), "true or false")
 
@@ -116,7 +116,7 @@ _RULES: dict[str, _Rule] = {
     "image_token_id": (_is_count, "an id, 0 or above"),
     "model_type": (lambda value: isinstance(value, str), "a name"),
     "projection_dim": (_is_count, "a number of channels, or 0"),
-    "quantization_config": (_is_quantization, "an object with a quant_method that Transformers knows"),
+    "quantization_config": (_is_quantization, "an object with a quant_method that Transformers supports"),
     "tie_word_embeddings": _BOOLEAN,
 }
 _GENERATION_RULES: dict[str, _Rule] = {
@@ -192,8 +192,9 @@ def check_directory(directory: str | os.PathLike[str]) -> None:
     if (folder / _GENERATION_FILE).is_file():
         check_generation_fields(read_json(folder / _GENERATION_FILE), folder)
     if not (folder / SINGLE_FILE).is_file():
-        for index in sorted(folder.glob("model.safetensors.index*.json")):
-            read_index(index)
+        for pattern in ("model.safetensors.index*.json", "pytorch_model.bin.index*.json"):
+            for index in sorted(folder.glob(pattern)):
+                read_index(index)
 
 
 @contextlib.contextmanager

@@ -312,7 +312,7 @@ class FastViTHDConfig(BackboneConfigMixin, _CheckedConfig):
         for name in ("depths", "hidden_sizes"):
             value = getattr(self, name)
             if len(value) != NUM_STAGES or any(v < 1 for v in value):
-                raise ValueError(f"{name} is {list(value)}, expected {NUM_STAGES} positive integers, one a stage.")
+                raise ValueError(f"{name} is {list(value)}, expected {NUM_STAGES} positive integers, one per stage.")
         for width in self.hidden_sizes[3:]:
             if width % self.attention_head_dim:
                 raise ValueError(

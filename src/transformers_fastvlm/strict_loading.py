@@ -7,7 +7,10 @@ silently give wrong answers. The checks of the files are those of `checkpoints.c
 
 import copy
 import os
-from collections.abc import Iterable
+import threading
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
-from .checkpoint_files import StoredTensor, read_tensors, refuse_integers, refuse_two_values
+from .checkpoint_files import BLOCK, Stored, read_tensors, refuse_integers, refuse_two_values
 from .configuration_checks import check_directory
 from .tensor_names import to_our_name
 
@@ -26,6 +29,10 @@ _ADVICE = (
     "Its config.json does not match its weights, or a shard is missing. Compare the two, or download the checkpoint "
     "again."
 )
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+# Transformers replaces methods of its classes while it loads, and puts back what it found: of two threads at once the
+# second finds, and leaves for good, what the first put there.
+_LOADING = threading.RLock()
 _TIED = {"lm_head.weight", "model.language_model.embed_tokens.weight"}
 _BATCHES_SEEN = ".num_batches_tracked"  # Apple's encoders were trained with it; evaluation does not use it
 
@@ -38,7 +45,7 @@ class StrictPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Load a model. See `PreTrainedModel.from_pretrained`.
+        """Load a model. See `PreTrainedModel.from_pretrained`. Threads that load at once wait for each other.
 
         Raises:
             OSError: a file is missing, truncated or not safetensors.
@@ -50,7 +57,8 @@ class StrictPreTrainedModel(PreTrainedModel):
             check_directory(os.path.join(source, kwargs.get("subfolder") or ""))
         wants_info = kwargs.pop("output_loading_info", False)
         try:
-            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            with _LOADING:
+                model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise OSError(
                 f"A weight file of {str(source)!r} cannot be read ({error}). It is truncated or damaged: "
@@ -58,7 +66,7 @@ class StrictPreTrainedModel(PreTrainedModel):
             ) from error
         if source is not None and hasattr(model, "peft_config") and info["missing_keys"]:
             # The missing keys are the adapter's: its tensors would be initialised as if it had not been trained.
-            raise ValueError(_message(f"The adapter in {source}", "no values for tensors of its", info["missing_keys"]))
+            raise ValueError(_message(f"The adapter in {source}", "no values for its tensors", info["missing_keys"]))
         return (model, info) if wants_info else model
 
     @staticmethod
@@ -97,7 +105,9 @@ def _refuse_missing(model: StrictPreTrainedModel, load_config: Any, missing: set
     if quantizer is not None and not quantizer.pre_quantized:
         missing &= _names_before_quantization(model)
     if missing >= needed:
-        raise ValueError(_message(_of(load_config), "not one tensor of this model, it is another's: no", missing))
+        raise ValueError(
+            _message(_of(load_config), "no tensor of this model and belongs to another one; missing", missing)
+        )
     if len(missing & _TIED) == 1:
         missing -= _TIED  # each can replace the other
     if missing:
@@ -127,14 +137,16 @@ def _names_before_quantization(model: PreTrainedModel) -> set[str]:
 def _check_files(model: PreTrainedModel, files: Iterable[str], packed: bool) -> None:
     """Refuse files that hold integers instead of weights, or two values for one tensor."""
     own = set(model.state_dict())
-    found: dict[str, list[StoredTensor]] = {}
+    found: dict[str, list[Stored]] = {}
     for file in files:
-        if not file.endswith(".safetensors"):
-            continue
-        try:
-            tensors = read_tensors(Path(file))
-        except ValueError as error:
-            raise OSError(str(error)) from error
+        tensors: Mapping[str, Stored] = {}
+        if file.endswith(".safetensors"):
+            try:
+                tensors = read_tensors(Path(file))
+            except ValueError as error:
+                raise OSError(str(error)) from error
+        elif file.endswith(".bin"):
+            tensors = _read_pickled(Path(file))
         for name, tensor in tensors.items():
             known = next((n for n in _candidates(name) if n in own), None)
             if known is not None:
@@ -142,6 +154,53 @@ def _check_files(model: PreTrainedModel, files: Iterable[str], packed: bool) -> 
     refuse_two_values(found)
     if not packed:
         refuse_integers({name: tensors[0] for name, tensors in found.items()})
+
+
+@dataclass(frozen=True)
+class _PickledTensor:
+    """A tensor in a file of PyTorch's, as `checkpoint_files` judges it."""
+
+    file: Path
+    tensor: torch.Tensor
+
+    @property
+    def dtype(self) -> str:
+        """Name as in safetensors files."""
+        is_plain = self.tensor.layout == torch.strided and not self.tensor.is_quantized
+        return _NAMES.get(self.tensor.dtype, str(self.tensor.dtype)) if is_plain else "of a packed tensor"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the values as bytes."""
+        if self.dtype in _NAMES.values():
+            for part in self.tensor.reshape(-1).split(BLOCK // self.tensor.element_size()):
+                yield part.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _read_pickled(file: Path) -> dict[str, Stored]:
+    """Return the tensors of a file that `torch.save` wrote, by name; nothing in it is executed.
+
+    Raises:
+        OSError: it holds more than tensors, or is damaged.
+    """
+    options = {"mmap": True} if zipfile.is_zipfile(file) else {}  # an older format cannot be mapped
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # pickles raise whatever they like
+        raise OSError(
+            f"{file} cannot be read as weights ({type(error).__name__}). It is damaged, or holds more than tensors, "
+            "which is not read. Save the model as safetensors."
+        ) from error
+    if not isinstance(content, Mapping):
+        raise OSError(f"{file} holds a {type(content).__name__}; expected tensors by name.")
+    return {
+        name: _PickledTensor(file, tensor)
+        for name, tensor in content.items()
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor)
+    }
 
 
 def _candidates(name: str) -> tuple[str, ...]:

@@ -209,7 +209,10 @@ def copy_of_model(model, tmp_path) -> Path:
 def test_does_not_overwrite(run, engine, photos, tmp_path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"exists already\. Name another output, or replace it with --restart"):
+    with pytest.raises(
+        FileExistsError,
+        match=r"exists already, .*new images, name them alone and another output.*again, pass --restart",
+    ):
         run()
     assert out.read_text() == "mine" and engine.asked == []
     assert run(restart=True).rows == 8

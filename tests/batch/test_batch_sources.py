@@ -213,6 +213,7 @@ def test_jsonl_and_json(folder: Path) -> None:
         {"image": "a.JPG", "q": ["x"], "n": 1},
         {"q": "three", "n": 1},
         {"image": "sub/c.webp", "q": "\ud800", "n": 1},
+        {"image": "c\ud800.webp", "q": "Why?", "n": 1},
     ]
     for name, content in (
         ("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows) + "[1]\n" + '{"image": "b.p'),
@@ -223,9 +224,10 @@ def test_jsonl_and_json(folder: Path) -> None:
         found = widths(requests)
         assert found[0] == 11 and requests[0].question == "one 3"
         messages = ("'q' of the prompt is empty", "an image is 7", "holds a list", "'image' is empty", "surrogate")
+        messages += ("is not valid",)
         assert all(message in error for message, error in zip(messages, found[1:], strict=False)), found
-        assert "expected an object" in found[6]
-        assert len(requests) == (8 if name == "rows.jsonl" else 7)
+        assert "expected an object" in found[7]
+        assert len(requests) == (9 if name == "rows.jsonl" else 8)
     assert "cut off" in widths(requests_of(folder / "rows.jsonl", prompt="{q} {n}"))[-1]
 
 

@@ -306,7 +306,7 @@ def test_rows_whose_words_are_wrong(folder: Path, row: Any, expected: str) -> No
         ("cut_a.png", "the image 'cut_a.png' is truncated or damaged"),
         ("cut_b.jpg", "the image 'cut_b.jpg' is truncated or damaged"),
         ({"bytes": b"", "path": "x.png"}, "the image 'x.png' is empty (0 bytes)"),
-        ({"bytes": b"no", "path": None}, "the image is not an image of a format"),
+        ({"bytes": b"no", "path": None}, "the image is not an image of a supported format"),
         (Image.fromarray(np.full((8, 8), 2.0, np.float32)), "the image: a floating-point image has values from 2.0"),
     ],
 )
@@ -331,6 +331,7 @@ def test_images_that_cannot_be_read(folder: Path, image: Any, expected: str) -> 
         ("file:///etc/hostname", "is an address"),
         ("data:image/png;base64,AAAA", "is an address"),
         ("a\0.png", "is not valid"),
+        ("a\ud800.png", "is not valid"),
         ("", "is empty"),
         ({"path": "../secret.png", "bytes": None}, "leaves the image folder"),
         (7, "an image is 7 (int); expected a path, a Pillow image"),

@@ -16,9 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_fastvlm.demo import Page, page_images
 from transformers_fastvlm.demo.answering import Answerer, UnusableInput
-from transformers_fastvlm.demo.conversing import summary, turn
 from transformers_fastvlm.demo.presets import scene_examples
-from transformers_fastvlm.demo.visitors import Visitors
+from transformers_fastvlm.demo.visitors import Visitors, summary, turn
 from transformers_fastvlm.engines import Request, TransformersEngine, transformers_engine
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from transformers_fastvlm.engines.image_places import place_images
+from transformers_fastvlm.engines.prompts import place_images
 from transformers_fastvlm.evaluation.lmms_model import _content
 
 IMAGES = [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))]

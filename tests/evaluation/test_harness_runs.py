@@ -4,6 +4,7 @@
 import json
 import random
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.engines.base import Answer, Sampling
-from transformers_fastvlm.evaluation.eval_run import JOURNAL, EvaluationOptions, evaluate
+from transformers_fastvlm.evaluation.eval_run import JOURNAL, LOG, EvaluationOptions, evaluate
 from transformers_fastvlm.evaluation.own_data import OwnData
 from transformers_fastvlm.evaluation.results import EvaluationRun, read_run
 
@@ -203,6 +204,35 @@ def test_the_next_batchs_pictures_are_opened_while_the_model_answers_and_no_othe
     evaluate(str(tiny_checkpoint()), tmp_path / "out", own(scenes, engine="scripted", batch_size=5))
     assert sorted(opened) == list(range(24))
     assert not any(thread.name.startswith("fastvlm") for thread in threading.enumerate())
+
+
+def test_the_log_has_what_the_evaluation_prints_and_nothing_of_other_threads(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def speak(who: str) -> None:
+        from loguru import logger
+
+        print(f"{who} prints")
+        print(f"{who} warns", file=sys.stderr)
+        logger.info(f"{who} logs")
+
+    class Speaking(ScriptedEngine):
+        def generate(self, conversations: Sequence[Any], sampling: Sampling) -> list[Answer]:
+            speak("the evaluation")
+            other = threading.Thread(target=speak, args=("another thread",))
+            other.start()
+            other.join()
+            return super().generate(conversations, sampling)
+
+    monkeypatch.setattr("transformers_fastvlm.engines.load_engine", lambda *a, **options: Speaking(lambda text: "red"))
+    streams = sys.stdout, sys.stderr
+    evaluate(str(tiny_checkpoint()), tmp_path / "out", own(scenes, engine="scripted"))
+    assert (sys.stdout, sys.stderr) == streams
+    log, shown = (tmp_path / "out" / LOG).read_text(), capsys.readouterr()
+    assert all(f"the evaluation {done}" in log for done in ("prints", "warns", "logs"))
+    assert "another thread" not in log
+    assert "another thread prints" in shown.out and "another thread warns" in shown.err
+    assert "the evaluation" not in shown.out + shown.err.replace("the evaluation logs", "")
 
 
 def test_a_question_that_fills_the_context_is_named(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:

@@ -32,7 +32,7 @@ def script() -> Iterator[Any]:
 
 def test_documented_tables_are_the_records(script: Any) -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
-    page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    page = (ROOT / "benchmarks" / "STUDIES.md").read_text(encoding="utf-8")
     assert [name for name, cells in record["studies"].items() if script.table(cells) not in page] == []
     assert page.count("|---|---|---|---|---|---|") == len(record["studies"])
     assert f"{record['scenes']} scenes" in page

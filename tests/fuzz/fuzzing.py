@@ -4,7 +4,7 @@
     python tests/fuzz/fuzzing.py --inputs 10000 --out benchmarks/results/fuzzing.json
     python tests/fuzz/fuzzing.py --kind image --first 4711 --inputs 1          # one input again
 
-Each kind runs in a process of its own. An audit hook sees what that process opens, removes, starts and calls.
+The inputs are tried in another process. An audit hook sees what that process opens, removes, starts and calls.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +39,8 @@ LONGEST = 60.0
 """Seconds of processor time without a word, start included, after which a worker is ended: its input hangs."""
 PATIENCE = 600.0
 """The same in seconds by the clock, for what waits and does not compute."""
+MOST_BYTES = 2**25
+"""Of a body that the server takes."""
 SHARES = {"image": 0.55, "rows": 0.15, "table": 0.1, "video": 0.05, "request": 0.15}
 """Of all inputs, by kind."""
 
@@ -101,6 +105,9 @@ class Echo:
 
 
 Way = Callable[[Path], str]
+"""What is done with a file; returns "read" or "refused"."""
+Job = tuple[str, int, int]
+"""A kind, the number of its first input, and how many of them."""
 
 
 def _batch(paths: Sequence[Path], folder: Path, **options: Any) -> str:
@@ -183,11 +190,26 @@ def ways_of_requests(ports: set[int]) -> Iterator[list[Way]]:
         ports.add(server.port)
 
         def post(path: Path) -> str:
-            status, answer, _ = server.post(path.read_bytes())
-            if status == 200:
+            body = path.read_bytes()
+            headers = {"Content-Type": "application/json"}
+            try:
+                with urllib.request.urlopen(
+                    urllib.request.Request(f"{server.url}/v1/chat/completions", body, headers), timeout=PATIENCE
+                ) as response:
+                    answer = response.read()
+            except urllib.error.HTTPError as error:
+                with error:
+                    status, answer = error.code, error.read()
+            except urllib.error.URLError as error:
+                # Of a body that is far too large the server reads a part after its 413, and then ends the connection.
+                if isinstance(error.reason, ConnectionError) and len(body) > MOST_BYTES:
+                    return "refused"
+                raise
+            else:
+                assert b'"error"' not in answer, f"an answer that fails: {answer[-300:]!r}"
                 return "read"
-            assert 400 <= status < 500, f"status {status}: {str(answer)[:300]}"
-            check_message(answer["error"]["message"])
+            assert 400 <= status < 500, f"status {status}: {answer[:300]!r}"
+            check_message(json.loads(answer)["error"]["message"])
             return "refused"
 
         yield [post]
@@ -223,13 +245,12 @@ def forget_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def work(kind: str, first: int, count: int) -> None:
+def work(jobs: Sequence[Job]) -> None:
     """Try inputs and print a line of JSON for each."""
     for handle in (sys.stdout, sys.stderr):
         handle.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     from transformers_fastvlm import data  # noqa: F401  what is imported later would count as opened files
 
-    make = getattr(mutating, kind)
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(os.path.realpath(temporary))
         folder = base / "inputs"
@@ -240,50 +261,48 @@ def work(kind: str, first: int, count: int) -> None:
             mutating.picture().save(folder / name)
         watch = Watch(str(folder), str(secret))
         sys.addaudithook(watch.hook)
-        with ways_of(kind, folder, watch.ports) as ways:
-            for way in ways:  # what is loaded at the first use is no finding
-                with contextlib.suppress(Exception):
-                    way(folder / "a.png")
-            for number in range(first, first + count):
-                name, content = make(number)
-                path = folder / f"{number}-{name}"
-                path.write_bytes(content)
-                forget_memory()
-                before, start = memory(), time.process_time()
-                outcome, found = "read", ""
-                watch.found.clear()
-                watch.on = True
-                try:
-                    outcome = ways[number % len(ways)](path)
-                except Exception as error:
-                    outcome = "refused"
-                    if not documented(error):
-                        found = f"{type(error).__name__}: {str(error)[:300]}"
-                    else:
-                        try:
-                            check_message(str(error))
-                        except AssertionError as problem:
-                            found = str(problem)
-                finally:
-                    watch.on = False
-                seconds, used = time.process_time() - start, memory() - before
-                print(
-                    json.dumps(
-                        {
-                            "number": number,
-                            "name": name,
-                            "outcome": outcome,
-                            "exception": found,
-                            "seconds": round(seconds, 3),
-                            "megabytes": round(used, 1),
-                            "touched": watch.found[:3],
-                        }
-                    ),
-                    flush=True,
-                )
-                for left in folder.iterdir():
-                    if left.name not in ("a.png", "b.png") and left.is_file():
-                        left.unlink()
+        for kind, first, count in jobs:
+            with ways_of(kind, folder, watch.ports) as ways:
+                for way in ways:  # what is loaded at the first use is no finding
+                    with contextlib.suppress(Exception):
+                        way(folder / "a.png")
+                for number in range(first, first + count):
+                    name, content = getattr(mutating, kind)(number)
+                    path = folder / f"{number}-{name}"
+                    path.write_bytes(content)
+                    tried = try_input(ways[number % len(ways)], path, watch)
+                    print(json.dumps({"kind": kind, "number": number, "name": name, **tried}), flush=True)
+                    for left in folder.iterdir():
+                        if left.name not in ("a.png", "b.png") and left.is_file():
+                            left.unlink()
+
+
+def try_input(way: Way, path: Path, watch: Watch) -> dict[str, Any]:
+    """Do with a file what can be done with it; return what came of it."""
+    forget_memory()
+    before, start = memory(), time.process_time()
+    outcome, found = "refused", ""
+    watch.found.clear()
+    watch.on = True
+    try:
+        outcome = way(path)
+    except Exception as error:
+        if not documented(error):
+            found = f"{type(error).__name__}: {str(error)[:300]}"
+        else:
+            try:
+                check_message(str(error))
+            except AssertionError as problem:
+                found = str(problem)
+    finally:
+        watch.on = False
+    return {
+        "outcome": outcome,
+        "exception": found,
+        "seconds": round(time.process_time() - start, 3),
+        "megabytes": round(memory() - before, 1),
+        "touched": watch.found[:3],
+    }
 
 
 def documented(error: Exception) -> bool:
@@ -293,30 +312,47 @@ def documented(error: Exception) -> bool:
     return type(error) in (ValueError, SampleError, ImageError, LengthError)
 
 
-def run(kind: str, first: int, count: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Try inputs in worker processes; return a row for each, and what the workers died of."""
+def run(jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Try inputs in a worker process, and in another one after each that dies.
+
+    Returns:
+        A row for each input, and what the workers died of.
+    """
     rows: list[dict[str, Any]] = []
     deaths: list[str] = []
-    at, end = first, first + count
-    while at < end:
-        command = [sys.executable, __file__, "--worker", "--kind", kind, "--first", str(at), "--inputs", str(end - at)]
+    left = list(jobs)
+    while left:
+        command = [sys.executable, __file__, "--worker", json.dumps(left)]
         environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-        with tempfile.TemporaryFile() as errors:
-            worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment)
-            assert worker.stdout is not None
+        with (
+            tempfile.TemporaryFile() as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment) as worker,
+        ):
             answers = list(_lines(worker))
             code = worker.wait()
             errors.seek(0)
             said = errors.read().decode(errors="replace")
         rows += answers
-        at += len(answers)
-        if at < end:
+        left = _without(left, len(answers))
+        if left:
+            kind, number, _ = left[0]
             reason = "hangs" if code == -9 else f"ends the process with {code}: {said[-500:]}"
-            deaths.append(f"{kind} {at} {reason}")
-            at += 1
+            deaths.append(f"{kind} {number} {reason}")
+            left = _without(left, 1)
         elif code != 0:
-            deaths.append(f"{kind}: the worker ended with {code}: {said[-500:]}")
+            deaths.append(f"the worker ended with {code}: {said[-500:]}")
     return rows, deaths
+
+
+def _without(jobs: Sequence[Job], done: int) -> list[Job]:
+    """Return what is left of jobs after so many inputs."""
+    left = []
+    for kind, first, count in jobs:
+        skipped = min(done, count)
+        done -= skipped
+        if skipped < count:
+            left.append((kind, first + skipped, count - skipped))
+    return left
 
 
 def _lines(worker: "subprocess.Popen[bytes]") -> Iterator[dict[str, Any]]:
@@ -346,29 +382,30 @@ def processor_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def report_of(inputs: int, kinds: Sequence[str] = mutating.KINDS, first: int = 0) -> dict[str, Any]:
-    """Try inputs of some kinds, in their shares, and return what was found."""
+def jobs_of(inputs: int, kinds: Sequence[str] = mutating.KINDS, first: int = 0) -> list[Job]:
+    """Return so many inputs of some kinds, in their shares."""
     total = sum(SHARES[kind] for kind in kinds)
-    report: dict[str, Any] = {"inputs": 0, "kinds": {}, "exceptions": [], "hangs": [], "large": [], "touched": []}
-    for kind in kinds:
-        rows, deaths = run(kind, first, max(1, round(inputs * SHARES[kind] / total)))
+    return [(kind, first, max(1, round(inputs * SHARES[kind] / total))) for kind in kinds]
+
+
+def report_of(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Try inputs and return what was found."""
+    rows, deaths = run(jobs)
+    report: dict[str, Any] = {"inputs": len(rows) + len(deaths), "kinds": {}}
+    for kind, _, _ in jobs:
+        of_kind = [row for row in rows if row["kind"] == kind]
         report["kinds"][kind] = {
-            **Counter(row["outcome"] for row in rows),
-            "largest_seconds": max((row["seconds"] for row in rows), default=0),
-            "largest_megabytes": max((row["megabytes"] for row in rows), default=0),
+            **Counter(row["outcome"] for row in of_kind),
+            "largest_seconds": max((row["seconds"] for row in of_kind), default=0),
+            "largest_megabytes": max((row["megabytes"] for row in of_kind), default=0),
         }
-        report["inputs"] += len(rows) + len(deaths)
-        for row in rows:
-            what = f"{kind} {row['number']} ({row['name']})"
-            if row["exception"]:
-                report["exceptions"].append(f"{what}: {row['exception']}")
-            if row["seconds"] > SECONDS:
-                report["hangs"].append(f"{what}: {row['seconds']} s")
-            if row["megabytes"] > MEGABYTES:
-                report["large"].append(f"{what}: {row['megabytes']} MB")
-            report["touched"] += [f"{what}: {event}" for event in row["touched"]]
-        report["hangs"] += [death for death in deaths if death.endswith("hangs")]
-        report["exceptions"] += [death for death in deaths if not death.endswith("hangs")]
+    named = [(f"{row['kind']} {row['number']} ({row['name']})", row) for row in rows]
+    report["exceptions"] = [f"{what}: {row['exception']}" for what, row in named if row["exception"]]
+    report["hangs"] = [f"{what}: {row['seconds']} s" for what, row in named if row["seconds"] > SECONDS]
+    report["large"] = [f"{what}: {row['megabytes']} MB" for what, row in named if row["megabytes"] > MEGABYTES]
+    report["touched"] = [f"{what}: {event}" for what, row in named for event in row["touched"]]
+    for death in deaths:
+        report["hangs" if death.endswith("hangs") else "exceptions"].append(death)
     return report
 
 
@@ -379,18 +416,19 @@ def main() -> int:
     parser.add_argument("--kind", choices=mutating.KINDS)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--out", type=Path, help="file for the record, in JSON")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
-        work(chosen.kind, chosen.first, chosen.inputs)
+        work(chosen.worker)
         return 0
     start = time.monotonic()
-    report = report_of(chosen.inputs, [chosen.kind] if chosen.kind else mutating.KINDS, chosen.first)
+    report = report_of(jobs_of(chosen.inputs, [chosen.kind] if chosen.kind else mutating.KINDS, chosen.first))
     report["minutes"] = round((time.monotonic() - start) / 60, 1)
     if chosen.out:
-        from transformers_fastvlm.bench.machine import machine, versions
+        from transformers_fastvlm.bench.measuring import surroundings
 
-        chosen.out.write_text(json.dumps({**report, "machine": machine(), "versions": versions()}, indent=1) + "\n")
+        packages = ("pillow", "av", "pyarrow", "datasets", "fastapi", "uvicorn")
+        chosen.out.write_text(json.dumps(report | surroundings(packages=packages), indent=1) + "\n")
     print(json.dumps(report, indent=1))
     return 1 if any(report[name] for name in ("exceptions", "hangs", "large", "touched")) else 0
 

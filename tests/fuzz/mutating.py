@@ -261,7 +261,7 @@ def table(number: int) -> tuple[str, bytes]:
     numbers = source_of("table", number)
     suffix = numbers.choice(["csv", "jsonl", "parquet"])
     made = [
-        {"image": numbers.choice(["a.png"] * 8 + ["b.png", "missing.png", "", "a.png\0"]), "n": i} for i in range(4)
+        {"image": numbers.choice(["a.png"] * 40 + ["b.png", "missing.png", "", "a.png\0"]), "n": i} for i in range(4)
     ]
     if suffix == "parquet":
         import pyarrow as pa
@@ -317,22 +317,25 @@ def video(number: int) -> tuple[str, bytes]:
 def request(number: int) -> tuple[str, bytes]:
     """Return the name and the body of a chat completion request."""
     numbers = source_of("request", number)
-    data = base64.b64encode(image(numbers.randrange(10**6))[1]).decode()
+    number_of_image = numbers.randrange(10**6)
+    content = image(number_of_image)[1] if numbers.random() < 0.5 else numbers.choice(list(image_seeds().values()))
+    data = base64.b64encode(content).decode()
     parts = [
         {"type": "text", "text": "What number is written?"},
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
     ]
     body: dict[str, Any] = {
         "model": "tiny",
-        "max_tokens": numbers.choice([1, 2, 3, -1, 10**9, None]),
-        "messages": [{"role": "user", "content": numbers.choice([parts, parts[:1], "Hi", "<image>", None, []])}],
+        "max_tokens": numbers.choice([1, 2, 3] * 5 + [-1, 10**9, None]),
+        "messages": [
+            {"role": "user", "content": numbers.choice([parts, parts, parts[:1], "Hi", "<image>", "Hi", None, []])}
+        ],
     }
+    good = {"temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["."], "stream": True, "n": 1, "user": "x"}
     for _ in range(numbers.choice((0, 1, 1, 2))):
-        name = numbers.choice(
-            ["temperature", "top_p", "seed", "stop", "stream", "n", "logprobs", "tools", "user", "messages", "model"]
-        )
-        body[name] = _values(numbers)
-    if numbers.random() < 0.2:
+        name = numbers.choice([*good, "logprobs", "tools", "messages", "model"])
+        body[name] = good[name] if name in good and numbers.random() < 0.6 else _values(numbers)
+    if numbers.random() < 0.1:
         body["messages"] = body["messages"] * numbers.choice((2, 50, 5000)) if isinstance(body["messages"], list) else 0
     text = json.dumps(body).encode()
-    return "request.json", _mutated(text, _TEXT, numbers) if numbers.random() < 0.5 else text
+    return "request.json", _mutated(text, _TEXT, numbers) if numbers.random() < 0.3 else text

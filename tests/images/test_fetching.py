@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images by http(s): within a time and a size for all of it, wherever a server leads and however slowly it goes."""
+"""Images and videos by http(s): within a time and a size for all, wherever and however slowly a server leads."""
 
 import base64
 import contextlib
@@ -8,14 +8,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from transformers_fastvlm.conversations import plain_message
 from transformers_fastvlm.data.image_files import image_bytes
 from transformers_fastvlm.images import fetching, reading
 from transformers_fastvlm.images.base64_images import from_base64
 from transformers_fastvlm.images.fetching import Budget, FetchError, fetch
+from transformers_fastvlm.images.videos import spread_frames
 
 SOON = 20.0
 """Seconds within which something of half a second ends on a busy machine."""
@@ -62,6 +65,7 @@ PATHS: dict[str, Callable[[socket.socket], None]] = {
     "/slow-line": trickle,
     "/slow-head": lambda client: trickle(client, b"HTTP/1.1 200 OK\r\n", b"A: b\r\n"),
     "/endless": flood,
+    "/no-video": lambda client: client.sendall(answer("200 OK", b"#EXTM3U\n/etc/passwd")),
     "/once": to("/good.png"),
     "/relative-text": to("a b\u00e9"),
     "/loop": to("/loop"),
@@ -143,7 +147,7 @@ def test_an_address_that_cannot_be_downloaded(
     port: int, path: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "within" in reason:
-        monkeypatch.setattr(reading, "DOWNLOAD_SECONDS", 0.5)
+        monkeypatch.setattr(fetching, "DOWNLOAD_SECONDS", 0.5)
     before, start = set(threading.enumerate()), time.monotonic()
     with pytest.raises(ConnectionError, match=reason) as error:
         reading.read_image(f"http://127.0.0.1:{port}{path}")
@@ -154,9 +158,47 @@ def test_an_address_that_cannot_be_downloaded(
 
 
 def test_an_endless_body_has_a_limit(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_DOWNLOAD_BYTES", 2**20)
+    monkeypatch.setattr(fetching, "MAX_DOWNLOAD_BYTES", 2**20)
     with pytest.raises(ValueError, match="larger than 1048576 bytes"):
         reading.read_image(f"http://127.0.0.1:{port}/endless")
+
+
+VIDEOS: list[tuple[str, type[Exception], str]] = [
+    ("/missing", ConnectionError, "could not download the video .*the server answered 404"),
+    ("/slow-body", ConnectionError, "no answer within 0.5 seconds"),
+    ("/file", ConnectionError, "'file' is not http or https"),
+    ("/endless", ValueError, "the video at .* is larger than 1048576 bytes"),
+    ("/no-video", ValueError, "the video 'http.* cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("path", "kind", "reason"), VIDEOS)
+def test_a_video_comes_within_the_same_bounds(
+    port: int, path: str, kind: type[Exception], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("av")
+    if path == "/slow-body":
+        monkeypatch.setattr(fetching, "DOWNLOAD_SECONDS", 0.5)
+    monkeypatch.setattr(fetching, "MAX_DOWNLOAD_BYTES", 2**20)
+    start = time.monotonic()
+    with pytest.raises(kind, match=reason):
+        plain_message({"role": "user", "content": [{"type": "video", "url": f"http://127.0.0.1:{port}{path}"}]})
+    assert time.monotonic() - start < SOON
+
+
+def test_a_video_at_an_address_is_that_of_the_file(tmp_path: Path, seen: list[str]) -> None:
+    av = pytest.importorskip("av")
+    file = tmp_path / "film.mkv"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        for level in range(0, 200, 20):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (64, 64), (level,) * 3))))
+        container.mux(stream.encode())
+    content = file.read_bytes()
+    with answering({"/film": lambda client: client.sendall(answer("200 OK", content))}, seen) as port:
+        frames = spread_frames(f"HTTP://127.0.0.1:{port}/film", 3)
+    assert [frame.tobytes() for frame in frames] == [frame.tobytes() for frame in spread_frames(file, 3)]
 
 
 def test_nobody_listens() -> None:
@@ -221,7 +263,7 @@ def test_https_goes_through_a_proxy_as_a_tunnel(seen: list[str], monkeypatch: py
 
 def test_a_proxy_of_another_kind_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "socks5://user:secret@127.0.0.1:1")
-    with pytest.raises(ConnectionError, match="proxy that the environment names for http") as error:
+    with pytest.raises(ConnectionError, match="the environment's proxy for http is not an http proxy") as error:
         reading.read_image("http://images.invalid/good.png")
     assert "secret" not in str(error.value)
 

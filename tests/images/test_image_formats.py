@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of what is read and what is refused: formats, damage, bounds on time and memory, faults of the machine."""
 
+import contextlib
 import errno
 import io
 import os
@@ -173,8 +174,20 @@ def damaged_avif() -> bytes:
     return bytes(content)
 
 
+def damaged_pixels(format: str, place: int, **options: object) -> bytes:
+    """A file whose head is good: Pillow opens it and finds the damage when it decodes."""
+    content = bytearray(saved(format, **options))
+    content[place : place + 8] = b"\xff" * 8
+    with Image.open(io.BytesIO(content)) as image, pytest.raises((OSError, RuntimeError)):
+        image.load()
+    return bytes(content)
+
+
 DAMAGED: dict[str, bytes] = {
     "avif": damaged_avif(),
+    "avif whose colours are damaged": damaged_pixels("AVIF", 275),
+    "webp whose pixels are damaged": damaged_pixels("WEBP", 1846),
+    "lossless webp whose pixels are damaged": damaged_pixels("WEBP", 1949, lossless=True),
     "short png": png()[:40],
     "png of a wrong header": png().replace(b"\0\0\0\x08\0\0\0\x08\x08\0", b"\0\0\0\x08\0\0\0\x08\x07\0"),
     "short jpeg": saved("JPEG")[:700],
@@ -199,13 +212,13 @@ DAMAGED: dict[str, bytes] = {
 def test_damage_is_a_value_error_with_the_name(name: str, tmp_path: Path) -> None:
     path = tmp_path / "it.png"
     path.write_bytes(DAMAGED[name])
-    with pytest.raises(ValueError, match=r"it\.png.*(damaged|not an image of a format)"):
+    with pytest.raises(ValueError, match=r"it\.png.*(damaged|not an image of a supported format)"):
         read_image(path)
     for use in (ImageFolder(tmp_path).open, ImageFolder(tmp_path).size_of):
         with pytest.raises(ImageError, match=r"it\.png"):
             use("it.png")
     for way_in in ("standard input", "server", "demo", "batch", "data URI"):
-        with pytest.raises(Exception, match=r"damaged|not an image of a format"):
+        with pytest.raises(Exception, match=r"damaged|not an image of a supported format"):
             WAYS[way_in](path, DAMAGED[name], True)
 
 
@@ -232,6 +245,37 @@ def test_every_cut_and_many_changed_bytes_are_read_or_a_value_error() -> None:
                 warnings.simplefilter("error")
                 error = error_of(content)
                 assert error is None or "it.png" in str(error)
+
+
+CUT_EXIF = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"
+WARNED_OF: dict[str, bytes] = {
+    "JPEG with a cut EXIF block": saved("JPEG", exif=CUT_EXIF),
+    "PNG with a cut EXIF block": saved("PNG", exif=CUT_EXIF),
+    "TIFF with a tag out of the file": tiff(8, 8, 0, (258, 3, 3, 99999), (273, 4, 1, 64)),
+    "JPEG with a broken list of further images": saved("JPEG", exif=b"").replace(
+        b"\xff\xdb", b"\xff\xe2\0\x0eMPF\0II*\0\xff\0\0\0\xff\xdb", 1
+    ),
+    "PNG of many pixels": png(width=10_000, height=10_000),
+}
+
+
+@pytest.mark.parametrize("name", WARNED_OF)
+def test_what_pillow_warns_of_is_not_printed(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(WARNED_OF[name])) as image:
+            image.load()
+            image.getexif()
+    assert said, "Pillow itself warns of it"
+    path = tmp_path / "it.png"
+    path.write_bytes(WARNED_OF[name])
+    for way in WAYS.values():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with contextlib.suppress(Exception):
+                way(path, WARNED_OF[name], True)
+        assert not [str(one.message) for one in said if "PIL" in one.filename]
+    assert not re.search("warning|corrupt", capfd.readouterr().err, re.IGNORECASE)
 
 
 # Bounds
@@ -339,7 +383,7 @@ def test_twelve_bits_in_sixteen_are_warned_of(monkeypatch: pytest.MonkeyPatch) -
         said.clear()
         pil_to_rgb(Image.fromarray(np.full((8, 8), greatest, np.uint16)))
         assert bool(said) is warned
-        assert not said or "12 bits" in said[0]
+        assert not said or "12-bit camera" in said[0]
 
 
 # The machine

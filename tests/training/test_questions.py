@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captions as answers to generic questions, the data of stage 1.5."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from transformers_fastvlm.training.questions import AskedCaptions, StreamedAskedCaptions, load_questions
+from transformers_fastvlm.training.questions import AskedCaptions, ask, load_questions
 
 ROWS = [
     {
@@ -20,11 +19,6 @@ ROWS = [
     }
     for number in range(400)
 ]
-
-
-class Stream:
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(ROWS)
 
 
 def test_each_caption_answers_a_drawn_question_with_the_image_before_or_after() -> None:
@@ -46,9 +40,16 @@ def test_each_caption_answers_a_drawn_question_with_the_image_before_or_after() 
 def test_the_same_row_gets_the_same_question_in_any_order_and_epoch() -> None:
     questions = load_questions("generic")
     asked = AskedCaptions(ROWS, questions)
-    assert list(StreamedAskedCaptions(Stream(), questions)) == [asked[index] for index in range(400)]
     assert [asked[index] for index in reversed(range(400))][::-1] == [asked[index] for index in range(400)]
     assert [AskedCaptions(ROWS, questions, seed=1)[i] for i in range(9)] != [asked[i] for i in range(9)]
+
+
+def test_rows_of_a_stream_get_the_same_questions() -> None:
+    datasets = pytest.importorskip("datasets", reason="streams are read by the package datasets")
+    questions = load_questions("generic")
+    stream = datasets.IterableDataset.from_generator(ROWS.__iter__)
+    asked = AskedCaptions(ROWS, questions)
+    assert list(stream.map(ask, fn_kwargs={"questions": questions})) == [asked[index] for index in range(400)]
 
 
 def test_questions_of_a_file(tmp_path: Path) -> None:

@@ -13,17 +13,9 @@ from .requests import Request
 __all__ = ["COLUMNS", "Report", "counted", "row_of"]
 
 COLUMNS = (
-    "source",
-    "row",
-    "image",
-    "time",
-    "question",
-    "answer",
-    "finish_reason",
-    "prompt_tokens",
-    "completion_tokens",
+    "source", "row", "image", "time", "question", "answer", "finish_reason", "prompt_tokens", "completion_tokens",
     "error",
-)
+)  # fmt: skip
 """What each row of the output has."""
 
 _EXAMPLES = 20
@@ -82,7 +74,6 @@ def counted(number: int, noun: str) -> str:
 
 
 def _place(row: dict[str, Any]) -> str:
-    """Return how a row is named in a message."""
     if row["row"] is not None:
         return f"{row['source']}, row {row['row']}"
     return f"{row['source']}, {row['time']:.3f} s" if row["time"] is not None else str(row["source"])

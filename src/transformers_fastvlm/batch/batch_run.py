@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint_identity import checkpoint_identity
-from ..engines.base import Sampling
+from ..engines.base import Answer, Conversation, Sampling
 from ..engines.engine import Engine
-from .batch_answers import answer
+from ..images.decoding import FIRST_OF_SEVERAL
 from .batch_journal import BatchJournal
-from .batch_rows import Report, counted
-from .opening import opened_ahead
+from .batch_rows import Report, counted, row_of
+from .opening import Opened, opened_ahead
 from .outputs import outputs_for, require_format
 from .planning import plan, skip_done
 from .requests import SourceOptions
@@ -112,7 +112,10 @@ def run_batch(
 
 
 def _exists(there: Iterable[str]) -> FileExistsError:
-    return FileExistsError(f"{next(iter(there))!r} exists already. Name another output, or replace it with --restart.")
+    return FileExistsError(
+        f"{next(iter(there))!r} exists already, and a finished output is not added to. For new images, name them alone "
+        "and another output; the rows of both can be put together. To answer everything again, pass --restart."
+    )
 
 
 def _identity(found: Inputs, options: BatchOptions, about: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +134,6 @@ def _answer_all(
     journal: BatchJournal,
     progress: Callable[[int, int | None], None],
 ) -> None:
-    """Answer what is not done, batch by batch, into the journal."""
     total = found.rows()
     progress(journal.rows, total)
     batches = plan(found, options.batch_size)
@@ -141,8 +143,33 @@ def _answer_all(
         for batch in opened_ahead(batches, options.system):
             if engine is None:
                 engine = load()
-            journal.append(answer(batch, engine, options.sampling), [one.state for one in batch])
+            journal.append(_answer(batch, engine, options.sampling), [one.state for one in batch])
             progress(journal.rows, total)
     finally:
         if engine is not None:
             engine.close()
+
+
+def _answer(batch: Sequence[Opened], engine: Engine, sampling: Sampling) -> list[dict[str, Any]]:
+    """Return the row of each request of a batch, with its number as `index`, which is added to the seed."""
+    asked = [(one.conversation, sampling.of_row(one.index)) for one in batch if one.conversation is not None]
+    results = iter(_generate(engine, asked))
+    rows = []
+    for one in batch:
+        result = one.error if one.conversation is None else next(results)
+        answered, error = (result, None) if isinstance(result, Answer) else (None, result)
+        row = {"index": one.index, **row_of(one.request, answered, error)}
+        rows.append({**row, FIRST_OF_SEVERAL: True} if answered and one.is_first else row)
+    return rows
+
+
+def _generate(engine: Engine, asked: Sequence[tuple[Conversation, Sampling]]) -> list[Answer | str]:
+    """Return the answer to each conversation, or why it is refused."""
+    if not asked:
+        return []
+    try:
+        return list(engine.generate([conversation for conversation, _ in asked], [sampling for _, sampling in asked]))
+    except ValueError as error:
+        if len(asked) == 1:
+            return [str(error)]
+    return [result for one in asked for result in _generate(engine, [one])]

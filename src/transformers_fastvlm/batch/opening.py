@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engines.base import Conversation
-from ..engines.image_places import place_images
+from ..engines.prompts import place_images
 from ..images.decoding import FIRST_OF_SEVERAL, is_machine_fault
 from ..images.videos import reason_of
 from .planning import Batch

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..data.row_fields import is_absent
-from ..images.read_options import Colour, ReadOptions
+from ..images.read_options import ReadOptions
 from ..storage.atomic_files import state_of
 
 if TYPE_CHECKING:
@@ -22,36 +22,20 @@ _PLACEHOLDER = re.compile(r"\{\{([^\W\d][\w -]*)\}\}|\{([^\W\d][\w -]*)\}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """How requests are made of inputs.
+class SourceOptions(ReadOptions):
+    """How requests are made of inputs, and how images are read; see `ReadOptions`.
 
     Args:
         prompt: what to ask; `{column}` stands for a table's value.
         image_column: a table's column of pictures: paths, or in Parquet also the bytes of files.
         image_folder: where a table's paths begin and stay in; None for the table's own folder.
         every: seconds between a video's frames.
-        do_exif_transpose: whether images are turned as their EXIF orientation says, and videos as their files say.
-        alpha_background, max_pixels: how images are read, see `images.read_options.ReadOptions`.
     """
 
     prompt: str
     image_column: str = "image"
     image_folder: str | None = None
     every: float = 5.0
-    do_exif_transpose: bool = True
-    alpha_background: Colour = "white"
-    max_pixels: int | None = None
-
-    def __post_init__(self) -> None:
-        self.reading()
-
-    def reading(self) -> ReadOptions:
-        """Return how images are read."""
-        return ReadOptions(
-            do_exif_transpose=self.do_exif_transpose,
-            alpha_background=self.alpha_background,
-            max_pixels=self.max_pixels,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

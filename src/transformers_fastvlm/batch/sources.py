@@ -24,21 +24,8 @@ __all__ = ["TABLES", "VIDEOS", "Inputs", "Source", "find_sources"]
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 VIDEOS = (
-    ".mp4",
-    ".mov",
-    ".m4v",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mpg",
-    ".mpeg",
-    ".mts",
-    ".m2ts",
-    ".3gp",
-    ".wmv",
-    ".flv",
-    ".ogv",
-)
+    ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".3gp", ".wmv", ".flv", ".ogv",
+)  # fmt: skip
 
 
 class FileSource:
@@ -68,7 +55,7 @@ class FileSource:
             if is_video(file):
                 yield from video_requests(file, self.options)
             else:
-                opened = functools.partial(_open, file, self.options.reading())
+                opened = functools.partial(_open, file, self.options)
                 yield Request(source=printable(file), question=self.options.prompt, picture=opened, file=file)
 
 

@@ -16,7 +16,7 @@ from .._optional import needs
 from ..data.image_files import ImageFolder
 from ..data.json_rows import JsonRows
 from ..data.row_fields import is_absent
-from ..data.sample_errors import shortened
+from ..data.sample_errors import listed, shortened
 from ..engines.prompts import is_utf8
 from ..storage.digests import file_digest
 from .requests import EXTRA, PromptTemplate, Request, SourceOptions, printable
@@ -45,7 +45,7 @@ class TableSource:
         self.name, self.options = name, options
         self._prompt = PromptTemplate(options.prompt)
         folder = os.path.dirname(os.path.abspath(name)) if options.image_folder is None else options.image_folder
-        self._images = ImageFolder(folder, reading=options.reading())
+        self._images = ImageFolder(folder, reading=options)
 
     def identity(self) -> dict[str, Any]:
         """Return name, number of rows, and a digest of the file."""
@@ -94,8 +94,7 @@ class TableSource:
         for column in (self.options.image_column, *self._prompt.columns):
             if column not in columns:
                 advice = " Name that of the images with --image-column." if column == self.options.image_column else ""
-                shown = ", ".join(map(shortened, columns[:20])) or "none"
-                raise ValueError(f"{self.name} has no column {column!r}; it has {shown}.{advice}")
+                raise ValueError(f"{self.name} has no column {column!r}; it has {listed(columns)}.{advice}")
             if columns.count(column) > 1:
                 raise ValueError(f"{self.name} has several columns {column!r}; give each a name of its own.")
 

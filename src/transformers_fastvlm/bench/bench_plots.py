@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a record: accuracy against time, latency against resolution, and where the time goes."""
+"""Plots of a record: accuracy against time, latency against resolution, and where the time goes."""
 
 import os
 from pathlib import Path
@@ -12,9 +12,7 @@ from .cases import SIZES
 
 __all__ = ["write_plots"]
 
-# Distinguishable for colour-blind readers (Okabe and Ito).
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-_WIDTH, _DPI = 8.0, 150
+_STYLE = Path(__file__).parents[1] / "plots.mplstyle"
 _ROW, _LEAST_HEIGHT = 0.45, 2.6
 
 
@@ -36,143 +34,101 @@ def write_plots(record: dict[str, Any], directory: str | os.PathLike[str]) -> li
         ImportError: matplotlib is missing.
     """
     with needs("matplotlib", "A plot", 'pip install "transformers-fastvlm[bench]"'):
-        from matplotlib.figure import Figure  # noqa: F401
+        import matplotlib.style
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
-    models = record["kind"] == "models"
-    drawn = {
-        "where_time_goes.png": _where_time_goes(record) if models else None,
-        "latency_by_resolution.png": _latency(record),
-        "accuracy_by_time.png": _accuracy(record) if models else None,
-    }
+    drawn = {"latency_by_resolution.png": _latency}
+    if record["kind"] == "models":
+        drawn = {"where_time_goes.png": _where_time_goes, **drawn, "accuracy_by_time.png": _accuracy}
     written = []
-    for name, figure in drawn.items():
-        if figure is not None:
-            figure.savefig(out / name, dpi=_DPI)
-            written.append(out / name)
+    with matplotlib.style.context(_STYLE):
+        for name, draw in drawn.items():
+            if (figure := draw(record)) is not None:
+                figure.savefig(out / name)
+                written.append(out / name)
     return written
 
 
 def _where_time_goes(record: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
-
     results = record["results"]
-    figure = Figure((_WIDTH, max(_LEAST_HEIGHT, 1.6 + _ROW * len(results))), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _titled("Where the time to the first token goes", record, 1.6 + _ROW * len(results))
     longest = max(result["seconds"]["first_token"]["median"] for result in results)
     for row, result in enumerate(results):
         left = 0.0
-        for part, colour in zip(PARTS, _COLOURS, strict=False):
+        for number, part in enumerate(PARTS):
             seconds = result["seconds"].get(part, {"median": 0.0})["median"]
-            axes.barh(row, seconds, left=left, color=colour, label=part if row == 0 else None, height=0.7)
+            axes.barh(row, seconds, left=left, color=f"C{number}", label=part if row == 0 else None, height=0.7)
             left += seconds
         whole = result["seconds"]["first_token"]["median"]
-        axes.text(max(left, whole) + 0.01 * longest, row, f"{whole:.3g} s", va="center", fontsize=9)
-    axes.set_yticks(range(len(results)), [_label(result, results) for result in results], fontsize=9)
+        axes.text(max(left, whole) + 0.01 * longest, row, f"{whole:.3g} s", va="center")
+    axes.set(xlim=(0, 1.12 * longest), xlabel="seconds to the first token, medians")
+    axes.set_yticks(range(len(results)), [_label(result, results) for result in results])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * longest)
-    axes.set_xlabel("seconds to the first token, medians")
-    _finish(figure, axes, "Where the time to the first token goes", record)
-    figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False, fontsize=9)
+    axes.grid(False)
+    figure.legend(loc="outside lower center", ncols=len(PARTS))
     return figure
 
 
 def _latency(record: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
-
     encoders = record["kind"] == "encoders"
     curves: dict[str, list[tuple[int, float, float, float]]] = {}
     for result in record["results"]:
         if not encoders and (result["resolution"] is None or "encode" not in result["seconds"]):
             continue
         seconds = result["seconds"] if encoders else result["seconds"]["encode"]
-        name = f"{result['model']}, {result['dtype']}" + (f", batch {result['batch']}" if result["batch"] > 1 else "")
-        point = (result["resolution"], *(1000 * seconds[key] / result["batch"] for key in ("median", "q1", "q3")))
-        curves.setdefault(name, []).append(point)
+        median, low, high = (1000 * seconds[key] / result["batch"] for key in ("median", "q1", "q3"))
+        curves.setdefault(_series(result["model"], result), []).append((result["resolution"], median, low, high))
     if not curves:
         return None
-    figure = Figure((_WIDTH, 5.0), layout="constrained")
-    axes = figure.subplots()
-    for index, (name, points) in enumerate(curves.items()):
+    figure, axes = _titled("Encoder's time by resolution (medians and quartiles)", record)
+    for name, points in curves.items():
         side, median, low, high = zip(*sorted(points), strict=True)
-        errors = [
-            [middle - end for middle, end in zip(median, low, strict=True)],
-            [end - middle for middle, end in zip(median, high, strict=True)],
-        ]
-        colour = _COLOURS[index % len(_COLOURS)]
-        axes.errorbar(side, median, errors, color=colour, marker="o", capsize=3, label=f"measured: {name}")
-    axes.plot(
-        [*PAPER_ENCODER_MS],
-        [*PAPER_ENCODER_MS.values()],
-        color="#666666",
-        linestyle="--",
-        marker="s",
-        label=f"FastViTHD, {PAPER_SOURCE}",
-    )
+        errors = [[m - q for m, q in zip(median, low, strict=True)], [q - m for m, q in zip(median, high, strict=True)]]
+        axes.errorbar(side, median, errors, marker="o", label=f"measured: {name}")
+    paper = {"color": "#666666", "linestyle": "--", "marker": "s", "label": f"FastViTHD, {PAPER_SOURCE}"}
+    axes.plot([*PAPER_ENCODER_MS], [*PAPER_ENCODER_MS.values()], **paper)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set(yscale="log", xlabel="height and width in pixels", ylabel="encoder, milliseconds an image")
     sides = sorted({point[0] for points in curves.values() for point in points} | set(PAPER_ENCODER_MS))
     # Where two are too close for their numbers, the first has it.
     shown: list[int] = []
     for pixels in sides:
         if not shown or pixels >= 1.1 * shown[-1]:
             shown.append(pixels)
-    axes.set_xticks(sides, [str(pixels) if pixels in shown else "" for pixels in sides], fontsize=9)
+    axes.set_xticks(sides, [str(pixels) if pixels in shown else "" for pixels in sides])
     axes.minorticks_off()
-    axes.set_xlabel("height and width in pixels")
-    axes.set_ylabel("encoder, milliseconds a picture")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
-    _finish(figure, axes, "Encoder's time by resolution (medians and quartiles)", record)
+    axes.legend()
     return figure
 
 
 def _accuracy(record: dict[str, Any]) -> Any:
     """Return the plot, or None where no published size was measured at the model card's resolution."""
-    from matplotlib.figure import Figure
-
-    results = [
-        result
-        for result in record["results"]
-        if result["source"] in SIZES and result["resolution"] == MODEL_CARD_SIDE and result["kind"] != "other"
-    ]
-    if not results:
+    series: dict[str, list[tuple[float, float, str]]] = {}
+    for result in record["results"]:
+        if result["source"] in SIZES and result["resolution"] == MODEL_CARD_SIDE and result["kind"] != "other":
+            kind = "native fast_vlm" if result["kind"] == "native" else "ours, fused" if result["fused"] else "ours"
+            time = result["seconds"]["first_token"]["median"]
+            point = (time, mean_accuracy(result["source"]), result["source"])
+            series.setdefault(_series(kind, result), []).append(point)
+    if not series:
         return None
-    figure = Figure((_WIDTH, 5.0), layout="constrained")
-    axes = figure.subplots()
-    series: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        kind = "native fast_vlm" if result["kind"] == "native" else "ours, fused" if result["fused"] else "ours"
-        name = f"{kind}, {result['dtype']}" + (f", batch {result['batch']}" if result["batch"] > 1 else "")
-        series.setdefault(name, []).append(result)
+    figure, axes = _titled("Published accuracy against measured time", record)
     for index, (name, points) in enumerate(series.items()):
-        times = [point["seconds"]["first_token"]["median"] for point in points]
-        means = [mean_accuracy(point["source"]) for point in points]
-        order = sorted(range(len(points)), key=times.__getitem__)
-        axes.plot(
-            [times[at] for at in order],
-            [means[at] for at in order],
-            color=_COLOURS[index % len(_COLOURS)],
-            marker="o",
-            label=name,
-        )
-        for at in order:
-            axes.annotate(
-                points[at]["source"],
-                (times[at], means[at]),
-                textcoords="offset points",
-                xytext=(6, -12 - 11 * (index % 2)),
-                fontsize=9,
-                color=_COLOURS[index % len(_COLOURS)],
-            )
+        times, means, sizes = zip(*sorted(points), strict=True)
+        (line,) = axes.plot(times, means, marker="o", label=name)
+        for *at, size in zip(times, means, sizes, strict=True):
+            offset = (6, -12 - 11 * (index % 2))
+            axes.annotate(size, at, textcoords="offset points", xytext=offset, color=line.get_color())
     axes.margins(0.18, 0.2)
     axes.set_xlim(left=0)
     axes.set_xlabel(f"seconds to the first token at {MODEL_CARD_SIDE} px, measured, medians")
     axes.set_ylabel("mean of 11 tasks, percent,\nfrom Apple's model card (not measured here)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
-    _finish(figure, axes, "Published accuracy against measured time", record)
+    axes.legend()
     return figure
+
+
+def _series(name: str, result: dict[str, Any]) -> str:
+    return f"{name}, {result['dtype']}" + (f", batch {result['batch']}" if result["batch"] > 1 else "")
 
 
 def _label(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
@@ -184,11 +140,14 @@ def _label(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
     return label
 
 
-def _finish(figure: Any, axes: Any, title: str, record: dict[str, Any]) -> None:
+def _titled(title: str, record: dict[str, Any], height: float = 5.0) -> tuple[Any, Any]:
+    """Return an empty figure and its axes, under a title that says what was measured where."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8.0, max(_LEAST_HEIGHT, height)))
     machine, options = record["machine"], record["options"]
     threads = f"{options['threads']} thread" + ("" if options["threads"] == 1 else "s")
     place = machine.get("gpu") or f"{machine['cpu']}, {threads}"
-    dtypes = ", ".join(options["dtypes"])
-    axes.set_title(f"{title}\n{place}, {dtypes}", fontsize=10)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes = figure.subplots()
+    axes.set_title(f"{title}\n{place}, {', '.join(options['dtypes'])}")
+    return figure, axes

@@ -125,13 +125,11 @@ class _Worker:
         root = str(Path(__file__).parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
         self.case = case
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        command = [sys.executable, "-m", f"{__package__}.worker"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.requests, self.answers = self.process.stdin, self.process.stdout
         self.facts: dict[str, Any] = {}
 
     def __enter__(self) -> "_Worker":
@@ -139,12 +137,11 @@ class _Worker:
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a request and return the answer; an error there is raised here."""
-        assert self.process.stdin is not None and self.process.stdout is not None
         line = ""
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
+            self.requests.write(json.dumps(request) + "\n")
+            self.requests.flush()
+            line = self.answers.readline()
         if not line:
             code = self.process.wait()
             hint = "; killed, most likely because the machine's memory was full" if code in (-9, 137) else ""
@@ -162,16 +159,14 @@ class _Worker:
 
     def __exit__(self, *_: object) -> None:
         """End the process."""
-        if self.process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.requests.close()
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        self.answers.close()
 
 
 def _name(case: Case) -> str:
@@ -191,11 +186,7 @@ def _result(case: Case, options: Options, facts: dict[str, Any], runs: list[dict
     load = {"import": facts["import_seconds"], "model": facts["load_seconds"]}
     result = {
         "model": case.label,
-        "kind": case.kind,
-        "source": case.source,
-        "resolution": case.resolution,
-        "dtype": case.dtype,
-        "batch": case.batch,
+        **{name: getattr(case, name) for name in ("kind", "source", "resolution", "dtype", "batch")},
         "fused": case.fuse,
         "reference": None if case.reference is None else {"model": case.reference[0], "resolution": case.reference[1]},
         **{name: value for name, value in facts.items() if name != "import_seconds"},
@@ -222,16 +213,7 @@ def _ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for kind in dict.fromkeys(("seconds", measure)):
             times, own = ({name: value["median"] for name, value in which[kind].items()} for which in (result, other))
             ratios = {name: ratio(times[name], own[name]) for name in _RATIOS if name in times and own.get(name)}
-            found.append(
-                {
-                    "model": result["model"],
-                    "resolution": result["resolution"],
-                    "over": other["model"],
-                    "over_resolution": other["resolution"],
-                    "dtype": result["dtype"],
-                    "batch": result["batch"],
-                    "of": kind,
-                    "ratios": ratios,
-                }
-            )
+            about = {name: result[name] for name in ("model", "resolution", "dtype", "batch")}
+            reference = {"over": other["model"], "over_resolution": other["resolution"]}
+            found.append({**about, **reference, "of": kind, "ratios": ratios})
     return found

@@ -12,7 +12,7 @@ from ..checkpoints.embedded import resolve_model
 from ..checkpoints.published import SIZES
 from ..configuration_fastvlm import ENCODER_STRIDE, FastVLMConfig
 
-__all__ = ["LLAVA_ONEVISION", "NATIVE", "SIZES", "Case", "Options", "cases"]
+__all__ = ["LLAVA_ONEVISION", "NATIVE", "SIZES", "Case", "Options", "cases", "fastvlm_config"]
 
 NATIVE = "native"
 LLAVA_ONEVISION = "llava-onevision-0.5b"
@@ -115,7 +115,7 @@ def cases(options: Options) -> list[Case]:
     resolution.
     """
     found: list[Case] = []
-    sizes = {model: options.sizes or (_own_size(model),) for model in options.models}
+    sizes = {model: options.sizes or (int(fastvlm_config(model).vision_config.image_size),) for model in options.models}
     pairs = [(model, side) for model in options.models for side in sizes[model]]
     combinations = [(dtype, batch, *pair) for dtype, batch, pair in product(options.dtypes, options.batches, pairs)]
     for group, (dtype, batch, model, side) in enumerate(combinations):
@@ -137,18 +137,17 @@ def cases(options: Options) -> list[Case]:
     return found
 
 
-def _own_size(model: str) -> int:
-    """Return height and width of the pictures that a model was made for."""
-    config: Any = (
-        FastVLMConfig.from_preset(model) if model in SIZES else AutoConfig.from_pretrained(resolve_model(model))
-    )
+def fastvlm_config(model: str) -> Any:
+    """Return the configuration of one of `SIZES`, or of a checkpoint, which must be of a FastVLM."""
+    if model in SIZES:
+        return FastVLMConfig.from_preset(model)
+    config: Any = AutoConfig.from_pretrained(resolve_model(model))
     if not isinstance(config, FastVLMConfig):
         raise ValueError(
             f"{model!r} has model_type {config.model_type!r}; expected a FastVLM. Compare with other models by "
             f"--against {model}."
         )
-    vision: Any = config.vision_config
-    return int(vision.image_size)
+    return config
 
 
 def _one_of(what: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:

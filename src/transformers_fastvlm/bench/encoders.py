@@ -37,6 +37,8 @@ ENCODERS: dict[str, _Encoder] = {
 }
 """Encoders that the paper compares, at resolutions they are used at in CLIP and in vision-language models."""
 
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
 _FUSED = " fused"
 _GEMM_SIDE = {"cpu": 2048}
 _GEMM_RUNS = 5
@@ -68,17 +70,16 @@ def run_encoders(
     for dtype in options.dtypes:
         progress(f"rate of matrix products in {dtype}")
         rates[dtype] = _gemm_rate(getattr(torch, dtype), device, clock)
-        modules: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-        sizes = {}
+        built = {}
         for name, encoder in chosen.items():
-            progress(f"building {name} {dtype}")
-            modules[name], sizes[name] = _build(name, encoder, getattr(torch, dtype), device, options.compile)
-            if options.fuse and encoder.timm_name is None:
-                fused = name + _FUSED
-                modules[fused], sizes[fused] = _build(fused, encoder, getattr(torch, dtype), device, options.compile)
+            for form in (name, name + _FUSED) if options.fuse and encoder.timm_name is None else (name,):
+                progress(f"building {form} {dtype}")
+                built[form] = _build(form, encoder, getattr(torch, dtype), device, options.compile)
         for batch in options.batches:
-            work = [(name, side) for name in modules for side in ENCODERS[name.removesuffix(_FUSED)].sides]
-            results += _measure(work, modules, sizes, rates[dtype], dtype, batch, options, clock, progress)
+            for result in _measure(built, dtype, batch, options, clock, progress):
+                operations = batch * _tokens_and_flops(result["model"], result["resolution"])[1]
+                rate = operations / result["seconds"]["median"] / rates[dtype]
+                results.append(result | {"share_of_gemm_rate": round(rate, 3)})
     return {
         "format": FORMAT,
         "kind": "encoders",
@@ -91,20 +92,18 @@ def run_encoders(
 
 @torch.inference_mode()
 def _measure(
-    work: list[tuple[str, int]],
-    modules: dict[str, Callable[[torch.Tensor], torch.Tensor]],
-    sizes: dict[str, int],
-    rate: float,
+    built: dict[str, tuple[Forward, int]],
     dtype: str,
     batch: int,
     options: Options,
     clock: Clock,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
+    work = [(name, side) for name in built for side in ENCODERS[name.removesuffix(_FUSED)].sides]
     device = torch.device(options.device)
     pixels = {side: torch.rand(batch, 3, side, side).to(device, getattr(torch, dtype)) for _, side in work}
     times = in_turns(
-        {(name, side): functools.partial(modules[name], pixels[side]) for name, side in work},
+        {(name, side): functools.partial(built[name][0], pixels[side]) for name, side in work},
         options.repetitions,
         warmup=options.warmup,
         clock=clock,
@@ -113,21 +112,11 @@ def _measure(
     results = []
     for name, side in work:
         tokens, flops = _tokens_and_flops(name, side)
-        measured = times[name, side].spread()
-        result: dict[str, Any] = {
-            "model": name,
-            "resolution": side,
-            "dtype": dtype,
-            "batch": batch,
-            "parameters": sizes[name],
-            "tokens": tokens,
-            "gigaflop": round(batch * flops / 1e9, 1),
-            "share_of_gemm_rate": round(batch * flops / measured["seconds"]["median"] / rate, 3),
-            "seconds": measured["seconds"],
-        }
-        if device.type == "cpu":
-            result["processor_seconds"] = measured["processor_seconds"]
-        results.append(result)
+        seconds = times[name, side].spread()
+        if device.type != "cpu":
+            del seconds["processor_seconds"]
+        about = {"model": name, "resolution": side, "dtype": dtype, "batch": batch, "parameters": built[name][1]}
+        results.append(about | {"tokens": tokens, "gigaflop": round(batch * flops / 1e9, 1)} | seconds)
     return results
 
 
@@ -153,7 +142,7 @@ def _tokens_and_flops(name: str, side: int) -> tuple[int, int]:
 
 def _build(
     name: str, encoder: _Encoder, dtype: torch.dtype, device: torch.device, compiled: bool
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+) -> tuple[Forward, int]:
     """Return a function from pixels to features, and the number of parameters."""
     module: nn.Module
     forward: Callable[[torch.Tensor], Any]

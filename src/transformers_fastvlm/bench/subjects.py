@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .. import FastVLMConfig, kernels
 from .._optional import needs
 from ..checkpoints.embedded import resolve_model
 from ..images.anyres import scaled_pinpoints, unpadded_grid
-from .cases import LLAVA_ONEVISION_SIDE, NATIVE, SIZES, Case
+from .cases import LLAVA_ONEVISION_SIDE, NATIVE, SIZES, Case, fastvlm_config
 from .random_weights import native_twin, random_model
 
 __all__ = ["Subject", "build"]
@@ -74,7 +74,8 @@ def build(case: Case, options: dict[str, Any]) -> Subject:
         from ..inference import fuse
 
         subject.model = fuse(subject.model) or subject.model
-    subject.encoder = _encoder(subject.model)
+    encoder = subject.model.get_encoder(modality="image")
+    subject.encoder = None if encoder in (subject.model, getattr(subject.model, "model", None)) else encoder
     subject.projector = _projector(subject.model)
     return subject
 
@@ -183,15 +184,8 @@ def _other(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torc
 
 
 def _config(case: Case) -> Any:
-    if case.source in SIZES:
-        return FastVLMConfig.from_preset(case.source)
-    config = AutoConfig.from_pretrained(resolve_model(case.source))
-    if not isinstance(config, FastVLMConfig):
-        raise ValueError(
-            f"{case.source!r} has model_type {config.model_type!r}; expected a FastVLM. Compare with other models by "
-            f"--against {case.source}."
-        )
-    if config.image_token_id is None:
+    config = fastvlm_config(case.source)
+    if case.source not in SIZES and config.image_token_id is None:
         raise ValueError(f"{case.source!r} has no image_token_id and no tokenizer files; put the tokenizer beside it.")
     return config
 
@@ -236,11 +230,6 @@ def _prompts(image_tokens: list[int], image_token_id: int, text_tokens: int) -> 
         rows.append(torch.cat((padding, texts[:_BEFORE_IMAGE], image, texts[_BEFORE_IMAGE:])))
         masks.append(torch.cat((padding, torch.ones(count + text_tokens, dtype=torch.long))))
     return {"input_ids": torch.stack(rows), "attention_mask": torch.stack(masks)}
-
-
-def _encoder(model: Any) -> nn.Module | None:
-    found = model.get_encoder(modality="image")
-    return None if found is model or found is getattr(model, "model", None) else found
 
 
 def _projector(model: Any) -> nn.Module | None:

@@ -90,9 +90,10 @@ class Runner:
         ids = inputs["input_ids"]
         image_token_id = getattr(model.config, "image_token_id", None)
         images = 0 if image_token_id is None else int((ids[0] == image_token_id).sum())
+        encoder = self.subject.encoder
         self.facts = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "encoder_parameters": _size(self.subject.encoder),
+            "encoder_parameters": None if encoder is None else sum(one.numel() for one in encoder.parameters()),
             "weights": self.subject.weights,
             "class": type(model).__name__,
             "prompt_tokens": ids.shape[1],
@@ -155,10 +156,6 @@ def _decoding(compiled: bool, device: Any) -> dict[str, Any]:
     config = CompileConfig(mode="reduce-overhead" if device.type == "cuda" else "default")
     config._compile_all_devices = True
     return {"cache_implementation": "static", "compile_config": config}
-
-
-def _size(module: Any) -> int | None:
-    return None if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
 if __name__ == "__main__":

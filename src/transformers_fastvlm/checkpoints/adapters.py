@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
-__all__ = ["ADAPTER_CONFIG", "OLD_NAME", "attach", "base_of_adapter", "merge"]
+__all__ = ["ADAPTER_CONFIG", "LLAVA_FILE", "OLD_NAME", "attach", "base_of_adapter", "merge"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 OLD_NAME = "`is_gradient_checkpointing`"
 """peft asks for this property of a model, which has another name from Transformers 5.23 on, and a warning says so."""
 
-_LLAVA_FILE = "non_lora_trainables.bin"
+LLAVA_FILE = "non_lora_trainables.bin"
 
 
 def base_of_adapter(source: str | os.PathLike[str]) -> str | None:
@@ -33,8 +33,8 @@ def base_of_adapter(source: str | os.PathLike[str]) -> str | None:
     if (folder / "config.json").is_file() or not (folder / ADAPTER_CONFIG).is_file():
         return None
     merge_first = f"Merge it once: fastvlm merge {folder} OUT --base BASE."
-    if (folder / _LLAVA_FILE).is_file():
-        raise ValueError(f"{folder} is an adapter of LLaVA code ({_LLAVA_FILE}). {merge_first}")
+    if (folder / LLAVA_FILE).is_file():
+        raise ValueError(f"{folder} is an adapter of LLaVA code ({LLAVA_FILE}). {merge_first}")
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{folder} is an adapter, and its {ADAPTER_CONFIG} names no base model. {merge_first}")

@@ -6,11 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..checkpoint_files import refuse_integers
+from ..checkpoint_files import (
+    StoredTensor,
+    read_directory,
+    read_json,
+    read_tensors,
+    refuse_integers,
+    same_values,
+)
 from ..configuration_fastvlm import FastVLMConfig, is_flat
 from .configs import config_from_native, native_vocabulary
 from .embedded import resolve_model
-from .files import StoredTensor, read_directory, read_json, read_tensors, same_values
 from .layouts import is_dropped, to_our_name
 from .native import EXTRA_FILE, from_native_name
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import compat
+from ..checkpoint_files import read_json
 from ..configuration_fastvlm import FastViTHDConfig, FastVLMConfig
-from .files import read_json
 
 __all__ = ["apple_config", "config_from_native", "native_config", "native_processor_files", "native_vocabulary"]
 
@@ -36,37 +36,19 @@ _APPLE_CONSTANTS: dict[str, Any] = {
 }
 # Fields of the text config that Apple's flat form has, per language model.
 _TEXT_FIELDS = (
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "rms_norm_eps",
-    "use_cache",
-    "vocab_size",
-)
+    "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range",
+    "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "pad_token_id", "rms_norm_eps", "use_cache", "vocab_size",
+)  # fmt: skip
 _TEXT_FIELDS_OF = {
     "qwen2": ("max_window_layers", "sliding_window", "use_sliding_window"),
     "llama": ("attention_bias", "head_dim", "mlp_bias", "pretraining_tp"),
 }
 _ENCODER_SHAPE = ("attention_head_dim", "depths", "hidden_sizes", "mlp_ratio", "projection_dim")
 _ENCODER_FIELDS = (
-    *_ENCODER_SHAPE,
-    "num_channels",
-    "reparameterized",
-    "hidden_act",
-    "multi_scale",
-    "layer_norm_eps",
-    "batch_norm_eps",
+    *_ENCODER_SHAPE, "num_channels", "reparameterized", "hidden_act", "multi_scale", "layer_norm_eps", "batch_norm_eps",
     "freeze_batch_norm",
-)
+)  # fmt: skip
 # Fields of the encoder that timm's fastvit_mci3 fixes.
 _NATIVE_FIXED = ("attention_head_dim", "hidden_act", "multi_scale", "layer_norm_eps", "batch_norm_eps")
 _NATIVE_IMAGE_FIELDS = ("image_aspect_ratio", "image_grid_pinpoints", "mm_patch_merge_type")
@@ -163,7 +145,7 @@ def native_config(config: FastVLMConfig, vocabulary: int) -> dict[str, Any]:
     if _differs(vision, "num_channels"):
         model_args["in_chans"] = vision.num_channels
     text_fields = {key: value for key, value in text.to_dict().items() if key not in ("_name_or_path", "architectures")}
-    native: dict[str, Any] = {
+    return {
         "architectures": ["FastVlmForConditionalGeneration"],
         "model_type": "fast_vlm",
         "image_seq_length": (vision.image_size // vision.stride) ** 2,
@@ -190,7 +172,6 @@ def native_config(config: FastVLMConfig, vocabulary: int) -> dict[str, Any]:
         "dtype": _dtype_name(config),
         "transformers_version": compat.VERSION,
     }
-    return native
 
 
 def native_vocabulary(native: dict[str, Any]) -> int | None:
@@ -243,11 +224,10 @@ def config_from_native(directory: Path) -> tuple[FastVLMConfig, list[str]]:
     Raises:
         ValueError: an encoder that is not FastViTHD, or options of the port that FastVLM does not have.
     """
-    native = read_json(directory / "config.json")
+    path = directory / "config.json"
+    native = read_json(path)
     if not native.get("text_config") or not native.get("vision_config"):
-        raise ValueError(
-            f"{directory / 'config.json'} lacks text_config or vision_config; the sizes of the model are not guessed."
-        )
+        raise ValueError(f"{path} lacks text_config or vision_config; the sizes of the model are not guessed.")
     vision = native["vision_config"]
     architecture = str(vision.get("architecture")).partition(".")[0]
     model_args = dict(vision.get("model_args") or {})
@@ -261,14 +241,12 @@ def config_from_native(directory: Path) -> tuple[FastVLMConfig, list[str]]:
     }
     if architecture != "fastvit_mci3" or model_args or len(ratios) != 1:
         raise ValueError(
-            f"{directory / 'config.json'} has the encoder {architecture!r} with model_args {vision.get('model_args')}; "
+            f"{path} has the encoder {architecture!r} with model_args {vision.get('model_args')}; "
             "expected timm's fastvit_mci3, with nothing changed but inference_mode, layers, embed_dims, mlp_ratios "
             "(one for all stages) and in_chans."
         )
     if not native.get("multimodal_projector_bias", True):
-        raise ValueError(
-            f"{directory / 'config.json'} has multimodal_projector_bias false; FastVLM's projector has biases."
-        )
+        raise ValueError(f"{path} has multimodal_projector_bias false; FastVLM's projector has biases.")
     fields["mlp_ratio"] = ratios.pop()
     if depths is not None:
         fields["depths"] = depths

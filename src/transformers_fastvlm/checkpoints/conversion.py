@@ -15,46 +15,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from ..checkpoint_files import read_json
 from ..storage.atomic_files import new_directory, require_new
 from ..tokens import IMAGE_TOKEN, image_token_id_of
 from .checkpoint_source import Checkpoint, Layout, read_checkpoint
 from .configs import apple_config, native_config, native_processor_files
 from .embedded import resolve_model
-from .files import read_json, write_directory, write_json, write_tensors
+from .files import write_directory, write_json, write_tensors
 from .layouts import to_apple_name, to_our_name
 from .native import EXTRA_FILE, NOT_IN_NATIVE, to_native_name
 
 __all__ = ["DROPPED_FILES", "DROPPED_FROM", "Conversion", "convert"]
 
-_ANEW = "written anew"
+_ANEW, _NOT_CONVERTED = "written anew", "weights or training state, not converted"
 DROPPED_FILES: dict[str, str] = {
     "config.json": _ANEW,
     "*.safetensors": _ANEW,
     "*.safetensors.index.json": _ANEW,
-    "*.bin": "weights or training state, not converted",
-    "*.bin.index.json": "weights, not converted",
-    "*.pt": "weights or training state, not converted",
-    "*.pth": "weights or training state, not converted",
-    "*.gguf": "weights, not converted",
-    "*.h5": "weights, not converted",
-    "*.msgpack": "weights, not converted",
+    **dict.fromkeys(("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"), _NOT_CONVERTED),
     ".*": "hidden",
 }
 """Patterns of file names that are never copied, each with the reason. Folders are not copied either."""
 
-_PORTS_PROCESSOR = "the processor of the native port"
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_NATIVE_FILES = (*_PROCESSOR_FILES, "chat_template.jinja", "chat_template.json")
 DROPPED_FROM: dict[Layout, dict[str, str]] = {
     "apple": {"*.py": "remote code of Apple's layout"},
-    "transformers": {
-        "preprocessor_config.json": "the processor of this package",
-        "processor_config.json": "the processor of this package",
-    },
-    "native": {
-        "preprocessor_config.json": _PORTS_PROCESSOR,
-        "processor_config.json": _PORTS_PROCESSOR,
-        "chat_template.jinja": _PORTS_PROCESSOR,
-        "chat_template.json": _PORTS_PROCESSOR,
-    },
+    "transformers": dict.fromkeys(_PROCESSOR_FILES, "the processor of this package"),
+    "native": dict.fromkeys(_NATIVE_FILES, "the processor of the native port"),
 }
 """More of them, by the source's layout, where the target's is another."""
 

@@ -2,7 +2,7 @@
 """Writing safetensors directories as bytes: tensors are copied from file to file and never decoded.
 
 So every dtype comes out bit for bit, and memory is bounded by one block of a file whatever the size of the model.
-Reading is in `checkpoint_files`, and its functions can be had from here too.
+Reading is in `checkpoint_files`.
 """
 
 import json
@@ -12,28 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    StoredTensor,
-    read_directory,
-    read_json,
-    read_tensors,
-    same_values,
-)
+from ..checkpoint_files import INDEX_FILE, SINGLE_FILE, StoredTensor
 
-__all__ = [
-    "INDEX_FILE",
-    "SINGLE_FILE",
-    "StoredTensor",
-    "read_directory",
-    "read_json",
-    "read_tensors",
-    "same_values",
-    "write_directory",
-    "write_json",
-    "write_tensors",
-]
+__all__ = ["write_directory", "write_json", "write_tensors"]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

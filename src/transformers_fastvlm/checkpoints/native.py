@@ -2,8 +2,7 @@
 """Names of tensors in Transformers' own `fast_vlm` port, whose encoder is timm's `fastvit_mci3`: one table, both ways.
 
 Outside the encoder the port's names are ours. Inside, timm numbers stages where Apple numbers the layers of one
-sequence, and calls the parts otherwise; values and shapes are the same, so a conversion only renames. `SECTIONS`
-lists the parts of the encoder, each with the words its names are made of, for the merged and the train-time form.
+sequence, and calls the parts otherwise; values and shapes are the same, so a conversion only renames.
 Source: names of the parameters of timm 1.0's `fastvit_mci3` and of Transformers' `FastVlmForConditionalGeneration`.
 """
 
@@ -25,30 +24,24 @@ NOT_IN_NATIVE: dict[str, str] = {
 EXTRA_FILE = "fastvlm_extra.safetensors"
 """File beside the port's weights that holds what is `NOT_IN_NATIVE`, under our names. Transformers does not read it."""
 
-_SAME = ("conv", "bn", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-_PLAIN = {word: word for word in _SAME}
-_MOBILEONE = _PLAIN | {
-    "reparam_conv": "reparam_conv",
-    "rbr_conv": "conv_kxk",
-    "rbr_scale": "conv_scale",
-    "rbr_skip": "identity",
-}
-_BLOCK = _MOBILEONE | {
-    "token_mixer": "token_mixer",
-    "mixer": "mixer",
-    "norm": "norm",
-    "qkv": "qkv",
-    "proj": "proj",
-    "convffn": "mlp",
-    "fc1": "fc1",
-    "fc2": "fc2",
-    "layer_scale": "layer_scale.gamma",
-    "layer_scale_1": "layer_scale_1.gamma",
-    "layer_scale_2": "layer_scale_2.gamma",
-}
-_LARGE_KERNEL = _PLAIN | {"lkb_reparam": "reparam_conv", "lkb_origin": "large_conv", "small_conv": "small_conv"}
-_POSITION = {"reparam_conv": "reparam_conv", "pe": "pos_enc", "weight": "weight", "bias": "bias"}
-_EXPANSION = _MOBILEONE | {"se": "se", "reduce": "fc1", "expand": "fc2"}
+
+def _same(*words: str) -> dict[str, str]:
+    return {word: word for word in words}
+
+
+_PLAIN = _same("conv", "bn", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_MOBILEONE = (
+    _PLAIN | _same("reparam_conv") | {"rbr_conv": "conv_kxk", "rbr_scale": "conv_scale", "rbr_skip": "identity"}
+)
+_BLOCK = (
+    _MOBILEONE
+    | _same("token_mixer", "mixer", "norm", "qkv", "proj", "fc1", "fc2")
+    | {"convffn": "mlp"}
+    | {scale: f"{scale}.gamma" for scale in ("layer_scale", "layer_scale_1", "layer_scale_2")}
+)
+_LARGE_KERNEL = _PLAIN | _same("small_conv") | {"lkb_reparam": "reparam_conv", "lkb_origin": "large_conv"}
+_POSITION = _same("reparam_conv", "weight", "bias") | {"pe": "pos_enc"}
+_EXPANSION = _MOBILEONE | _same("se") | {"reduce": "fc1", "expand": "fc2"}
 
 SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("patch_embed.", "stem.", _MOBILEONE),

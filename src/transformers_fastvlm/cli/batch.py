@@ -156,7 +156,6 @@ class _Stopping:
 
 
 def _tell(report: "Report", advice: str = "", say: Callable[[str], None] = notice) -> None:
-    """Print what was written and what could not be answered."""
     from ..batch.batch_rows import counted
 
     details = []

@@ -59,7 +59,7 @@ def bench(
     encoders: Annotated[
         bool, typer.Option("--encoders", help="Measure encoders alone: FastViTHD, ViT-L/14, ViTamin-L, ConvNeXt-L.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="File for the record, in JSON.")] = None,
+    out: options.RecordFile = None,
     note: Annotated[str | None, typer.Option(help="What else one should know, for the record.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Directory for plots.")] = None,
     as_json: options.AsJson = False,
@@ -177,7 +177,7 @@ def _print_models(record: dict[str, Any]) -> None:
         rows.append(
             (
                 result["model"],
-                _shown(result["resolution"]),
+                "-" if result["resolution"] is None else str(result["resolution"]),
                 result["dtype"],
                 str(result["batch"]),
                 str(result["prompt_tokens"]),
@@ -248,7 +248,3 @@ def _ms(seconds: dict[str, Any] | None) -> str:
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("" if number == 1 else "s")
-
-
-def _shown(value: Any) -> str:
-    return "-" if value is None else str(value)

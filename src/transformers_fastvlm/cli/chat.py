@@ -97,8 +97,6 @@ def _next_line(interactive: bool) -> str | None:
 
 
 class _Conversation:
-    """The turns so far, and the pictures that the next question brings."""
-
     def __init__(
         self, engine: "Engine", sampling: "Sampling", system: str | None, pictures: list[Any], reading: Any
     ) -> None:

@@ -70,7 +70,7 @@ def question(text: str, pictures: "Sequence[Image]") -> list[dict[str, Any]]:
     Raises:
         UserError: the text has <image>, but not once for each picture.
     """
-    from ..engines.image_places import place_images
+    from ..engines.prompts import place_images
 
     try:
         return place_images(text, pictures)

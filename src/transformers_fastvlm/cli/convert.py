@@ -2,7 +2,6 @@
 """`fastvlm convert`: a checkpoint in another layout."""
 
 import enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,7 +24,7 @@ class LayoutName(enum.StrEnum):
 @reports_errors
 def convert(
     source: options.Source,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")],
+    out: options.OutDirectory,
     to: Annotated[
         LayoutName,
         typer.Option(

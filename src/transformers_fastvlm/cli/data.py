@@ -116,7 +116,6 @@ def check(
 
 
 def _processor(model: str) -> Any:
-    """Return the processor of a checkpoint."""
     from .. import FastVLMProcessor
     from ..checkpoints.embedded import resolve_model
     from .model_sources import check_loadable, read_config
@@ -126,7 +125,6 @@ def _processor(model: str) -> Any:
 
 
 def _summary(report: "Report", max_length: int | None) -> list[str]:
-    """Return the lines that end the output."""
     right = report.checked - len({problem.row for problem in report.problems if problem.row < report.checked})
     read = (
         f"{report.checked:,} rows" if report.checked == report.rows else f"{report.checked:,} of {report.rows:,} rows"

@@ -124,7 +124,6 @@ def evaluate(
 
 
 def _tell(run: "EvaluationRun", out: Path) -> None:
-    """Print the scores, one task a line."""
     width = max(len(name) for name in run.tasks)
     for name, task in run.tasks.items():
         typer.echo(f"{name:{width}}  {task.score:6.2f} %  {task.metric}, {task.count:,} rows")

@@ -2,7 +2,6 @@
 """`fastvlm eval-encoder`: FastViTHD judged by classes of pictures, without a language model."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from ..storage.atomic_files import write_lines
 from . import options
 from .cli_errors import UserError, notice, reports_errors
 from .model_sources import check_loadable, licence_notice, read_config
+from .progress_bars import progress_bar
 from .text_tables import print_table
 
 __all__ = ["eval_encoder"]
@@ -59,7 +59,7 @@ def eval_encoder(
     dtype: Annotated[
         options.DtypeName, typer.Option(help="Of the encoder; auto: bfloat16 on CUDA, float32 elsewhere.")
     ] = options.DtypeName.auto,
-    out: Annotated[Path | None, typer.Option(help="File for the record, in JSON.")] = None,
+    out: options.RecordFile = None,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -95,31 +95,28 @@ def eval_encoder(
     else:
         kind = getattr(torch, dtype)
 
-    def progress(done: int, of: int) -> None:
-        if sys.stderr.isatty():
-            typer.echo(f"\r{done} of {of} pictures", err=True, nl=done == of)
-
     if message := licence_notice(model, config):
         notice(message)
-    record = judge_encoder(
-        model,
-        folder,
-        methods=methods,
-        text=text,
-        size=size,
-        aspect=aspect,
-        batch_size=batch_size,
-        k=k,
-        regularisation=regularisation,
-        held_out=held_out,
-        seed=seed,
-        device=place,
-        dtype=kind,
-        do_exif_transpose=do_exif_transpose,
-        alpha_background=alpha_background,
-        max_pixels=max_pixels,
-        progress=progress,
-    )
+    with progress_bar("encoding") as show:
+        record = judge_encoder(
+            model,
+            folder,
+            methods=methods,
+            text=text,
+            size=size,
+            aspect=aspect,
+            batch_size=batch_size,
+            k=k,
+            regularisation=regularisation,
+            held_out=held_out,
+            seed=seed,
+            device=place,
+            dtype=kind,
+            do_exif_transpose=do_exif_transpose,
+            alpha_background=alpha_background,
+            max_pixels=max_pixels,
+            progress=show,
+        )
     if out is not None:
         write_lines(out, [json.dumps(record, indent=2)])
         notice(f"wrote {out}")

@@ -26,7 +26,7 @@ def _comma_separated(text: str | None) -> list[str]:
 def export(
     target: Annotated[str, typer.Argument(metavar="TARGET", help=f"{_TARGETS}.")],
     model: options.ModelArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")],
+    out: options.OutDirectory,
     precision: Annotated[
         str | None,
         typer.Option(

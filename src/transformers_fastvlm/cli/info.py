@@ -113,7 +113,7 @@ def _facts(model: str) -> dict[str, Any]:
         "dtype": _DTYPES.get(stored, stored),
         "dtype_on_cpu": "float32" if stored == "F16" else _DTYPES.get(stored, stored),
         "memory_bytes": {
-            "as_stored": _bytes(loaded.values()),
+            "as_stored": sum(_BYTES.get(dtype, 4) * prod(shape) for dtype, shape in loaded.values()),
             "float32": 4 * (parameters["total"] + parameters["buffers"]),
         },
         "image_processing": _image_processing(config),
@@ -135,7 +135,7 @@ def _directory(model: str) -> Path:
 
 def _tensors(model: str, directory: Path, native: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return (dtype as safetensors calls it, shape) of every tensor, by our name or, where it has none, its own."""
-    from ..checkpoints.files import read_directory
+    from ..checkpoint_files import read_directory
     from ..checkpoints.layouts import is_dropped, to_our_name
     from ..checkpoints.native import from_native_name
 
@@ -150,7 +150,6 @@ def _tensors(model: str, directory: Path, native: bool) -> dict[str, tuple[str, 
 
 
 def _remote_tensors(model: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Fetch the headers only."""
     from huggingface_hub import get_safetensors_metadata
 
     try:
@@ -170,10 +169,6 @@ def _part(name: str) -> str:
         if name.startswith(start):
             return part
     raise UserError(f"the checkpoint holds the tensor {name!r}, which FastVLM does not have; it will not load.")
-
-
-def _bytes(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> int:
-    return sum(_BYTES.get(dtype, 4) * prod(shape) for dtype, shape in tensors)
 
 
 def _image_processing(config: Any) -> dict[str, Any]:
@@ -203,8 +198,6 @@ def _tokens(config: Any) -> dict[str, int]:
 
 
 def _lines(facts: dict[str, Any]) -> Iterable[str]:
-    """Yield the facts as lines of a label and a value."""
-
     def line(label: str, value: str) -> str:
         return f"{label:<{_LABELS}}{value}"
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastvlm merge`: a LoRA adapter put into the weights of its base model."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +21,7 @@ def merge(
             help="Directory of an adapter, of peft or with non_lora_trainables.bin of LLaVA code, or a hub repository.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")],
+    out: options.OutDirectory,
     base: Annotated[
         str | None,
         typer.Option(

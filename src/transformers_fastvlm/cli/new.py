@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastvlm new`: a model made of an encoder and a language model, ready for stage 1."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import options
-from .cli_errors import UserError, notice, reports_errors
+from .cli_errors import notice, reports_errors
 
 __all__ = ["new"]
 
 
 @reports_errors
 def new(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")],
+    out: options.OutDirectory,
     vision: Annotated[
         str,
         typer.Option(
@@ -46,11 +45,11 @@ def new(
 
     Example: fastvlm new OUT --vision apple/FastVLM-0.5B --language-model Qwen/Qwen3-0.6B
     """
+    from ..storage.atomic_files import require_new
     from ..training import describe_parts, new_model, save_model
     from .model_sources import licence_notice, read_config
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty directory. Choose a new one; nothing is overwritten.")
+    require_new(out)
     name = "float32" if dtype is options.DtypeName.auto else dtype.value
     for source in dict.fromkeys((vision, language_model)):
         if line := licence_notice(source, read_config(source)):

@@ -2,36 +2,12 @@
 """Arguments and options that several verbs have in common."""
 
 import enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..engines.base import MAX_TEMPERATURE
-
-__all__ = [
-    "AlphaBackground",
-    "AsJson",
-    "Debug",
-    "Device",
-    "Dtype",
-    "DtypeName",
-    "Engine",
-    "EngineName",
-    "ExifTranspose",
-    "MaxNewTokens",
-    "MaxPixels",
-    "Model",
-    "ModelArgument",
-    "NumBeams",
-    "Precision",
-    "Seed",
-    "Size",
-    "Source",
-    "System",
-    "Temperature",
-    "TopP",
-    "DEFAULT_MODEL",
-]
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
 SIZE_STEP = 64
@@ -93,6 +69,10 @@ NAMES = (
 Model = Annotated[str, typer.Option("--model", "-m", envvar="FASTVLM_MODEL", help=NAMES)]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", envvar="FASTVLM_MODEL", help=NAMES)]
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=NAMES)]
+OutDirectory = Annotated[
+    Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")
+]
+RecordFile = Annotated[Path | None, typer.Option("--out", help="File for the record, in JSON.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA, else Apple's GPU, else the CPU), cpu, cuda, cuda:1, mps, …")]
 Dtype = Annotated[
     DtypeName, typer.Option(help="auto is the checkpoint's own, but float32 for a float16 checkpoint on a CPU.")

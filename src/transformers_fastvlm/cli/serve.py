@@ -17,11 +17,7 @@ _KEY = "FASTVLM_API_KEY"
 
 
 def _key(given: str | None) -> str | None:
-    """Return the key that clients must send; None where none was given.
-
-    Raises:
-        UserError: it was given and is empty, as by a variable that is not set: then anyone could use the model.
-    """
+    """Return the key that clients must send; None where none was given. An empty one would let anyone in."""
     key = os.environ.get(_KEY) if given is None else given  # typer takes an empty variable for one that is not there
     if key is not None and not key.strip():
         raise UserError(f"--api-key or the variable {_KEY} is empty; give a key, or unset it to ask for none.")

@@ -42,7 +42,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def _lists(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a table as one list for each row."""
     label = max(map(len, columns))
     yield title
     for row in rows:

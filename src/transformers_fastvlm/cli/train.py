@@ -85,11 +85,7 @@ def train(
 
 
 def _licences(recipe: "Recipe") -> Iterator[str]:
-    """Yield what is to be said of the licences of the weights that a recipe begins with.
-
-    Raises:
-        UserError: a source that is not there, or `model.path` is of another kind of model.
-    """
+    """Yield what is to be said of the licences of the weights that a recipe begins with."""
     from .model_sources import check_loadable, licence_notice, read_config
 
     new = recipe.model.new or {}
@@ -106,7 +102,6 @@ def _licences(recipe: "Recipe") -> Iterator[str]:
 
 @contextlib.contextmanager
 def _advises(debug: bool) -> Iterator[None]:
-    """Say what helps a run that is out of memory."""
     try:
         yield
     except Exception as error:

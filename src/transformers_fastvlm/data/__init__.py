@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data for training: reading and checking rows, batches with labels, and synthetic scenes.
+"""Data for training: reading and checking rows, batches with labels, and synthetic scenes."""
 
-Names are imported when they are first used, so that no part waits for what another needs.
-"""
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from .._optional import lazy_names
 
 if TYPE_CHECKING:
     from .batching import ModalityLengthSampler, grouped_sampler, row_lengths
@@ -15,42 +13,14 @@ if TYPE_CHECKING:
     from .sample_errors import ImageError, LengthError, SampleError
     from .samples import SampleDataset
 
-_MODULE_OF = {
-    "FastVLMDataCollator": "collator",
-    "ImageError": "sample_errors",
-    "LengthError": "sample_errors",
-    "ModalityLengthSampler": "batching",
-    "Report": "check",
-    "SampleDataset": "samples",
-    "SampleError": "sample_errors",
-    "check_dataset": "check",
-    "grouped_sampler": "batching",
-    "load": "loading",
-    "row_lengths": "batching",
-}
-
-__all__ = [
-    "FastVLMDataCollator",
-    "ImageError",
-    "LengthError",
-    "ModalityLengthSampler",
-    "Report",
-    "SampleDataset",
-    "SampleError",
-    "check_dataset",
-    "grouped_sampler",
-    "load",
-    "row_lengths",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "batching": "ModalityLengthSampler grouped_sampler row_lengths",
+        "check": "Report check_dataset",
+        "collator": "FastVLMDataCollator",
+        "loading": "load",
+        "sample_errors": "ImageError LengthError SampleError",
+        "samples": "SampleDataset",
+    },
+)

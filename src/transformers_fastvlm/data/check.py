@@ -12,7 +12,7 @@ from ..images.read_options import Colour, ReadOptions
 from .collator import FastVLMDataCollator
 from .inspection import inspect_rows
 from .row_sources import open_part, source_name
-from .sample_errors import SampleError
+from .sample_errors import SampleError, row_name
 from .samples import SampleDataset
 
 __all__ = ["Problem", "Report", "check_dataset"]
@@ -40,9 +40,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        details = [f"line {self.line}"] if self.line is not None else []
-        details += [f"id {self.id!r}"] if self.id is not None else []
-        return f"row {self.row}" + (f" ({', '.join(details)})" if details else "") + f": {self.message}"
+        return f"{row_name(self.row, self.line, self.id)}: {self.message}"
 
 
 @dataclass

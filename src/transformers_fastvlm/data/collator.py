@@ -13,7 +13,7 @@ from ..conversations import RENDERING, render_with_spans
 from ..tokens import IMAGE_TOKEN
 from .messages import check_messages, messages_and_sources
 from .row_fields import SYSTEM_KEYS, images_of
-from .sample_errors import LengthError, SampleError, shortened
+from .sample_errors import LengthError, SampleError, listed, shortened
 
 __all__ = ["CONVERSATIONS", "IGNORED", "FastVLMDataCollator"]
 
@@ -172,7 +172,7 @@ class FastVLMDataCollator:
         try:
             if "messages" not in sample:
                 raise ValueError(
-                    f"it has no 'messages'; its keys are {', '.join(map(repr, sample)) or 'none'}. If they were there, "
+                    f"it has no 'messages'; its keys are {listed(sample)}. If they were there, "
                     "Trainer removed them: set remove_unused_columns=False in its arguments."
                 )
             words = {key: sample.get(key) for key in ("messages", *SYSTEM_KEYS)}
@@ -281,4 +281,4 @@ def _name(sample: Mapping[str, Any], number: int) -> str:
     if place := sample.get("place"):
         return str(place)
     known = sample.get("id")
-    return f"sample {number} of the batch" + ("" if known is None else f" (id {known!r})")
+    return f"sample {number} of the batch" + ("" if known is None else f" (id {shortened(known)})")

@@ -18,7 +18,7 @@ from typing import Any
 from .._optional import needs
 from .json_rows import JsonRows
 from .rows import HubRows, JoinedRows, Rows
-from .sample_errors import shortened
+from .sample_errors import listed, shortened
 
 __all__ = [
     "ALL_SPLITS",
@@ -167,7 +167,8 @@ def _chosen_files(folder: str, split: str | None, name: str | None, follow_symli
             "with the files of that configuration."
         )
     if os.path.isfile(os.path.join(folder, _SPLITS)):
-        splits = _saved_splits(folder)
+        named = _read_json(os.path.join(folder, _SPLITS), folder).get("splits")
+        splits = [_plain_name(one, folder, _SPLITS) for one in named] if isinstance(named, list) else []
         folder = os.path.join(folder, _one_of(splits, split, folder))
         split = None
         if not os.path.isfile(os.path.join(folder, _STATE)):
@@ -222,15 +223,7 @@ def _one_of(splits: Sequence[str], wanted: str | None, folder: str) -> str:
     chosen = wanted or "train"
     if chosen in splits:
         return chosen
-    raise ValueError(
-        f"{folder!r} has no split {chosen!r}; it has {', '.join(map(repr, splits)) or 'none'}. Choose one with split "
-        "(--split)."
-    )
-
-
-def _saved_splits(folder: str) -> list[str]:
-    splits = _read_json(os.path.join(folder, _SPLITS), folder).get("splits")
-    return [_plain_name(name, folder, _SPLITS) for name in splits] if isinstance(splits, list) else []
+    raise ValueError(f"{folder!r} has no split {chosen!r}; it has {listed(splits)}. Choose one with split (--split).")
 
 
 def _saved_files(folder: str) -> list[str]:

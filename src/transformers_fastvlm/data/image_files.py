@@ -135,7 +135,7 @@ class ImageFolder:
             raise SampleError(
                 f"the image {shortened(name)} is a path, but no image folder was given; pass image_folder."
             )
-        if not name or "\0" in name:
+        if not name or "\0" in name or not _can_name_a_file(name):
             raise SampleError(f"the image path {shortened(name)} is {'empty' if not name else 'not valid'}.")
         path = os.path.normpath(os.path.join(self.folder, name))
         inside = is_within(path, str(self.folder))
@@ -153,6 +153,14 @@ class ImageFolder:
                 "and stay in it; put the image there, or name a folder further up."
             )
         return path
+
+
+def _can_name_a_file(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half of a pair
+        return False
+    return True
 
 
 def _other_name(path: str) -> str:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What reading each row of a data set shows, with all of its images, by several processes."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from .collator import FastVLMDataCollator
 from .row_fields import unread_keys
@@ -40,42 +42,36 @@ def inspect_rows(
         collator: counts tokens and says which rows it would refuse.
         num_workers: processes that read; 0 for this one alone.
     """
-    loader = DataLoader(
-        _Inspector(dataset, collator),
+    loader: DataLoader[Any] = DataLoader(
+        range(len(dataset)),  # type: ignore[arg-type]
         batch_size=_ROWS_A_TASK if num_workers else 1,
         num_workers=num_workers,
-        collate_fn=list,
+        collate_fn=functools.partial(_inspect_all, dataset, collator),
         generator=torch.Generator(),  # a data loader without one draws from the global random numbers
     )
     for rows in loader:
         yield from rows
 
 
-class _Inspector(Dataset):
-    """A data set of what inspecting each row shows."""
+def _inspect_all(dataset: SampleDataset, collator: FastVLMDataCollator | None, rows: list[int]) -> list[Inspected]:
+    return [_inspect(dataset, collator, row) for row in rows]
 
-    def __init__(self, dataset: SampleDataset, collator: FastVLMDataCollator | None) -> None:
-        self.dataset = dataset
-        self.collator = collator
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Inspected:
-        place = self.dataset.place(index)
-        unread: tuple[str, ...] = ()
-        try:
-            row, place = self.dataset.row(index)
-            unread = tuple(shortened(key) for key in unread_keys(row))
-            messages, sources = parse_row(row, place)
-            images = self.dataset.image_folder(index)
-            sizes = [images.size_of(source) for source in sources]
-            tokens = None if self.collator is None else self.collator.measure(messages, sizes)
-        except SampleError as error:
-            return Inspected(error if error.place is not None else type(error)(error.reason, place), unread=unread)
-        except (OSError, MemoryError):
-            raise  # of the machine, not of the row
-        except Exception as error:  # one row must not end the check, whatever is wrong with it
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            return Inspected(SampleError(reason, place), unread=unread)
-        return Inspected(None, len(sizes), tokens, unread)
+def _inspect(dataset: SampleDataset, collator: FastVLMDataCollator | None, index: int) -> Inspected:
+    place = dataset.place(index)
+    unread: tuple[str, ...] = ()
+    try:
+        row, place = dataset.row(index)
+        unread = tuple(shortened(key) for key in unread_keys(row))
+        messages, sources = parse_row(row, place)
+        images = dataset.image_folder(index)
+        sizes = [images.size_of(source) for source in sources]
+        tokens = None if collator is None else collator.measure(messages, sizes)
+    except SampleError as error:
+        return Inspected(error if error.place is not None else type(error)(error.reason, place), unread=unread)
+    except (OSError, MemoryError):
+        raise  # of the machine, not of the row
+    except Exception as error:  # one row must not end the check, whatever is wrong with it
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return Inspected(SampleError(reason, place), unread=unread)
+    return Inspected(None, len(sizes), tokens, unread)

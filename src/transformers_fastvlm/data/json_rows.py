@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..storage.digests import file_digest
+from .rows import Rows
 from .sample_errors import Place, SampleError, shortened
 
 __all__ = ["JsonRows"]
@@ -38,7 +40,7 @@ _OPEN_ENDS = (b"{", b"[", b",", b":")
 _LONGEST_LITERAL = len("-Infinity") + 1
 
 
-class JsonRows:
+class JsonRows(Rows):
     """The rows of a file that holds one list of objects, or one object a line.
 
     Which of the two it is shows the first character, whatever the file is called. Empty lines are passed over.
@@ -52,8 +54,7 @@ class JsonRows:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.damage: SampleError | None = None
+        self.path, self.name = Path(path), str(Path(path))
         self._line_numbers: np.ndarray | None = None
         self._lock = threading.Lock()
         self._descriptor: int | None = None
@@ -97,16 +98,11 @@ class JsonRows:
             raise SampleError(f"the row is a JSON {type(value).__name__}; expected an object.", self.place(row))
         return value
 
-    def text_of(self, row: int) -> dict[str, Any]:
-        """Return what has the words of a row: all of it."""
-        return self[row]
-
     def place(self, row: int, sample_id: str | None = None) -> Place:
-        """Return how a row is named."""
         line = None
         if not self.is_list:
             line = row + 1 if self._line_numbers is None else int(self._line_numbers[row])
-        return Place(str(self.path), row, line, sample_id)
+        return Place(self.name, row, line, sample_id)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_descriptor")}
@@ -126,7 +122,6 @@ class JsonRows:
         return os.pread(self._descriptor, size, start)
 
     def digest(self) -> str:
-        """Return a digest of the whole file."""
         return file_digest(self.path)
 
     def _why(self, error: Exception, content: bytes) -> str:
@@ -139,8 +134,8 @@ class JsonRows:
             how = _CUT if cut else "is not valid JSON"
             advice = "one whole object a line" if not self.is_list else "an object"
             return f"the row {how} ({at}); expected {advice}. Fetch or write the file again."
-        if isinstance(error, _RepeatedKey):
-            return f"the row has the key {shortened(error.key)} twice; keep one of the two."
+        if isinstance(error, SampleError):
+            return error.reason
         if isinstance(error, ValueError):
             return "the row has a number of more digits than Python reads. Write it as text, or remove it."
         return "the row is nested too deeply to be read."
@@ -194,28 +189,16 @@ class JsonRows:
                 if cut
                 else f"the JSON is not valid from byte {error.pos} on ({error.msg})"
             )
-            self.damage = SampleError(f"{what}. Fetch or write the file again.", Place(str(self.path), len(starts)))
+            self.damage = SampleError(f"{what}. Fetch or write the file again.", Place(self.name, len(starts)))
         return np.array(starts, np.int64), np.array(sizes, np.uint32)
 
 
-class _RepeatedKey(ValueError):
-    """An object that has a key twice, of which JSON's readers would silently take the last."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of its pairs.
-
-    Raises:
-        _RepeatedKey: two have the same key.
-    """
+    """Return an object of its pairs; JSON's readers would silently take the last of two with the same key."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        seen: set[str] = set()
-        raise _RepeatedKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise SampleError(f"the row has the key {shortened(key)} twice; keep one of the two.")
     return made
 
 

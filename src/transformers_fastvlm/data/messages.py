@@ -11,7 +11,7 @@ from typing import Any
 from ..conversations import image_sources, plain_message
 from ..tokens import IMAGE_TOKEN
 from .row_fields import system_of
-from .sample_errors import shortened
+from .sample_errors import listed, shortened
 
 __all__ = ["check_messages", "messages_and_sources"]
 
@@ -38,7 +38,7 @@ def messages_and_sources(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], 
     """
     given = [key for key in ("conversations", "messages") if row.get(key) is not None]
     if len(given) != 1:
-        found = "both" if given else f"neither; its keys are {', '.join(map(repr, row)) or 'none'}"
+        found = "both" if given else f"neither; its keys are {listed(row)}"
         raise ValueError(f"expected 'messages' or LLaVA's 'conversations', but the row has {found}.")
     turns, (role_key, content_key) = row[given[0]], _KEYS[given[0]]
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:

@@ -12,7 +12,7 @@ from .folders import arrow_datasets, folder_rows, package, parquet_rows
 from .image_files import ImageFolder
 from .json_rows import JsonRows
 from .rows import HubRows, ListRows, Rows
-from .sample_errors import shortened
+from .sample_errors import listed, shortened
 
 __all__ = ["Part", "open_dataset", "open_part", "source_name"]
 
@@ -28,12 +28,7 @@ class Part:
 
 
 def open_part(
-    source: Any,
-    image_folder: Any,
-    split: str | None,
-    name: str | None,
-    follow_symlinks: bool,
-    reading: ReadOptions,
+    source: Any, image_folder: Any, split: str | None, name: str | None, follow_symlinks: bool, reading: ReadOptions
 ) -> Part:
     """Return the rows of one source and where their images are; see `load`. Rows may be damaged."""
     rows: Rows
@@ -78,7 +73,7 @@ def open_dataset(source: Any, split: str | None, name: str | None, streaming: bo
     if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
         wanted = split or "train"
         if wanted not in source:
-            raise ValueError(f"the data set has no split {wanted!r}; it has {', '.join(map(repr, source))}.")
+            raise ValueError(f"the data set has no split {wanted!r}; it has {listed(source)}.")
         source = source[wanted]
     kind = datasets.IterableDataset if streaming else datasets.Dataset
     if isinstance(source, datasets.IterableDataset) and not streaming:

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that are not in a JSON file: data sets of Hugging Face's `datasets`, and lists in memory.
-
-Like `JsonRows`, each of them has a length, gives the row of an index, the part of it that has the words, and its name.
-"""
+"""Rows by their index: what every kind has, data sets of Hugging Face's `datasets`, and lists in memory."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 from ..storage.digests import file_digests, joined
 from .row_fields import SYSTEM_KEYS
@@ -18,45 +15,48 @@ __all__ = ["HubRows", "JoinedRows", "ListRows", "Rows"]
 _WORDS = ("id", "conversations", "messages", *SYSTEM_KEYS)
 
 
-class Rows(Protocol):
-    """What every kind of rows has.
+class Rows:
+    """Rows of one source, each a mapping.
 
     Attributes:
+        name: of the source in errors.
         damage: why they end too early; None if they do not.
     """
 
-    damage: SampleError | None
+    name: str
+    damage: SampleError | None = None
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
-        """Return a row."""
+        raise NotImplementedError
 
     def text_of(self, row: int) -> Mapping[str, Any]:
-        """Return a row without what only its images need."""
+        """Return a row without what only its images need, or all of it."""
+        return self[row]
 
     def place(self, row: int, sample_id: str | None = None) -> Place:
         """Return how a row is named."""
+        return Place(self.name, row, None, sample_id)
 
     def digest(self) -> str:
         """Return what is another one where the rows are others, as far as that can be told; images do not count."""
+        return ""
 
 
-class HubRows:
+class HubRows(Rows):
     """Rows of a `datasets.Dataset`, whose images stay undecoded.
 
     They are read as Arrow has them: casting a column of lists of images to `decode=False` would copy the whole data
     set on the disk.
     """
 
-    damage: SampleError | None = None
-
     def __init__(self, dataset: Any, name: str, files: Sequence[str] = ()) -> None:
         self.name, self._files = name, list(files)
         self._made = str(getattr(dataset, "_fingerprint", ""))
         self._all = dataset.with_format("arrow")
-        columns = [column for column in dataset.column_names if column in _WORDS]
-        self._words = self._all.select_columns(columns)
+        self._words = self._all.select_columns([column for column in dataset.column_names if column in _WORDS])
 
     def __len__(self) -> int:
         return len(self._all)
@@ -65,15 +65,9 @@ class HubRows:
         return self._read(self._all, row)
 
     def text_of(self, row: int) -> Mapping[str, Any]:
-        """Return the columns with the words."""
         return self._read(self._words, row)
 
-    def place(self, row: int, sample_id: str | None = None) -> Place:
-        """Return how a row is named."""
-        return Place(self.name, row, None, sample_id)
-
     def digest(self) -> str:
-        """Return a digest of the files, or what the package datasets says of how the rows were made."""
         return joined(file_digests(self._files)) if self._files else self._made
 
     def _read(self, table: Any, row: int) -> Mapping[str, Any]:
@@ -81,7 +75,7 @@ class HubRows:
         return values
 
 
-class JoinedRows:
+class JoinedRows(Rows):
     """The rows of several files, one after the other; each is named by its file and its number there."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
@@ -102,27 +96,23 @@ class JoinedRows:
         return self._parts[number][inside]
 
     def text_of(self, row: int) -> Mapping[str, Any]:
-        """Return a row without what only its images need."""
         number, inside = self.locate(row)
         return self._parts[number].text_of(inside)
 
     def place(self, row: int, sample_id: str | None = None) -> Place:
-        """Return how a row is named."""
         number, inside = self.locate(row)
         return self._parts[number].place(inside, sample_id)
 
     def digest(self) -> str:
-        """Return a digest of all parts."""
         return joined(part.digest() for part in self._parts)
 
 
-class ListRows:
+class ListRows(Rows):
     """Rows in memory."""
 
-    damage: SampleError | None = None
+    name = "the list of rows"
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], name: str = "the list of rows") -> None:
-        self.name = name
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
@@ -133,15 +123,3 @@ class ListRows:
         if not isinstance(value, Mapping):
             raise SampleError(f"the row is a {type(value).__name__}; expected a dictionary.", self.place(row))
         return value
-
-    def text_of(self, row: int) -> Mapping[str, Any]:
-        """Return the whole row."""
-        return self[row]
-
-    def place(self, row: int, sample_id: str | None = None) -> Place:
-        """Return how a row is named."""
-        return Place(self.name, row, None, sample_id)
-
-    def digest(self) -> str:
-        """Return nothing: rows in memory are the caller's."""
-        return ""

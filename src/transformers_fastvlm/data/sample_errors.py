@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The error of a row that cannot be used, and how a row is named in it."""
 
+import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ImageError", "LengthError", "Place", "SampleError", "shortened"]
+__all__ = ["ImageError", "LengthError", "Place", "SampleError", "listed", "row_name", "shortened"]
 
 _LONGEST = 80
+_MOST = 10
 
 
 # A data loader raises what its worker raised again, with all of the traceback for a message.
@@ -22,6 +25,12 @@ def shortened(value: Any) -> str:
             return f"{head[:-1]}...{tail[tail.index(tail[-1]) + 1 :]}"
     shown = repr(value[: _LONGEST + 1] if isinstance(value, str | bytes) else value)
     return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Return names, such as a row's keys, as messages show them: ten at most."""
+    first = list(itertools.islice(names, _MOST + 1))
+    return ", ".join([*map(shortened, first[:_MOST]), *(["..."] if len(first) > _MOST else [])]) or "none"
 
 
 class SampleError(ValueError):
@@ -74,6 +83,11 @@ class Place:
     id: str | None = None
 
     def __str__(self) -> str:
-        details = [f"line {self.line}"] if self.line is not None else []
-        details += [f"id {self.id!r}"] if self.id is not None else []
-        return f"{self.source}, row {self.row}" + (f" ({', '.join(details)})" if details else "")
+        return f"{self.source}, {row_name(self.row, self.line, self.id)}"
+
+
+def row_name(row: int, line: int | None, sample_id: str | None) -> str:
+    """Return how a row is called in its source."""
+    details = [f"line {line}"] if line is not None else []
+    details += [f"id {shortened(sample_id)}"] if sample_id is not None else []
+    return f"row {row}" + (f" ({', '.join(details)})" if details else "")

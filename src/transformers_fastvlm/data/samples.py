@@ -117,10 +117,7 @@ class SampleDataset(Dataset):
         if not (isinstance(self._index, range) and isinstance(other._index, range)):
             index = np.concatenate([self._index, np.asarray(other._index) + len(self._rows)])
         return SampleDataset(
-            self._parts + other._parts,
-            index,
-            self.skipped + other.skipped,
-            self.num_excluded + other.num_excluded,
+            self._parts + other._parts, index, self.skipped + other.skipped, self.num_excluded + other.num_excluded
         )
 
     def to_datasets(self) -> Any:

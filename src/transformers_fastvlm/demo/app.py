@@ -7,7 +7,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from ..engines import Engine
@@ -16,7 +15,6 @@ from .camera_tab import camera_tab
 from .chat_tab import chat_tab
 from .page_images import MAX_UPLOAD_BYTES
 from .presets import GENERAL, SCENES, scene_examples
-from .style import CSS
 from .visitors import MAX_VISITORS, Visitors
 
 __all__ = ["Page", "check_gradio"]
@@ -130,7 +128,7 @@ class Page:
             max_file_size=MAX_UPLOAD_BYTES,
             state_session_capacity=2 * MAX_VISITORS,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            css=CSS,
+            css_paths=Path(__file__).with_name("page.css"),
         )
         return str(address)
 
@@ -148,9 +146,7 @@ class Page:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from .answering import Answerer, UnusableInput
 from .chat_tab import problem
-from .conversing import MAX_QUESTION
 from .page_images import read_frame
 from .presets import Preset
-from .visitors import Visitors
+from .visitors import MAX_QUESTION, Visitors
 
 __all__ = ["CAPTION_TOKENS", "camera_tab"]
 

@@ -12,10 +12,9 @@ from typing import Any
 from PIL import Image
 
 from .answering import Answerer, UnusableInput
-from .conversing import summary, turn
 from .page_images import save_small
 from .presets import Example, Preset
-from .visitors import Visitor, Visitors
+from .visitors import Visitor, Visitors, summary, turn
 
 __all__ = ["chat_tab", "problem"]
 

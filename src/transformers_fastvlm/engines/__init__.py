@@ -26,7 +26,9 @@ _MODULE_OF = {
     "VllmEngine": "vllm_engine",
 }
 
-ENGINES = ("transformers", "vllm", "onnx")
+_CLASS_OF = {"transformers": "TransformersEngine", "vllm": "VllmEngine", "onnx": "OnnxEngine"}
+
+ENGINES = tuple(_CLASS_OF)
 """Names that `load_engine` takes."""
 
 __all__ = [
@@ -59,19 +61,10 @@ def load_engine(engine: str, model: str, **options: Any) -> "Engine":
         ImportError: the engine's package is not installed.
         OSError: there is no such checkpoint, or its files are damaged.
     """
-    if engine == "transformers":
-        from .transformers_engine import TransformersEngine
-
-        return TransformersEngine(model, **options)
-    if engine == "vllm":
-        from .vllm_engine import VllmEngine
-
-        return VllmEngine(model, **options)
-    if engine == "onnx":
-        from .onnx_engine import OnnxEngine
-
-        return OnnxEngine(model, **options)
-    raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+    loaded: Engine = __getattr__(_CLASS_OF[engine])(model, **options)
+    return loaded
 
 
 def __getattr__(name: str) -> Any:

@@ -60,13 +60,9 @@ class AnswerText:
         return text
 
     def _next(self) -> str:
-        """Return the text of the tokens that were not said yet."""
-        before, after = (self._decode(self._tokens[self._start : end]) for end in (self._said, None))
+        parts = (self._tokens[self._start : end] for end in (self._said, None))
+        before, after = (str(self._tokenizer.decode(part, skip_special_tokens=True)) for part in parts)
         return after[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
 
     def _release(self, piece: str) -> str:
         """Return what of the held text and `piece` cannot belong to a stop text."""

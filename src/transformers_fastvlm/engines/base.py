@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions and answers: a conversation, how it is to be answered, and what comes of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PromptTooLong",
     "Sampling",
     "Seconds",
+    "end_tokens",
 ]
 
 MIN_TEMPERATURE = 1e-4
@@ -96,6 +97,10 @@ class Sampling:
         """Whether each token is the likeliest one."""
         return self.temperature < MIN_TEMPERATURE
 
+    def of_row(self, index: int) -> "Sampling":
+        """Return how the answer of an index is made where there are several: its seed is this one's plus the index."""
+        return self if self.seed is None else replace(self, seed=(self.seed + index) % (MAX_SEED + 1))
+
 
 GREEDY = Sampling()
 
@@ -140,3 +145,8 @@ class Answer:
     cached_tokens: int = field(default=0, compare=False)
     encoded_images: int | None = field(default=None, compare=False)
     seconds: Seconds = field(default=Seconds(), compare=False)
+
+
+def end_tokens(ids: int | list[int] | None) -> set[int]:
+    """Return the tokens that end an answer, as a configuration's `eos_token_id` names them."""
+    return set() if ids is None else set(ids) if isinstance(ids, list) else {ids}

@@ -1,49 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tools ask of whatever generates the answers."""
+"""What the tools ask of a model that answers: a queue of requests, and the one thread in which the model runs."""
 
+import copy
+import logging
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from .base import GREEDY, Answer, Conversation, Sampling
-from .prompts import Prompt
+import torch
+
+from .base import GREEDY, Answer, Conversation, PromptTooLong, Sampling
+from .prompts import LiteralTexts, Prompt, read_prompt
 from .request import Request
 
 __all__ = ["Engine"]
 
+# An error of the device itself, such as a failed assertion in a kernel: nothing can be computed there any more.
+_LOST_DEVICE = getattr(torch, "AcceleratorError", ())
 
-class Engine(Protocol):
+logger = logging.getLogger(__name__)
+
+
+class Engine:
     """A model that answers conversations. Its methods may be called from several threads at once.
 
-    Attributes:
+    The model runs in a thread of its own, which the first request starts. Where answering several requests together
+    fails, each is answered alone, so that none fails for another.
+
+    Args:
         processor: the checkpoint's `FastVLMProcessor`.
-        context: most tokens of a conversation and its answer; None for any number.
-        device, dtype: where and in what the model computes, such as "cpu" and "float32".
-        size: height and width, in pixels, that images are resized to.
-        is_alive: whether requests are answered; False after `close`, and where the model cannot go on.
+        batch_size: most requests that are answered together; None for any number.
+        max_images: most images of a conversation; None for any number.
+
+    Attributes:
+        processor: as above.
         batch_seconds: that the latest requests took, as a moving average.
     """
 
-    processor: Any
+    _NAME = ""
+    _BEAMS = False
+
+    def __init__(self, processor: Any, batch_size: int | None, max_images: int | None = None) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
+        self.processor, self.batch_size, self._max_images = processor, batch_size, max_images
+        self._tokenizer = copy.deepcopy(processor.tokenizer)  # decodes while others encode with the processor's
+        self._literal: LiteralTexts | None = None
+        self._queue: deque[Request] = deque()
+        self._forgotten: deque[Any] = deque()
+        self._news = threading.Condition()
+        self._closed = self._ended = False
+        self._thread: threading.Thread | None = None
+        self.batch_seconds = 1.0
 
     @property
-    def context(self) -> int | None: ...
+    def context(self) -> int | None:
+        """Most tokens of a conversation and its answer; None for any number."""
+        context: int | None = self.processor.context_length
+        return context
+
     @property
-    def device(self) -> str: ...
+    def device(self) -> str:
+        """Where the model computes, such as "cpu"."""
+        raise NotImplementedError
+
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """What the model computes in, such as "float32"."""
+        raise NotImplementedError
+
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Height and width, in pixels, that images are resized to."""
+        return int(self.processor.image_processor.size["height"])
+
     @property
-    def is_alive(self) -> bool: ...
-    @property
-    def batch_seconds(self) -> float: ...
+    def is_alive(self) -> bool:
+        """Whether requests are answered. That ends by `close`, or by what no request may be the reason of."""
+        return not self._ended and not self._closed
 
     def generate(
         self, conversations: Sequence[Conversation], sampling: Sampling | Sequence[Sampling] = GREEDY
     ) -> list[Answer]:
         """Answer conversations, in their order.
 
-        All of them are checked, and their images decoded, before the model runs.
+        All of them are checked, and their images decoded, before the model runs. The longest are answered first: if
+        memory does not suffice, that shows at once.
 
         Args:
             conversations: see `Conversation`.
@@ -54,6 +98,31 @@ class Engine(Protocol):
             ValueError: a conversation has an image without a place, a place without an image, an image that cannot be
                 used, or fills the model's context; or `sampling` has what this engine cannot do. None is answered then.
         """
+        samplings = _each(sampling, len(conversations))
+        for one in set(samplings):
+            self._check(one)
+        several = len(conversations) > 1
+        prompts = [
+            self._read(conversation, where=f"Conversation {index}: " if several else "")
+            for index, conversation in enumerate(conversations)
+        ]
+        order = sorted(range(len(prompts)), key=lambda index: -prompts[index].tokens)
+        requests = {index: self._request(prompts[index], samplings[index]) for index in order}
+        running: list[list[Request]] = []
+        try:
+            for group in self._groups(list(requests.values())):
+                for request in group:
+                    self._encoded(request.prompt)
+                for request in running.pop(0) if len(running) > 1 else ():
+                    request.result()
+                    request.prompt.inputs = {}  # so that few groups hold images in the model's form
+                self._enqueue(*group)
+                running.append(group)
+            return [requests[index].result() for index in range(len(prompts))]
+        except BaseException:
+            for request in requests.values():
+                request.cancel()
+            raise
 
     def stream(self, conversation: Conversation, sampling: Sampling = GREEDY, *, memory: Any = None) -> Request:
         """Begin to answer a conversation: `prepare` and `submit` in one.
@@ -64,6 +133,9 @@ class Engine(Protocol):
         Raises:
             ValueError: as `generate`.
         """
+        self._check(sampling)
+        (request,) = self.submit(self.prepare(conversation, memory=memory), sampling, memory=memory)
+        return request
 
     def prepare(self, conversation: Conversation, *, memory: Any = None, literal: bool = False) -> Prompt:
         """Check a conversation, decode its images and make the model's inputs, in the thread that calls.
@@ -77,9 +149,17 @@ class Engine(Protocol):
             PromptTooLong: it fills the model's context.
             ValueError: as `generate`.
         """
+        start = time.perf_counter()
+        prompt = self._encoded(self._read(conversation, literal=literal), memory)
+        prompt.seconds = time.perf_counter() - start
+        return prompt
 
     def submit(
-        self, prompt: Prompt, *samplings: Sampling, memory: Any = None, changed: Callable[[], None] | None = None
+        self,
+        prompt: Prompt,
+        *samplings: Sampling,
+        memory: Any = None,
+        changed: Callable[[], None] | None = None,
     ) -> list[Request]:
         """Queue a prompt, once for each sampling. Others may be answered with it.
 
@@ -92,12 +172,204 @@ class Engine(Protocol):
         Raises:
             ValueError: a sampling has what this engine cannot do.
         """
+        for sampling in samplings:
+            self._check(sampling)
+        requests = [self._request(prompt, sampling, memory, changed) for sampling in samplings]
+        self._enqueue(*requests)
+        return requests
 
     def new_memory(self) -> Any:
         """Return what keeps the keys, values and images of one conversation for its next question, or None."""
+        return None
 
     def forget(self, memory: Any) -> None:
         """Free what a memory holds, once no request uses it any more; returns at once."""
 
     def close(self) -> None:
-        """Answer what is queued, and give back threads, processes and memory."""
+        """Answer what is queued, end the thread and give back the memory; the engine cannot be used after that."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+
+    # For the engines
+
+    def _check(self, sampling: Sampling) -> None:
+        """Raise ValueError for what this engine cannot do."""
+        if sampling.num_beams > 1 and not self._BEAMS:
+            raise ValueError(
+                f"num_beams is {sampling.num_beams}, but the engine {self._NAME} has no beam search; the engine "
+                "transformers has. Leave it out, or choose that engine."
+            )
+
+    def _ends(self) -> set[int]:
+        raise NotImplementedError
+
+    def _encoded(self, prompt: Prompt, memory: Any = None) -> Prompt:
+        """Make the model's inputs, in the thread that calls."""
+        return prompt
+
+    def _answer(self, requests: list[Request]) -> None:
+        """Answer requests on the engine's thread; `Request.take` gets each token."""
+        raise NotImplementedError
+
+    def _goes_with(self, requests: list[Request], other: Request) -> bool:
+        """Return whether a waiting request can be answered together with those chosen so far."""
+        return False
+
+    def _literal_texts(self) -> LiteralTexts:
+        with self._news:
+            if self._literal is None:
+                self._literal = LiteralTexts(self.processor)
+        return self._literal
+
+    # The queue
+
+    def _groups(self, requests: list[Request]) -> list[list[Request]]:
+        groups: list[list[Request]] = []
+        for request in requests:
+            if groups and len(groups[-1]) != self.batch_size and self._goes_with(groups[-1], request):
+                groups[-1].append(request)
+            else:
+                groups.append([request])
+        return groups
+
+    def _read(self, conversation: Conversation, *, literal: bool = False, where: str = "") -> Prompt:
+        try:
+            return read_prompt(
+                self.processor,
+                conversation,
+                context=self.context,
+                max_images=self._max_images,
+                literal=self._literal_texts() if literal else None,
+            )
+        except PromptTooLong as error:
+            error.args = (f"{where}{error}",)
+            raise
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from error
+
+    def _request(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        memory: Any = None,
+        changed: Callable[[], None] | None = None,
+    ) -> Request:
+        return Request(
+            prompt,
+            sampling,
+            tokenizer=self._tokenizer,
+            ends=self._ends(),
+            context=self.context,
+            memory=memory,
+            changed=changed,
+            on_cancel=self._leave,
+        )
+
+    def _enqueue(self, *requests: Request) -> None:
+        """Put requests at the end of the queue together; they fail at once where the thread has ended."""
+        with self._news:
+            for request in requests:
+                request.queued_at = time.perf_counter()
+            if self.is_alive:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+                    self._thread.start()
+                self._queue.extend(requests)
+                self._news.notify()
+                return
+        for request in requests:
+            request.end(_ended())
+
+    def _leave(self, request: Request) -> None:
+        with self._news:
+            waits = request in self._queue
+            if waits:
+                self._queue.remove(request)
+            self._news.notify()
+        if waits:
+            request.end()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException:
+            logger.exception("the model's thread has ended; no request is answered any more")
+        finally:
+            with self._news:
+                self._ended = True
+                left = list(self._queue)
+                self._queue.clear()
+            for request in left:
+                request.end(_ended())
+
+    def _work(self) -> None:
+        while requests := self._next():
+            for request in requests:
+                request.start()
+            try:
+                self._answer_or_fail(requests)
+            finally:
+                for request in requests:
+                    if not request.done:
+                        request.end(_ended())
+            self._measure(requests[0])
+            del requests, request  # nothing of them is kept while this thread waits
+
+    def _measure(self, request: Request) -> None:
+        if request.answer is not None:
+            self.batch_seconds += 0.2 * (request.answer.seconds.generate - self.batch_seconds)
+
+    def _next(self) -> list[Request]:
+        """Wait for requests and return those to be answered together; none at the end."""
+        with self._news:
+            while not self._queue and not self._closed:
+                while self._forgotten:
+                    self._forgotten.popleft().reset()
+                self._news.wait()
+            requests = self._groups(list(self._queue))[0] if self._queue else []
+            for request in requests:
+                self._queue.remove(request)
+        return requests
+
+    def _answer_or_fail(self, requests: list[Request]) -> None:
+        """Answer requests together, and each alone where that fails."""
+        error = self._attempt(requests)
+        if error is None or len(requests) == 1:
+            for request in requests:
+                request.end(error)
+            return
+        for request in requests:
+            request.end(None if request.cancelled else self._attempt([request]))
+
+    def _attempt(self, requests: list[Request]) -> Exception | None:
+        """Answer requests; return what went wrong."""
+        for request in requests:
+            request.begin()
+        try:
+            self._answer(requests)
+        except Exception as failure:
+            logger.exception("%d requests failed", len(requests))
+            if isinstance(failure, _LOST_DEVICE):
+                raise  # what comes after it would fail too
+            failure.__traceback__ = None  # would keep the tensors of the failed batch
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return failure
+        return None
+
+
+def _ended() -> RuntimeError:
+    return RuntimeError("the model's thread has ended")
+
+
+def _each(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
+    """Return the sampling of each conversation; with one seed for all, conversation i has that seed plus i."""
+    if not isinstance(sampling, Sampling):
+        if len(sampling) != count:
+            raise ValueError(f"there are {len(sampling)} samplings for {count} conversations; give one for each.")
+        return list(sampling)
+    return [sampling.of_row(index) for index in range(count)]

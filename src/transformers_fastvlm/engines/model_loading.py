@@ -103,7 +103,10 @@ def load_model(model: str, device: torch.device, dtype: str = "auto", size: int 
         if trained and size is None:  # it may have been trained at another resolution
             loaded.config.vision_config.image_size = processor.image_processor.size["height"]
     loaded = loaded.to(device).eval()
-    _answer_once(loaded.generation_config)
+    # Of a checkpoint's generation_config.json what no tool here could hand on, and a None in a call would not undo.
+    for name in ("num_beam_groups", "penalty_alpha", "prefill_chunk_size", "early_stopping", "length_penalty"):
+        if getattr(loaded.generation_config, name, None) is not None:
+            setattr(loaded.generation_config, name, None)
     _check_vocabulary(model, loaded, processor)
     if loaded.config.image_token_id != processor.image_token_id:
         raise ValueError(
@@ -111,22 +114,6 @@ def load_model(model: str, device: torch.device, dtype: str = "auto", size: int 
             f"{processor.image_token_id} in the tokenizer. The files belong to different checkpoints."
         )
     return loaded, processor
-
-
-def _answer_once(generation_config: Any) -> None:
-    """Take back what a checkpoint's generation_config.json asks of `generate()` that no tool here could hand on.
-
-    Tools answer each conversation once, by sampling or greedily; beams and several answers would come as rows that
-    they do not expect, and `return_dict_in_generate` as something that is no tensor of tokens.
-    """
-    one = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
-    none = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-    for name, value in (one | dict.fromkeys(none, False)).items():
-        if getattr(generation_config, name, None):
-            setattr(generation_config, name, value)
-    for name in ("num_beam_groups", "penalty_alpha", "prefill_chunk_size", "early_stopping", "length_penalty"):
-        if getattr(generation_config, name, None) is not None:
-            setattr(generation_config, name, None)
 
 
 def _check_vocabulary(name: str, model: Any, processor: Any) -> None:

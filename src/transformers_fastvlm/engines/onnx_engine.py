@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from .. import FastVLMImageProcessorPil, FastVLMProcessor
 from .._optional import needs
 from ..processing_fastvlm import chat_template_for
-from .engine_thread import ThreadedEngine
+from .base import end_tokens
+from .engine import Engine
 from .prompts import Prompt
 from .request import Request
 from .row_sampling import RowSampling
@@ -63,9 +64,7 @@ class OnnxModel:
                 f"{directory} has no ONNX files of precision {precision!r}; it has {', '.join(found) or 'none'}."
             )
         self.precision = precision
-        self.config: dict[str, Any] = {}
-        if (self.directory / "config.json").is_file():
-            self.config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        self.config = _json(self.directory / "config.json")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.log_severity_level = 3
@@ -81,9 +80,8 @@ class OnnxModel:
         """Return the session of `vision_encoder`, `embed_tokens` or `decoder_model_merged`, loaded on first use."""
         if part not in self._sessions:
             path = self._file(part, FILE_SUFFIX[self.precision])
-            self._sessions[part] = self._runtime.InferenceSession(
-                str(path), self._options, providers=["CPUExecutionProvider"]
-            )
+            providers = ["CPUExecutionProvider"]
+            self._sessions[part] = self._runtime.InferenceSession(str(path), self._options, providers=providers)
         return self._sessions[part]
 
     def close(self) -> None:
@@ -142,7 +140,7 @@ class OnnxModel:
         return embeds
 
 
-class OnnxEngine(ThreadedEngine):
+class OnnxEngine(Engine):
     """An `Engine` on onnxruntime, with this package's own processor. It answers one request after the other.
 
     Args:
@@ -172,8 +170,7 @@ class OnnxEngine(ThreadedEngine):
         self.model = OnnxModel(directory, precision, threads=threads)
         super().__init__(_processor(self.model), batch_size=1)
         ends = _json(self.model.directory / "generation_config.json").get("eos_token_id")
-        ends = self.model.config.get("eos_token_id") if ends is None else ends
-        self._end_tokens = set(ends if isinstance(ends, list) else [ends])
+        self._end_tokens = end_tokens(self.model.config.get("eos_token_id") if ends is None else ends)
 
     @property
     def dtype(self) -> str:

@@ -4,7 +4,7 @@
 import copy
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,10 @@ from ..images.reading import as_shown, pil_to_rgb
 from ..tokens import IMAGE_TOKEN
 from .base import Conversation, PromptTooLong
 
-__all__ = ["LiteralTexts", "Prompt", "is_utf8", "read_prompt"]
+__all__ = ["LITERAL", "LiteralTexts", "Prompt", "is_utf8", "place_images", "read_prompt"]
+
+LITERAL = f"< {IMAGE_TOKEN.strip('<>')} >"
+"""How `<image>` is written where no image is meant: to the model the token itself is always an image."""
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -91,7 +94,7 @@ def read_prompt(
     if places != len(images):
         raise ValueError(
             f"the text has {places} places for images ({IMAGE_TOKEN}), but there are {len(images)} images. If "
-            f"{IMAGE_TOKEN} is meant literally, write it otherwise, such as < image >."
+            f"{IMAGE_TOKEN} is meant literally, write it otherwise, such as {LITERAL}."
         )
     if max_images is not None and len(images) > max_images:
         raise ValueError(
@@ -108,6 +111,28 @@ def read_prompt(
     if context is not None and prompt.tokens >= context:
         raise PromptTooLong(prompt.tokens, context)
     return prompt
+
+
+def place_images(text: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """Return the parts of a user's message: the images where the text says <image>, or first where it never does.
+
+    Raises:
+        ValueError: the text says it, but not once for each image.
+    """
+    shown = [{"type": "image", "image": image} for image in images]
+    if IMAGE_TOKEN not in text:
+        return [*shown, {"type": "text", "text": text}]
+    first, *rest = text.split(IMAGE_TOKEN)
+    if len(rest) != len(images):
+        raise ValueError(
+            f"the question has {len(rest)} {IMAGE_TOKEN}, but there {'is' if len(images) == 1 else 'are'} "
+            f"{len(images)} image{'' if len(images) == 1 else 's'}. Write it once for each image, or leave it out to "
+            f"put the images first; if it is meant literally, write {LITERAL}."
+        )
+    parts: list[dict[str, Any]] = [{"type": "text", "text": first}]
+    for image, words in zip(shown, rest, strict=True):
+        parts += [image, {"type": "text", "text": words}]
+    return [part for part in parts if part.get("text") != ""]
 
 
 class LiteralTexts:

@@ -112,11 +112,6 @@ class Request:
 
     # For engines
 
-    @property
-    def greedy(self) -> bool:
-        """Whether each token is the likeliest one."""
-        return self.sampling.greedy
-
     def start(self) -> None:
         """Say that the model begins with it."""
         self.begun_at = time.perf_counter()

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..inference import PromptCache
-from .engine_thread import ThreadedEngine
+from .base import end_tokens
+from .engine import Engine
 from .model_loading import find_device, load_model
 from .prompts import Prompt
 from .request import Request
@@ -22,7 +23,7 @@ KEPT_MEMORIES = 4
 """Conversations whose keys and values stay in the model's memory; a question in an older one is prefilled anew."""
 
 
-class TransformersEngine(ThreadedEngine):
+class TransformersEngine(Engine):
     """An `Engine` with Transformers' `generate`.
 
     Requests that wait are answered together, each padded on the left to the longest, each ending by itself and sampling
@@ -107,8 +108,7 @@ class TransformersEngine(ThreadedEngine):
             torch.cuda.empty_cache()
 
     def _ends(self) -> set[int]:
-        ends = self.model.generation_config.eos_token_id
-        return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
+        return end_tokens(self.model.generation_config.eos_token_id)
 
     def _encoded(self, prompt: Prompt, memory: PromptCache | None = None) -> Prompt:
         ids = torch.tensor([prompt.expanded()])
@@ -184,10 +184,9 @@ class TransformersEngine(ThreadedEngine):
         return next(pad for pad in pads if pad is not None)
 
     def _config(self, max_new_tokens: int) -> GenerationConfig:
-        """Return a configuration for one greedy call of generate().
+        """Return a configuration for one greedy call of generate(), the model's but for what is decided here.
 
-        It is the model's, but for what is decided here. Nothing of that is None, for which generate() would take the
-        model's value.
+        Nothing of that is None, for which generate() would take the model's value.
         """
         config = copy.deepcopy(self.model.generation_config)
         config.max_length, config.max_new_tokens = None, max_new_tokens

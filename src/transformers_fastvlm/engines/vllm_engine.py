@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from ..checkpoints.embedded import resolve_model
 from ..vllm_plugin import END_WITH_PARENT
-from .engine_thread import ThreadedEngine
+from .base import end_tokens
+from .engine import Engine
 from .model_loading import check_dtype, image_options
 from .request import Request
 
@@ -19,7 +20,7 @@ _GIB = 1 << 30
 _CPU_CACHE_GIB = 2.0
 
 
-class VllmEngine(ThreadedEngine):
+class VllmEngine(Engine):
     """An `Engine` on vLLM.
 
     vLLM batches what it is given by itself: requests join and leave at any token, and texts come as they are made. So
@@ -178,7 +179,6 @@ class VllmEngine(ThreadedEngine):
         return bool(running or self._queue or not self._closed)
 
     def _pass_on(self, output: Any, running: dict[str, Request]) -> None:
-        """Hand new tokens to their request."""
         request = running.get(output.request_id)
         if request is None:
             return
@@ -197,7 +197,6 @@ class VllmEngine(ThreadedEngine):
         self._measure(request)
 
     def _drop(self, running: dict[str, Request]) -> None:
-        """End what was cancelled."""
         gone = [name for name, request in running.items() if request.cancelled]
         if gone:
             self.llm.llm_engine.abort_request(gone)
@@ -223,10 +222,9 @@ def _import_vllm() -> tuple[Any, bool]:
 
 
 def _end_tokens(model: str, config: Any) -> set[int]:
-    """Return the tokens that end an answer."""
     try:
         ends = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
         ends = None
     ends = config.get_text_config().eos_token_id if ends is None else ends
-    return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
+    return end_tokens(ends)

@@ -79,7 +79,8 @@ def judge_encoder(
         ValueError: options, pictures or embeddings that cannot be used; the message names a picture's file.
     """
     _check(methods, text, batch_size, regularisation)
-    unsplit = ZERO_SHOT in methods and len(methods) == 1 and not _has_split(folder)
+    has_split = all(os.path.isdir(os.path.join(folder, name)) for name in ("train", "val"))
+    unsplit = methods == (ZERO_SHOT,) and not has_split
     if unsplit:
         val = read_class_folders(folder)
         train, divided = val.part([]), False
@@ -161,17 +162,11 @@ def load_encoder(
         aspect = "pad" if processor.image_aspect_ratio == "anyres" else processor.image_aspect_ratio
     if size is None:
         size = int(processor.size["height"])
-    return encoder, FastVLMImageProcessorPil(
-        **_options(processor) | {"size": {"height": size, "width": size}, "image_aspect_ratio": aspect}
-    )
-
-
-def _options(processor: Any) -> dict[str, Any]:
-    """Return what an image processor was made with, but for AnyRes' grids, which here have no use."""
-    options = processor.to_dict()
-    for name in ("image_processor_type", "image_grid_pinpoints", "processor_class"):
-        options.pop(name, None)
-    return options
+    # As it was made, but for AnyRes' grids, which here have no use.
+    unused = ("image_processor_type", "image_grid_pinpoints", "processor_class")
+    options = {name: value for name, value in processor.to_dict().items() if name not in unused}
+    options |= {"size": {"height": size, "width": size}, "image_aspect_ratio": aspect}
+    return encoder, FastVLMImageProcessorPil(**options)
 
 
 @torch.inference_mode()
@@ -223,10 +218,6 @@ def _check(methods: tuple[str, ...], text: Any, batch_size: int, regularisation:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
     if regularisation is not None and not regularisation >= 0:
         raise ValueError(f"regularisation is {regularisation}; expected 0 or more.")
-
-
-def _has_split(folder: str | os.PathLike[str]) -> bool:
-    return all(os.path.isdir(os.path.join(folder, name)) for name in ("train", "val"))
 
 
 def _texts(text: str | os.PathLike[str], images: LabelledImages) -> tuple[Tensor, Tensor]:

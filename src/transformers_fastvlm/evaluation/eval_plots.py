@@ -10,9 +10,7 @@ from ..checkpoints.published import MODEL_CARD, PAPER_FIRST_TOKEN_MS
 
 __all__ = ["plot_points", "write_plot"]
 
-# Distinguishable for colour-blind readers (Okabe and Ito).
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-_CARD_COLOUR = "#666666"
+_STYLE = Path(__file__).parents[1] / "plots.mplstyle"
 
 
 def plot_points(report: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
@@ -42,24 +40,13 @@ def plot_points(report: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict
             sum((own[task]["interval"][end] - own[task]["score"]) ** 2 for task in tasks) ** 0.5 / len(tasks)
             for end in (0, 1)
         )
-        points.append(
-            {
-                "name": run["name"],
-                "milliseconds": 1000 * run["time_to_first_token"],
-                "score": score,
-                "interval": [score - down, score + up],
-            }
-        )
-    card = [
-        {
-            "name": f"card {size}",
-            "milliseconds": milliseconds,
-            "score": sum(MODEL_CARD[name][size] for name in on_card.values()) / len(on_card),
-            "interval": None,
-        }
-        for size, milliseconds in PAPER_FIRST_TOKEN_MS.items()
-        if on_card
-    ]
+        milliseconds = 1000 * run["time_to_first_token"]
+        interval = [score - down, score + up]
+        points.append({"name": run["name"], "milliseconds": milliseconds, "score": score, "interval": interval})
+    card: list[dict[str, Any]] = []
+    for size, milliseconds in PAPER_FIRST_TOKEN_MS.items() if on_card else ():
+        score = sum(MODEL_CARD[name][size] for name in on_card.values()) / len(on_card)
+        card.append({"name": f"card {size}", "milliseconds": milliseconds, "score": score, "interval": None})
     return points, card, tasks
 
 
@@ -80,58 +67,44 @@ def write_plot(report: dict[str, Any], file: str | os.PathLike[str]) -> Path | N
         ImportError: matplotlib is missing.
     """
     with needs("matplotlib", "the plot", 'pip install "transformers-fastvlm[eval]"'):
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogFormatter
+        import matplotlib.style
     points, card, tasks = plot_points(report)
     if not points:
         return None
-    figure = Figure((8.0, 5.0), layout="constrained")
+    with matplotlib.style.context(_STYLE):
+        _figure(points, card, tasks).savefig(file)
+    return Path(file)
+
+
+def _figure(points: list[dict[str, Any]], card: list[dict[str, Any]], tasks: list[str]) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    figure = Figure((8.0, 5.0))
     axes = figure.subplots()
     if card:
-        axes.plot(
-            [point["milliseconds"] for point in card],
-            [point["score"] for point in card],
-            color=_CARD_COLOUR,
-            linestyle="--",
-            marker="s",
-            label="Apple's model card; times of the paper, on an M1 Max",
-        )
-    for index, point in enumerate(points):
+        label = "Apple's model card; times of the paper, on an M1 Max"
+        milliseconds, scores = ([point[key] for point in card] for key in ("milliseconds", "score"))
+        axes.plot(milliseconds, scores, color="#666666", linestyle="--", marker="s", label=label)
+    for point in points:
         low, high = point["interval"]
-        axes.errorbar(
-            [point["milliseconds"]],
-            [point["score"]],
-            [[point["score"] - low], [high - point["score"]]],
-            color=_COLOURS[index % len(_COLOURS)],
-            marker="o",
-            capsize=3,
-            linestyle="none",
-            label=_plain(point["name"]),
-        )
+        errors = [[point["score"] - low], [high - point["score"]]]
+        label = _plain(point["name"])
+        axes.errorbar([point["milliseconds"]], [point["score"]], errors, marker="o", linestyle="none", label=label)
     for point in (*card, *points):
-        axes.annotate(
-            _plain(point["name"]),
-            (point["milliseconds"], point["score"]),
-            textcoords="offset points",
-            xytext=(6, -13),
-            fontsize=9,
-        )
+        at = point["milliseconds"], point["score"]
+        axes.annotate(_plain(point["name"]), at, textcoords="offset points", xytext=(6, -13))
     axes.margins(0.15, 0.15)
     axes.set_xscale("log")
     plain = LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5))
     axes.xaxis.set_major_formatter(plain)
     axes.xaxis.set_minor_formatter(plain)
     axes.set_xlabel("milliseconds to the first token (log scale)")
-    what = _plain(tasks[0]) if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
-    axes.set_ylabel(f"{what}, percent")
-    axes.set_title("Accuracy against time to the first token", fontsize=10)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False, fontsize=9)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    out = Path(file)
-    figure.savefig(out, dpi=150)
-    return out
+    axes.set_ylabel(f"{_plain(tasks[0]) if len(tasks) == 1 else f'mean of {len(tasks)} tasks'}, percent")
+    axes.set_title("Accuracy against time to the first token")
+    axes.grid(which="both")
+    axes.legend()
+    return figure
 
 
 def _plain(text: str) -> str:

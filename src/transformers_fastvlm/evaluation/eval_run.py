@@ -8,19 +8,21 @@ import importlib.metadata
 import os
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from PIL import ImageFile
+from PIL import Image, ImageFile
 
 from .. import __version__
-from ..images.read_options import Colour, ReadOptions
+from ..images.read_options import WHITE, Colour, ReadOptions
+from ..images.reading import pil_to_rgb
 from ..random_streams import kept_random_streams
-from .eval_images import save_small
+from ..storage.atomic_files import replacing
 from .own_data import own_task, read_own_data
 from .results import IMAGES, EvaluationRun, Sample, TaskResult, write_run
 from .tasks import expand, import_harness, load_task, main_metric, right_answers
@@ -30,8 +32,7 @@ __all__ = ["JOURNAL", "LOG", "EvaluationOptions", "evaluate"]
 JOURNAL, LOG = "journal.jsonl", "harness.log"
 
 _PICTURES_OF_TASK = 200
-
-
+_LARGEST_SIDE = 512  # of their copies, in pixels
 _READING = ("do_exif_transpose", "alpha_background", "max_pixels")
 
 
@@ -188,13 +189,14 @@ def _process_kept() -> Iterator[None]:
 def _into_log(path: Path) -> Iterator[None]:
     """Import lmms-eval, and send what it and its tasks print to a file; it is much, and of use only after a failure.
 
-    lmms-eval logs with loguru. Where that was there before, its handlers stay, and get lmms-eval's lines too.
+    What other threads of the process print goes where it did. lmms-eval logs with loguru. Where that was there before,
+    its handlers stay, and get lmms-eval's lines too.
     """
     is_new, stderr = "loguru" not in sys.modules, sys.stderr
     with (
         open(path, "w", encoding="utf-8", errors="backslashreplace") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
+        contextlib.redirect_stdout(_OfThisThread(log, sys.stdout)),
+        contextlib.redirect_stderr(_OfThisThread(log, sys.stderr)),
     ):
         import_harness()
         from loguru import logger
@@ -202,11 +204,30 @@ def _into_log(path: Path) -> Iterator[None]:
         if is_new:  # its first handler writes to what was standard error when it was imported: the log
             logger.remove()
             logger.add(stderr, filter=_is_others)
-        handler = logger.add(log, level="INFO")
+        evaluating = threading.get_ident()
+        handler = logger.add(log, level="INFO", filter=lambda record: record["thread"].id == evaluating)
         try:
             yield
         finally:
             logger.remove(handler)
+
+
+class _OfThisThread:
+    """A stream that takes what the thread that made it writes; what other threads write goes to another stream.
+
+    Args:
+        own: for this thread.
+        others: for the others.
+    """
+
+    def __init__(self, own: TextIO, others: TextIO) -> None:
+        self._own, self._others, self._thread = own, others, threading.get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own if threading.get_ident() == self._thread else self._others, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own if threading.get_ident() == self._thread else self._others)
 
 
 def _is_others(record: Any) -> bool:
@@ -299,8 +320,17 @@ def _with_pictures(samples: list[Sample], task: Any, folder: Path) -> Iterator[S
         if sample.doc_id in wanted:
             for at, picture in enumerate(task.doc_to_visual(task.eval_docs[sample.doc_id]) or []):
                 names.append(f"{sample.task}/{sample.doc_id}-{at}.jpg")
-                save_small(picture, folder / names[-1])
+                _save_small(picture, folder / names[-1])
         yield Sample(**{**vars(sample), "images": tuple(names)})
+
+
+def _save_small(picture: Image.Image, path: Path) -> None:
+    """Write a decoded image as JPEG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = pil_to_rgb(picture, WHITE).copy()
+    small.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+    with replacing(path, sync=False) as file:
+        small.save(file, "JPEG", quality=85)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.checkpoint_identity import checkpoint_identity
 from ..engines.base import Conversation, Sampling
 from ..engines.engine import Engine
-from ..engines.image_places import LITERAL, place_images
+from ..engines.prompts import LITERAL, place_images
 from ..tokens import IMAGE_TOKEN
 from .eval_journal import AnswerJournal, Journalled, answer_key
 

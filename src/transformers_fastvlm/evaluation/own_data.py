@@ -12,16 +12,14 @@ from typing import Any
 
 from PIL import Image
 
-from .._optional import needs
-from ..data.folders import ALL_SPLITS, folder_rows, parquet_rows
+from ..data.folders import ALL_SPLITS
 from ..data.image_files import ImageFolder, image_bytes
-from ..data.json_rows import JsonRows
 from ..data.row_fields import images_of, is_absent
+from ..data.row_sources import open_part
 from ..data.rows import Rows
 from ..data.sample_errors import ImageError, SampleError, shortened
 from ..images.read_options import ReadOptions
 from .metrics import check_answers, score
-from .tasks import EXTRA
 
 __all__ = ["OwnData", "own_task", "read_own_data"]
 
@@ -82,21 +80,28 @@ def read_own_data(
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"there is no file or folder {str(path)!r}; expected the data to evaluate on.")
-    folder = file if file.is_dir() else file.parent
-    rows = _rows(file)
+    if not file.is_dir() and file.suffix.lower() not in (".jsonl", ".json", ".parquet"):
+        raise ValueError(
+            f"the data are {str(path)!r}; expected a .jsonl, .json or .parquet file, or a folder with such files or "
+            "with what save_to_disk wrote."
+        )
+    part = open_part(file, None, ALL_SPLITS, None, False, reading)
+    rows, images = part.rows, part.images
     if rows.damage is not None:
         raise rows.damage
     count = len(rows) if limit is None else min(limit, len(rows))
     if not count:
         raise ValueError(f"{file} has no rows; {_EXPECTED} in each.")
-    images = ImageFolder(folder, reading=reading)
     documents = []
     for number in range(count):
         try:
             row = rows[number]
-            answers = _answers(row, metric)
+            question = row.get("question")
+            if not isinstance(question, str) or not question.strip():
+                raise SampleError(f"question is {shortened(question)}; {_EXPECTED}.")
             stamp = json.dumps([_stamp(source, images) for source in images_of(row)])
-            documents.append({"row": number, "question": _question(row), "answers": answers, "stamp": stamp})
+            answers = _answers(row, metric)
+            documents.append({"row": number, "question": question, "answers": answers, "stamp": stamp})
         except SampleError as error:
             raise error if error.place else type(error)(error.reason, rows.place(number)) from error
         except ValueError as error:
@@ -141,26 +146,6 @@ def own_task(data: OwnData, metric: str, suffix: str | None, max_new_tokens: int
     return OwnTask(config=config, model_name="fastvlm")
 
 
-def _rows(path: Path) -> Rows:
-    """Return the rows of a file or a folder.
-
-    Raises:
-        ValueError, OSError, ImportError: see `read_own_data`.
-    """
-    if path.is_dir() or path.suffix.lower() == ".parquet":
-        with needs("datasets", f"reading {path}", EXTRA):
-            import datasets  # noqa: F401
-        if path.is_dir():
-            return folder_rows(str(path), ALL_SPLITS, None, follow_symlinks=False)
-        return parquet_rows([str(path)], str(path))
-    if path.suffix.lower() in (".jsonl", ".json"):
-        return JsonRows(path)
-    raise ValueError(
-        f"the data are {str(path)!r}; expected a .jsonl, .json or .parquet file, or a folder with such files or with "
-        "what save_to_disk wrote."
-    )
-
-
 def _stamp(source: Any, images: ImageFolder) -> list[Any]:
     """Return what changes when a picture does: size and time of a file, a digest of bytes.
 
@@ -179,13 +164,6 @@ def _stamp(source: Any, images: ImageFolder) -> list[Any]:
     except OSError as error:
         raise ImageError(f"the image {shortened(source)} cannot be read: {error.strerror}, {path!r}.") from error
     return [source, found.st_size, found.st_mtime_ns]
-
-
-def _question(row: Mapping[str, Any]) -> str:
-    question = row.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise SampleError(f"question is {shortened(question)}; {_EXPECTED}.")
-    return question
 
 
 def _answers(row: Mapping[str, Any], metric: str) -> list[str]:

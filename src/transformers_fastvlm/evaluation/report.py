@@ -169,16 +169,8 @@ def tables(report: dict[str, Any]) -> Iterator[Table]:
     percent = f"{100 * report['confidence']:g} % interval"
     for run in report["runs"]:
         size = run["card"]
-        columns: tuple[str, ...] = (
-            "task",
-            "metric",
-            "samples",
-            f"card {size}" if size else "card",
-            "score",
-            percent,
-            "difference",
-            "",
-        )
+        card = f"card {size}" if size else "card"
+        columns: tuple[str, ...] = ("task", "metric", "samples", card, "score", percent, "difference", "")
         rows: list[tuple[str, ...]] = [_row(row, row["task"], row["metric"], str(row["count"])) for row in run["tasks"]]
         if run["mean"]:
             rows.append(_row(run["mean"], f"mean of {run['mean']['tasks']}", "", ""))
@@ -238,33 +230,15 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 def markdown(report: dict[str, Any]) -> str:
     """Return a report as Markdown."""
-    lines = ["# Evaluation", ""]
-    for title, columns, rows in tables(report):
-        lines += [f"## {_cell(title)}", "", _line(columns), _line(["---"] + ["---:"] * (len(columns) - 1))]
-        lines += [*map(_line, rows), ""]
-    lines += [*(f"- {_cell(note)}" for note in notes(report)), ""] if notes(report) else []
-    lines += ["## Runs", ""]
-    for run in report["runs"]:
-        first = run["time_to_first_token"]
-        lines += [
-            f"- {_cell(run['name'])}: `{_cell(run['model'])}`, engine {_cell(run['engine'])}, {_cell(run['dtype'])}, "
-            f"{run['seconds']['total']:.0f} s, of which {run['seconds']['generate']:.0f} s in the model"
-            + ("" if first is None else f", {1000 * first:.0f} ms to the first token")
-            + "; "
-            + _cell(", ".join(f"{name} {version}" for name, version in run["versions"].items()))
-        ]
-    lines += [
-        "",
-        f"Intervals are {100 * report['confidence']:g} % percentile intervals of {report['resamples']} bootstrap "
-        f"resamples (seed {report['seed']}).",
-    ]
-    if any(run["card"] for run in report["runs"]):
-        lines[-1] += " Figures of the card are Apple's, of Apple's weights, which are for research only."
-    return "\n".join(lines) + "\n"
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_cell, cells)) + " |"
+    loader = PackageLoader(__package__, ".")
+    # Not HTML, but Markdown: `cell` escapes what is of others.
+    environment = Environment(
+        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["cell"] = _cell
+    return environment.get_template("report.md.jinja").render(report, tables=list(tables(report)), notes=notes(report))
 
 
 def _cell(text: str) -> str:

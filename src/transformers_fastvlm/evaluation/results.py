@@ -12,16 +12,7 @@ from typing import Any
 
 from ..storage.atomic_files import write_lines
 
-__all__ = [
-    "IMAGES",
-    "RESULTS",
-    "SAMPLES",
-    "EvaluationRun",
-    "Sample",
-    "TaskResult",
-    "read_run",
-    "write_run",
-]
+__all__ = ["IMAGES", "RESULTS", "SAMPLES", "EvaluationRun", "Sample", "TaskResult", "read_run", "write_run"]
 
 RESULTS, SAMPLES, IMAGES = "results.json", "samples.jsonl", "images"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from huggingface_hub import get_token
 from PIL import ImageFile
 
 from .._optional import needs
@@ -126,7 +127,7 @@ def load_task(name: str, path: Path) -> Any:
             "task instead."
         )
     arguments = dict(config.get("dataset_kwargs") or {})
-    if arguments.get("token") is True and not _has_token():
+    if arguments.get("token") is True and get_token() is None:
         del arguments["token"]  # datasets refuses without a token what is public anyway
     config["dataset_kwargs"] = arguments or None
     if name == "seedbench":
@@ -213,12 +214,6 @@ def _require_answers(name: str, task: Any) -> None:
             f"task {name} has no answers: the column {' and '.join(columns)} of {task.config.dataset_path} is empty. "
             "Take a split with answers, such as validation."
         )
-
-
-def _has_token() -> bool:
-    from huggingface_hub import get_token
-
-    return get_token() is not None
 
 
 @contextlib.contextmanager

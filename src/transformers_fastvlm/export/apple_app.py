@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target `apple-app`: the folder that Apple's app takes, encoder for Core ML and language model for MLX.
 
-The app reads config.json, the tokenizer, preprocessor_config.json and every safetensors file of its model folder, and
-compiles fastvithd.mlpackage there. Source: the code of github.com/apple/ml-fastvlm, app/FastVLM; what is written here
-cannot be run on Linux, so each half is checked on its own.
+The app compiles fastvithd.mlpackage, and reads config.json, tokenizer, preprocessor_config.json and every safetensors
+file. Nothing of it runs on Linux, so each half is checked on its own. Source: github.com/apple/ml-fastvlm, app/FastVLM.
 """
 
 import importlib.metadata
@@ -12,16 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checkpoint_files import read_json
 from ..checkpoints.configs import apple_config
-from ..checkpoints.files import read_json, write_json
+from ..checkpoints.files import write_json
 from .coreml import PACKAGE, convert_encoder
 from .export_source import Source
 from .mlx import check_language_model, save_tokenizer
-from .mlx_weights import quantization_of, read_weights, write_weights
-from .reference import merged_model, picture_size, relative_error
-from .targets import ExportOptions, Report
+from .mlx_weights import quantization_of, read_weights, renamed, write_weights
+from .reference import merged_model, relative_error
+from .targets import ExportOptions, Report, how_to_run
 
-__all__ = ["app_name", "write"]
+__all__ = ["write"]
 
 MODULES: tuple[tuple[str, str], ...] = (
     ("model.multi_modal_projector.linear_1.", "multi_modal_projector.linear_0."),
@@ -35,17 +35,9 @@ _APP_SIZE, _APP_CHANNELS = 1024, 3072
 _TOLERANCE = {"float16": 1e-2, "q8": 5e-2, "q4": 5e-1}
 
 
-def app_name(name: str) -> str:
-    """Return the app's name of a parameter of projector, language model or head that has our name."""
-    for ours, theirs in MODULES:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    raise ValueError(f"Apple's app has no place for the tensor {name}.")
-
-
 def write(source: Source, out: Path, options: ExportOptions) -> Report:
     """Write the folder. See `targets`."""
-    text: Any = source.config.text_config
+    text = source.config.text_config
     if text.model_type != "qwen2":
         raise ValueError(
             f"The language model is a {text.model_type!r}; Apple's app runs Qwen2 alone, with Qwen2's prompts. Export "
@@ -58,7 +50,7 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
             f"<image> has the id {token_id}, but there are {text.vocab_size} embeddings; Apple's app looks it up in "
             "them. Resize the model's token embeddings first."
         )
-    side = picture_size(source)
+    side = source.image_size
     errors, _ = convert_encoder(source, out / PACKAGE, "float32", (side,), options)
     model = merged_model(source, "auto")
     tensors = _tensors(model)
@@ -75,12 +67,11 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
     for name, content in _processor_files(side).items():
         write_json(out / name, content)
     write_json(out / "config.json", _config(model, token_id, quantization))
-    vision: Any = source.config.vision_config
     return Report(
         checked_in=None,
         errors=errors,
-        how_to_run=_RUN,
-        limits=tuple(_limits(side, vision.num_features, source)),
+        how_to_run=how_to_run("apple-app"),
+        limits=tuple(_limits(side, source.config.vision_config.num_features, source)),
         notes=(
             "Apple's app does not run here. The encoder's program was evaluated in PyTorch, and the language model's "
             f"weights were read back with MLX {importlib.metadata.version('mlx')}.",
@@ -92,7 +83,8 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
 def _tensors(model: Any) -> dict[str, Tensor]:
     tied = model.config.tie_word_embeddings
     skipped = ("model.vision_tower.", "model.image_newline", *(("lm_head.",) if tied else ()))
-    return {app_name(name): tensor for name, tensor in model.state_dict().items() if not name.startswith(skipped)}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(skipped)}
+    return {renamed(name, MODULES, "Apple's app"): tensor for name, tensor in kept.items()}
 
 
 def _weights_error(out: Path, tensors: dict[str, Tensor], quantization: dict[str, Any] | None) -> float:
@@ -156,7 +148,3 @@ def _limits(side: int, channels: int, source: Source) -> list[str]:
     if source.config.image_aspect_ratio == "anyres":
         limits.append("There is no AnyRes in the app: each picture is seen once.")
     return limits
-
-
-_RUN = """Copy the files of this directory into `app/FastVLM/model` of github.com/apple/ml-fastvlm, in place of those
-that `get_pretrained_mlx_model.sh` fetches, open `app/FastVLM.xcodeproj` in Xcode and run it."""

@@ -11,11 +11,11 @@ __all__ = ["model_card"]
 
 def model_card(source: Source, name: str, target: Target, precisions: tuple[str, ...], report: Report) -> str:
     """Return the card in Markdown, with the header that the Hugging Face hub reads."""
-    title = f"{source.name}: {target.summary}"
+    origin = "the tiny model that comes with transformers-fastvlm" if source.is_tiny else f"`{source.name}`"
     parts = [
         _header(source, report),
-        f"# {title}",
-        f"Written by transformers-fastvlm {__version__} (`fastvlm export {name}`) from {_origin(source)}.",
+        f"# {source.name}: {target.summary}",
+        f"Written by transformers-fastvlm {__version__} (`fastvlm export {name}`) from {origin}.",
         "## Licence",
         _licence(source),
         "## How to run it",
@@ -26,12 +26,6 @@ def model_card(source: Source, name: str, target: Target, precisions: tuple[str,
     if report.limits:
         parts += ["## What to know", "\n".join(f"- {limit}" for limit in report.limits)]
     return "\n\n".join(parts) + "\n"
-
-
-def _origin(source: Source) -> str:
-    if source.is_tiny:
-        return "the tiny model that comes with transformers-fastvlm"
-    return f"`{source.name}`"
 
 
 def _header(source: Source, report: Report) -> str:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target `coreml`: the encoder as `fastvithd.mlpackage`, an ML program for iOS 16 and macOS 13 or newer.
 
-The conventions are those of Apple's app: the input `images` (1, 3, height, width) in float32, from 0 to 1, and the
-output `image_features` (1, tokens, channels) in float32, before the projector. Core ML runs on Apple's systems alone,
-so the written program is read back and evaluated operation by operation in PyTorch (`coreml_check`), and a script goes
-with it that runs it on a Mac.
+As in Apple's app, the input is `images` (1, 3, height, width) in float32, from 0 to 1, the output `image_features`
+(1, tokens, channels) in float32, before the projector. Core ML runs on Apple's systems alone, so the written program is
+evaluated in PyTorch (`coreml_check`), and a script goes with it that runs it on a Mac.
 """
 
 import contextlib
@@ -23,10 +22,10 @@ from .. import FastViTHDModel
 from ..inference import fuse
 from .coreml_check import check_interface, evaluate
 from .export_source import RESEARCH_ONLY, Source
-from .reference import picture, picture_size, relative_error
-from .targets import ExportOptions, Report
+from .reference import picture, relative_error
+from .targets import ExportOptions, Report, how_to_run
 
-__all__ = ["PACKAGE", "convert_encoder", "quiet", "write"]
+__all__ = ["PACKAGE", "convert_encoder", "write"]
 
 PACKAGE = "fastvithd.mlpackage"
 SCRIPT, SAMPLES = "check_coreml.py", "check_coreml.npz"
@@ -55,35 +54,31 @@ class _Encoder(nn.Module):
 
 def write(source: Source, out: Path, options: ExportOptions) -> Report:
     """Write the package, and the script that checks it on a Mac. See `targets`."""
-    sizes = options.sizes or (picture_size(source),)
+    sizes = options.sizes or (source.image_size,)
     errors, samples = convert_encoder(source, out / PACKAGE, options.precision, sizes, options)
     shutil.copyfile(_MAC_SCRIPT, out / SCRIPT)
     _save_samples(out / SAMPLES, samples)
     shown = ", ".join(f"{size} x {size}" for size in sizes)
-    vision: Any = source.config.vision_config
+    channels = source.config.vision_config.num_features
+    limits = [
+        "The package holds the encoder alone. `image_features` go through the projector next, which is part of the "
+        "language model's files: see the target `apple-app`.",
+        "The error above is of the program read back from the package and evaluated operation by operation in "
+        "PyTorch, each result rounded to the type that the program gives it. Core ML itself may differ a little; "
+        f"`python {SCRIPT}` measures it on a Mac.",
+    ]
+    if options.precision == "float16":
+        limits.append(
+            "From the last downsampling on the program computes in float32, and the weights there are float32: in "
+            "float16 published models overflow."
+        )
     return Report(
         checked_in=None,
         errors=errors,
-        how_to_run=_RUN.format(sizes=shown, first=sizes[0], channels=vision.num_features),
-        limits=(
-            "The package holds the encoder alone. `image_features` go through the projector next, which is part of "
-            "the language model's files: see the target `apple-app`.",
-            "The error above is of the program read back from the package and evaluated operation by operation in "
-            "PyTorch, each result rounded to the type that the program gives it. Core ML itself may differ a little; "
-            f"`python {SCRIPT}` measures it on a Mac.",
-            *_float16_limits(options.precision),
-        ),
+        how_to_run=how_to_run("coreml", sizes=shown, first=sizes[0], channels=channels),
+        limits=tuple(limits),
         notes=(f"Core ML does not run here: run `python {SCRIPT}` in the new directory on a Mac to check it there.",),
         library_name="coreml",
-    )
-
-
-def _float16_limits(precision: str) -> tuple[str, ...]:
-    if precision != "float16":
-        return ()
-    return (
-        "From the last downsampling on the program computes in float32, and the weights there are float32: in float16 "
-        "published models overflow.",
     )
 
 
@@ -117,7 +112,7 @@ def convert_encoder(
     # A layer scale within the kernel may be too small for float16; beside it, it is not.
     encoder = fuse(encoder) if precision == "float32" else encoder.reparameterize()
     options.say("converting the encoder")
-    with quiet():
+    with _quiet():
         model = _converted(_Encoder(encoder).eval(), precision, sizes)
         model.short_description = "FastViTHD, the vision encoder of FastVLM: pictures to features."
         model.input_description["images"] = "RGB, from 0 to 1, (1, 3, height, width)"
@@ -126,12 +121,12 @@ def convert_encoder(
             model.license = RESEARCH_ONLY
         model.save(str(package))
     channels = encoder.config.num_features
-    with quiet():
+    with _quiet():
         check_interface(package, sizes, channels)
     errors = {}
     for size, (pixels, expected) in samples.items():
         options.say(f"evaluating the program at {size} x {size}")
-        with quiet():
+        with _quiet():
             found = evaluate(package, pixels)
         errors[f"{precision}: image_features, {size} x {size}"] = error = relative_error(found, expected)
         if not error <= _TOLERANCE[precision]:
@@ -143,7 +138,6 @@ def convert_encoder(
 
 
 def _converted(module: nn.Module, precision: str, sizes: tuple[int, ...]) -> Any:
-    """Return the coremltools model."""
     import coremltools as ct
     import numpy as np
 
@@ -213,7 +207,7 @@ def _save_samples(path: Path, samples: dict[int, tuple[Tensor, Tensor]]) -> None
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Keep coremltools' progress bars and remarks on other packages' versions off the screen; errors still come."""
     logger = logging.getLogger("coremltools")
     level = logger.level
@@ -224,20 +218,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-_RUN = """Pictures of {sizes}, iOS 16 or macOS 13 and newer. In Xcode, add the package to the target; in Python, on a
-Mac, with `pip install coremltools pillow`:
-
-```python
-import coremltools
-import numpy
-from PIL import Image, ImageOps
-
-model = coremltools.models.MLModel("DIRECTORY/fastvithd.mlpackage")
-picture = ImageOps.pad(Image.open("picture.jpg").convert("RGB"), ({first}, {first}), Image.Resampling.BICUBIC)
-images = numpy.asarray(picture, numpy.float32).transpose(2, 0, 1)[None] / 255
-features = model.predict({{"images": images}})["image_features"]  # (1, tokens, {channels})
-```
-
-Is it right on this Mac? `pip install coremltools`, then `python check_coreml.py` in this directory."""

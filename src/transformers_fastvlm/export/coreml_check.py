@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading an .mlpackage back: is its interface as it should be, and what does its program compute?
 
-Core ML does not run on Linux. So the program's operations, read from the written files, are evaluated in PyTorch, each
-in float32 and its result rounded to the type that the program declares. That checks the operations, their order and
-arguments, the weights and where float16 is used; it does not check Apple's kernels.
+The program's operations, read from the written files, are evaluated in PyTorch, each in float32 and its result rounded
+to the type that the program declares. That checks all but Apple's kernels.
 Source of the operations: the documentation of MIL in coremltools 9, `coremltools.converters.mil.mil.ops.defs`.
 """
 
@@ -67,6 +66,7 @@ def evaluate(package: Path, images: Tensor) -> Tensor:
     """
     import coremltools as ct
     from coremltools.converters.mil.frontend.milproto.load import load
+    from coremltools.converters.mil.mil import types
 
     model = ct.models.MLModel(str(package), skip_model_load=True)
     spec = model.get_spec()
@@ -82,7 +82,7 @@ def evaluate(package: Path, images: Tensor) -> Tensor:
         arguments = {key: _value(var, values) for key, var in operation.inputs.items() if var is not None}
         results = compute(arguments)
         for var, result in zip(operation.outputs, results if isinstance(results, list) else [results], strict=True):
-            values[var.name] = _rounded(result, var)
+            values[var.name] = result.half().float() if var.dtype == types.fp16 else result
     (output,) = function.outputs
     found: Tensor = values[output.name]
     return found
@@ -103,12 +103,6 @@ def _value(var: Any, values: dict[str, Any]) -> Any:
         return str(var.val)
     tensor = torch.as_tensor(np.ascontiguousarray(array).reshape(array.shape))
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _rounded(result: Tensor, var: Any) -> Tensor:
-    from coremltools.converters.mil.mil import types
-
-    return result.half().float() if var.dtype == types.fp16 else result
 
 
 def _ints(value: Any) -> list[int]:
@@ -137,10 +131,6 @@ def _layer_norm(a: dict[str, Any]) -> Tensor:
     return F.layer_norm(a["x"], shape, a.get("gamma"), a.get("beta"), float(a["epsilon"]))
 
 
-def _batch_norm(a: dict[str, Any]) -> Tensor:
-    return F.batch_norm(a["x"], a["mean"], a["variance"], a.get("gamma"), a.get("beta"), eps=float(a["epsilon"]))
-
-
 def _matmul(a: dict[str, Any]) -> Tensor:
     x = a["x"].transpose(-1, -2) if a.get("transpose_x") else a["x"]
     y = a["y"].transpose(-1, -2) if a.get("transpose_y") else a["y"]
@@ -152,10 +142,6 @@ def _split(a: dict[str, Any]) -> list[Tensor]:
     if "split_sizes" in a:
         return list(torch.split(a["x"], _ints(a["split_sizes"]), axis))
     return list(torch.chunk(a["x"], int(a["num_splits"]), axis))
-
-
-def _squeeze(a: dict[str, Any]) -> Tensor:
-    return a["x"].squeeze(tuple(_ints(a["axes"])))
 
 
 def _reshape(a: dict[str, Any]) -> Tensor:
@@ -175,15 +161,13 @@ def _concat(a: dict[str, Any]) -> Tensor:
     return torch.cat([torch.atleast_1d(torch.as_tensor(part)) for part in a["values"]], int(a["axis"]))
 
 
-def _cast(a: dict[str, Any]) -> Tensor:
-    kinds = {"fp32": torch.float32, "fp16": torch.float32, "int32": torch.int32}
-    return a["x"].to(kinds[a["dtype"]])
-
-
+_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "int32": torch.int32}
 _OPERATIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "add": lambda a: a["x"] + a["y"],
-    "batch_norm": _batch_norm,
-    "cast": _cast,
+    "batch_norm": lambda a: F.batch_norm(
+        a["x"], a["mean"], a["variance"], a.get("gamma"), a.get("beta"), eps=float(a["epsilon"])
+    ),
+    "cast": lambda a: a["x"].to(_TYPES[a["dtype"]]),
     "concat": _concat,
     "conv": _conv,
     "expand_dims": lambda a: a["x"][(None,)] if a["x"].ndim == 0 else a["x"].unsqueeze(_ints(a["axes"])[0]),
@@ -202,7 +186,7 @@ _OPERATIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "sigmoid": lambda a: torch.sigmoid(a["x"]),
     "softmax": lambda a: torch.softmax(a["x"], int(a["axis"])),
     "split": _split,
-    "squeeze": _squeeze,
+    "squeeze": lambda a: a["x"].squeeze(tuple(_ints(a["axes"]))),
     "sub": lambda a: a["x"] - a["y"],
     "transpose": lambda a: a["x"].permute(_ints(a["perm"])),
 }

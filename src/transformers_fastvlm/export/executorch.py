@@ -24,8 +24,8 @@ from ..inference import fuse
 from .export_source import Source
 from .mlx import save_tokenizer
 from .programs import TokenEmbedding, VisionEncoder
-from .reference import Reference, picture_size, reference, relative_error
-from .targets import ExportOptions, Report
+from .reference import Reference, reference, relative_error
+from .targets import ExportOptions, Report, how_to_run
 
 __all__ = ["SETTINGS", "StaticDecoder", "write"]
 
@@ -100,10 +100,10 @@ class StaticDecoder(nn.Module):
 
 def write(source: Source, out: Path, options: ExportOptions) -> Report:
     """Write the programs. See `targets`."""
-    size = options.sizes[0] if options.sizes else picture_size(source)
+    size = options.sizes[0] if options.sizes else source.image_size
     expected = reference(source, size)
     model = fuse(source.model(torch.float32))
-    text: Any = source.config.text_config
+    text = source.config.text_config
     tokens = expected.features.shape[1]
     context = min(tokens + _TEXT_TOKENS, text.max_position_embeddings)
     if context < len(expected.input_ids) + len(expected.answer):
@@ -131,7 +131,7 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
     return Report(
         checked_in=f"ExecuTorch {importlib.metadata.version('executorch')} with XNNPACK, in its Python runtime",
         errors=errors,
-        how_to_run=_RUN,
+        how_to_run=how_to_run("executorch"),
         limits=(
             f"Pictures of {size} x {size} pixels, one or several a conversation; conversations of at most {context} "
             f"tokens, of which a picture takes {tokens}.",
@@ -147,7 +147,6 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
 
 
 def _programs(model: Any, size: int, context: int) -> dict[str, ExportedProgram]:
-    """Return the programs by the names of their files."""
     text: Any = model.config.text_config
     # ExecuTorch runs a length of 1 too; torch.export would make a program for that length alone of it.
     length = Dim("length", min=2, max=context)
@@ -183,11 +182,7 @@ def _lower(program: ExportedProgram, file: Path) -> None:
 
 
 def _errors(directory: Path, expected: Reference) -> dict[str, float]:
-    """Run the programs and compare.
-
-    Raises:
-        ValueError: they differ from the model by more than rounding does, or answer otherwise.
-    """
+    """Run the programs and compare."""
     from executorch.runtime import Runtime
 
     runtime = Runtime.get()
@@ -219,50 +214,3 @@ def _errors(directory: Path, expected: Reference) -> dict[str, float]:
     if not max(errors.values()) <= _TOLERANCE or tuple(answer) != expected.answer:
         raise ValueError(f"The programs compute another function than the model: {errors}. Please report it.")
     return errors
-
-
-_RUN = """`pip install executorch transformers pillow`, then:
-
-```python
-import json
-from pathlib import Path
-
-import numpy
-import torch
-from executorch.runtime import Runtime
-from PIL import Image, ImageOps
-from transformers import AutoTokenizer
-
-folder = Path("DIRECTORY")
-settings = json.loads((folder / "fastvlm.json").read_text())
-tokenizer = AutoTokenizer.from_pretrained(folder)
-programs = {path.stem: Runtime.get().load_program(str(path)) for path in folder.glob("*.pte")}
-methods = {name: program.load_method("forward") for name, program in programs.items()}
-
-
-def run(name, *inputs):
-    return methods[name].execute(list(inputs))[0].clone()
-
-
-def embedded(ids):
-    return run("token_embedding", torch.tensor([ids]))
-
-
-side = settings["image_size"]
-picture = ImageOps.pad(Image.open("picture.png").convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-pixels = torch.from_numpy(numpy.array(picture, numpy.float32).transpose(2, 0, 1)[None] / 255).contiguous()
-messages = [{"role": "user", "content": "<image>\\nDescribe the picture."}]
-ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
-place = ids.index(settings["image_token_id"])
-embeds = torch.cat([embedded(ids[:place]), run("vision_encoder", pixels), embedded(ids[place + 1 :])], dim=1)
-position, answer = 0, []
-while position + embeds.shape[1] <= settings["context_length"]:
-    logits = run("text_decoder", embeds, torch.arange(position, position + embeds.shape[1]))
-    token = int(logits[0, -1].argmax())
-    if token in settings["eos_token_ids"]:
-        break
-    answer.append(token)
-    position += embeds.shape[1]
-    embeds = embedded([token])
-print(tokenizer.decode(answer))
-```"""

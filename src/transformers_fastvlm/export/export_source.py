@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import FastVLMConfig, FastVLMForConditionalGeneration, FastVLMProcessor
+from .. import FastViTHDConfig, FastVLMConfig, FastVLMForConditionalGeneration, FastVLMProcessor
 from ..checkpoints import Layout, detect_layout, licences, tiny_checkpoint
 from ..checkpoints.embedded import resolve_model
 
@@ -47,24 +47,35 @@ class Source:
             )
 
     @functools.cached_property
-    def config(self) -> FastVLMConfig:
-        """The model's configuration."""
+    def config(self) -> Any:
+        """The model's `FastVLMConfig`."""
         return FastVLMConfig.from_pretrained(self.directory)
+
+    @property
+    def image_size(self) -> int:
+        """The side, in pixels, of the images that the checkpoint was trained for."""
+        return int(self.config.vision_config.image_size)
+
+    @property
+    def has_published_encoder(self) -> bool:
+        """Whether the encoder has the published sizes."""
+        found, published = self.config.vision_config, FastViTHDConfig()
+        return all(
+            list(getattr(found, name)) == list(getattr(published, name)) for name in ("depths", "hidden_sizes")
+        ) and bool(found.mlp_ratio == published.mlp_ratio)
 
     @functools.cached_property
     def processor(self) -> FastVLMProcessor:
         """The model's processor, with the Pillow image processor."""
         return FastVLMProcessor.from_pretrained(self.directory)
 
-    def model(self, dtype: torch.dtype | str = torch.float32) -> FastVLMForConditionalGeneration:
+    def model(self, dtype: torch.dtype | str = torch.float32) -> Any:
         """Load the model anew, on the CPU, in evaluation mode; the caller may do with it what it wants.
 
         Args:
             dtype: of the weights; "auto" is the checkpoint's own, and takes the least memory.
         """
-        model: Any = FastVLMForConditionalGeneration.from_pretrained(self.directory, dtype=dtype)
-        evaluated: FastVLMForConditionalGeneration = model.eval()
-        return evaluated
+        return FastVLMForConditionalGeneration.from_pretrained(self.directory, dtype=dtype).eval()
 
     @functools.cached_property
     def licence(self) -> str | None:
@@ -79,8 +90,7 @@ class Source:
     @property
     def may_be_apples(self) -> bool:
         """Whether the weights are Apple's, or could be: the published encoder's shape and no licence stated."""
-        vision: Any = self.config.vision_config
-        return licences.may_be_apples(self.licence, vision.hidden_sizes)
+        return licences.may_be_apples(self.licence, self.config.vision_config.hidden_sizes)
 
     def licence_files(self) -> list[Path]:
         """Return the checkpoint's licence and notice files."""

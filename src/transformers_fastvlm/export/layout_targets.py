@@ -11,7 +11,6 @@ import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from ..checkpoints.conversion import DROPPED_FILES, DROPPED_FROM
 from ..processing_fastvlm import chat_template_for
 from .export_source import Source
 from .reference import Reference, merged_model, reference, relative_error
-from .targets import ExportOptions, Report
+from .targets import ExportOptions, Report, how_to_run
 
 __all__ = ["write_apple", "write_native"]
 
@@ -35,7 +34,7 @@ def write_apple(source: Source, out: Path, options: ExportOptions) -> Report:
     return Report(
         checked_in=None,
         errors={},
-        how_to_run=_APPLE_RUN,
+        how_to_run=how_to_run("apple"),
         limits=tuple(_apple_limits(source)),
         notes=(*notes, "Apple's scripts are not installed here: the files were read back, but not run in them."),
         library_name="ml-fastvlm",
@@ -46,10 +45,9 @@ def write_native(source: Source, out: Path, options: ExportOptions) -> Report:
     """Write the layout of Transformers' own `fast_vlm`, which loads without this package. See `targets`."""
     notes = _convert(source, out, "native", options)
     source.model("auto").generation_config.save_pretrained(out)
-    text: Any = source.config.text_config
     for name in _TEMPLATE_FILES:
         (out / name).unlink(missing_ok=True)
-    (out / "chat_template.jinja").write_text(chat_template_for(text.model_type), encoding="utf-8")
+    (out / "chat_template.jinja").write_text(chat_template_for(source.config.text_config.model_type), encoding="utf-8")
     errors: dict[str, float] = {}
     checked_in = None
     if importlib.util.find_spec("timm") is None:
@@ -63,7 +61,7 @@ def write_native(source: Source, out: Path, options: ExportOptions) -> Report:
     return Report(
         checked_in=checked_in,
         errors=errors,
-        how_to_run=_NATIVE_RUN,
+        how_to_run=how_to_run("native"),
         limits=tuple(_native_limits(source)),
         notes=tuple(notes),
         library_name="transformers",
@@ -72,10 +70,9 @@ def write_native(source: Source, out: Path, options: ExportOptions) -> Report:
 
 def _convert(source: Source, out: Path, layout: Layout, options: ExportOptions) -> list[str]:
     """Convert into `out`, with the encoder merged, read the result back, and return the conversion's notes."""
-    vision: Any = source.config.vision_config
     with tempfile.TemporaryDirectory(dir=out, prefix="converting-") as folder:
         directory = source.directory
-        if not vision.reparameterized:
+        if not source.config.vision_config.reparameterized:
             options.say("merging the branches of the encoder's train-time form")
             directory = _merged(source, Path(folder) / "merged", layout)
         done = convert(directory, Path(folder) / "converted", layout)
@@ -98,11 +95,7 @@ def _merged(source: Source, out: Path, layout: Layout) -> Path:
 
 @torch.no_grad()
 def _native_errors(directory: Path, expected: Reference) -> dict[str, float]:
-    """Run the directory in Transformers' own class and compare.
-
-    Raises:
-        ValueError: tensors are missing or unknown there, or the answer is another.
-    """
+    """Run the directory in Transformers' own class and compare."""
     from transformers import FastVlmForConditionalGeneration
 
     model, info = FastVlmForConditionalGeneration.from_pretrained(
@@ -129,8 +122,7 @@ def _apple_limits(source: Source) -> list[str]:
         "Apple's scripts take one picture a question, and need `llava` from github.com/apple/ml-fastvlm.",
         "The tokenizer has no <image>: Apple's scripts put the id -200 where the picture belongs.",
     ]
-    vision: Any = source.config.vision_config
-    if list(vision.hidden_sizes) != [96, 192, 384, 768, 1536] or list(vision.depths) != [2, 12, 24, 4, 2]:
+    if not source.has_published_encoder:
         limits.append(
             "The encoder is smaller than the published one. Apple's code builds the published one whatever config.json "
             "says, and so cannot load this model; this package can."
@@ -151,38 +143,3 @@ def _native_limits(source: Source) -> list[str]:
     if source.config.image_aspect_ratio == "square":
         limits[0] = limits[0].replace(_SQUARE, "Pictures are cut to their centred square, as this checkpoint asks for.")
     return limits
-
-
-_APPLE_RUN = """With Apple's scripts, from a checkout of github.com/apple/ml-fastvlm:
-
-```bash
-python predict.py --model-path llava-fastvithd_DIRECTORY --image-file picture.jpg --prompt "Describe the image."
-```
-
-Apple's scripts choose the class by the directory's name, so let it begin as the published ones do: `llava-fastvithd_`.
-
-With this package the directory is a checkpoint as any other:
-
-```bash
-fastvlm generate picture.jpg --model DIRECTORY --prompt "Describe the image."
-```"""
-
-_NATIVE_RUN = """`pip install transformers timm torchvision`; transformers-fastvlm is not needed.
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("DIRECTORY")
-processor = AutoProcessor.from_pretrained("DIRECTORY", backend="pil")
-messages = [
-    {
-        "role": "user",
-        "content": [{"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "Describe the image."}],
-    }
-]
-inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-)
-answer = model.generate(**inputs, do_sample=False, max_new_tokens=100)
-print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```"""

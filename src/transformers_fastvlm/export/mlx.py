@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target `mlx`: a directory that mlx-vlm loads as its `fastvlm`.
 
-`MODULES` says what each part of the model is called there; a tensor's values change only in type and order: MLX keeps
-channels last. mlx-vlm takes the encoder's sizes from constants of its own, and a language model with the biases of
-Qwen2; a Llama gets zeros there, which is the same function.
+A tensor's values change only in type and order: MLX keeps channels last. mlx-vlm takes the encoder's sizes from its own
+constants, and a language model with the biases of Qwen2; a Llama gets zeros there, which is the same function.
 Source: names and shapes of the parameters of mlx-vlm 0.7's `fastvlm`.
 """
 
@@ -17,25 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.configs import apple_config
+from ..checkpoints.configs import apple_config, native_processor_files
 from ..checkpoints.files import write_json
 from ..configuration_fastvlm import FastViTHDConfig
 from .export_source import Source
-from .mlx_weights import quantization_of, write_weights
-from .reference import Reference, merged_model, picture_size, reference, relative_error
-from .targets import ExportOptions, Report
+from .mlx_weights import quantization_of, renamed, write_weights
+from .reference import Reference, merged_model, reference, relative_error
+from .targets import ExportOptions, Report, how_to_run
 
-__all__ = [
-    "IMAGE_TOKEN_INDEX",
-    "check_encoder",
-    "check_language_model",
-    "encoder_of",
-    "greedy_answer",
-    "image_features",
-    "mlx_name",
-    "save_tokenizer",
-    "write",
-]
+__all__ = ["IMAGE_TOKEN_INDEX", "check_language_model", "encoder_of", "greedy_answer", "save_tokenizer", "write"]
 
 MODULES: tuple[tuple[str, str], ...] = (
     ("model.vision_tower.patch_embed.", "vision_tower.vision_model.patch_embed.blocks."),
@@ -45,26 +34,24 @@ MODULES: tuple[tuple[str, str], ...] = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
-"""Pairs (our prefix, mlx-vlm's); the first that fits counts."""
+"""See `renamed`."""
 
 IMAGE_TOKEN_INDEX = -200
 """What stands in a picture's place for mlx-vlm. With any other number in config.json it would leave the picture out."""
-_PUBLISHED_DEPTHS = [2, 12, 24, 4, 2]
-_PUBLISHED_WIDTHS = [96, 192, 384, 768, 1536]
 _FIXED = ("attention_head_dim", "hidden_act", "multi_scale", "layer_norm_eps", "batch_norm_eps", "num_channels")
 _TOLERANCE = 1e-3
 
 
 def write(source: Source, out: Path, options: ExportOptions) -> Report:
     """Write the directory. See `targets`."""
-    check_encoder(source, "mlx-vlm")
+    _check_encoder(source)
     check_language_model(source, "mlx-vlm")
     quantization = quantization_of(options.precision)
     dtype = "bfloat16" if quantization else options.precision
     model = merged_model(source, "auto")
     config = _config(source, model, quantization)
     generation = model.generation_config
-    tensors = {mlx_name(name): _arranged(name, tensor) for name, tensor in _tensors(model).items()}
+    tensors = {renamed(name, MODULES, "mlx-vlm"): _arranged(name, tensor) for name, tensor in _tensors(model).items()}
     del model
     options.say(f"writing {len(tensors)} tensors")
     write_weights(out, tensors, dtype, quantization, quantizable="language_model.")
@@ -78,39 +65,25 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
     return Report(
         checked_in=f"mlx-vlm {importlib.metadata.version('mlx-vlm')} on MLX {importlib.metadata.version('mlx')}",
         errors=errors,
-        how_to_run=_run_text(source),
+        how_to_run=_how_to_run(source),
         limits=tuple(_limits(source, options.precision)),
         library_name="mlx",
     )
 
 
-def mlx_name(name: str) -> str:
-    """Return mlx-vlm's name of a parameter that has our name.
-
-    Raises:
-        ValueError: mlx-vlm has no such part.
-    """
-    for ours, theirs in MODULES:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    raise ValueError(f"mlx-vlm has no place for the tensor {name}. A model with AnyRes cannot be exported there.")
-
-
-def check_encoder(source: Source, runtime: str) -> None:
-    """Raise ValueError if the encoder has what `runtime` has fixed otherwise."""
-    vision: Any = source.config.vision_config
-    published = FastViTHDConfig()
+def _check_encoder(source: Source) -> None:
+    vision, published = source.config.vision_config, FastViTHDConfig()
     different = [field for field in _FIXED if getattr(vision, field) != getattr(published, field)]
     if different:
         found = ", ".join(f"{field} {getattr(vision, field)!r}" for field in different)
         raise ValueError(
-            f"The encoder has {found}; {runtime} knows only the published model's. Export to 'onnx' instead."
+            f"The encoder has {found}; mlx-vlm knows only the published model's. Export to 'onnx' instead."
         )
 
 
 def check_language_model(source: Source, runtime: str) -> None:
     """Raise ValueError unless the language model is one that a Qwen2 of the sizes in config.json can express."""
-    text: Any = source.config.text_config
+    text = source.config.text_config
     wrong = {
         "model_type": text.model_type if text.model_type not in ("qwen2", "llama") else None,
         "use_sliding_window": getattr(text, "use_sliding_window", None) or None,
@@ -176,7 +149,7 @@ def _config(source: Source, model: Any, quantization: dict[str, Any] | None) -> 
         "tokenizer_model_max_length": config.text_config.max_position_embeddings,
         "vision_config": {
             "model_type": "llava_qwen2",
-            "image_size": picture_size(source),
+            "image_size": source.image_size,
             "projection_dim": config.vision_config.projection_dim or 1,
         },
     }
@@ -187,22 +160,9 @@ def _config(source: Source, model: Any, quantization: dict[str, Any] | None) -> 
 
 def _preprocessor(source: Source) -> dict[str, Any]:
     """Return preprocessor_config.json, as mlx-vlm's image processor and Apple's app read it."""
-    side = picture_size(source)
-    return {
-        "image_processor_type": "FastVLMImageProcessor",
-        "processor_class": "FastVLMProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.0, 0.0, 0.0],
-        "image_std": [1.0, 1.0, 1.0],
-    }
+    content = native_processor_files(source.config)["preprocessor_config.json"]
+    del content["do_pad"]
+    return content | {"image_processor_type": "FastVLMImageProcessor", "processor_class": "FastVLMProcessor"}
 
 
 @contextlib.contextmanager
@@ -210,7 +170,7 @@ def encoder_of(source: Source) -> Iterator[None]:
     """Let mlx-vlm build an encoder of the checkpoint's sizes, in place of the constants that it has for them."""
     from mlx_vlm.models.fastvlm.config import VisionConfig
 
-    vision: Any = source.config.vision_config
+    vision = source.config.vision_config
     saved = VisionConfig.layers, VisionConfig.embed_dims, VisionConfig.mlp_ratios
     VisionConfig.layers, VisionConfig.embed_dims = list(vision.depths), list(vision.hidden_sizes)
     VisionConfig.mlp_ratios = [vision.mlp_ratio] * len(vision.depths)
@@ -220,16 +180,8 @@ def encoder_of(source: Source) -> Iterator[None]:
         VisionConfig.layers, VisionConfig.embed_dims, VisionConfig.mlp_ratios = saved
 
 
-def image_features(model: Any, pixel_values: Any) -> Any:
-    """Return what mlx-vlm's encoder and projector make of pictures.
-
-    Args:
-        model: as mlx-vlm loads it.
-        pixel_values: MLX array (batch, 3, height, width), from 0 to 1.
-
-    Returns:
-        MLX array (batch, tokens, hidden).
-    """
+def _image_features(model: Any, pixel_values: Any) -> Any:
+    """Return (batch, tokens, hidden) that mlx-vlm's encoder and projector make of (batch, 3, height, width)."""
     stem = model.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv.weight
     _, encoded, _ = model.vision_tower(pixel_values.astype(stem.dtype).transpose(0, 2, 3, 1))
     return model.mm_projector(encoded.reshape(encoded.shape[0], -1, encoded.shape[-1]))
@@ -257,11 +209,7 @@ def greedy_answer(
 
 
 def _errors(source: Source, directory: Path, precision: str, expected: Reference) -> dict[str, float]:
-    """Run the directory in mlx-vlm and compare.
-
-    Raises:
-        ValueError: what it gives is not finite, or float32 differs by more than rounding does.
-    """
+    """Run the directory in mlx-vlm and compare."""
     import mlx.core as mx
     import numpy as np
     from mlx_vlm.utils import load_model
@@ -269,7 +217,7 @@ def _errors(source: Source, directory: Path, precision: str, expected: Reference
     with encoder_of(source):
         model = load_model(directory)
     pixel_values = mx.array(expected.pixel_values.numpy())
-    features = image_features(model, pixel_values)
+    features = _image_features(model, pixel_values)
     ids = expected.prompt_with([IMAGE_TOKEN_INDEX])
     embeds = model.get_input_embeddings(mx.array([ids]), pixel_values).inputs_embeds
     logits = model.language_model(None, inputs_embeds=embeds).logits[0]
@@ -304,47 +252,14 @@ def _limits(source: Source, precision: str) -> list[str]:
         limits.append("The encoder is computed in float16 here, where this package computes its end in float32.")
     if config.image_aspect_ratio != "pad":
         limits.append(f"This checkpoint has image_aspect_ratio {config.image_aspect_ratio!r}; mlx-vlm pads instead.")
-    if not _is_published_encoder(source):
+    if not source.has_published_encoder:
         limits.append("The encoder is not of the published size: mlx-vlm has to be told its sizes, as shown above.")
     return limits
 
 
-def _is_published_encoder(source: Source) -> bool:
-    vision: Any = source.config.vision_config
-    return (
-        list(vision.depths) == _PUBLISHED_DEPTHS
-        and list(vision.hidden_sizes) == _PUBLISHED_WIDTHS
-        and vision.mlp_ratio == 4
-    )
-
-
-def _run_text(source: Source) -> str:
-    if _is_published_encoder(source):
-        return _RUN
-    vision: Any = source.config.vision_config
-    return _RUN_SMALL.format(
-        depths=list(vision.depths), widths=list(vision.hidden_sizes), ratios=[vision.mlp_ratio] * len(vision.depths)
-    )
-
-
-_RUN = """On a Mac `pip install mlx-vlm`, on Linux `pip install mlx-vlm "mlx[cpu]"`.
-
-```bash
-python -m mlx_vlm.generate --model DIRECTORY --image picture.jpg --prompt "Describe the image." --max-tokens 100
-```"""
-
-_RUN_SMALL = """On a Mac `pip install mlx-vlm`, on Linux `pip install mlx-vlm "mlx[cpu]"`. mlx-vlm's own commands build
-the published encoder whatever config.json says, so this model runs from Python, after its sizes are set:
-
-```python
-from mlx_vlm import generate, load
-from mlx_vlm.models.fastvlm.config import VisionConfig
-from mlx_vlm.prompt_utils import apply_chat_template
-
-VisionConfig.layers = {depths}
-VisionConfig.embed_dims = {widths}
-VisionConfig.mlp_ratios = {ratios}
-model, processor = load("DIRECTORY")
-prompt = apply_chat_template(processor, model.config, "Describe the picture.", num_images=1)
-print(generate(model, processor, prompt, image="picture.png", max_tokens=100, temperature=0.0).text)
-```"""
+def _how_to_run(source: Source) -> str:
+    if source.has_published_encoder:
+        return how_to_run("mlx")
+    vision = source.config.vision_config
+    ratios = [vision.mlp_ratio] * len(vision.depths)
+    return how_to_run("mlx-small", depths=list(vision.depths), widths=list(vision.hidden_sizes), ratios=ratios)

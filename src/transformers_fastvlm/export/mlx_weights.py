@@ -10,9 +10,10 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from ..checkpoints.files import INDEX_FILE, write_json
+from ..checkpoint_files import INDEX_FILE
+from ..checkpoints.files import write_json
 
-__all__ = ["quantization_of", "read_weights", "write_weights"]
+__all__ = ["quantization_of", "read_weights", "renamed", "write_weights"]
 
 _BITS = {"q8": 8, "q4": 4}
 _GROUP = 64
@@ -23,6 +24,22 @@ def quantization_of(precision: str) -> dict[str, Any] | None:
     """Return what config.json says of a precision's quantization, or None if it is a float type."""
     bits = _BITS.get(precision)
     return None if bits is None else {"group_size": _GROUP, "bits": bits, "mode": "affine"}
+
+
+def renamed(name: str, modules: tuple[tuple[str, str], ...], runtime: str) -> str:
+    """Return a runtime's name of a parameter that has our name.
+
+    Args:
+        modules: pairs (our prefix, the runtime's); the first that fits counts.
+        runtime: as an error calls it.
+
+    Raises:
+        ValueError: the runtime has no such part.
+    """
+    for ours, theirs in modules:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise ValueError(f"{runtime} has no place for the tensor {name}.")
 
 
 def write_weights(

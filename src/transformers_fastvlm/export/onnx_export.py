@@ -31,19 +31,24 @@ from .onnx_graphs import decoder_graph, embedding_graph, save_graph, vision_grap
 from .onnx_quantization import quantize
 from .programs import Decoder, TokenEmbedding, VisionEncoder
 from .reference import relative_error
-from .targets import ExportOptions, Report
+from .targets import ExportOptions, Report, how_to_run
 
 __all__ = ["write"]
 
 QUANTIZED_BITS = {"q8": 8, "q4": 4, "q4f16": 4}
 LARGEST_FLOAT32_ERROR = 1e-4
 QUESTION = "Describe the picture."
+_NAMES = {torch.float32: "float32", torch.float16: "float16"}
+_DTYPE_OF = {"float32": "fp32", "float16": "fp16"}
+"""What transformers.js calls them."""
 
 
 def write(source: Source, out: Path, options: ExportOptions) -> Report:
     """Write the directory. See `targets` for the arguments."""
-    size, limits = _picture_size(source, options)
-    model: Any = source.model("auto")
+    import onnxruntime
+
+    size = options.sizes[0] if options.sizes else source.image_size
+    model = source.model("auto")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{source.directory} is quantised; export the checkpoint that it was made from.")
     _leave_the_file(model)
@@ -59,11 +64,12 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
     for precision in options.precisions:
         options.say(f"checking {precision} in onnxruntime")
         errors |= example.errors(out, precision)
+    first = options.precisions[0]
     return Report(
-        checked_in=_runtime(),
+        checked_in=f"onnxruntime {onnxruntime.__version__} on the CPU",
         errors=errors,
-        how_to_run=_how_to_run(options),
-        limits=tuple(limits),
+        how_to_run=how_to_run("onnx", precision=first, dtype=_DTYPE_OF.get(first, first)),
+        limits=tuple(_limits(source)),
         library_name="transformers.js",
     )
 
@@ -78,8 +84,7 @@ def _leave_the_file(model: Any) -> None:
             setattr(module, name, buffer.clone())
 
 
-def _picture_size(source: Source, options: ExportOptions) -> tuple[int, list[str]]:
-    vision: Any = source.config.vision_config
+def _limits(source: Source) -> list[str]:
     limits = [
         "transformers.js replaces only the first `<image>` of a prompt: for several pictures write each placeholder as "
         "often as its picture has tokens.",
@@ -88,7 +93,7 @@ def _picture_size(source: Source, options: ExportOptions) -> tuple[int, list[str
     ]
     if source.config.image_aspect_ratio == "anyres":
         limits.append("The checkpoint cuts large pictures into tiles (AnyRes); these files see one padded square.")
-    return (options.sizes[0] if options.sizes else vision.image_size), limits
+    return limits
 
 
 def _processor(source: Source, size: int) -> FastVLMProcessor:
@@ -195,7 +200,7 @@ def _write_vision(model: Any, example: _Example, writer: _Writer) -> None:
     parts = model.model.vision_tower, model.model.multi_modal_projector
     dtypes = [dtype for dtype in (torch.float32, torch.float16) if writer.wants(dtype)]
     for dtype in dtypes:
-        writer.options.say(f"translating the encoder in {_name(dtype)}")
+        writer.options.say(f"translating the encoder in {_NAMES[dtype]}")
         # What is fused is of no use to another type.
         chosen = parts if dtype == dtypes[-1] else copy.deepcopy(parts)
         model.model.vision_tower, model.model.multi_modal_projector = (part.to(dtype) for part in chosen)
@@ -205,14 +210,13 @@ def _write_vision(model: Any, example: _Example, writer: _Writer) -> None:
 
 
 def _write_text(model: Any, example: _Example, writer: _Writer) -> None:
-    """Write embeddings and language model."""
     with _computing_in_float32(model):
         example.read(model)
     _give_memory_back()
     for dtype in (torch.float32, torch.float16):
         if not writer.wants(dtype):
             continue
-        writer.options.say(f"translating the language model in {_name(dtype)}")
+        writer.options.say(f"translating the language model in {_NAMES[dtype]}")
         writer.save("embed_tokens", embedding_graph(model, dtype), dtype)
         writer.save("decoder_model_merged", decoder_graph(model, dtype), dtype)
 
@@ -251,49 +255,3 @@ def _give_memory_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _runtime() -> str:
-    import onnxruntime
-
-    return f"onnxruntime {onnxruntime.__version__} on the CPU"
-
-
-_DTYPE_OF = {"float32": "fp32", "float16": "fp16"}
-
-
-def _how_to_run(options: ExportOptions) -> str:
-    first = options.precisions[0]
-    return f"""In a browser or in Node with [transformers.js](https://www.npmjs.com/package/@huggingface/transformers):
-
-```js
-import {{ AutoModelForImageTextToText, AutoProcessor, RawImage, env }} from "@huggingface/transformers";
-
-env.localModelPath = "./"; // where DIRECTORY lies; leave it out for a name on the Hugging Face hub
-const processor = await AutoProcessor.from_pretrained("DIRECTORY");
-const dtype = "{_DTYPE_OF.get(first, first)}";
-const model = await AutoModelForImageTextToText.from_pretrained("DIRECTORY", {{ dtype }});
-const messages = [{{ role: "user", content: "<image>\\n{QUESTION}" }}];
-const prompt = processor.apply_chat_template(messages, {{ add_generation_prompt: true }});
-const inputs = await processor(await RawImage.read("picture.jpg"), prompt);
-const output = await model.generate({{ ...inputs, max_new_tokens: 64, do_sample: false }});
-const answer = output.slice(null, [inputs.input_ids.dims.at(-1), null]);
-console.log(processor.batch_decode(answer, {{ skip_special_tokens: true }})[0]);
-```
-
-In Python, with this package's own preprocessing (`pip install "transformers-fastvlm[onnx]"`):
-
-```python
-from PIL import Image
-
-from transformers_fastvlm.engines import Sampling
-from transformers_fastvlm.engines.onnx_engine import OnnxEngine
-
-engine = OnnxEngine("DIRECTORY", "{first}")
-content = [{{"type": "image", "image": Image.open("picture.jpg")}}, {{"type": "text", "text": "{QUESTION}"}}]
-print(engine.generate([[{{"role": "user", "content": content}}]], Sampling())[0].text)
-```"""

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint_files import read_json
 from ..checkpoints.configs import apple_config, native_processor_files
-from ..checkpoints.files import read_json, write_json
+from ..checkpoints.files import write_json
 from ..processing_fastvlm import chat_template_for
 from .export_source import Source
 
@@ -38,7 +39,7 @@ def write_files(source: Source, out: Path, size: int, external: dict[str, bool])
         size: height and width of pictures in pixels.
         external: names of the graphs whose weights are in a file of their own.
     """
-    template = javascript_template(source.config.text_config.model_type)  # type: ignore[union-attr]
+    template = javascript_template(source.config.text_config.model_type)
     _write_tokenizer(source, out, template)
     processor = native_processor_files(source.config)
     images = _image_processor(source, processor["preprocessor_config.json"], size)
@@ -78,10 +79,10 @@ def _config(source: Source, external: dict[str, bool]) -> dict[str, Any]:
     """Return config.json: Apple's flat one for Qwen2, which transformers.js has a class for, and else LLaVA's."""
     config, text = source.config, source.config.text_config
     aspect = "pad" if config.image_aspect_ratio == "anyres" else config.image_aspect_ratio
-    if text.model_type == "qwen2":  # type: ignore[union-attr]
+    if text.model_type == "qwen2":
         content = apple_config(config)
     else:
-        text_fields = text.to_dict()  # type: ignore[union-attr]
+        text_fields = text.to_dict()
         content = {
             "architectures": ["LlavaForConditionalGeneration"],
             "model_type": "llava",

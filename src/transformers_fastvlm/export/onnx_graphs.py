@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from .. import FastVLMForConditionalGeneration
 from . import programs
 
 __all__ = ["OPSET", "decoder_graph", "embedding_graph", "save_graph", "vision_graph"]
@@ -29,7 +28,7 @@ EXTERNAL_ABOVE = 1_500_000_000
 _BATCH = "batch_size"
 
 
-def vision_graph(model: FastVLMForConditionalGeneration) -> Any:
+def vision_graph(model: Any) -> Any:
     """Return `VisionEncoder` as an `onnx_ir.Model`, in the types of its weights: pixel_values to image_features.
 
     The model must be there, and unchanged, until the graph is saved; so it must for the other graphs.
@@ -43,7 +42,7 @@ def vision_graph(model: FastVLMForConditionalGeneration) -> Any:
     )
 
 
-def embedding_graph(model: FastVLMForConditionalGeneration, dtype: torch.dtype | None = None) -> Any:
+def embedding_graph(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Return `TokenEmbedding` as an `onnx_ir.Model`: input_ids to inputs_embeds.
 
     Args:
@@ -53,14 +52,13 @@ def embedding_graph(model: FastVLMForConditionalGeneration, dtype: torch.dtype |
     return _graph(model, dtype, programs.export_embedding, {"input_ids": dimensions}, {"inputs_embeds": dimensions})
 
 
-def decoder_graph(model: FastVLMForConditionalGeneration, dtype: torch.dtype | None = None) -> Any:
+def decoder_graph(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Return `Decoder` as an `onnx_ir.Model`: one graph for prompts, whose past has length 0, and for what follows.
 
     Args:
         dtype: of the graph's weights; by default the model's.
     """
-    text: Any = model.config.text_config
-    layers = range(text.num_hidden_layers)
+    layers = range(model.config.text_config.num_hidden_layers)
     new = {0: _BATCH, 1: "sequence_length"}
     inputs = {"inputs_embeds": new, "attention_mask": {0: _BATCH, 1: "total_sequence_length"}, "position_ids": new}
     kinds = ("key", "value")
@@ -71,9 +69,9 @@ def decoder_graph(model: FastVLMForConditionalGeneration, dtype: torch.dtype | N
 
 
 def _graph(
-    model: FastVLMForConditionalGeneration,
+    model: Any,
     dtype: torch.dtype | None,
-    export: Callable[[FastVLMForConditionalGeneration], ExportedProgram],
+    export: Callable[[Any], ExportedProgram],
     inputs: dict[str, dict[int, str]],
     outputs: dict[str, dict[int, str]],
 ) -> Any:

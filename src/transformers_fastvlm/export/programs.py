@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache
 
-from .. import FastVLMForConditionalGeneration, compat
+from .. import compat
 
 __all__ = [
     "Decoder",
@@ -42,7 +42,7 @@ _EXAMPLE_BATCH, _EXAMPLE_LENGTH, _EXAMPLE_PAST = 2, 3, 5
 class Encoder(nn.Module):
     """The vision encoder: pixel_values (batch, 3, height, width) to (batch, features, height / 64, width / 64)."""
 
-    def __init__(self, model: FastVLMForConditionalGeneration) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.vision_tower = model.model.vision_tower
 
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
 class Projector(nn.Module):
     """The projector: features (batch, features, rows, columns) to (batch, rows * columns, hidden)."""
 
-    def __init__(self, model: FastVLMForConditionalGeneration) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.multi_modal_projector = model.model.multi_modal_projector
 
@@ -66,7 +66,7 @@ class Projector(nn.Module):
 class VisionEncoder(nn.Module):
     """Encoder and projector: pixel_values (batch, 3, height, width) to image features (batch, tokens, hidden)."""
 
-    def __init__(self, model: FastVLMForConditionalGeneration) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.encoder, self.projector = Encoder(model), Projector(model)
 
@@ -81,12 +81,11 @@ class TokenEmbedding(nn.Module):
     A placeholder may have no row of its own; then it gets row 0, which the image features replace.
     """
 
-    def __init__(self, model: FastVLMForConditionalGeneration) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        text: Any = model.config.text_config
         self.embed_tokens = model.get_input_embeddings()
         token = model.config.image_token_id
-        self.rowless = token if token is not None and token >= text.vocab_size else None
+        self.rowless = token if token is not None and token >= model.config.text_config.vocab_size else None
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings, in float32."""
@@ -98,7 +97,7 @@ class TokenEmbedding(nn.Module):
 class Decoder(nn.Module):
     """Language model and head, with keys and values of earlier tokens as plain tensors."""
 
-    def __init__(self, model: FastVLMForConditionalGeneration) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.language_model, self.lm_head = model.model.language_model, model.lm_head
         self.cache_argument = compat.cache_argument(self.language_model)
@@ -130,66 +129,58 @@ class Decoder(nn.Module):
         return self.lm_head(hidden).float(), present
 
 
-def _export(
-    part: type[nn.Module], model: FastVLMForConditionalGeneration, arguments: tuple[Any, ...], shapes: tuple[Any, ...]
-) -> ExportedProgram:
+def _export(part: type[nn.Module], model: Any, arguments: tuple[Any, ...], shapes: tuple[Any, ...]) -> ExportedProgram:
     if model.training:
         raise RuntimeError("The model is in training mode; call eval() first, since only evaluation is exported.")
     with torch.no_grad():
         return torch.export.export(part(model).eval(), arguments, dynamic_shapes=shapes, strict=False)
 
 
-def _maps(stride: int, channels: int) -> tuple[Tensor, dict[int, Any]]:
-    """Return a batch of maps whose sides are multiples of `stride`, and which of its sizes may change."""
+def _export_maps(part: type[nn.Module], model: Any, stride: int, channels: int) -> ExportedProgram:
+    """Export a part that takes a batch of maps whose sides are multiples of `stride`."""
     rows, columns = (Dim(name, min=2) if stride == 1 else stride * Dim(name, min=2) for name in ("rows", "columns"))
     example = torch.zeros((_EXAMPLE_BATCH, channels, 2 * stride, 3 * stride))
-    return example, {0: Dim("batch"), 2: rows, 3: columns}
+    return _export(part, model, (example,), ({0: Dim("batch"), 2: rows, 3: columns},))
 
 
-def export_encoder(model: FastVLMForConditionalGeneration) -> ExportedProgram:
-    """Return the program of `Encoder`, for pictures of at least 128 pixels a side."""
-    vision: Any = model.config.vision_config
-    example, shape = _maps(vision.stride, vision.num_channels)
-    return _export(Encoder, model, (example,), (shape,))
+def export_encoder(model: Any) -> ExportedProgram:
+    """Return the program of `Encoder`, for images of at least 128 pixels a side."""
+    vision = model.config.vision_config
+    return _export_maps(Encoder, model, vision.stride, vision.num_channels)
 
 
-def export_projector(model: FastVLMForConditionalGeneration) -> ExportedProgram:
+def export_projector(model: Any) -> ExportedProgram:
     """Return the program of `Projector`, for maps of at least 2 x 2 features."""
-    vision: Any = model.config.vision_config
-    example, shape = _maps(1, vision.num_features)
-    return _export(Projector, model, (example,), (shape,))
+    return _export_maps(Projector, model, 1, model.config.vision_config.num_features)
 
 
-def export_vision(model: FastVLMForConditionalGeneration) -> ExportedProgram:
-    """Return the program of `VisionEncoder`, for pictures of at least 128 pixels a side."""
-    vision: Any = model.config.vision_config
-    example, shape = _maps(vision.stride, vision.num_channels)
-    return _export(VisionEncoder, model, (example,), (shape,))
+def export_vision(model: Any) -> ExportedProgram:
+    """Return the program of `VisionEncoder`, for images of at least 128 pixels a side."""
+    vision = model.config.vision_config
+    return _export_maps(VisionEncoder, model, vision.stride, vision.num_channels)
 
 
-def export_embedding(model: FastVLMForConditionalGeneration) -> ExportedProgram:
+def export_embedding(model: Any) -> ExportedProgram:
     """Return the program of `TokenEmbedding`."""
     ids = torch.zeros((_EXAMPLE_BATCH, _EXAMPLE_LENGTH), dtype=torch.long)
     return _export(TokenEmbedding, model, (ids,), ({0: Dim("batch"), 1: Dim("length")},))
 
 
-def export_prefill(model: FastVLMForConditionalGeneration) -> ExportedProgram:
+def export_prefill(model: Any) -> ExportedProgram:
     """Return the program of `Decoder` for a prompt; call it as program.module()(embeds, mask, positions, [])."""
-    arguments, shapes = _decoder_example(model, past=0)
-    return _export(Decoder, model, arguments, shapes)
+    return _export_decoder(model, past=0)
 
 
-def export_decode(model: FastVLMForConditionalGeneration) -> ExportedProgram:
+def export_decode(model: Any) -> ExportedProgram:
     """Return the program of `Decoder` for further tokens, one or several at a time, after earlier ones.
 
     torch.export bounds the mask's length: earlier and new tokens are at least 4 together.
     """
-    arguments, shapes = _decoder_example(model, past=_EXAMPLE_PAST)
-    return _export(Decoder, model, arguments, shapes)
+    return _export_decoder(model, past=_EXAMPLE_PAST)
 
 
-def _decoder_example(model: FastVLMForConditionalGeneration, past: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    text: Any = model.config.text_config
+def _export_decoder(model: Any, past: int) -> ExportedProgram:
+    text = model.config.text_config
     batch, length = _EXAMPLE_BATCH, _EXAMPLE_LENGTH
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layers = text.num_hidden_layers if past else 0
@@ -211,4 +202,4 @@ def _decoder_example(model: FastVLMForConditionalGeneration, past: int) -> tuple
         {0: batch_dim, 1: length_dim},
         [(kept, kept) for _ in range(layers)],
     )
-    return arguments, shapes
+    return _export(Decoder, model, arguments, shapes)

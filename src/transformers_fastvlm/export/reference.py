@@ -11,7 +11,7 @@ from ..data.scenes import SceneDataset
 from ..image_processing_pil_fastvlm import FastVLMImageProcessorPil
 from .export_source import Source
 
-__all__ = ["Reference", "merged_model", "picture", "picture_size", "prompt_ids", "reference", "relative_error"]
+__all__ = ["Reference", "merged_model", "picture", "prompt_ids", "reference", "relative_error"]
 
 _NEW_TOKENS = 8
 
@@ -48,12 +48,6 @@ class Reference:
         return [new for token in self.prompt for new in (placeholders if token == self.image_token_id else [token])]
 
 
-def picture_size(source: Source) -> int:
-    """Return the side, in pixels, of the pictures that the checkpoint was trained for."""
-    vision: Any = source.config.vision_config
-    return int(vision.image_size)
-
-
 def prompt_ids(source: Source, question: str) -> tuple[int, ...]:
     """Return the token ids of a question about one picture, with one placeholder for the picture."""
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
@@ -85,7 +79,7 @@ def reference(source: Source, size: int | None = None) -> Reference:
     Args:
         size: side of the picture in pixels; by default the checkpoint's.
     """
-    pixel_values = picture(size or picture_size(source))
+    pixel_values = picture(size or source.image_size)
     prompt = prompt_ids(source, _row()["messages"][0]["content"].removeprefix("<image>\n"))
     token_id = source.processor.image_token_id
     model = source.model(torch.float32)

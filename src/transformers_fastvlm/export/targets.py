@@ -1,39 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of export targets, and what the frame and a target say to each other.
 
-A target is a function in a module of this folder, called `write` unless its row names another,
-
-    def write(source: Source, out: Path, options: ExportOptions) -> Report
-
-- `source.directory` is the checkpoint and is only read; `source.model(dtype)` loads the model anew, in evaluation
-  mode, `source.processor` and `source.config` are loaded when they are first asked for; `source.layout` is "apple" or
-  "transformers".
-- `out` is an empty directory that exists. It is a temporary one beside the user's, which gets its name when everything
-  is written, and disappears on any error: so `write` may fail at any time and never cleans up. What makes the
-  directory look like a model to its runtime (config.json) is written last, for the case that the process is killed.
-- `options` was checked against the target's row in `TARGETS`: precisions and sizes are valid, and the packages of the
-  target's extra are installed. `options.say(text)` prints a line of progress.
-- the `Report` says how far the files are from the model in PyTorch, measured in the target's own runtime after writing,
-  how to run them, and what they cannot do. From it the frame writes README.md, the model card, and copies the source's
-  licence files: `write` writes neither.
-
-A module is imported when its target is used, and imports its own packages inside its functions. To add a target, add
-its row here and its section to docs/export.md.
+A target is a function `write(source, out, options)` in a module of this folder, which imports its packages in its
+functions. `source` is only read. `out` is an empty directory that gets its name when everything is written and goes on
+any error, so `write` never cleans up; what makes it look like a model (config.json) is written last. `options` fit the
+target's row below. From the `Report` the frame writes README.md; it also copies the licence files.
 """
 
+import string
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from .export_source import Source
 
-__all__ = ["TARGETS", "ExportOptions", "Report", "Target", "Writer"]
-
-
-def _silent(text: str) -> None:
-    pass
+__all__ = ["TARGETS", "ExportOptions", "Report", "Target", "Writer", "how_to_run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +33,7 @@ class ExportOptions:
     precisions: tuple[str, ...]
     sizes: tuple[int, ...] = ()
     external_data: bool | None = None
-    say: Callable[[str], None] = _silent
+    say: Callable[[str], None] = lambda text: None
 
     @property
     def precision(self) -> str:
@@ -84,6 +67,12 @@ class Report:
 Writer = Callable[["Source", Path, ExportOptions], Report]
 
 
+def how_to_run(name: str, **values: Any) -> str:
+    """Return a text of the folder `how_to_run`, with values in place of `$name`."""
+    text = Path(__file__).with_name("how_to_run").joinpath(f"{name}.md").read_text(encoding="utf-8")
+    return string.Template(text).substitute(values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """A row of the table.
@@ -105,7 +94,7 @@ class Target:
     several_precisions: bool = False
     sizes: Literal["none", "one", "many"] = "none"
     extra: str | None = None
-    packages: tuple[str, ...] = field(default=())
+    packages: tuple[str, ...] = ()
 
 
 TARGETS: dict[str, Target] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Downloading images by http(s), with one limit of time and one of size for the whole download.
+"""Downloading images and videos by http(s), with one limit of time and one of size for the whole download.
 
 The time limit also covers a host that sends a byte now and then or none, a slow name server, an endless body and
 redirects. Redirects lead to http(s) only.
@@ -19,11 +19,16 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["Address", "Budget", "FetchError", "TooManyBytesError", "fetch", "parse_address"]
+__all__ = ["Address", "Budget", "FetchError", "TooManyBytesError", "download", "fetch", "parse_address"]
+
+DOWNLOAD_SECONDS = 60.0
+"""For all of a download: the host's name, redirects, and the last byte."""
+MAX_DOWNLOAD_BYTES = 2**28
 
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTIONS = (301, 302, 303, 307, 308)
 _PIECE = 2**16
+_REDIRECTS = 5
 _HEADERS = {"Accept": "image/*,*/*;q=0.5", "User-Agent": "transformers-fastvlm"}
 
 
@@ -81,6 +86,32 @@ def parse_address(url: str) -> Address:
     path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     port = _PORTS[scheme] if parts.port is None else parts.port
     return Address(scheme, host, port, urllib.parse.quote(path, safe=string.punctuation))
+
+
+def download(address: str, kind: str) -> bytes:
+    """Return the bytes at an address that the program's own user named; within the bounds above, but of any host.
+
+    Args:
+        kind: what it is, for the error: "image" or "video".
+
+    Raises:
+        ConnectionError: it cannot be downloaded.
+        ValueError: it is empty or too large.
+    """
+    try:
+        content = fetch(address, DOWNLOAD_SECONDS, Budget(MAX_DOWNLOAD_BYTES), redirects=_REDIRECTS)
+    except FetchError as error:
+        raise ConnectionError(
+            f"could not download the {kind} {address}: {error}. Check the address and the network, or pass a local "
+            "file."
+        ) from error
+    except TooManyBytesError as error:
+        raise ValueError(
+            f"the {kind} at {address} is larger than {MAX_DOWNLOAD_BYTES} bytes; download it yourself first."
+        ) from error
+    if not content:
+        raise ValueError(f"the download of {address} is empty (0 bytes).")
+    return content
 
 
 def fetch(

@@ -19,18 +19,13 @@ from ..tokens import IMAGE_TOKEN
 from .base64_images import from_base64, is_data_url
 from .bounds import check_dimensions
 from .decoding import FIRST_OF_SEVERAL, is_machine_fault, oriented, read_stored
-from .fetching import Budget, FetchError, TooManyBytesError, fetch
+from .fetching import download
 from .read_options import ReadOptions
 
 logger = logging.get_logger(__name__)
 
 CHANNELS = (1, 3, 4)
 _FEW_BITS = 2**12
-DOWNLOAD_SECONDS = 60.0
-"""Time limit of a download: name look-up, redirects and body."""
-MAX_DOWNLOAD_BYTES = 2**28
-
-_REDIRECTS = 5
 _NONE_OF = "it is neither an existing file, nor an http:// or https:// address, nor base64"
 _SHORTEST_BASE64 = 40
 """A shorter text without a prefix is far more likely a wrong path than an image."""
@@ -55,7 +50,7 @@ def read_image(source: str | os.PathLike, max_pixels: int | None = None) -> Imag
     if isinstance(name, bytes):
         name = os.fsdecode(name)
     if name[:8].lower().startswith(("http://", "https://")):
-        return read_stored(_download(name), f"the download of {name}", max_pixels)
+        return read_stored(io.BytesIO(download(name, "image")), f"the download of {name}", max_pixels)
     if os.path.isfile(name):
         return read_file(name, f"the image file {name!r}", max_pixels)
     shown = name if len(name) <= 80 else f"{name[:77]}..."
@@ -106,22 +101,6 @@ def open_file(path: str, what: str) -> BinaryIO:
         if is_machine_fault(error):
             raise
         raise ValueError(f"{what} cannot be read: {error.strerror}, {path!r}.") from error
-
-
-def _download(address: str) -> io.BytesIO:
-    try:
-        content = fetch(address, DOWNLOAD_SECONDS, Budget(MAX_DOWNLOAD_BYTES), redirects=_REDIRECTS)
-    except FetchError as error:
-        raise ConnectionError(
-            f"could not download the image {address}: {error}. Check the address and the network, or pass a local file."
-        ) from error
-    except TooManyBytesError as error:
-        raise ValueError(
-            f"the image at {address} is larger than {MAX_DOWNLOAD_BYTES} bytes; download it yourself first."
-        ) from error
-    if not content:
-        raise ValueError(f"the download of {address} is empty (0 bytes).")
-    return io.BytesIO(content)
 
 
 def as_shown(image: Image.Image, options: ReadOptions) -> Image.Image:

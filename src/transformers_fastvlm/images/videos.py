@@ -3,12 +3,14 @@
 
 import bisect
 import os
+import tempfile
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from .._optional import needs
 from .bounds import check_dimensions
+from .fetching import download
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -215,34 +217,31 @@ def spread_frames(video: str | os.PathLike[str], count: int) -> "list[Image]":
     """Return `count` frames of a video, or all if it has fewer, spread evenly from the first to the last.
 
     Args:
-        video: a file, or an http(s) address, which Transformers fetches.
+        video: a file, or an http(s) address, which is fetched within the bounds of images.
 
     Raises:
         ImportError: PyAV is not installed.
-        ValueError: the file is missing, not a video, or damaged; the message names it.
+        ConnectionError: the address cannot be downloaded.
+        ValueError: the file is missing, not a video, damaged or too large; the message names it.
     """
     name = os.fspath(video)
     require_av()
-    if name.startswith(("http://", "https://")):
-        return _fetched_frames(name, count)
+    if name[:8].lower().startswith(("http://", "https://")):
+        with tempfile.TemporaryDirectory() as folder:
+            file = os.path.join(folder, "video")
+            with open(file, "wb") as stream:
+                stream.write(download(name, "video"))
+            return _spread_frames(file, count, name)
     if not os.path.isfile(name):
         raise ValueError(f"the video {name!r} does not exist or is not a file.")
+    return _spread_frames(name, count, name)
+
+
+def _spread_frames(file: str, count: int, shown: str) -> "list[Image]":
     try:
-        frames = VideoFrames(name, count=count)
+        frames = VideoFrames(file, count=count)
         if frames.damage:
             raise ValueError(frames.damage)
         return [frames.picture(position) for position in range(len(frames.times))]
     except Exception as error:  # PyAV's errors have no common class
-        raise ValueError(f"the video {name!r} cannot be read: {reason_of(error)}") from error
-
-
-def _fetched_frames(address: str, count: int) -> "list[Image]":
-    from transformers.video_utils import load_video
-
-    try:
-        frames, _ = load_video(
-            address, sample_indices_fn=lambda metadata, **_: spread(metadata.total_num_frames, count)
-        )
-    except Exception as error:
-        raise ValueError(f"the video {address!r} cannot be read: {reason_of(error)}") from error
-    return list(frames)
+        raise ValueError(f"the video {shown!r} cannot be read: {reason_of(error)}") from error

@@ -196,11 +196,7 @@ class PromptCache:
                 encoded = {}
                 self._cache.batch_repeat_interleave(copies)
             output = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                **{compat.CACHE: self._cache},
-                **encoded,
-                **options,
+                input_ids=input_ids, attention_mask=mask, **{compat.CACHE: self._cache}, **encoded, **options
             )
         except BaseException:  # also keep the prompt of an interrupted answer
             self._keep_beginning(prompt)

@@ -66,13 +66,12 @@ class Service:
 
     def model(self) -> dict[str, Any]:
         """Return what the API says of the model."""
-        context = self.preparation.context
         return {
             "id": self.settings.name,
             "object": "model",
             "created": self.created,
             "owned_by": "transformers-fastvlm",
-            "max_model_len": context,
+            "max_model_len": self.preparation.context,
         }
 
     async def chat(self, scope: Any, headers: Any, receive: Any, send: Any) -> None:
@@ -97,7 +96,6 @@ class Service:
             leaving.cancel()
 
     async def _answer(self, body: bytes, leaving: asyncio.Future[None], send: Send, record: Record) -> None:
-        """Answer a request that was taken on."""
         chat: ChatRequest = await unless_gone(leaving, self.preparation.parse(_parse, body, self.settings))
         del body
         prompt, max_tokens = await unless_gone(leaving, self.preparation.prompt(chat))
@@ -107,7 +105,14 @@ class Service:
         def changed() -> None:
             loop.call_soon_threadsafe(news.set)
 
-        samplings = [_sampling(chat, index, max_tokens) for index in range(1 if chat.temperature == 0 else chat.n)]
+        sampling = Sampling(
+            max_new_tokens=max_tokens,
+            temperature=chat.temperature,
+            top_p=chat.top_p,
+            seed=None if chat.seed is None else chat.seed % (MAX_SEED + 1),
+            stop=chat.stop,
+        )
+        samplings = [sampling.of_row(index) for index in range(1 if chat.temperature == 0 else chat.n)]
         try:
             requests = self.engine.submit(prompt, *samplings, memory=self._memory, changed=changed)
         except ValueError as error:
@@ -152,17 +157,6 @@ def _parse(body: bytes, settings: Settings) -> ChatRequest:
     return parse_chat(parse_json(body), settings)
 
 
-def _sampling(chat: ChatRequest, index: int, max_tokens: int) -> Sampling:
-    """Return how one of a request's choices is made; each has a seed of its own."""
-    return Sampling(
-        max_new_tokens=max_tokens,
-        temperature=chat.temperature,
-        top_p=chat.top_p,
-        seed=None if chat.seed is None else (chat.seed + index) % (MAX_SEED + 1),
-        stop=chat.stop,
-    )
-
-
 def create_app(service: Service) -> Any:
     """Return the ASGI application of a service, which ends with it."""
     from fastapi import FastAPI, Request
@@ -196,15 +190,8 @@ def create_app(service: Service) -> Any:
         yield
         await asyncio.to_thread(service.close)
 
-    # No pages of its own: they would fetch scripts from elsewhere.
-    app = FastAPI(
-        title="fastvlm serve",
-        lifespan=lifespan,
-        openapi_url=None,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
+    # No pages of its own, which openapi_url would bring: they would fetch scripts from elsewhere.
+    app = FastAPI(title="fastvlm serve", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
 
     @app.post("/v1/chat/completions")
     async def chat_completions() -> Response:

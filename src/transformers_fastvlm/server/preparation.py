@@ -118,24 +118,20 @@ class Preparation:
             work.cancelled = True
 
     async def _contents(self, request: ChatRequest) -> list[bytes]:
-        """Return the bytes of the pictures."""
         loop = asyncio.get_running_loop()
         remote = {index: picture for index, picture in enumerate(request.pictures) if is_remote(picture)}
         for picture in remote.values():
             self.fetcher.check(picture)
         budget = Budget(self.settings.max_body_bytes)
         tasks = [loop.run_in_executor(self._fetching, self.fetcher.fetch, one, budget) for one in remote.values()]
+        # Two rounds: there may be as many others before it in the executor.
+        patience = 2 * self.settings.fetch_timeout + 1
         try:
             # Looking up a name has no time-out of its own; waiting for it has.
-            fetched = dict(zip(remote, await asyncio.wait_for(asyncio.gather(*tasks), self._patience), strict=True))
+            fetched = dict(zip(remote, await asyncio.wait_for(asyncio.gather(*tasks), patience), strict=True))
         except TimeoutError as error:
             raise ApiError(400, "The pictures could not be fetched in time.", code="invalid_image_url") from error
         return [fetched.get(index, b"") for index in range(len(request.pictures))]
-
-    @property
-    def _patience(self) -> float:
-        # Two rounds: there may be as many others before it in the executor.
-        return 2 * self.settings.fetch_timeout + 1
 
     def _prepare(self, work: _Work, request: ChatRequest, contents: list[bytes]) -> tuple[Prompt, int]:
         from jinja2 import TemplateError
@@ -144,7 +140,7 @@ class Preparation:
         texts = [part["text"] for message in request.messages for part in message["content"] if "text" in part]
         self._check_texts(texts)
         data = [content or data_of(picture) for picture, content in zip(request.pictures, contents, strict=True)]
-        images = iter(decode(request.pictures, data, self.settings.reading(), work.check))
+        images = iter(decode(request.pictures, data, self.settings, work.check))
         conversation = [
             {
                 "role": message["role"],

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..engines.base import MIN_TEMPERATURE
+from ..engines.prompts import is_utf8
 from .api_errors import ApiError
 from .settings import Settings
 
@@ -29,9 +31,6 @@ MAX_DIGITS = 100
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
 """Most parts of all messages of a request together."""
-
-LEAST_TEMPERATURE = 1e-4
-"""Below it an answer is greedy: scores that are divided by less can be infinite."""
 
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256
@@ -273,7 +272,7 @@ def _number(body: Mapping[str, Any], key: str, default: float, low: float, high:
 
 def _temperature(body: Mapping[str, Any]) -> float:
     value = _number(body, "temperature", 0.0, 0.0, 2.0)
-    return value if value >= LEAST_TEMPERATURE else 0.0
+    return value if value >= MIN_TEMPERATURE else 0.0
 
 
 def _top_p(body: Mapping[str, Any]) -> float:
@@ -369,7 +368,7 @@ def _part(part: Any, where: str, pictures: list[Picture]) -> dict[str, Any]:
         raise _missing(f"{where}.{kind}")
     if kind == "text":
         text = _take(part, "text", str, f"{where}.")
-        if not _encodes(text):
+        if not is_utf8(text):
             raise _wrong(f"{where}.text", text, "valid Unicode, without halves of surrogate pairs")
         return {"type": "text", "text": text}
     if not isinstance(image := part["image_url"], dict):
@@ -387,14 +386,6 @@ def _part(part: Any, where: str, pictures: list[Picture]) -> dict[str, Any]:
     return {"type": "image"}
 
 
-def _encodes(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _shown(value: Any) -> str:
     """Return the beginning of a value as it may stand in a message, whatever its size."""
     if isinstance(value, str):
@@ -406,9 +397,6 @@ def _shown(value: Any) -> str:
             if len(text) > 80:
                 break
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-# Answers
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

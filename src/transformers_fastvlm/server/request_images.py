@@ -86,7 +86,6 @@ def decode(
 
 
 def _open(picture: Picture, content: bytes, max_pixels: int | None) -> Image.Image:
-    """Read a picture's head."""
     try:
         return open_image(io.BytesIO(content), "the picture", max_pixels)
     except TooManyPixels as error:

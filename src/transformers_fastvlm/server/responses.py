@@ -40,17 +40,9 @@ async def answer(
     """
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
     leaving.add_done_callback(lambda _: news.set())
-    await (_stream if chat.stream else _whole)(chat, requests, head, news, leaving, send)
-
-
-async def _whole(
-    chat: ChatRequest,
-    requests: list[Request],
-    head: dict[str, Any],
-    news: asyncio.Event,
-    leaving: asyncio.Future[None],
-    send: Send,
-) -> None:
+    if chat.stream:
+        await _stream(chat, requests, head, news, leaving, send)
+        return
     while not all(request.done for request in requests):
         await news.wait()
         news.clear()
@@ -120,7 +112,6 @@ def _choices(chat: ChatRequest, requests: list[Request]) -> list[Request]:
 
 
 def _taken(request: Request) -> str:
-    """Take the text that was not taken yet."""
     pieces = []
     while request.pieces:
         pieces.append(request.pieces.popleft())

@@ -5,7 +5,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
-from ..images.read_options import Colour, ReadOptions
+from ..images.read_options import ReadOptions
 
 __all__ = ["Settings", "image_host"]
 
@@ -47,8 +47,8 @@ def _is_ipv6(name: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Limits and names of a server.
+class Settings(ReadOptions):
+    """Limits and names of a server, and how images are read; see `ReadOptions`.
 
     Args:
         name: what clients call the model.
@@ -64,8 +64,6 @@ class Settings:
         queue: requests that may be in the server beside those; more are answered 429.
         client_timeout: seconds that a client has for sending its request, and for taking each piece of the answer.
         fetch_timeout: seconds for fetching one picture.
-        do_exif_transpose: whether pictures are turned as their EXIF orientation says.
-        alpha_background: colour that transparent pictures are laid on; None or "none" drops their transparency.
 
     Raises:
         ValueError: a number below 1 (`queue`: below 0), an empty name or key, an address in place of a host.
@@ -76,25 +74,17 @@ class Settings:
     image_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 2**25
     max_images: int = 8
-    max_pixels: int = 50_000_000
+    max_pixels: int | None = 50_000_000
     max_prompt_tokens: int | None = None
     max_answer_tokens: int = 1024
     batch_size: int = 8
     queue: int = 32
     client_timeout: float = 60.0
     fetch_timeout: float = 10.0
-    do_exif_transpose: bool = True
-    alpha_background: Colour = "white"
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_body_bytes",
-            "max_images",
-            "max_pixels",
-            "max_prompt_tokens",
-            "max_answer_tokens",
-            "batch_size",
-        ):
+        super().__post_init__()
+        for name in ("max_body_bytes", "max_images", "max_prompt_tokens", "max_answer_tokens", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected 1 or more.")
@@ -105,7 +95,6 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected seconds above 0.")
         for host in self.image_hosts:
             image_host(host)
-        self.reading()
         if not self.name:
             raise ValueError("name is empty; expected what clients are to call the model.")
         if self.api_key is not None:
@@ -121,11 +110,3 @@ class Settings:
     def max_requests(self) -> int:
         """Requests that are in the server at once: being read, waiting and being answered."""
         return self.batch_size + self.queue
-
-    def reading(self) -> ReadOptions:
-        """Return how pictures are read."""
-        return ReadOptions(
-            do_exif_transpose=self.do_exif_transpose,
-            alpha_background=self.alpha_background,
-            max_pixels=self.max_pixels,
-        )

@@ -7,7 +7,7 @@ uvicorn has a limit of time between requests alone: a connection that never send
 import asyncio
 import errno
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import h11
@@ -52,7 +52,8 @@ class Connection(H11Protocol):
         self._since = self.loop.time()
         if len(self.connections) > self._most:
             others = self.connections - {self}
-            _end([_oldest_waiting(others) or _oldest_stalled(others) or self])
+            oldest = *_oldest(others, Connection.waits_since), *_oldest(others, Connection.stalled_since), self
+            _end(oldest[:1])
 
     def on_response_complete(self) -> None:
         self._since = self.loop.time()
@@ -118,8 +119,7 @@ def on_loop_error(connections: set[Connection]) -> Any:
             return
         if now - freed > 0.5:
             freed = now
-            waiting = [one for one in connections if one.waits_since() is not None]
-            _end(sorted(waiting, key=lambda one: one.waits_since() or 0.0)[:_FREED_AT_ONCE])
+            _end(_oldest(connections, Connection.waits_since)[:_FREED_AT_ONCE])
         if now - said > _SECONDS_BETWEEN_WARNINGS:
             said = now
             logger.warning("no further connection can be accepted: %s (ulimit -n)", error.strerror)
@@ -127,14 +127,9 @@ def on_loop_error(connections: set[Connection]) -> Any:
     return handle
 
 
-def _oldest_waiting(connections: Iterable[Connection]) -> Connection | None:
-    waiting = [one for one in connections if one.waits_since() is not None]
-    return min(waiting, key=lambda one: one.waits_since() or 0.0, default=None)
-
-
-def _oldest_stalled(connections: Iterable[Connection]) -> Connection | None:
-    stalled = [one for one in connections if one.stalled_since() is not None]
-    return min(stalled, key=lambda one: one.stalled_since() or 0.0, default=None)
+def _oldest(connections: Iterable[Connection], since: Callable[[Connection], float | None]) -> list[Connection]:
+    """Return those for which `since` tells a time, the oldest first."""
+    return sorted((one for one in connections if since(one) is not None), key=lambda one: since(one) or 0.0)
 
 
 def _end(connections: Iterable[Connection]) -> None:

@@ -85,7 +85,8 @@ class SampleAnswers(TrainerCallback):
                     callback.tb_writer.add_text(f"samples/{number}", text, record["step"])
 
     def _answered(self, model: Any, sample: dict[str, Any]) -> dict[str, str]:
-        messages, expected = _asked(sample)
+        last = max(index for index, turn in enumerate(sample["messages"]) if turn["role"] == "assistant")
+        messages, expected = sample["messages"][:last], sample["messages"][last]["content"]
         if self.conversation == "plain":
             prompt = shown = IMAGE_TOKEN
         else:
@@ -154,13 +155,6 @@ def iter_rows(dataset: Any) -> Iterator[dict[str, Any]]:
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         return (dataset[index] for index in range(len(dataset)))
     return iter(dataset)
-
-
-def _asked(sample: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """Return the messages before the last answer, and that answer."""
-    messages = sample["messages"]
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:last], messages[last]["content"]
 
 
 @contextlib.contextmanager

@@ -43,7 +43,10 @@ def export(trainer: FastVLMTrainer, recipe: Recipe, out: Path, checkpoint: Path 
     trainer.accelerator.wait_for_everyone()
     try:
         if checkpoint is None:
-            _gather(trainer, partial / "trained")
+            if trainer.is_fsdp_enabled:  # saved in one piece
+                trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+            trainer.save_model(str(partial / "trained"))
+            trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             with whole_models(trainer):
                 _publish(trainer, recipe, partial / "trained" if checkpoint is None else checkpoint, out)
@@ -68,14 +71,6 @@ def _publish(trainer: FastVLMTrainer, recipe: Recipe, trained: Path, out: Path) 
     for file in sorted(final.iterdir(), key=lambda file: file.name in FINISHED):
         file.replace(out / file.name)
     sync_directory(out)
-
-
-def _gather(trainer: FastVLMTrainer, directory: Path) -> None:
-    """Save what was trained, in one piece."""
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(directory))
-    trainer.accelerator.wait_for_everyone()
 
 
 def _finished(recipe: Recipe, directory: Path) -> Any:

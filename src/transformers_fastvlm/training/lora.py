@@ -15,27 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._optional import needs
 from ..checkpoints.adapters import OLD_NAME, attach, merge
-from .parts import PARTS
+from .parts import PARTS, check_parts
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig
 
-__all__ = [
-    "add_lora",
-    "attach",
-    "lora_config",
-    "merge",
-    "quantization_config",
-    "require",
-]
+__all__ = ["add_lora", "attach", "lora_config", "merge", "quantization_config", "require"]
 
-_MODULES = {
-    "vision_tower": "vision_tower",
-    "projector": "multi_modal_projector",
-    "language_model": "language_model",
-}
+_MODULES = {"vision_tower": "vision_tower", "projector": "multi_modal_projector", "language_model": "language_model"}
 
 
 def lora_config(
@@ -72,7 +62,11 @@ def lora_config(
     """
     LoraConfig = require("peft").LoraConfig
     parts, whole = _checked(parts, whole)
-    moving = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d) and _moves(module)]
+    moving = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats and not getattr(module, "frozen", False)
+    ]
     if moving and "vision_tower" not in whole:
         raise ValueError(
             f"{len(moving)} BatchNorm layers of the encoder, such as {moving[0]}, would go on collecting statistics, "
@@ -162,9 +156,7 @@ def quantization_config(
 
 def _checked(parts: Iterable[str], whole: Iterable[str]) -> tuple[list[str], list[str]]:
     parts, whole = ([names] if isinstance(names, str) else list(names) for names in (parts, whole))
-    for name in (*parts, *whole):
-        if name not in PARTS:
-            raise ValueError(f"There is no part {name!r}; expected some of {', '.join(PARTS)}.")
+    check_parts([*parts, *whole])
     if not parts:
         raise ValueError(f"parts is empty, so no layer would get an adapter; expected some of {', '.join(PARTS)}.")
     if twice := set(parts) & set(whole):
@@ -175,10 +167,6 @@ def _checked(parts: Iterable[str], whole: Iterable[str]) -> tuple[list[str], lis
             "a copy would not be. Give it adapters, or train without LoRA."
         )
     return parts, whole
-
-
-def _moves(module: nn.BatchNorm2d) -> bool:
-    return module.track_running_stats and not getattr(module, "frozen", False)
 
 
 def _pattern(model: nn.Module, parts: list[str], targets: Iterable[str] | None) -> str:
@@ -192,7 +180,7 @@ def _pattern(model: nn.Module, parts: list[str], targets: Iterable[str] | None) 
             names = {name for name in names if name.rpartition(".")[2] in wanted}
         found |= {name.rpartition(".")[2] for name in names}
         # A block's name and the layer's: `proj` alone is also what the encoder's downsampling is called.
-        ends = {r"\.".join(map(_component, name.split(".")[-2:])) for name in names}
+        ends = {re.sub(r"\b\d+\b", r"\\d+", re.escape(".".join(name.split(".")[-2:]))) for name in names}
         if ends:
             patterns.append(rf"(?:.*\.)?{_MODULES[part]}\.(?:.*\.)?(?:{'|'.join(sorted(ends))})")
         elif wanted is None:
@@ -204,10 +192,6 @@ def _pattern(model: nn.Module, parts: list[str], targets: Iterable[str] | None) 
             f"{' or '.join(parts)}; there are {', '.join(known)}."
         )
     return "|".join(patterns)
-
-
-def _component(name: str) -> str:
-    return r"\d+" if name.isdigit() else re.escape(name)
 
 
 def _linear_layers(model: nn.Module, part: str) -> set[str]:
@@ -233,7 +217,5 @@ def require(name: str, install: str = 'pip install "transformers-fastvlm[trainin
     Raises:
         ImportError: it is not installed; the message says how to install it.
     """
-    try:
+    with needs(name, "Training", install):
         return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"This needs the package {name} ({error}): {install}.") from error

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory that a training step will take, worked out before anything is trained.
 
-The forward pass is run on tensors without data, on which PyTorch says which of them it would keep for the backward
-pass. So the estimate follows the model's real form: what is frozen, merged, adapted, checkpointed or autocast.
+Forward and backward pass run on tensors without data, and the bytes of those that exist are counted. So the estimate
+follows the model's real form: what is frozen, merged, adapted, checkpointed or autocast.
 """
 
 import contextlib
 import copy
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
-from .parts import part_of
 from .trainer import leave_frozen_inputs
 
 __all__ = ["MemoryEstimate", "estimate_memory", "readable_size"]
@@ -45,8 +45,8 @@ class MemoryEstimate:
         gradients: of what learns.
         optimizer: its states.
         activations: what the forward pass keeps for the backward pass, for one batch of a device.
-        working: what the backward pass needs beside, at its largest: the gradient of the logits, or with gradient
-            checkpointing the activations of the largest block.
+        working: what there is beside at the peak: gradients so far, that of the logits, or with gradient checkpointing
+            the activations of the largest block.
         peak: the most at any time. Not all of the above is there at once: gradients come as activations go.
     """
 
@@ -58,17 +58,10 @@ class MemoryEstimate:
     peak: int
 
     def __str__(self) -> str:
-        parts = ", ".join(
-            f"{name} {readable_size(value)}"
-            for name, value in (
-                ("weights", self.weights),
-                ("gradients", self.gradients),
-                ("optimizer", self.optimizer),
-                ("activations", self.activations),
-                ("working memory", self.working),
-            )
-        )
-        return f"about {readable_size(self.peak)} a device at the peak ({parts})"
+        names = ("weights", "gradients", "optimizer", "activations")
+        parts = ", ".join(f"{name} {readable_size(getattr(self, name))}" for name in names)
+        peak, working = readable_size(self.peak), readable_size(self.working)
+        return f"about {peak} a device at the peak ({parts}, working memory {working})"
 
 
 def estimate_memory(
@@ -100,65 +93,38 @@ def estimate_memory(
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise RuntimeError("ZeRO-3 has spread its weights over the devices")
-    gradients = {"before": 0, "after": 0}  # of the encoder and projector, and of the language model
-    count = 0
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            where = "after" if part_of(name) == "language_model" else "before"
-            gradients[where] += parameter.numel() * parameter.element_size()
-            count += parameter.numel()
-    total = sum(gradients.values())
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.nbytes for parameter in learning)
     state = _STATE_BYTES.get(optimizer)
-    states = 2 * total if state is None else int(state * count)
-    weights = sum(
-        tensor.numel() * tensor.element_size() for group in (model.parameters(), model.buffers()) for tensor in group
-    )
-    kept, logits = _activations(model, batch, autocast, gradient_checkpointing)
-    moments = (  # of the backward pass: its start, its arrival at the encoder, and its end
-        kept.total + max(logits, kept.block) + (total if accumulates else 0),
-        kept.vision + kept.vision_block + (total if accumulates else gradients["after"]),
-        total,
-    )
-    return MemoryEstimate(
-        weights=weights,
-        gradients=total,
-        optimizer=states,
-        activations=kept.total,
-        working=max(logits, kept.block, kept.vision_block),
-        peak=weights + states + max(moments),
-    )
-
-
-@dataclass
-class _Sizes:
-    """Bytes that a forward pass keeps: up to the end of the projector and in all; and for checkpointed blocks, within
-    the largest one of the encoder and of the language model, while it is computed again."""
-
-    vision: int
-    total: int
-    vision_block: int = 0
-    block: int = 0
-
-
-def _activations(
-    model: nn.Module, batch: Mapping[str, Tensor], autocast: torch.dtype | None, checkpointing: bool
-) -> tuple[_Sizes, int]:
-    """Return what the forward pass keeps, and the bytes of the gradient of the logits."""
+    states = 2 * gradients if state is None else int(state * sum(parameter.numel() for parameter in learning))
+    weights = sum(tensor.nbytes for group in (model.parameters(), model.buffers()) for tensor in group)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twin = _without_data(model, mode)
-    twin.train()
+    twin = _without_data(model, mode).train()
     with mode, _quiet():
         base: Any = getattr(twin, "get_base_model", lambda: twin)()
+        if gradient_checkpointing:
+            # Named so from Transformers 5.23 on.
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            leave_frozen_inputs(base)  # as FastVLMTrainer does
         fake = {name: mode.from_tensor(value) for name, value in batch.items() if isinstance(value, Tensor)}
-        sizes, logits = _forward(base, fake, autocast)
-        if checkpointing:
-            _checkpoint(base)
-            kept, _ = _forward(base, fake, autocast)
-            sizes = _Sizes(kept.vision, kept.total, sizes.vision_block, sizes.block)
-        else:
-            sizes = _Sizes(sizes.vision, sizes.total)
-    # The loss is computed in float32, and so is its gradient, which is then cast to the type of the logits.
-    return sizes, logits.numel() * (4 + logits.element_size())
+        if accumulates:
+            for parameter in twin.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        with _LiveBytes(twin, fake.values()) as live:
+            loss = _loss(base, fake, autocast)
+            activations = live.now
+            if loss.requires_grad:
+                loss.backward()
+    step = max(live.peak + (gradients if accumulates else 0), gradients)
+    return MemoryEstimate(
+        weights=weights,
+        gradients=gradients,
+        optimizer=states,
+        activations=activations,
+        working=live.peak - activations,
+        peak=weights + states + step,
+    )
 
 
 def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -169,84 +135,50 @@ def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return copy.deepcopy(model, {key: mode.from_tensor(tensor) for key, tensor in tensors.items()})
 
 
-def _forward(base: Any, batch: Mapping[str, Tensor], autocast: torch.dtype | None) -> tuple[_Sizes, Tensor]:
-    """Run the model in pieces, past its checks of values, and return the bytes kept and the logits."""
-    kept = _Kept(base)
+def _loss(base: Any, batch: Mapping[str, Tensor], autocast: torch.dtype | None) -> Tensor:
+    """Run the model in pieces, past its checks of values, and return the loss."""
     ids, labels = batch["input_ids"], batch["labels"]
-    casting = contextlib.nullcontext() if autocast is None else torch.autocast(ids.device.type, autocast)
-    with kept, casting:
+    with contextlib.nullcontext() if autocast is None else torch.autocast(ids.device.type, autocast):
         embeds = base.get_input_embeddings()(torch.zeros_like(ids))
         if "pixel_values" in batch:
             features = base.model.vision_tower(batch["pixel_values"]).last_hidden_state
             features = base.model.multi_modal_projector(features.flatten(2).transpose(1, 2))
             mask = (ids == base.config.image_token_id).unsqueeze(-1)
             embeds = embeds.masked_scatter(mask, features.to(embeds.dtype))
-        vision, vision_block = kept.total, kept.take_largest_block()
-        hidden = base.model.language_model(
+        decoded = base.model.language_model(
             inputs_embeds=embeds, attention_mask=batch["attention_mask"], use_cache=False
-        ).last_hidden_state
-        logits = base.lm_head(hidden)
-        loss = base.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-    sizes = _Sizes(vision, kept.total, vision_block, kept.take_largest_block())
-    del loss  # its graph held what was counted
-    return sizes, logits
+        )
+        logits = base.lm_head(decoded.last_hidden_state)
+        loss: Tensor = base.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        return loss
 
 
-class _Kept:
-    """Counts the storages that autograd saves, each once and none of the model's own, for as long as they exist.
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors within, none of the model's own, while they exist, and the most at any time."""
 
-    What is saved for a checkpointed block in which nothing needs a gradient is let go of at once.
-    """
+    def __init__(self, model: nn.Module, batch: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for group in (model.parameters(), model.buffers()) for t in group}
+        self._known |= {p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
+        self._count(batch)
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._own = {t.untyped_storage()._cdata for group in (model.parameters(), model.buffers()) for t in group}
-        self._saved: set[int] = set()
-        self.total = self._largest_block = 0
-        self._stack = contextlib.ExitStack()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self._count(tree_iter(output))
+        return output
 
-    def __enter__(self) -> "_Kept":
-        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor))
-        for module in self.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                before: list[int] = []
-                hooks = (
-                    module.register_forward_pre_hook(lambda *_, before=before: before.append(self.total)),
-                    module.register_forward_hook(lambda *_, before=before: self._note_block(before.pop())),
-                )
-                for hook in hooks:
-                    self._stack.callback(hook.remove)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.close()
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._own and storage._cdata not in self._saved:
-            self._saved.add(storage._cdata)
-            self.total += storage.nbytes()
-            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-        return tensor
+    def _count(self, values: Iterable[Any]) -> None:
+        for storage in [value.untyped_storage() for value in values if isinstance(value, Tensor)]:
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
 
     def _forget(self, key: int, size: int) -> None:
-        self._saved.discard(key)
-        self.total -= size
-
-    def take_largest_block(self) -> int:
-        """Return what the largest block kept since this was last called."""
-        largest, self._largest_block = self._largest_block, 0
-        return largest
-
-    def _note_block(self, before: int) -> None:
-        self._largest_block = max(self._largest_block, self.total - before)
-
-
-def _checkpoint(base: Any) -> None:
-    # Named so from Transformers 5.23 on.
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    leave_frozen_inputs(base)  # as FastVLMTrainer does
+        self._known.discard(key)
+        self.now -= size
 
 
 @contextlib.contextmanager

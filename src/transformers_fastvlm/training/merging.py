@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from .. import FastVLMForConditionalGeneration, FastVLMProcessor
+from ..checkpoint_files import read_json
 from ..checkpoints import Conversion, Layout, convert
+from ..checkpoints.adapters import ADAPTER_CONFIG, LLAVA_FILE
 from ..checkpoints.embedded import resolve_model
-from ..checkpoints.files import read_json
 from ..checkpoints.layouts import to_our_name
 from ..checkpoints.projector import load_tensors
 from ..storage.atomic_files import require_new
@@ -22,8 +23,6 @@ from .lora import add_lora, attach, merge, require
 
 __all__ = ["load_llava_adapter", "load_merged", "merge_adapter"]
 
-CONFIG_FILE = "adapter_config.json"
-LLAVA_FILE = "non_lora_trainables.bin"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 LICENCE = "LICENSE"
 
@@ -151,13 +150,13 @@ def load_llava_adapter(directory: Source, model: FastVLMForConditionalGeneration
         prefixed = {f"base_model.model.{name}": tensor for name, tensor in layers.items()}
         result = peft.set_peft_model_state_dict(wrapped, prefixed)
     except RuntimeError as error:
-        raise ValueError(f"{directory} does not fit the model: {_line(error)}") from error
+        raise ValueError(f"{directory} does not fit the model: {' '.join(str(error).split())[:300]}") from error
     missing = [name for name in result.missing_keys if ".lora_" in name]
     if missing or result.unexpected_keys:
         wrong = (missing or result.unexpected_keys)[0]
         raise ValueError(
             f"{directory} is {'incomplete' if missing else 'of another kind'}: {wrong} "
-            f"{'is missing' if missing else 'is not known'} (r is {content.get('r')} in {CONFIG_FILE})."
+            f"{'is missing' if missing else 'is not known'} (r is {content.get('r')} in {ADAPTER_CONFIG})."
         )
     merged: FastVLMForConditionalGeneration = merge(wrapped)
     return merged
@@ -202,15 +201,15 @@ def _find(adapter: Source) -> tuple[Path, dict[str, Any]]:
     directory = Path(adapter)
     if not directory.is_dir():
         if directory.exists() or len(directory.parts) != 2 or directory.is_absolute():
-            raise FileNotFoundError(f"{adapter} is not a directory; expected one with {CONFIG_FILE}.")
+            raise FileNotFoundError(f"{adapter} is not a directory; expected one with {ADAPTER_CONFIG}.")
         from huggingface_hub import snapshot_download
 
         directory = Path(
             snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
         )
-    if not (directory / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{directory} has no {CONFIG_FILE}; expected the directory of an adapter.")
-    config = read_json(directory / CONFIG_FILE)
+    if not (directory / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(f"{directory} has no {ADAPTER_CONFIG}; expected the directory of an adapter.")
+    config = read_json(directory / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{directory} holds an adapter of type {config.get('peft_type')!r}; expected 'LORA'.")
     return directory, config
@@ -222,10 +221,6 @@ def _base(adapter: Path, config: dict[str, Any], base: Source | None) -> tuple[S
         return resolve_model(base), None
     named = config.get("base_model_name_or_path")
     if not named:
-        raise ValueError(f"{adapter / CONFIG_FILE} does not name the base model; say which it is (base).")
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} does not name the base model; say which it is (base).")
     named = resolve_model(named)
     return named, None if os.path.isdir(named) else config.get("revision")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

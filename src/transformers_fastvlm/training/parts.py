@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["PARTS", "decays", "describe_parts", "parameter_groups", "part_of", "set_trainable"]
+__all__ = ["PARTS", "check_parts", "decays", "describe_parts", "parameter_groups", "part_of", "set_trainable"]
 
 PARTS = ("vision_tower", "projector", "language_model")
 """The encoder, the two-layer projector (with AnyRes's learned newline), the language model (with its head)."""
@@ -58,9 +58,10 @@ def set_trainable(model: nn.Module, parts: Iterable[str]) -> None:
     Raises:
         ValueError: a name that is not of a part.
     """
-    wanted = _checked(parts)
+    wanted = check_parts(parts)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in wanted and not _is_clip_head(name))
+        is_clip_head = ".vision_tower.head." in f".{name}"
+        parameter.requires_grad_(part_of(name) in wanted and not is_clip_head)
 
 
 def parameter_groups(
@@ -81,7 +82,7 @@ def parameter_groups(
         ValueError: a name that is not of a part, or a part that learns and has no rate.
     """
     rates = dict(lr_by_part or {})
-    _checked(rates)
+    check_parts(rates)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -112,12 +113,11 @@ def describe_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def _checked(parts: Iterable[str]) -> set[str]:
+def check_parts(parts: Iterable[str]) -> set[str]:
+    """Return the names of parts, or raise ValueError for one that is not of `PARTS`."""
     wanted = {parts} if isinstance(parts, str) else set(parts)
     if unknown := wanted - set(PARTS):
-        raise ValueError(f"There is no part {', '.join(map(repr, sorted(unknown)))}; expected {', '.join(PARTS)}.")
+        raise ValueError(
+            f"There is no part {', '.join(map(repr, sorted(unknown)))}; expected some of {', '.join(PARTS)}."
+        )
     return wanted
-
-
-def _is_clip_head(name: str) -> bool:
-    return ".vision_tower.head." in f".{name}"

@@ -2,7 +2,7 @@
 """Captions as answers to generic questions: the form of the data of stage 1.5 (arXiv 2412.13303, section 4)."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from ..tokens import IMAGE_TOKEN
 
-__all__ = ["GENERIC", "AskedCaptions", "StreamedAskedCaptions", "ask", "load_questions"]
+__all__ = ["GENERIC", "AskedCaptions", "ask", "load_questions"]
 
 GENERIC = "generic"
 
@@ -69,19 +69,3 @@ class AskedCaptions(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return ask(self.captions[index], self.questions, self.seed)
-
-
-class StreamedAskedCaptions(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """The same for a data set that is only iterated."""
-
-    def __init__(self, dataset: Any, questions: Sequence[str], seed: int = 0) -> None:
-        self.captions, self.questions, self.seed = dataset, list(questions), seed
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for sample in self.captions:
-            yield ask(sample, self.questions, self.seed)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Tell the data set below which epoch it is, if it wants to know."""
-        if hasattr(self.captions, "set_epoch"):
-            self.captions.set_epoch(epoch)

@@ -8,6 +8,8 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
+from huggingface_hub.dataclasses import type_validator
+
 __all__ = ["build", "check_keys", "did_you_mean"]
 
 
@@ -35,26 +37,12 @@ def build(section: type, content: Any, where: str = "") -> Any:
             continue
         if hint is float or float in get_args(hint):
             value = float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        if not _fits(value, hint):
-            raise ValueError(f"{path} is {value!r}; expected {_described(hint)}.")
+        try:
+            type_validator(path, value, hint)
+        except TypeError as error:
+            raise ValueError(f"{path} is {value!r}; expected {_described(hint)}.") from error
         values[name] = value
     return section(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if hint is Any:
-        return True
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) in (types.UnionType, typing.Union):
-        return any(_fits(value, kind) for kind in get_args(hint))
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(entry, get_args(hint)[0]) for entry in value)
-    if get_origin(hint) is dict:
-        return isinstance(value, dict)
-    if hint in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, hint)
 
 
 def _described(hint: Any) -> str:

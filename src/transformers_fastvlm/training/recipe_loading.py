@@ -11,7 +11,7 @@ from torch import nn
 from .. import FastVLMConfig, FastVLMForConditionalGeneration, FastVLMProcessor
 from ..checkpoints.embedded import resolve_model
 from .models import new_model, torch_dtype
-from .questions import AskedCaptions, StreamedAskedCaptions, load_questions
+from .questions import AskedCaptions, ask, load_questions
 from .recipes import DataSection, Recipe
 
 __all__ = ["load_data", "load_model", "prepare_encoder"]
@@ -105,7 +105,9 @@ def _dataset(section: DataSection, source: Any, options: Mapping[str, Any]) -> A
     if section.questions is None:
         return dataset
     questions = load_questions(section.questions)
-    return (AskedCaptions if hasattr(dataset, "__len__") else StreamedAskedCaptions)(dataset, questions)
+    if hasattr(dataset, "__len__"):
+        return AskedCaptions(dataset, questions)
+    return dataset.map(ask, fn_kwargs={"questions": questions})
 
 
 def _scenes(options: Mapping[str, Any]) -> Any:

@@ -219,7 +219,10 @@ class Recipe:
         Raises:
             ValueError: values that contradict each other or are out of range.
         """
-        check_keys(self.arguments, _training_arguments(), "arguments")
+        from transformers import TrainingArguments
+
+        known = [entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init]
+        check_keys(self.arguments, known, "arguments")
         for name in self.arguments:
             if name in DERIVED_ARGUMENTS:
                 raise ValueError(f"arguments.{name} is set by {DERIVED_ARGUMENTS[name]}; set that instead.")
@@ -362,9 +365,3 @@ def _apply(content: dict[str, Any], override: str) -> None:
         if not isinstance(here, dict):
             raise ValueError(f"{'.'.join(parents[: depth + 1])} is {here!r}, which has no {last!r} in it ({override}).")
     here[last] = value
-
-
-def _training_arguments() -> list[str]:
-    from transformers import TrainingArguments
-
-    return [entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init]

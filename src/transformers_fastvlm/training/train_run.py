@@ -28,11 +28,7 @@ RECIPE_FILE, ROWS_FILE = "recipe.yaml", "rows.json"
 
 @kept_random_streams()
 def run(
-    recipe: Recipe,
-    *,
-    resume: bool = False,
-    dry_run: bool = False,
-    report: Callable[[str], None] | None = None,
+    recipe: Recipe, *, resume: bool = False, dry_run: bool = False, report: Callable[[str], None] | None = None
 ) -> Path:
     """Train as a recipe says.
 

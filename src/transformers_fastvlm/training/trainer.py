@@ -84,7 +84,9 @@ class FastVLMTrainer(Trainer):
         """Write a checkpoint aside, then rename it."""
         folder = Path(self._get_output_dir(trial))
         staging, name = folder / STAGING, f"checkpoint-{self.state.global_step}"
-        self._remove_staging(staging)
+        if self.args.should_save:  # what an interrupted run left
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
@@ -110,12 +112,6 @@ class FastVLMTrainer(Trainer):
             rotate_checkpoints(
                 folder, self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint
             )
-
-    def _remove_staging(self, staging: Path) -> None:
-        """Remove what an interrupted run left."""
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
 
     def _record_best(self, folder: Path, written: Path) -> None:
         """Correct the path of the best checkpoint, which `Trainer` looked for beside this one."""

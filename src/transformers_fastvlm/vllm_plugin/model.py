@@ -63,7 +63,6 @@ def _without_batch(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, 
 
 
 def _with_batch(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-    """Put the batch of one back."""
     if isinstance(output, tuple):
         return (_with_batch(module, arguments, output[0]), *output[1:])
     return output.unsqueeze(0) if output.ndim == 2 else output
