@@ -178,7 +178,7 @@ def damage(directory: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("code", "non_lora_trainables.bin is refused: it is damaged, or holds more than tensors"),
+        ("code", "non_lora_trainables.bin is not loaded: it is damaged, or holds more than tensors"),
         ("truncated", "adapter_model.safetensors cannot be read as safetensors"),
         ("gone", "has neither adapter_model.safetensors nor adapter_model.bin; the adapter is incomplete"),
         ("incomplete", "is incomplete: .*lora_B.* is missing"),

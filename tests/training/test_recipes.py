@@ -103,7 +103,7 @@ def test_mistakes_are_named(override: str, message: str) -> None:
 
 
 def test_settings_that_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match=r"data.group needs all rows at once, and data.streaming reads them as they"):
+    with pytest.raises(ValueError, match=r"data.group needs all rows at once, but data.streaming reads them one"):
         load_recipe("finetune", ["data.streaming=true", "arguments.max_steps=3"])
     with pytest.raises(ValueError, match=r"train.precision is float16 and model.dtype bfloat16"):
         load_recipe("finetune", ["train.precision=float16", "model.dtype=bfloat16"])
