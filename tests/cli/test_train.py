@@ -88,7 +88,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Run, changes: list[st
     assert result.stdout == "" and not (tmp_path / "out").exists()
     assert "states no licence" not in result.stderr  # a tiny model is not Apple's
     for words in (
-        "projector and language model learn",
+        "trains projector and language model",
         "trained, learning rate 2e-05",
         "3 rows = 3 x 1",
         "about ",

@@ -27,7 +27,7 @@ from .native import EXTRA_FILE, NOT_IN_NATIVE, to_native_name
 
 __all__ = ["DROPPED_FILES", "DROPPED_FROM", "Conversion", "convert"]
 
-_ANEW, _NOT_CONVERTED = "written anew", "weights or training state, not converted"
+_ANEW, _NOT_CONVERTED = "rewritten", "weights or training state, not converted"
 DROPPED_FILES: dict[str, str] = {
     "config.json": _ANEW,
     "*.safetensors": _ANEW,

@@ -41,7 +41,7 @@ _SPLITS = "dataset_dict.json"
 _NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", _SPLITS, _STATE)
 _KINDS = ((".parquet",), (".arrow",), (".json", ".jsonl"))
 IN_MEMORY = 2**30
-"""Most bytes of Parquet files that are read into memory."""
+"""Parquet files of at most this many bytes in total are read into memory."""
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",

@@ -167,7 +167,7 @@ def _other_name(path: str) -> str:
     """Return a sentence that names the file that was probably meant; empty if there is none."""
     forms = {"with / for \\": path.replace("\\", "/")} if os.sep == "/" else {}
     forms |= {"with composed accents": unicodedata.normalize("NFC", path)}
-    forms |= {"with accents as characters of their own": unicodedata.normalize("NFD", path)}
+    forms |= {"with decomposed accents": unicodedata.normalize("NFD", path)}
     how = next((how for how, name in forms.items() if name != path and os.path.isfile(name)), None)
     return "" if how is None else f"It exists under the same name written {how}. "
 

@@ -29,9 +29,9 @@ def messages_and_sources(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], 
     """Return the messages of a row in the canonical form, and the images named inside their parts.
 
     Args:
-        row: with LLaVA's `conversations` (`from`, `value`) or with `messages` (`role`, `content`); a content is a
-            string, or a list of parts `{"type": "text", "text": …}` and `{"type": "image"}`. A text `system` or
-            `system_prompt` beside them becomes the first message.
+        row: a row with LLaVA's `conversations` (`from`, `value`) or with `messages` (`role`, `content`); a content is a
+            string, or a list of parts `{"type": "text", "text": …}` and `{"type": "image"}`. A text in the `system` or
+            `system_prompt` field becomes the first message.
 
     Raises:
         ValueError: both keys or neither are present, a turn has another format, or a role is unknown.

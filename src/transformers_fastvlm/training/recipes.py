@@ -263,7 +263,7 @@ class Recipe:
         if self.data.questions is not None and self.data.conversation != "sft":
             raise ValueError("data.questions needs data.conversation: sft.")
         if self.data.streaming and self.data.group:
-            raise ValueError("data.group needs all rows at once, but data.streaming reads them one by one. Set one of them.")
+            raise ValueError("data.group needs all rows at once, but data.streaming reads them one by one. Keep one.")
         if self.data.streaming and self.arguments.get("max_steps", -1) < 1:
             raise ValueError("data.streaming has no known length: set arguments.max_steps, the number of updates.")
 

@@ -32,7 +32,7 @@ def write_tokenizer(directory: str | os.PathLike[str], vocab_size: int = 480, se
         directory: where to write vocab.json, merges.txt, tokenizer_config.json, added_tokens.json and
             special_tokens_map.json; it is made if it is not there.
         vocab_size: tokens before the three special ones; at least 256.
-        seed: series of the scenes to learn from.
+        seed: series of the scenes to train on.
 
     Returns:
         The number of tokens, special ones included.
