@@ -6,7 +6,7 @@
 
 The environment is made anew each time. Where it holds exactly the versions of the lock, no test is run: `make test`
 runs them all on these. The exit status is 0, whatever fails: a release that setup.cfg does not allow
-is news, and no fault of a change. docs/compatibility.md says how a release is taken in.
+is news, and no fault of a change. CONTRIBUTING.md says how a release is taken in.
 """
 
 import argparse

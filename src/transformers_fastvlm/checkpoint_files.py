@@ -90,7 +90,7 @@ def _read(stream: Any, file: Path, start: int, nbytes: int) -> Iterator[bytes]:
 
 
 class Stored(Protocol):
-    """A tensor in a file, of whatever format.
+    """A tensor in a file of any format.
 
     Attributes:
         dtype: as safetensors names it.

@@ -30,8 +30,8 @@ _ADVICE = (
     "again."
 )
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
-# Transformers replaces methods of its classes while it loads, and puts back what it found: of two threads at once the
-# second finds, and leaves for good, what the first put there.
+# Transformers replaces methods of its classes while loading and restores them afterwards. With two threads at once, the
+# second would restore the first one's replacements.
 _LOADING = threading.RLock()
 _TIED = {"lm_head.weight", "model.language_model.embed_tokens.weight"}
 _BATCHES_SEEN = ".num_batches_tracked"  # Apple's encoders were trained with it; evaluation does not use it
@@ -45,7 +45,7 @@ class StrictPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Load a model. See `PreTrainedModel.from_pretrained`. Threads that load at once wait for each other.
+        """Load a model. See `PreTrainedModel.from_pretrained`. Threads that load in parallel wait for each other.
 
         Raises:
             OSError: a file is missing, truncated or not safetensors.
@@ -158,7 +158,7 @@ def _check_files(model: PreTrainedModel, files: Iterable[str], packed: bool) -> 
 
 @dataclass(frozen=True)
 class _PickledTensor:
-    """A tensor in a file of PyTorch's, as `checkpoint_files` judges it."""
+    """A tensor in a PyTorch file, in the form that `checkpoint_files` checks."""
 
     file: Path
     tensor: torch.Tensor
@@ -181,7 +181,7 @@ class _PickledTensor:
 
 
 def _read_pickled(file: Path) -> dict[str, Stored]:
-    """Return the tensors of a file that `torch.save` wrote, by name; nothing in it is executed.
+    """Return the tensors of a `torch.save` file by name; no code in it is executed.
 
     Raises:
         OSError: it holds more than tensors, or is damaged.
@@ -189,10 +189,10 @@ def _read_pickled(file: Path) -> dict[str, Stored]:
     options = {"mmap": True} if zipfile.is_zipfile(file) else {}  # an older format cannot be mapped
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, **options)
-    except Exception as error:  # pickles raise whatever they like
+    except Exception as error:  # unpickling may raise any error
         raise OSError(
-            f"{file} cannot be read as weights ({type(error).__name__}). It is damaged, or holds more than tensors, "
-            "which is not read. Save the model as safetensors."
+            f"{file} cannot be read as weights ({type(error).__name__}). It is damaged, or holds more than tensors. "
+            "Save the model as safetensors."
         ) from error
     if not isinstance(content, Mapping):
         raise OSError(f"{file} holds a {type(content).__name__}; expected tensors by name.")

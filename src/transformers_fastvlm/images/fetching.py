@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 __all__ = ["Address", "Budget", "FetchError", "TooManyBytesError", "download", "fetch", "parse_address"]
 
 DOWNLOAD_SECONDS = 60.0
-"""For all of a download: the host's name, redirects, and the last byte."""
+"""Time limit of a download: name look-up, redirects and body."""
 MAX_DOWNLOAD_BYTES = 2**28
 
 _PORTS = {"http": 80, "https": 443}
@@ -89,7 +89,7 @@ def parse_address(url: str) -> Address:
 
 
 def download(address: str, kind: str) -> bytes:
-    """Return the bytes at an address that the program's own user named; within the bounds above, but of any host.
+    """Return the bytes at an address that the program's user gave: any host, within the limits above.
 
     Args:
         kind: what it is, for the error: "image" or "video".
