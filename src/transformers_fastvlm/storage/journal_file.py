@@ -19,7 +19,7 @@ FORMAT = 1
 
 
 class JournalError(ValueError):
-    """A journal cannot be used; the message says why and what to do."""
+    """Error of a journal that cannot be used; the message says why and what to do."""
 
 
 class JournalFile:

@@ -13,7 +13,7 @@ from torch import nn
 __all__ = ["PARTS", "check_parts", "decays", "describe_parts", "parameter_groups", "part_of", "set_trainable"]
 
 PARTS = ("vision_tower", "projector", "language_model")
-"""The encoder, the two-layer projector (with AnyRes's learned newline), the language model (with its head)."""
+"""The encoder, the two-layer projector (with the newline embedding of AnyRes), the language model (with its head)."""
 
 _PART_OF_COMPONENT = {
     "vision_tower": "vision_tower",

@@ -96,9 +96,9 @@ def make_scene(seed: int, index: int, kinds: tuple[str, ...] = KINDS, aspect: st
     """Return scene `index` of the series `seed`.
 
     Args:
-        seed: names the series; two seeds share no scene.
+        seed: selects the series; different seeds share no scene.
         index: number of the scene, from 0.
-        kinds: kinds of questions to ask, some of KINDS; scenes are chosen so that each has such a question.
+        kinds: kinds of questions to ask, some of KINDS; each scene has at least one such question.
         aspect: "any" for two squares in five and the rest between 1:2 and 2:1, "square", or "oblong" (at least 4:3).
 
     Raises:
@@ -119,9 +119,9 @@ def make_scene(seed: int, index: int, kinds: tuple[str, ...] = KINDS, aspect: st
 
 
 def make_collage(seed: int, index: int, aspect: str = "any") -> Scene:
-    """Return collage `index` of the series `seed`: objects, letters and digits wherever there is room, no questions.
+    """Return collage `index` of the series `seed`: objects, letters and digits all over the image, no questions.
 
-    For training an encoder: it shows as much as several scenes, and no words that a reader could guess.
+    Collages are for training an encoder: they show as much as several scenes, and no words that could be guessed.
 
     Raises:
         ValueError: if the aspect is unknown.

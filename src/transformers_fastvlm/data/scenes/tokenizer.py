@@ -29,8 +29,8 @@ def write_tokenizer(directory: str | os.PathLike[str], vocab_size: int = 480, se
     Words printed in scenes are split into single letters, so that the model must read letter by letter.
 
     Args:
-        directory: where to write vocab.json, merges.txt, tokenizer_config.json, added_tokens.json and
-            special_tokens_map.json; it is made if it is not there.
+        directory: output directory for vocab.json, merges.txt, tokenizer_config.json, added_tokens.json and
+            special_tokens_map.json; it is created if needed.
         vocab_size: tokens before the three special ones; at least 256.
         seed: series of the scenes to train on.
 
