@@ -246,7 +246,7 @@ def test_paths_stay_in_the_folder(folder: Path) -> None:
     fine, above, absolute, link, address, inside = widths(requests_of(rows))
     assert (fine, inside) == (13, 13)
     assert "leaves the image folder" in above and "leaves the image folder" in absolute
-    assert "symbolic link" in link and "is an address" in address
+    assert "symbolic link" in link and "is a URL" in address
     assert widths(requests_of(rows, image_folder=str(folder)))[1:3] == [
         "the image '../b.png' leaves the image folder "
         f"{str(folder)!r}. Paths are relative to it and stay in it; put the image there, or name a folder further up.",
@@ -344,7 +344,7 @@ def test_columns_that_a_later_row_has(folder: Path) -> None:
         ({"image": ["b.png", "a.JPG"]}, r"an image is ['b.png', 'a.JPG'] (list)"),
         ({"image": []}, "'image' is empty"),
         ('{"image": "b.png", "image": "a.JPG", "q": "x"}', "has the key 'image' twice"),
-        ('{"image": "b.png", "q": ' + "1" * 5000 + "}", "a number of more digits"),
+        ('{"image": "b.png", "q": ' + "1" * 5000 + "}", "a number with more digits"),
         ({"image": "A" * 700_000}, "does not exist"),
         ({"image": "sub\\c.webp"}, "It exists under the same name written with / for \\."),
         ({"image": "cafe\u0301.png"}, "It exists under the same name written with composed accents."),

@@ -67,7 +67,7 @@ def test_a_bad_set(run: Run, bad: Path, tmp_path: Path) -> None:
 def test_a_file_that_is_cut_off(run: Run, good: Path, tmp_path: Path) -> None:
     good.write_text(good.read_text()[:-10])
     lines = run("data", "check", good, "--image-folder", tmp_path / "images", code=1).stdout.splitlines()
-    assert lines[0].startswith("row 2: the file ends inside of this row")
+    assert lines[0].startswith("row 2: the file ends inside this row")
     assert lines[1] == "2 rows read, 2 right (1 of them text alone), 1 images, 1 problems"
 
 

@@ -138,7 +138,7 @@ def test_row_lengths(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         assert row_lengths([{"messages": rows[1]["messages"]}])[0].tolist() == [40]
-    assert "all 1 samples of the list are made once" in caplog.text
+    assert "all 1 samples of the list are loaded once" in caplog.text
     with pytest.raises(ValueError, match="a generator has no length"):
         row_lengths(row for row in rows)
 

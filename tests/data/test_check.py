@@ -125,7 +125,7 @@ def test_plain(checkpoint: Callable[[str], Path], folder: Path, rows: list[Row])
     processor = FastVLMProcessor.from_pretrained(checkpoint("qwen2_tied"))
     report = check_dataset(rows[:3], folder, processor=processor, conversation="plain")
     assert [problem.row for problem in report.problems] == [1, 2]
-    assert "conversation='plain' learns captions" in report.problems[0].message
+    assert "conversation='plain' expects a caption" in report.problems[0].message
 
 
 @pytest.mark.parametrize("layout", ["json", "jsonl"])
@@ -138,7 +138,7 @@ def test_a_file_that_is_cut_off(folder: Path, rows: list[Row], tmp_path: Path, l
     assert report.rows == report.checked == 3 and report.images == 3
     (problem,) = report.problems
     assert (problem.row, problem.kind) == (3, "file")
-    assert ("cut off" if layout == "jsonl" else "the file ends inside of this row") in problem.message
+    assert ("cut off" if layout == "jsonl" else "the file ends inside this row") in problem.message
     saved = tmp_path / "report.json"
     saved.write_text(json.dumps(report.to_dict()))
     path.write_text(json.dumps(rows[:3]))

@@ -159,7 +159,7 @@ def test_truncation_cuts_the_answer(processor: FastVLMProcessor, picture: Image.
             20,
             r"^sample 0 of the batch \(id 'x'\): its last image ends at token \d+ of \d+, but max_length is 20, and",
         ),
-        (40, r"^sample 0 of the batch \(id 'x'\): of its \d+ tokens max_length=40 cuts off all that would be learned"),
+        (40, r"^sample 0 of the batch \(id 'x'\): max_length=40 cuts off all supervised tokens"),
     ],
 )
 def test_rows_that_cannot_be_cut(
@@ -216,7 +216,7 @@ def test_images_of_any_shape_and_mode(golden: Path, processor: FastVLMProcessor)
         (sample("Hi?", "Yes.", "And?"), "ends with a question"),
         (sample("<image><image>", "Yes.", images=[PICTURE]), "2 <image>, but the row has 1 images"),
         (sample("What?", "Yes.", images=[PICTURE]), "0 <image>, but the row has 1 images"),
-        (sample("What?", "<image>"), "role 'assistant' has <image>, but only users show images"),
+        (sample("What?", "<image>"), "role 'assistant' has <image>, but only user messages may have images"),
         (sample("<image>", "Yes.", images=[None]), r"an image is None \(NoneType\); expected a Pillow"),
         (sample("<image>", "Yes.", images=["http://x/y.png"]), r"an image is 'http://x/y.png' \(str\); expected"),
         (sample("<image>", "Yes.", images=[{"path": "a"}]), r"\(dict\).*data.load opens the images"),
@@ -237,7 +237,7 @@ def test_the_image_that_is_refused_is_named(processor: FastVLMProcessor, picture
 
 @pytest.mark.parametrize("row", [sample("Hi?", "Yes."), sample("<image>", "1", "Two?", "2", images=[PICTURE])])
 def test_plain_takes_captions_only(processor: FastVLMProcessor, row: dict[str, Any]) -> None:
-    with pytest.raises(SampleError, match="conversation='plain' learns captions"):
+    with pytest.raises(SampleError, match="conversation='plain' expects a caption"):
         FastVLMDataCollator(processor, conversation="plain")([row])
 
 

@@ -127,7 +127,7 @@ def test_a_system_message_beside_the_turns(key: str, processor: FastVLMProcessor
             (
                 {"messages": [{"role": "system", "content": "a"}, *TEXT["messages"]]},
                 "b",
-                "a system message among its turns and another",
+                "a system message in its turns and a different one",
             ),
         )
     ],
@@ -171,8 +171,8 @@ def test_no_answer_is_not_the_answer_nan(folder: Path) -> None:
 GOOD = {**SHOWN, "image": "a.png"}
 LONG = "A" * 400_000
 BAD: list[tuple[Any, str]] = [
-    ({**SHOWN, "image": {"bytes": "no base64!", "path": None}}, "text for its bytes that is not base64"),
-    ({**SHOWN, "image": {"bytes": 5, "path": None}}, "has a int for its bytes"),
+    ({**SHOWN, "image": {"bytes": "no base64!", "path": None}}, "text as its bytes that is not base64"),
+    ({**SHOWN, "image": {"bytes": 5, "path": None}}, "has a int as its bytes"),
     ({**SHOWN, "image": {"bytes": "", "path": None}}, r"is empty \(0 bytes\)"),
     ({**SHOWN, "image": LONG}, "does not exist: expected a file at"),
     ({**SHOWN, "image": "a/" * 90_000}, "does not exist|is a folder"),
@@ -181,17 +181,17 @@ BAD: list[tuple[Any, str]] = [
     ({**SHOWN, "image": {"bytes": None, "path": LONG}}, "does not exist"),
     ({**GOOD, "messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
     ({**GOOD, "messages": [{"role": {"a": LONG}, "content": "x"}]}, "unknown role"),
-    ({**GOOD, "messages": LONG}, "expected a list of at least one question"),
+    ({**GOOD, "messages": LONG}, "expected a list with at least one question"),
     ({"k" * 5000: 1}, "has neither; its keys are 'kkk"),
     ({**{f"key {number}": 1 for number in range(5000)}, "image": "a.png"}, r"its keys are 'key 0', .*\.\.\.\."),
-    ({**GOOD, "id": "x" * 5000, "messages": 5}, "expected a list of at least one question"),
+    ({**GOOD, "id": "x" * 5000, "messages": 5}, "expected a list with at least one question"),
     ({**GOOD, "messages": [{"role": "user", "content": [{"type": "image", "index": "x"}]}]}, "numbers its images"),
     ({**GOOD, "messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, "A part of a message"),
     ({**GOOD, "messages": [{"role": "user", "content": 5}, SHOWN["messages"][1]]}, "has the content 5"),
     ({**TEXT, "messages": [{"role": "user", "content": " "}, SHOWN["messages"][1]]}, "question 0 .* is empty"),
     ('{"image": "a.png", "image": "b.png"}', "has the key 'image' twice; keep one"),
     ('{"image": "a.png", "messages": [{"role": "user", "role": "user"}]}', "has the key 'role' twice"),
-    ('{"id": ' + "1" * 5000 + "}", "a number of more digits than Python reads"),
+    ('{"id": ' + "1" * 5000 + "}", "a number with more digits than Python reads"),
 ]
 # In a list such a row has no end that can be found.
 NESTED = ('{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply")

@@ -131,7 +131,7 @@ def test_the_state_of_a_saved_set_is_not_believed(way: Way, filename: str, folde
     state = json.loads((folder / "state.json").read_text())
     state["_data_files"] = [{"filename": filename.replace("{outside}", str(folder.parent))}]
     (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=r"state\.json' names .*; expected the name of something in that folder"):
+    with pytest.raises(ValueError, match=r"state\.json' names .*; expected the name of a file or folder in"):
         way(folder)
 
 
@@ -140,7 +140,7 @@ def test_the_splits_of_a_saved_set_are_not_believed(split: Any, folder: Path) ->
     split = split.replace("{outside}", str(folder.parent)) if isinstance(split, str) else split
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
     for way in WAYS:
-        with pytest.raises(ValueError, match=r"dataset_dict\.json' names|has no split|is not whole|has the splits"):
+        with pytest.raises(ValueError, match=r"dataset_dict\.json' names|has no split|is incomplete|has the splits"):
             way(folder)
 
 
@@ -236,12 +236,12 @@ def test_much_parquet_needs_no_memory(folder: Path, cache: Path, monkeypatch: py
     ("source", "error", "message"),
     [
         ("", ValueError, "the source is ''; expected a .json or .jsonl file"),
-        ("https://example.com/rows.jsonl", ValueError, "is an address; nothing is fetched"),
-        ("zip::here", ValueError, "is an address"),
-        ("./nowhere", FileNotFoundError, "there is no file './nowhere'"),
-        ("/no/such/folder", FileNotFoundError, "there is no file"),
-        ("gone.parquet", FileNotFoundError, "there is no file"),
-        ("{fifo}", ValueError, "is there, but is no regular file"),
+        ("https://example.com/rows.jsonl", ValueError, "is a URL; URLs are not fetched"),
+        ("zip::here", ValueError, "is a URL"),
+        ("./nowhere", FileNotFoundError, "the file './nowhere' does not exist"),
+        ("/no/such/folder", FileNotFoundError, "does not exist"),
+        ("gone.parquet", FileNotFoundError, "does not exist"),
+        ("{fifo}", ValueError, "exists, but is not a regular file"),
     ],
 )
 def test_names_of_nothing(folder: Path, source: str, error: type[Exception], message: str) -> None:

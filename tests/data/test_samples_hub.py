@@ -251,10 +251,10 @@ def test_sources_that_do_not_fit(hub: Any, tmp_path: Path) -> None:
         (hub.to_iterable_dataset(), {}, "pass streaming=True"),
         (hub, {"streaming": True}, r"\(Dataset\); expected a data set to stream"),
         (7, {}, r"the source is '7' \(int\); expected a .json or .jsonl file, a list of rows"),
-        (tmp_path / "a.json", {"streaming": True}, "is read row by row in any case"),
+        (tmp_path / "a.json", {"streaming": True}, "is always read row by row"),
         (hub.to_iterable_dataset(), {"streaming": True, "exclude": [1]}, "need all rows at once"),
     ):
         with pytest.raises(ValueError, match=expected):
             data.load(source, **options)
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*gone.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"the file .*gone.jsonl' does not exist"):
         data.load(tmp_path / "gone.jsonl")

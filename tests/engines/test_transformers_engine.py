@@ -224,7 +224,7 @@ def test_an_adapter_is_loaded_with_its_base(model: Path, tmp_path: Path, picture
     ("content", "message"),
     [
         ({"peft_type": "LORA"}, "names no base model"),
-        ({"peft_type": "LORA", "base_model_name_or_path": "/nowhere/at/all"}, "'/nowhere/at/all' is not there"),
+        ({"peft_type": "LORA", "base_model_name_or_path": "/nowhere/at/all"}, "'/nowhere/at/all' does not exist"),
         (None, "adapter of LLaVA code"),
     ],
 )

@@ -68,7 +68,7 @@ def test_a_changed_picture_changes_the_stamp_of_its_rows_only(folder: Path) -> N
         (GOOD | {"image": "gone.png"}, "exact", "'gone.png' cannot be read: No such file"),
         (GOOD | {"image": "../outside.png"}, "exact", "leaves the image folder"),
         (GOOD | {"image": "/etc/hostname"}, "exact", "leaves the image folder"),
-        (GOOD | {"image": "https://example.com/a.png"}, "exact", "nothing is fetched"),
+        (GOOD | {"image": "https://example.com/a.png"}, "exact", "URLs are not fetched"),
         (GOOD | {"image": 7}, "exact", r"an image is 7 \(int\)"),
         (GOOD | {"answer": "b"}, "letter", "expects capital letters"),
         (GOOD | {"answers": ["red"] * 3}, "vqa", "there are 3 answers"),

@@ -82,7 +82,7 @@ def test_damage_before_the_end_says_where(path: Path, broken: bytes) -> None:
     lines = write(path).splitlines(keepends=True)
     path.write_bytes(b"".join([lines[0], broken, *lines[2:]]))
     before = path.read_bytes()
-    with pytest.raises(JournalError, match=f"damaged at byte {len(lines[0])}. Delete it to begin again"):
+    with pytest.raises(JournalError, match=f"damaged at byte {len(lines[0])}. Delete it to start over"):
         opened(path)
     assert path.read_bytes() == before
 

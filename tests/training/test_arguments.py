@@ -41,7 +41,7 @@ def test_the_global_batch_is_kept_on_any_number_of_devices(total: int, devices: 
 
 def test_a_global_batch_that_does_not_divide_is_refused_with_one_that_does(recipe: MakeRecipe) -> None:
     assert training_arguments(recipe(train={"global_batch_size": 6})).gradient_accumulation_steps == 3
-    with pytest.raises(ValueError, match=r"is 12, but 2 devices of 8 rows each .* take 16 at once.*batch_size=6\."):
+    with pytest.raises(ValueError, match=r"is 12, but 2 devices of 8 rows each .* take 16 rows per.*batch_size=6\."):
         accumulation(12, 8, 2)
     with pytest.raises(ValueError, match=r"is 3, but 4 devices .* Choose another batch size\."):
         accumulation(3, 8, 4)

@@ -95,9 +95,9 @@ def test_targets_by_name(options: dict[str, Any], ends: set[str], checkpoint: Ca
         ({"parts": ["decoder"]}, "no part 'decoder'; expected some of vision_tower, projector, language_model"),
         ({"parts": []}, "parts is empty"),
         ({"parts": "projector", "whole": "projector"}, "projector is in both parts and whole"),
-        ({"whole": "language_model", "parts": "projector"}, "cannot be trained whole beside adapters"),
-        ({"targets": ["q_proj", "query"]}, "targets names 'query', .* there are down_proj, gate_proj, k_proj"),
-        ({"config": object(), "r": 4}, "config is given, so r must be part of it"),
+        ({"whole": "language_model", "parts": "projector"}, "cannot be fully trained together with adapters"),
+        ({"targets": ["q_proj", "query"]}, "targets has 'query', .* expected some of down_proj, gate_proj"),
+        ({"config": object(), "r": 4}, "config and r are both given"),
     ],
 )
 def test_what_cannot_be_adapted_is_named(
@@ -112,7 +112,7 @@ def test_moving_statistics_are_refused(checkpoint: Callable[[str], Path]) -> Non
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.frozen = False  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"BatchNorm layers of the encoder, such as .* an adapter does not hold those"):
+    with pytest.raises(ValueError, match=r"BatchNorm layers of the encoder, such as .* which an adapter does not hold"):
         lora_config(model)
     lora_config(model, whole="vision_tower")
 

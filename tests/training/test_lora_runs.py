@@ -49,7 +49,7 @@ def test_merged_and_unmerged_results_are_the_same_model(
             arguments={"max_steps": 2},
         )
         run(made, report=told.append)
-    assert any(line.startswith("  language_model") and "learn, at 0.01" in line for line in told)
+    assert any(line.startswith("  language_model") and "trained, learning rate 0.01" in line for line in told)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     assert {"lora" in name or "multi_modal_projector" in name for name in stored} == {True}

@@ -144,4 +144,4 @@ def test_checkpointing_and_freezing_take_less(
 def test_sizes_are_readable() -> None:
     assert readable_size(3 * 2**29) == "1.50 GiB" and readable_size(5 * 2**20) == "5 MiB"
     text = str(MemoryEstimate(2**30, 2**29, 2**31, 2**28, 2**20, 2**32))
-    assert text.startswith("about 4.00 GiB a device at the peak (weights 1.00 GiB, gradients 512 MiB, optimizer 2.00")
+    assert text.startswith("about 4.00 GiB per device at the peak (weights 1.00 GiB, gradients 512 MiB, optimizer 2.00")

@@ -178,13 +178,13 @@ def damage(directory: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("code", "non_lora_trainables.bin is refused: it is damaged, or holds more than tensors"),
+        ("code", "non_lora_trainables.bin is not loaded: it is damaged, or holds more than tensors"),
         ("truncated", "adapter_model.safetensors cannot be read as safetensors"),
         ("gone", "has neither adapter_model.safetensors nor adapter_model.bin; the adapter is incomplete"),
         ("incomplete", "is incomplete: .*lora_B.* is missing"),
         ("shape", "does not fit the model: .*size mismatch"),
         ("layer", "tensors for layers that this model lacks: .*layers.9.mlp.up_proj"),
-        ("name", "has base_model.model.head.lora_A.weight, which is no tensor of an adapter"),
+        ("name", "base_model.model.head.lora_A.weight, which is not part of an adapter"),
         ("projector", "does not fit the model: .*size mismatch"),
     ],
 )
@@ -210,7 +210,7 @@ def test_what_is_no_adapter_or_in_the_way_is_named(
     file = made.directory / "adapter_config.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="does not name the base model; say which it is"):
+    with pytest.raises(ValueError, match="does not name the base model; pass it as base"):
         merge_adapter(made.directory, tmp_path / "out")
     file.write_text(json.dumps({**content, "peft_type": "IA3"}))
     with pytest.raises(ValueError, match="holds an adapter of type 'IA3'; expected 'LORA'"):

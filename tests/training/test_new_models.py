@@ -200,11 +200,14 @@ def test_weights_take_the_type_asked_for(language_model: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "int8"}, "dtype is 'int8'; expected a floating-point type"),
+        ({"dtype": "int8"}, "dtype is 'int8'; expected a floating-point dtype"),
         ({"image_size": 100}, "image_size is 100, expected a positive multiple of 64"),
-        ({"language_model": {"hidden_size": 8}, "tokenizer": ""}, "model_type None; expected one that Transformers"),
-        ({"language_model": DECODER}, "no directory of its own, so its tokenizer is not known"),
-        ({"language_model": AutoConfig.for_model("gpt2")}, "no directory of its own"),
+        (
+            {"language_model": {"hidden_size": 8}, "tokenizer": ""},
+            "model_type None; expected a model_type of",
+        ),
+        ({"language_model": DECODER}, "has no directory, so its tokenizer is unknown"),
+        ({"language_model": AutoConfig.for_model("gpt2")}, "has no directory"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str, language_model: Any) -> None:
@@ -222,7 +225,7 @@ def test_sources_of_other_kinds_are_refused(language_model: Any, checkpoint: Che
         new_model(native, language_model("qwen2"))
     tokenizer = AutoTokenizer.from_pretrained(language_model("qwen2"))
     config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=483)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel is not built of `model` and `lm_head`"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel does not consist of `model` and `lm_head`"):
         new_model(ENCODER, config, tokenizer)
 
 

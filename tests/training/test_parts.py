@@ -96,7 +96,7 @@ def test_groups_cover_what_learns_once(load_tiny: Callable[[], Any]) -> None:
 
 def test_a_part_that_learns_needs_a_rate(load_tiny: Callable[[], Any]) -> None:
     model, _ = load_tiny()
-    with pytest.raises(ValueError, match="vision_tower learns, but has no learning rate"):
+    with pytest.raises(ValueError, match="vision_tower is trainable, but has no learning rate"):
         parameter_groups(model, {"projector": 1e-3})
 
 

@@ -57,10 +57,10 @@ def test_questions_of_a_file(tmp_path: Path) -> None:
     file.write_text("What?\n\n  Where is it?  \n")
     assert load_questions(str(file)) == ["What?", "Where is it?"]
     file.write_text("\n")
-    with pytest.raises(ValueError, match="has no questions; expected one a line"):
+    with pytest.raises(ValueError, match="has no questions; expected one per line"):
         load_questions(str(file))
     file.write_text("What is in <image>?")
-    with pytest.raises(ValueError, match="leave <image> out, it is placed here"):
+    with pytest.raises(ValueError, match="leave <image> out, it is added for you"):
         load_questions(str(file))
     with pytest.raises(FileNotFoundError):
         load_questions(str(tmp_path / "none.txt"))

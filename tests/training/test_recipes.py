@@ -84,16 +84,16 @@ def test_overrides_are_typed_by_yaml(override: str, read) -> None:
         ("train.global_batch_size=true", "train.global_batch_size is True; expected a whole number or null"),
         ("train.learning_rate=0", "train.learning_rate is 0; expected a positive number"),
         ("train.learning_rate=null", "train.learning_rate is None; expected a positive number"),
-        ("train.learning_rate={vision_tower: 1}", "train.learning_rate has none for projector, which learns"),
-        ("train.learning_rate.projector=1", r"train.learning_rate is 0.001, which has no 'projector' in it"),
+        ("train.learning_rate={vision_tower: 1}", "train.learning_rate has no rate for projector, which is trained"),
+        ("train.learning_rate.projector=1", r"train.learning_rate is 0.001, which cannot have 'projector'"),
         ("arguments.learning_rate=1", r"arguments.learning_rate is set by train.learning_rate"),
         ("arguments.gradient_accumulation_steps=2", "train.global_batch_size and arguments.gradient_accumulation"),
-        ("data.questions=generic", "data.questions asks for captions, which needs data.conversation: sft"),
+        ("data.questions=generic", "data.questions needs data.conversation: sft"),
         ("model.image_size=100", "model.image_size is 100; expected a positive multiple of 64"),
         ("model.drop_path_rate=1", "model.drop_path_rate is 1.0; expected a number from 0 to 1, without 1"),
-        ("data.streaming=true", r"data.streaming has no end that is known: set arguments.max_steps"),
+        ("data.streaming=true", r"data.streaming has no known length: set arguments.max_steps"),
         ("model=small", "model is 'small'; expected a section"),
-        ("data.streaming", "'data.streaming' is not a change of a recipe; expected key=value"),
+        ("data.streaming", "'data.streaming' is not a recipe override; expected key=value"),
         ("data.options={", r"The value in 'data.options=\{' is not YAML"),
     ],
 )
@@ -103,7 +103,7 @@ def test_mistakes_are_named(override: str, message: str) -> None:
 
 
 def test_settings_that_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match=r"data.group needs all rows at once, and data.streaming reads them as they"):
+    with pytest.raises(ValueError, match=r"data.group needs all rows at once, but data.streaming reads them one"):
         load_recipe("finetune", ["data.streaming=true", "arguments.max_steps=3"])
     with pytest.raises(ValueError, match=r"train.precision is float16 and model.dtype bfloat16"):
         load_recipe("finetune", ["train.precision=float16", "model.dtype=bfloat16"])
@@ -115,7 +115,7 @@ def test_a_model_is_loaded_or_made() -> None:
 
 
 def test_unknown_recipes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no recipe 'stage4'; did you mean 'stage.*The package's are"):
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'stage4'; did you mean 'stage.*The package has"):
         load_recipe("stage4")
     with pytest.raises(FileNotFoundError, match=r"mine.yaml does not exist; expected a recipe"):
         load_recipe(tmp_path / "mine.yaml")

@@ -75,18 +75,18 @@ def test_a_run_in_the_way_is_refused_and_a_finished_one_stays(recipe: MakeRecipe
     out = tmp_path / "out"
     first = recipe(model=SMALL, arguments={"max_steps": 2})
     run(first)
-    with pytest.raises(FileExistsError, match=r"out already holds checkpoint-2. Go on with it .--resume., or choose"):
+    with pytest.raises(FileExistsError, match=r"already holds checkpoint-2, which is not overwritten. Resume it"):
         run(first)
     stamp = (out / "model.safetensors").stat().st_mtime_ns
     told: list[str] = []
     run(first, resume=True, report=told.append)
-    assert told == [f"{out} is finished; nothing is left to do."]
+    assert told == [f"{out} is already finished."]
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
 
     longer = recipe(model=SMALL, arguments={"max_steps": 3})
     run(longer, resume=True, report=told.append)
-    assert "changed since the run began: arguments.max_steps was 2, is 3" in told
-    assert f"going on from {out / 'checkpoint-2'}" in told
+    assert "changed since the run started: arguments.max_steps was 2, is 3" in told
+    assert f"resuming from {out / 'checkpoint-2'}" in told
     assert json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="file is a file; expected a directory"):
@@ -113,10 +113,10 @@ def test_a_dry_run_tells_all_and_writes_nothing(recipe: MakeRecipe, rows_file: P
     model = AutoModelForImageTextToText.from_pretrained(made.model.path)
     projector = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
     assert told[0] == "test: a test"
-    assert "64x64 pixels, encoder in merged form, BatchNorm keeps its statistics" in text
+    assert "64x64 pixels, encoder in merged form, BatchNorm statistics frozen" in text
     assert any(line.startswith("  vision_tower") and line.endswith("parameters, frozen") for line in told)
-    assert any(line.endswith(f"{projector:,} parameters, {projector:,} learn, at 0.001") for line in told)
-    assert any(line.startswith("  language_model") and line.endswith("learn, at 2e-05") for line in told)
+    assert any(line.endswith(f"{projector:,} parameters, {projector:,} trained, learning rate 0.001") for line in told)
+    assert any(line.startswith("  language_model") and line.endswith("trained, learning rate 2e-05") for line in told)
     assert "data     12 rows, conversation sft; evaluated on 5 rows" in told
     assert "update   4 rows = 2 x 1 devices x 2 accumulated; 6 updates" in told
     assert "compute  weights float32, gradient checkpointing, on cpu" in told
@@ -130,11 +130,11 @@ def test_a_dry_run_tells_all_and_writes_nothing(recipe: MakeRecipe, rows_file: P
         ({"output_dir": None}, ValueError, "output_dir is not set"),
         ({"model": {"path": None}}, ValueError, "model.path is not set: name the directory"),
         ({"data": {"source": None}}, ValueError, "data.source is not set: name a LLaVA file"),
-        ({"data": {"source": "gone.json"}}, FileNotFoundError, "there is no file 'gone.json'"),
-        ({"data": {"options": {"limt": 3}}}, ValueError, "options of .* do not fit .*limt"),
-        ({"data": {"source": "scenes", "options": {"sed": 3}}}, ValueError, "options of scenes do not fit .*sed"),
+        ({"data": {"source": "gone.json"}}, FileNotFoundError, "the file 'gone.json' does not exist"),
+        ({"data": {"options": {"limt": 3}}}, ValueError, "options of .* are invalid .*limt"),
+        ({"data": {"source": "scenes", "options": {"sed": 3}}}, ValueError, "options of scenes are invalid .*sed"),
         ({"model": {"path": None, "new": {"encoder": "x"}}}, ValueError, "model.new does not fit new_model .*encoder"),
-        ({"model": {"dtype": "int8"}}, ValueError, "dtype is 'int8'; expected a floating-point type"),
+        ({"model": {"dtype": "int8"}}, ValueError, "dtype is 'int8'; expected a floating-point dtype"),
         ({"train": {"global_batch_size": 3}}, ValueError, "global_batch_size is 3, but 1 device of 2 rows each"),
         ({"data": {"max_length": 10_000}}, ValueError, "max_length is 10000, but the model's context holds"),
     ],
@@ -200,7 +200,7 @@ def test_stages_follow_each_other(
         ),
         report=told.append,
     )
-    assert any("encoder in train-time form, BatchNorm follows the batches" in line for line in told)
+    assert any("encoder in train-time form, BatchNorm statistics updated" in line for line in told)
     between = load_file(stage15 / "model.safetensors")
     assert moved(after, between) == {"mm_projector", "vision_tower", "layers", "norm", "embed_tokens"}
     statistics_before, statistics_after = statistics(after), statistics(between)

@@ -122,7 +122,7 @@ def test_disk_full_while_saving_leaves_the_checkpoint_before(
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
 
     try:
-        with pytest.raises(OSError, match=r"The checkpoint of step 4 could not be written.*checkpoint-2, from before"):
+        with pytest.raises(OSError, match=r"The checkpoint of step 4 could not be written.*checkpoint-2 is complete"):
             run(made, report=fill_the_disk)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -156,7 +156,7 @@ def test_a_disk_that_is_really_full(recipe: MakeRecipe, small_disk: Callable[[in
     """One checkpoint of 7 MiB fits, and a part of the next."""
     out = small_disk(10) / "out"
     made = recipe(output_dir=str(out), model={"image_size": 64})
-    with pytest.raises(OSError, match=r"The checkpoint of step 4 could not be written.*checkpoint-2, from before"):
+    with pytest.raises(OSError, match=r"The checkpoint of step 4 could not be written.*checkpoint-2 is complete"):
         run(made)
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "recipe.yaml", "rows.json"]
     small_disk(64)
@@ -175,7 +175,7 @@ def test_disk_full_at_the_end_leaves_nothing_that_looks_finished(recipe: MakeRec
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
 
     try:
-        with pytest.raises(OSError, match=r"The finished model could not be written.*no checkpoint to resume from"):
+        with pytest.raises(OSError, match=r"The finished model could not be written.*no checkpoint to resume"):
             run(made, report=fill_the_disk)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -242,11 +242,11 @@ def test_other_rows_are_named_when_a_run_is_resumed(recipe: MakeRecipe, rows_fil
     def told() -> list[str]:
         lines: list[str] = []
         run(made, resume=True, dry_run=True, report=lines.append)
-        return [line for line in lines if line.startswith("changed since the run began")]
+        return [line for line in lines if line.startswith("changed since the run started")]
 
     assert told() == []
     rows[0]["conversations"][1]["value"] += "!"
     file.write_text(json.dumps(rows))
-    assert [line.partition(";")[0] for line in told()] == ["changed since the run began: data.source had other rows"]
+    assert [line.partition(";")[0] for line in told()] == ["changed since the run started: data.source had other rows"]
     file.write_text(json.dumps(rows[:-1]))
     assert "data.source had 12 rows, has 11" in told()[0]

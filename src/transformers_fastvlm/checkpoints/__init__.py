@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint layouts of others as tables, and the converter between them."""
+"""Checkpoint layouts, and the converter between them."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ __all__ = ["Conversion", "Layout", "convert", "detect_layout", "load_projector",
 
 
 def __getattr__(name: str) -> Any:
-    # Registration imports the table of names from here, so the rest waits until it is used.
+    # Registration imports the table of names from here, so the rest is imported on first use.
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters (LoRA) as peft saves them: which base they belong to, putting them on a model and into its weights."""
+"""LoRA adapters in peft's format: finding their base model, attaching them, and merging them into the weights."""
 
 import os
 import warnings
@@ -18,7 +18,7 @@ __all__ = ["ADAPTER_CONFIG", "LLAVA_FILE", "OLD_NAME", "attach", "base_of_adapte
 
 ADAPTER_CONFIG = "adapter_config.json"
 OLD_NAME = "`is_gradient_checkpointing`"
-"""peft asks for this property of a model, which has another name from Transformers 5.23 on, and a warning says so."""
+"""peft reads this property of a model; Transformers 5.23 renamed it and warns."""
 
 LLAVA_FILE = "non_lora_trainables.bin"
 
@@ -27,7 +27,8 @@ def base_of_adapter(source: str | os.PathLike[str]) -> str | None:
     """Return the base model of an adapter's directory, a directory or hub repository; None for any other source.
 
     Raises:
-        ValueError: the adapter names no base, or one that is not there, or is one of LLaVA code, which is merged first.
+        ValueError: the adapter names no base or a base that does not exist, or comes from LLaVA code and must be merged
+            first.
     """
     folder = Path(source)
     if (folder / "config.json").is_file() or not (folder / ADAPTER_CONFIG).is_file():
@@ -37,10 +38,10 @@ def base_of_adapter(source: str | os.PathLike[str]) -> str | None:
         raise ValueError(f"{folder} is an adapter of LLaVA code ({LLAVA_FILE}). {merge_first}")
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ValueError(f"{folder} is an adapter, and its {ADAPTER_CONFIG} names no base model. {merge_first}")
+        raise ValueError(f"{folder} is an adapter, but its {ADAPTER_CONFIG} names no base model. {merge_first}")
     base = resolve_model(base)
     if not os.path.isdir(base) and (os.path.isabs(base) or len(Path(base).parts) != 2):
-        raise ValueError(f"{folder} is an adapter, and its base model {base!r} is not there. {merge_first}")
+        raise ValueError(f"{folder} is an adapter, but its base model {base!r} does not exist. {merge_first}")
     return base
 
 
@@ -48,7 +49,7 @@ def attach(model: "nn.Module", directory: str | os.PathLike[str]) -> "PeftModel"
     """Return a model with the adapters of a directory, frozen.
 
     Raises:
-        ValueError: the adapters do not fit the model; peft itself would only warn of tensors that are missing.
+        ValueError: the adapters do not match the model; peft would only warn about missing tensors.
     """
     with needs("peft", "An adapter", 'pip install "transformers-fastvlm[training]"'):
         import peft
@@ -65,9 +66,9 @@ def attach(model: "nn.Module", directory: str | os.PathLike[str]) -> "PeftModel"
 
 
 def merge(wrapped: "PeftModel") -> Any:
-    """Put the adapters into the weights and return the model without peft's wrapper; it is changed in place.
+    """Merge the adapters into the weights, in place, and return the model without peft's wrapper.
 
-    Each sum is made in float32 and rounded once, to the type of the weights, one layer after the other.
+    Each sum is computed in float32 and rounded once, to the dtype of the weights, one layer at a time.
 
     Raises:
         ValueError: the weights are quantized, or a sum is not finite.
@@ -80,8 +81,8 @@ def merge(wrapped: "PeftModel") -> Any:
         base: Any = module.get_base_layer()
         if not base.weight.is_floating_point():
             raise ValueError(
-                f"{name} is quantized ({base.weight.dtype}); adapters are merged into full weights. Save the adapter "
-                "and merge it with its base: merge_adapter, or fastvlm merge."
+                f"{name} is quantized ({base.weight.dtype}); adapters can only be merged into full weights. Save the "
+                "adapter and merge it with its base: merge_adapter, or fastvlm merge."
             )
         dtype = base.weight.dtype
         base.float()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint is known by, for a run that is resumed with it."""
+"""The identity of a checkpoint, by which a resumed run detects a changed one."""
 
 import os
 from pathlib import Path
@@ -13,12 +13,12 @@ _FILES = (".json", ".safetensors", ".txt", ".jinja", ".model", ".bin", ".onnx", 
 
 
 def checkpoint_identity(model: str) -> dict[str, str]:
-    """Return digests of all of a checkpoint's files, or the commit of one on the hub.
+    """Return digests of all files of a checkpoint, or the commit of a checkpoint on the hub.
 
-    Weights are read whole, as loading does afterwards.
+    Weights are read completely, as loading does afterwards.
 
     Raises:
-        OSError: there is no such checkpoint, or a file cannot be read.
+        OSError: the checkpoint does not exist, or a file cannot be read.
     """
     model = resolve_model(model)
     if os.path.isdir(model):

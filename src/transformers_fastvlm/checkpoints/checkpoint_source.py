@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a checkpoint directory of any layout: tensors under our names, a `FastVLMConfig`, and the checks of both."""
+"""Reading a checkpoint directory of any layout: tensors under our names, a `FastVLMConfig`, and checks of both."""
 
 import os
 from dataclasses import dataclass, field
@@ -33,15 +33,15 @@ _TRAIN_TIME_PARTS = (".rbr_conv.", ".rbr_skip.", ".lkb_origin.", ".pe.")
 
 @dataclass
 class Checkpoint:
-    """A checkpoint that has been read, but for the tensors' values.
+    """A checkpoint that has been read, except for the tensors' values.
 
     Attributes:
-        directory, layout, raw_config: where it is, how it is laid out, and its config.json.
+        directory, layout, raw_config: its directory, its layout, and the content of its config.json.
         config: the model's configuration, corrected where the tensors contradict config.json.
-        tensors: every tensor by our name.
-        shards: our names, by the file that they came in.
-        dropped: the source's names of tensors left out on purpose.
-        notes: what a user should know.
+        tensors: all tensors by our name.
+        shards: our names, grouped by source file.
+        dropped: source names of tensors left out on purpose.
+        notes: remarks for the user.
     """
 
     directory: Path
@@ -60,7 +60,7 @@ class Checkpoint:
         return int(text.vocab_size)
 
     def resize_vocabulary(self, rows: int) -> None:
-        """Cut the embeddings and the head to `rows` rows, or lengthen them by copies of their first row."""
+        """Cut the embeddings and the head to `rows` rows, or extend them with copies of their first row."""
         text: Any = self.config.text_config
         text.vocab_size = rows
         for name in (_EMBEDDING, _HEAD):
@@ -73,7 +73,7 @@ def detect_layout(directory: str | os.PathLike[str]) -> Layout:
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: it is of another model.
+        ValueError: the config.json is of another model.
     """
     path = Path(resolve_model(directory)) / "config.json"
     if not path.is_file():
@@ -91,14 +91,14 @@ def detect_layout(directory: str | os.PathLike[str]) -> Layout:
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """Read a checkpoint of any layout and check its tensors' names and shapes; their values stay on the disk.
+    """Read a checkpoint of any layout and check its tensors' names and shapes; their values stay on disk.
 
-    Tensors decide where config.json is known to be wrong: whether the head is tied, whether the encoder is merged,
-    whether it has the CLIP head.
+    Where config.json is known to be unreliable, the tensors decide: whether the head is tied, whether the encoder is
+    merged, and whether it has the CLIP head.
 
     Raises:
         FileNotFoundError: config.json, the weights or a shard is missing.
-        ValueError: a damaged file, unknown, repeated or missing tensors, or shapes that contradict config.json.
+        ValueError: a file is damaged, tensors are unknown, repeated or missing, or shapes contradict config.json.
     """
     layout = detect_layout(directory)
     raw = read_json(directory / "config.json")
@@ -136,13 +136,13 @@ def _refuse_unknown(directory: Path, unknown: list[str]) -> None:
     if unknown:
         shown = ", ".join(sorted(unknown)[:20]) + (", …" if len(unknown) > 20 else "")
         raise ValueError(
-            f"{directory} holds {len(unknown)} tensors that FastVLM does not have: {shown}. Nothing is converted, "
-            "since they would be lost: merge adapters and restore quantized weights first."
+            f"{directory} holds {len(unknown)} tensors that FastVLM does not have: {shown}. They would be lost, so "
+            "nothing is converted: merge adapters and restore quantized weights first."
         )
 
 
 def _correct_config(checkpoint: Checkpoint) -> None:
-    """Let the tensors decide what config.json does not say, or may have wrong."""
+    """Correct the configuration where config.json is incomplete or unreliable, by the tensors."""
     tensors, config, raw = checkpoint.tensors, checkpoint.config, checkpoint.raw_config
     vision: Any = config.vision_config
     text: Any = config.text_config
@@ -167,7 +167,7 @@ def _correct_config(checkpoint: Checkpoint) -> None:
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Compare every name and shape with those of the model that the configuration describes."""
+    """Compare all names and shapes with the model that the configuration describes."""
     import torch
 
     from ..modeling_fastvlm import FastVLMForConditionalGeneration
@@ -186,7 +186,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     if missing:
         raise ValueError(
             f"{directory} lacks {len(missing)} tensors of the model that its config.json describes: "
-            f"{', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}. It is incomplete, or has another's config."
+            f"{', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}. It is incomplete, or has a wrong config."
         )
     wrong = [
         f"{name} {tensor.shape}, expected {expected[name]}"

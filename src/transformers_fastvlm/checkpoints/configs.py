@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config.json of each layout, written from and read into a `FastVLMConfig`.
 
-Apple's flat form is read by `FastVLMConfig` itself. The native port's says nothing of how pictures are prepared, so
-what FastVLM knows beyond it travels in one more key, `fastvlm`, which Transformers keeps and does not use.
+`FastVLMConfig` reads Apple's flat form. The native port's config.json does not describe image preprocessing, so these
+fields are stored in an additional key, `fastvlm`, which Transformers keeps and does not use.
 """
 
 from math import isqrt
@@ -16,10 +16,10 @@ from ..configuration_fastvlm import FastViTHDConfig, FastVLMConfig
 __all__ = ["apple_config", "config_from_native", "native_config", "native_processor_files", "native_vocabulary"]
 
 NATIVE_KEY = "fastvlm"
-"""Key of a native config.json that holds what the port has no field for."""
+"""Key of a native config.json for values that the port has no field for."""
 
 _APPLE_NAMES = {"qwen2": ("llava_qwen2", "LlavaQwen2ForCausalLM"), "llama": ("llava_llama", "LlavaLlamaForCausalLM")}
-# What Apple's files hold beside the sizes: LLaVA's training options, as published.
+# LLaVA's training options in Apple's files, as published.
 _APPLE_CONSTANTS: dict[str, Any] = {
     "freeze_mm_mlp_adapter": False,
     "mm_projector_lr": None,
@@ -70,7 +70,7 @@ def apple_config(config: FastVLMConfig) -> dict[str, Any]:
     """Return Apple's flat config.json, with a `vision_config` only if the encoder is not the published one.
 
     Raises:
-        ValueError: the language model or the projector is one that Apple's layout cannot name.
+        ValueError: Apple's layout cannot express the language model or the projector.
     """
     text: Any = config.text_config
     vision: Any = config.vision_config
@@ -81,7 +81,7 @@ def apple_config(config: FastVLMConfig) -> dict[str, Any]:
         )
     if config.projector_hidden_act != "gelu":
         raise ValueError(
-            f"projector_hidden_act is {config.projector_hidden_act!r}; Apple's layout knows 'gelu' only. Convert to "
+            f"projector_hidden_act is {config.projector_hidden_act!r}; Apple's layout supports 'gelu' only. Convert to "
             "the layout 'transformers' instead."
         )
     model_type, architecture = _APPLE_NAMES[text.model_type]
@@ -112,14 +112,14 @@ def apple_config(config: FastVLMConfig) -> dict[str, Any]:
 
 
 def native_config(config: FastVLMConfig, vocabulary: int) -> dict[str, Any]:
-    """Return the config.json of Transformers' `fast_vlm`, the encoder timm's `fastvit_mci3` of these widths and depths.
+    """Return the config.json of Transformers' `fast_vlm`, whose encoder is timm's `fastvit_mci3`.
 
     Args:
-        config: the model's configuration, its vocabulary as it is stored.
-        vocabulary: rows of the vocabulary before any were added for `<image>`, for the way back.
+        config: the model's configuration, with the stored vocabulary size.
+        vocabulary: rows of the vocabulary before rows were added for `<image>`, for converting back.
 
     Raises:
-        ValueError: the encoder differs from FastViTHD in something that timm's cannot vary, or there is no image token.
+        ValueError: the encoder differs from FastViTHD in a field that timm's encoder fixes, or there is no image token.
     """
     vision: Any = config.vision_config
     text: Any = config.text_config
@@ -132,8 +132,8 @@ def native_config(config: FastVLMConfig, vocabulary: int) -> dict[str, Any]:
         )
     if config.image_token_id is None:
         raise ValueError(
-            "The id of <image> is not known, and the native fast_vlm needs it: the source has no tokenizer files. Put "
-            "the tokenizer beside the weights."
+            "The id of <image> is unknown, and the native fast_vlm needs it: the source has no tokenizer files. Add "
+            "the tokenizer files to the source directory."
         )
     model_args: dict[str, Any] = {"inference_mode": vision.reparameterized}
     if _differs(vision, "depths"):
@@ -175,7 +175,7 @@ def native_config(config: FastVLMConfig, vocabulary: int) -> dict[str, Any]:
 
 
 def native_vocabulary(native: dict[str, Any]) -> int | None:
-    """Return the rows that the vocabulary had before a conversion to the native layout, if config.json knows them."""
+    """Return the vocabulary rows before a conversion to the native layout, if config.json states them."""
     rows = (native.get(NATIVE_KEY) or {}).get("vocab_size")
     return rows if isinstance(rows, int) and rows > 0 else None
 
@@ -183,8 +183,8 @@ def native_vocabulary(native: dict[str, Any]) -> int | None:
 def native_processor_files(config: FastVLMConfig) -> dict[str, dict[str, Any]]:
     """Return the JSON files, by name, from which Transformers builds a `LlavaProcessor` for a native directory.
 
-    The picture is padded to a black square and resized with "pad", centre-cropped with "square"; AnyRes has no
-    counterpart there, and is padded.
+    With "pad" images are padded to a black square and resized, with "square" they are resized and centre-cropped.
+    AnyRes has no counterpart in the port; its images are padded.
     """
     vision: Any = config.vision_config
     side = vision.image_size
@@ -216,18 +216,18 @@ def native_processor_files(config: FastVLMConfig) -> dict[str, dict[str, Any]]:
 
 
 def config_from_native(directory: Path) -> tuple[FastVLMConfig, list[str]]:
-    """Return the `FastVLMConfig` of a directory of the native port, and notes on what had to be taken from elsewhere.
+    """Return the `FastVLMConfig` of a directory of the native port, and notes on assumed values.
 
-    How pictures are prepared comes from the key `fastvlm`, else from the image processor's file, else it is as Apple's
-    published models do it, with a note. The vocabulary is the one stored, rows that a conversion added included.
+    Image preprocessing comes from the key `fastvlm`, otherwise from the image processor's file, otherwise from Apple's
+    published models, with a note. The vocabulary size is the stored one, including rows added by a conversion.
 
     Raises:
-        ValueError: an encoder that is not FastViTHD, or options of the port that FastVLM does not have.
+        ValueError: the encoder is not FastViTHD, or the port uses options that FastVLM does not have.
     """
     path = directory / "config.json"
     native = read_json(path)
     if not native.get("text_config") or not native.get("vision_config"):
-        raise ValueError(f"{path} lacks text_config or vision_config; the sizes of the model are not guessed.")
+        raise ValueError(f"{path} lacks text_config or vision_config, which hold the sizes of the model.")
     vision = native["vision_config"]
     architecture = str(vision.get("architecture")).partition(".")[0]
     model_args = dict(vision.get("model_args") or {})
@@ -242,7 +242,7 @@ def config_from_native(directory: Path) -> tuple[FastVLMConfig, list[str]]:
     if architecture != "fastvit_mci3" or model_args or len(ratios) != 1:
         raise ValueError(
             f"{path} has the encoder {architecture!r} with model_args {vision.get('model_args')}; "
-            "expected timm's fastvit_mci3, with nothing changed but inference_mode, layers, embed_dims, mlp_ratios "
+            "expected timm's fastvit_mci3, with no other changes than inference_mode, layers, embed_dims, mlp_ratios "
             "(one for all stages) and in_chans."
         )
     if not native.get("multimodal_projector_bias", True):
@@ -260,11 +260,11 @@ def config_from_native(directory: Path) -> tuple[FastVLMConfig, list[str]]:
         pads = _image_processor(directory).get("do_pad")
         image["image_aspect_ratio"] = "square" if pads is False else "pad"
         if pads is None:
-            notes.append("nothing says how pictures are made square; taken as 'pad', as Apple's models are trained")
+            notes.append("the source does not state image_aspect_ratio; assuming 'pad', as in Apple's models")
     fields["image_size"] = known.get("image_size") or _image_size(directory, native)
     if not fields["image_size"]:
         fields["image_size"] = FastViTHDConfig().image_size
-        notes.append(f"nothing says the picture's size; taken as {fields['image_size']}, as in Apple's models")
+        notes.append(f"the source does not state the image size; assuming {fields['image_size']}, as in Apple's models")
 
     text = dict(native["text_config"])
     text.setdefault("model_type", "qwen2")

@@ -3,8 +3,8 @@
 
     directory ─ read ─► tensors under our names + FastVLMConfig ─ write ─► directory
 
-Tensors are copied as bytes, so each arrives bit for bit, in its dtype. The target appears under its name only when it
-is complete, and the source is never written to.
+Tensors are copied as bytes, so their bits and dtypes do not change. The target appears under its name only when it is
+complete, and the source is never written to.
 """
 
 import fnmatch
@@ -27,7 +27,7 @@ from .native import EXTRA_FILE, NOT_IN_NATIVE, to_native_name
 
 __all__ = ["DROPPED_FILES", "DROPPED_FROM", "Conversion", "convert"]
 
-_ANEW, _NOT_CONVERTED = "written anew", "weights or training state, not converted"
+_ANEW, _NOT_CONVERTED = "rewritten", "weights or training state, not converted"
 DROPPED_FILES: dict[str, str] = {
     "config.json": _ANEW,
     "*.safetensors": _ANEW,
@@ -44,22 +44,22 @@ DROPPED_FROM: dict[Layout, dict[str, str]] = {
     "transformers": dict.fromkeys(_PROCESSOR_FILES, "the processor of this package"),
     "native": dict.fromkeys(_NATIVE_FILES, "the processor of the native port"),
 }
-"""More of them, by the source's layout, where the target's is another."""
+"""Further patterns, by the source's layout, if the target has another layout."""
 
 _NATIVE_ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did.
+    """The result of `convert`.
 
     Attributes:
-        directory: where the result is.
+        directory: directory of the result.
         source_layout, layout: the two layouts.
-        num_tensors, num_bytes: what was written.
+        num_tensors, num_bytes: number of tensors and bytes written.
         dropped: names of tensors left out on purpose (`layouts.DROPPED_TENSORS`).
         not_copied: files and folders of the source left out, each with the reason.
-        notes: what a user should know, such as facts that the source did not state.
+        notes: remarks for the user, such as values that the source did not state.
     """
 
     directory: Path
@@ -81,10 +81,9 @@ def convert(
 ) -> Conversion:
     """Write the checkpoint in `source` to the new directory `out`, laid out as `layout`.
 
-    The source's layout is found out. Tensors keep their bits, their dtype and their division into shards. Tokenizer,
-    generation_config.json, licence and other small files are copied. The native layout also gets the files of its
-    processor, `<image>` in the tokenizer, and beside its weights `fastvlm_extra.safetensors` with the tensors that it
-    has no place for, which the way back takes up again.
+    The source's layout is detected. Tensors keep their bits, dtypes and shards. Tokenizer, generation_config.json,
+    licence and other small files are copied. The native layout also gets the files of its processor, `<image>` in the
+    tokenizer, and `fastvlm_extra.safetensors` with the tensors that it does not support; converting back restores them.
 
     Args:
         source: directory of a checkpoint in safetensors, or "tiny".
@@ -96,8 +95,8 @@ def convert(
     Raises:
         FileNotFoundError: the source, its config.json, its weights or one of its shards is missing.
         FileExistsError: `out` exists and is not an empty directory.
-        ValueError: a damaged file, unknown or missing tensors, shapes that contradict config.json, another model, or a
-            model that `layout` cannot express.
+        ValueError: a file is damaged, tensors are unknown or missing, shapes contradict config.json, it is another
+            model, or `layout` cannot express the model.
     """
     source, out = Path(resolve_model(source)), Path(out)
     if layout not in get_args(Layout):
@@ -106,7 +105,7 @@ def convert(
         raise FileNotFoundError(f"{source} is not a directory; expected one with a FastVLM checkpoint.")
     require_new(out)
     if out.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{out} lies inside the source {source}, which is never written to. Choose another place.")
+        raise ValueError(f"{out} lies inside the source {source}, which is never written to. Choose another directory.")
     checkpoint = read_checkpoint(source)
     with new_directory(out) as directory:
         return _write(checkpoint, directory, out, layout, progress)
@@ -140,7 +139,7 @@ def _write(
     write_directory(directory, shards, advance)
     if extra:
         write_tensors(directory / EXTRA_FILE, extra, advance)
-    # Last, so that a directory that was cut short by force is no checkpoint to anyone.
+    # Written last: without it, no loader accepts an incomplete directory.
     write_json(directory / "config.json", _config_in(layout, checkpoint, directory, vocabulary))
     return Conversion(
         directory=out,
@@ -192,26 +191,26 @@ def _copy_files(checkpoint: Checkpoint, directory: Path, layout: Layout) -> list
 
 
 def _prepare_native(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write the port's processor files, put `<image>` into the tokenizer and make room for it in the vocabulary."""
+    """Write the port's processor files, add `<image>` to the tokenizer and extend the vocabulary for it."""
     config = checkpoint.config
     for name, content in native_processor_files(config).items():
         write_json(directory / name, content)
     if config.mm_patch_merge_type != "flat" or config.image_aspect_ratio == "anyres":
-        checkpoint.notes.append("the native port has no AnyRes: it sees each picture as one padded square")
+        checkpoint.notes.append("the native port has no AnyRes: it sees each image as one padded square")
     token_id, rows = config.image_token_id, checkpoint.vocabulary
     if token_id is None:
         return
     _add_image_token(directory, token_id)
     if token_id >= rows:
-        # The port embeds the placeholder before it puts the features there. Copies of the first row's logit never are
-        # the first of the greatest.
+        # The port embeds the placeholder before it replaces it by features. Rows that copy the first one are never the
+        # first argmax.
         grown = -(-(token_id + 1) // _NATIVE_ROW_MULTIPLE) * _NATIVE_ROW_MULTIPLE
         checkpoint.resize_vocabulary(grown)
         checkpoint.notes.append(f"the vocabulary grew from {rows} to {grown} rows, to hold {IMAGE_TOKEN} ({token_id})")
 
 
 def _add_image_token(directory: Path, token_id: int) -> None:
-    """Put `<image>` into the copies of the tokenizer's files, in each place where added tokens are listed."""
+    """Add `<image>` to the copies of the tokenizer's files, wherever added tokens are listed."""
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     token: dict[str, Any] = {"content": IMAGE_TOKEN, **flags, "special": True}
     path = directory / "tokenizer_config.json"
@@ -236,5 +235,5 @@ def _add_image_token(directory: Path, token_id: int) -> None:
     if found != token_id:
         raise ValueError(
             f"{IMAGE_TOKEN} should have the id {token_id} in the tokenizer, but has {found}: the tokenizer's files and "
-            "config.json do not belong together."
+            "config.json do not match."
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that comes with the package, and the name that stands for it."""
+"""tiny, the test model that ships with the package, and the resolution of its name."""
 
 import os
 from pathlib import Path
@@ -7,15 +7,15 @@ from pathlib import Path
 __all__ = ["TINY", "resolve_model", "tiny_checkpoint"]
 
 TINY = "tiny"
-"""Name of the embedded model, wherever the package takes a directory or a hub repository."""
+"""Name of the embedded model, accepted wherever the package takes a directory or a hub repository."""
 
 
 def resolve_model(model: str | os.PathLike[str]) -> str:
-    """Return the directory or hub repository that a model's name means.
+    """Return the directory or hub repository of a model's name.
 
-    `TINY` means the embedded model, unless the current directory has a directory `tiny`: a local directory always
-    comes first, as in `from_pretrained`. Every other name is returned as it is. Every loader of the package calls this
-    before it looks at the disk or asks the hub.
+    `TINY` is the embedded model, unless the current directory has a directory `tiny`: a local directory always comes
+    first, as in `from_pretrained`. Other names are returned unchanged. Every loader of the package calls this before it
+    accesses the disk or the hub.
     """
     name = os.fspath(model)
     return str(tiny_checkpoint()) if name == TINY and not os.path.isdir(name) else name
@@ -24,10 +24,10 @@ def resolve_model(model: str | os.PathLike[str]) -> str:
 def tiny_checkpoint() -> Path:
     """Return the directory of the embedded tiny FastVLM, laid out as Apple's checkpoints.
 
-    It has 3.8 million parameters and was trained from nothing, by this package's own recipes, to answer questions
-    about drawn scenes: colours, shapes and where they are, counts, printed numbers and words, and bar charts. It is
-    for trying things out without a network and for tests; about photographs it knows nothing. Its weights are under
-    this package's licence, not Apple's.
+    It has 3.8 million parameters and was trained from scratch with this package's recipes, to answer questions about
+    drawn scenes: colours, shapes and their positions, counts, printed numbers and words, and bar charts. It is meant
+    for offline experiments and tests and cannot describe photographs. Its weights are under this package's licence, not
+    Apple's.
 
     Raises:
         FileNotFoundError: the package was installed without its data files.

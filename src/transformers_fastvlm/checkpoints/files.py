@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing safetensors directories as bytes: tensors are copied from file to file and never decoded.
 
-So every dtype comes out bit for bit, and memory is bounded by one block of a file whatever the size of the model.
-Reading is in `checkpoint_files`.
+So tensors of every dtype are bit-exact, and memory use is one block of a file for models of any size. Reading is in
+`checkpoint_files`.
 """
 
 import json
@@ -18,7 +18,7 @@ __all__ = ["write_directory", "write_json", "write_tensors"]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an object as indented JSON and force it to the disk."""
+    """Write an object as indented JSON and sync it to disk."""
     with path.open("w", encoding="utf-8") as stream:
         stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         stream.flush()
@@ -28,11 +28,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_tensors(
     file: Path, tensors: dict[str, StoredTensor], advance: Callable[[str, int], None] = lambda name, nbytes: None
 ) -> None:
-    """Copy tensors into a new safetensors file and force it to the disk.
+    """Copy tensors into a new safetensors file and sync it to disk.
 
     Args:
-        tensors: what to write, by the names to write it under. The order in the file is the library's: largest
-            elements first, so that everything is aligned, then by name.
+        file: path of the new file.
+        tensors: tensors by their names in the file. Their order is that of the safetensors library: largest elements
+            first, for alignment, then by name.
         advance: called with (name, bytes) after each block.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].item_bytes, name))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Transformers needs to know of the names of tensors: renamings, derived from `tensor_names.APPLE_TO_OURS`.
+"""Renamings of tensors for Transformers, derived from `tensor_names.APPLE_TO_OURS`.
 
-It applies them when it loads and reverses them when it saves. Importing this module imports neither torch nor
+Transformers applies them when it loads and reverses them when it saves. Importing this module imports neither torch nor
 Transformers.
 """
 
@@ -29,19 +29,19 @@ DROPPED_TENSORS: dict[str, str] = {
 """Ends of tensor names that a conversion leaves out, each with the reason."""
 
 ENCODER_PREFIXES: tuple[str, ...] = ("model.vision_tower.vision_tower.model.", "model.vision_tower.", "vision_tower.")
-"""What stands before the encoder's own names in a whole checkpoint: Apple's, ours, ours without a language head."""
+"""Prefixes of the encoder's names in a whole checkpoint: Apple's, ours, ours without a language head."""
 
 
 def is_dropped(name: str) -> bool:
-    """Whether a conversion leaves this tensor out on purpose; see `DROPPED_TENSORS`."""
+    """Return whether a conversion leaves this tensor out on purpose; see `DROPPED_TENSORS`."""
     return name.endswith(tuple(DROPPED_TENSORS))
 
 
 def apple_weight_renamings() -> "list[WeightRenaming]":
-    """Return what `register_checkpoint_conversion_mapping("fastvlm", …)` wants: Apple's names to ours.
+    """Return the renamings for `register_checkpoint_conversion_mapping("fastvlm", …)`: Apple's names to ours.
 
-    Transformers applies it while loading and reverses it while saving. Every pattern is anchored at the start, so
-    names that are ours already, and an adapter's, pass unchanged.
+    Transformers applies them while loading and reverses them while saving. Every pattern is anchored at the start, so
+    our names and an adapter's names do not change.
     """
     from transformers.core_model_loading import WeightRenaming
 
@@ -54,11 +54,11 @@ def apple_weight_renamings() -> "list[WeightRenaming]":
 
 
 def encoder_weight_renamings() -> "list[WeightRenaming]":
-    """Return what `register_checkpoint_conversion_mapping("fastvithd", …)` wants: an encoder out of a whole checkpoint.
+    """Return the renamings for `register_checkpoint_conversion_mapping("fastvithd", …)`: from a whole checkpoint.
 
-    The prefix before the encoder's names is taken off, whichever of `ENCODER_PREFIXES` it is; names without one pass
-    unchanged. What is not the encoder's keeps its name, and is unexpected to the encoder. As these are `PrefixChange`s,
-    an encoder that was not loaded through them is saved under its own names.
+    They remove the prefix of the encoder's names, one of `ENCODER_PREFIXES`; names without a prefix do not change.
+    Other tensors keep their names, and are unexpected to the encoder. As these are `PrefixChange`s, an encoder that was
+    loaded without them is saved with its usual tensor names.
     """
     from transformers.core_model_loading import PrefixChange
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of tensors in Transformers' own `fast_vlm` port, whose encoder is timm's `fastvit_mci3`: one table, both ways.
 
-Outside the encoder the port's names are ours. Inside, timm numbers stages where Apple numbers the layers of one
-sequence, and calls the parts otherwise; values and shapes are the same, so a conversion only renames.
+Outside the encoder the port's names equal ours. Inside, timm numbers stages where Apple numbers the layers of one
+sequence, and its parts have other names; values and shapes are the same, so a conversion only renames.
 Source: names of the parameters of timm 1.0's `fastvit_mci3` and of Transformers' `FastVlmForConditionalGeneration`.
 """
 
@@ -17,12 +17,12 @@ NATIVE_ENCODER = "model.vision_tower.timm_model."
 
 NOT_IN_NATIVE: dict[str, str] = {
     "model.vision_tower.head.proj": "the CLIP head, which the language model does not use",
-    "model.image_newline": "the learned newline of AnyRes, which the port does not know",
+    "model.image_newline": "the learned newline of AnyRes, which the port does not support",
 }
-"""Our names of tensors that the port has no place for; a conversion keeps them in `EXTRA_FILE`."""
+"""Our names of tensors that the port does not have; a conversion keeps them in `EXTRA_FILE`."""
 
 EXTRA_FILE = "fastvlm_extra.safetensors"
-"""File beside the port's weights that holds what is `NOT_IN_NATIVE`, under our names. Transformers does not read it."""
+"""File next to the port's weights with the tensors of `NOT_IN_NATIVE`, by our names. Transformers does not read it."""
 
 
 def _same(*words: str) -> dict[str, str]:
@@ -79,7 +79,7 @@ def _translated(name: str, sections: tuple[tuple[str, str, dict[str, str]], ...]
 
 
 def to_native_name(name: str) -> str | None:
-    """Return the port's name of a tensor that carries our name; None if it is unknown or `NOT_IN_NATIVE`."""
+    """Return the port's name of a tensor, given our name; None if it is unknown or `NOT_IN_NATIVE`."""
     if name in NOT_IN_NATIVE:
         return None
     if name.startswith(OUR_ENCODER):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file that LLaVA's first training stage leaves: `mm_projector.bin`, a pickled dictionary of tensors."""
+"""The output of LLaVA's first training stage: `mm_projector.bin`, a pickled dictionary of tensors."""
 
 import os
 import pickle
@@ -30,8 +30,8 @@ def load_projector(path: str | os.PathLike[str]) -> "dict[str, torch.Tensor]":
         `….linear_2.weight` (text width, text width) and `….linear_2.bias` (text width,).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, holds anything but these four tensors, or their shapes do not fit together.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, does not hold exactly these four tensors, or their shapes do not match.
     """
     path = Path(path)
     if not path.is_file():
@@ -58,10 +58,10 @@ def load_projector(path: str | os.PathLike[str]) -> "dict[str, torch.Tensor]":
 
 
 def load_tensors(path: Path) -> Any:
-    """Return what a safetensors file or a pickle holds, on the CPU; a pickle is read as data only.
+    """Return the content of a safetensors file or a pickle, on the CPU; a pickle is read as data only.
 
     Raises:
-        ValueError: it is damaged, or holds what is not data.
+        ValueError: the file is damaged, or a pickle holds more than data.
     """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -71,7 +71,7 @@ def load_tensors(path: Path) -> Any:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path} cannot be read as safetensors: {error}. It is damaged; fetch it again."
+                f"{path} cannot be read as safetensors: {error}. It is damaged; download it again."
             ) from error
     import torch
 
@@ -79,11 +79,13 @@ def load_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is refused: it is damaged, or holds more than tensors, and loading it could run code "
+            f"{path} is not loaded: it is damaged, or holds more than tensors and could run code "
             f"({str(error).splitlines()[0]})."
         ) from error
     except Exception as error:  # a damaged pickle can fail in any way
-        raise ValueError(f"{path} cannot be read as a PyTorch file: {error}. It is damaged; fetch it again.") from error
+        raise ValueError(
+            f"{path} cannot be read as a PyTorch file: {error}. It is damaged; download it again."
+        ) from error
 
 
 def _check(path: Path, tensors: list[Any]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures that Apple published about its checkpoints, to put beside measured ones. None of them is measured here."""
+"""Apple's published figures about its checkpoints, for comparison with measurements. None of them is measured here."""
 
 import re
 

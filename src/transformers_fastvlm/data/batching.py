@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order of training: batches of rows of one kind and of similar length, the same on every process.
 
-A batch is padded to its longest row, so rows of similar length waste little. Rows of text alone come in batches of
-their own, and whenever one process has such a batch, all have one: where a model is sharded, processes that disagree
-whether the encoder runs wait for each other forever.
+A batch is padded to its longest row, so grouping by length reduces padding. Text-only rows form separate batches, and
+all processes get such a batch in the same step: with a sharded model, processes that disagree on whether the encoder
+runs deadlock.
 """
 
 import logging
@@ -24,15 +24,15 @@ _DEFAULT_IMAGE_TOKENS = 256
 
 
 def row_lengths(dataset: Any, tokens_per_image: int = _DEFAULT_IMAGE_TOKENS) -> tuple[np.ndarray, np.ndarray]:
-    """Return about how many tokens each sample has, and whether it has an image.
+    """Return the approximate number of tokens of each sample, and whether it has an image.
 
-    The words of each row are read, at some ten thousand rows a second; a token is taken to be four bytes of them. No
-    image is opened if the data set has a method `messages(index)`, as that of `load` has. Of any other, every sample
-    is made once.
+    The text of each row is read, at about ten thousand rows per second, and counted as one token per four bytes. No
+    image is opened if the data set has a method `messages(index)`, as the data sets of `load` have. For any other data
+    set every sample is loaded once.
 
     Args:
-        dataset: of samples, or a `ConcatDataset` of such.
-        tokens_per_image: 256 for a square of 1024 pixels.
+        dataset: a data set of samples, or a `ConcatDataset` of them.
+        tokens_per_image: tokens of one image; 256 for a square of 1024 pixels.
 
     Returns:
         (rows,) int32 and (rows,) bool.
@@ -49,7 +49,7 @@ def row_lengths(dataset: Any, tokens_per_image: int = _DEFAULT_IMAGE_TOKENS) -> 
     messages_of = getattr(dataset, "messages", None)
     if messages_of is None:
         logger.warning(
-            "To group by length, all %d samples of the %s are made once.", len(dataset), type(dataset).__name__
+            "To group by length, all %d samples of the %s are loaded once.", len(dataset), type(dataset).__name__
         )
     lengths, has_image = np.zeros(len(dataset), np.int32), np.zeros(len(dataset), bool)
     for index in range(len(dataset)):
@@ -64,11 +64,11 @@ def row_lengths(dataset: Any, tokens_per_image: int = _DEFAULT_IMAGE_TOKENS) -> 
 def grouped_sampler(
     dataset: Any, args: Any, tokens_per_image: int = _DEFAULT_IMAGE_TOKENS
 ) -> "ModalityLengthSampler | None":
-    """Return the sampler that fits a run's `TrainingArguments`, or None for a data set without a length.
+    """Return the sampler for a run's `TrainingArguments`, or None for a data set without a length.
 
     Args:
         dataset, tokens_per_image: as in `row_lengths`.
-        args: of the run.
+        args: the `TrainingArguments` of the run.
 
     Example:
         >>> class GroupingTrainer(Trainer):  # doctest: +SKIP
@@ -94,32 +94,34 @@ def grouped_sampler(
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Indices in such an order that each batch has rows of one kind and of similar length.
+    """Orders indices so that each batch has rows of one kind and of similar length.
 
-    Rows with images and rows of text alone are each shuffled, cut into windows of many batches, sorted by length
-    within a window, and cut into steps: one batch for each process, all of the same kind. Then the steps are shuffled,
-    the one with the longest row first, so that memory runs out at once or never. The order follows from `seed` and the
-    epoch alone, so a run that is resumed goes on where it was.
+    Rows with images and text-only rows are each shuffled, cut into windows of many batches, sorted by length within a
+    window, and cut into steps: one batch for each process, all of the same kind. Then the steps are shuffled. The step
+    with the longest row comes first, so that an out-of-memory error appears in the first step. The order depends only
+    on `seed` and the epoch, so a resumed run continues with the same rows.
 
-    It is meant for `Trainer`, or any loop with accelerate, which deals the batches of a plain sampler out to the
-    processes in turn (`split_batches=False`). To be told of the epoch after a run on several processes is resumed,
-    accelerate needs `dataloader.set_sampler(sampler)` once.
+    The sampler is meant for `Trainer`, or any loop with accelerate, which distributes the batches of a plain sampler to
+    the processes in turn (`split_batches=False`). Call `dataloader.set_sampler(sampler)` once: accelerate needs it to
+    set the epoch after a run on several processes is resumed.
 
-    With one process the rows that fill no batch of their kind come last, mixed. With several, each kind is filled up
-    to whole steps by rows of its own that come twice, at most `batch_size * num_processes - 1` of them, as accelerate
-    and PyTorch's DistributedSampler do; or with `drop_last` cut down, other rows each epoch.
+    With one process the rows that fill no batch of their kind come last, mixed. With several, rows of each kind are
+    repeated to fill the last step, at most `batch_size * num_processes - 1` of them, as accelerate and PyTorch's
+    DistributedSampler do. With `drop_last` the remaining rows are left out instead, different ones each epoch.
 
     Args:
-        lengths: tokens of each row, exact or not; None to group by kind alone.
+        lengths: tokens of each row, exact or approximate; None to group by kind alone.
         has_image: whether each row has an image; None if all rows are of one kind.
         batch_size: rows of a batch on one process.
-        num_processes: that train together.
-        seed: of the order.
-        drop_last: leave out rows rather than take some twice (or, with one process, than end with a small batch).
-        window: batches of all processes among which rows are sorted by length; more waste less and shuffle less.
+        num_processes: number of processes that train together.
+        seed: random seed of the order.
+        drop_last: leave out rows instead of repeating some (or, with one process, instead of ending with a small
+            batch).
+        window: batches of all processes among which rows are sorted by length; a larger window pads less and shuffles
+            less.
 
     Raises:
-        ValueError: nothing to order, arguments that do not fit, or no whole step with `drop_last`.
+        ValueError: there are no rows, the arguments do not match, or `drop_last` leaves no whole step.
     """
 
     def __init__(
@@ -159,7 +161,7 @@ class ModalityLengthSampler(Sampler[int]):
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next; accelerate and Trainer do."""
+        """Set the epoch that comes next; accelerate and Trainer call this."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -184,7 +186,7 @@ class ModalityLengthSampler(Sampler[int]):
         return iter(np.concatenate([order.ravel(), *rests]).tolist())
 
     def _steps(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the steps that rows of one kind make, (steps, rows of a step), and those that are left over."""
+        """Return the steps of the rows of one kind, (steps, rows of a step), and the remaining rows."""
         step = self.batch_size * self.num_processes
         whole = len(rows) // step * step
         rest = rows[whole:]
@@ -194,9 +196,9 @@ class ModalityLengthSampler(Sampler[int]):
         elif self.drop_last:
             rest = rows[:0]
         rows = rows[:whole]
-        # One key for both, which is several times as fast as sorting twice: first the window, then the longest.
+        # One key for window and length (longest first): several times as fast as sorting twice.
         windows = np.arange(whole) // (self.window * step)
         rows = rows[np.argsort((windows << 32) - self.lengths[rows], kind="stable")]
-        # Neighbours go to different processes, so that all have about the same to do.
+        # Neighbours go to different processes, which balances their load.
         dealt = rows.reshape(-1, self.batch_size, self.num_processes).transpose(0, 2, 1)
         return dealt.reshape(-1, step), rest

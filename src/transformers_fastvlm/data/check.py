@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a whole data set, row by row, before a training run does: what is wrong with it, how long its rows are."""
+"""Checks of a whole data set before training: reads every row, reports problems and row lengths."""
 
 import os
 from collections.abc import Callable
@@ -27,10 +27,10 @@ class Problem:
 
     Attributes:
         row: index, counting from 0.
-        line: of the file, counting from 1; None where rows are not lines.
-        id: of the row, if it has one.
-        kind: "file" (it ends too early), "row", "image" or "length".
-        message: what is wrong, what was expected, and what to do.
+        line: line of the file, counting from 1; None where rows are not lines.
+        id: id of the row, if it has one.
+        kind: "file" (the file ends too early), "row", "image" or "length".
+        message: the problem, what was expected, and what to do.
     """
 
     row: int
@@ -49,15 +49,15 @@ class Report:
 
     Attributes:
         source: the file or data set.
-        rows: how many it has.
-        checked: how many of them were read.
-        images: of the rows that are right.
-        text_only: rows without images, of those that are right.
-        tokens: of the rows that are right, before any cut: total, min, median, mean, p95, p99, max; None without a
+        rows: number of rows.
+        checked: number of rows that were read.
+        images: number of images in the valid rows.
+        text_only: number of valid rows without images.
+        tokens: tokens of the valid rows before truncation: total, min, median, mean, p95, p99, max; None without a
             processor.
-        longer: rows of which `max_length` cuts the end; None without `max_length`.
-        unread: keys that hold something and are not read, with the number of their rows; 100 keys at most.
-        problems: one a row, in order.
+        longer: number of rows that `max_length` truncates; None without `max_length`.
+        unread: keys that hold a value but are not read, with the number of their rows; 100 keys at most.
+        problems: at most one per row, in order.
     """
 
     source: str
@@ -72,11 +72,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as what JSON can hold; `load(exclude=…)` reads that from a file."""
+        """Return the report as a JSON-compatible dictionary; `load(exclude=…)` reads it from a file."""
         return {"ok": self.ok, **asdict(self)}
 
 
@@ -103,16 +103,17 @@ def check_dataset(
         source, image_folder, split, name, follow_symlinks, do_exif_transpose, alpha_background, max_pixels: as in
             `load`; one source, not a list.
         processor: a `FastVLMProcessor`, to count tokens.
-        conversation, max_length: of the training run, to find the rows that `FastVLMDataCollator` would refuse or cut.
-        limit: read only the first rows.
-        num_workers: processes that read beside this one; 0 for none.
-        progress: called with the rows read so far and their number.
+        conversation, max_length: settings of the training run, to find the rows that `FastVLMDataCollator` would
+            refuse or truncate.
+        limit: read only this many rows, from the start.
+        num_workers: number of worker processes that read; 0 reads in this process.
+        progress: called with the number of rows read so far and of all rows.
 
     Raises:
-        ValueError: `max_length` or `conversation` without a processor, a set without rows, or what `load` raises of
-            its arguments.
-        SampleError: a file that holds no rows at all.
-        OSError: a file or folder that is not there.
+        ValueError: `max_length` or `conversation` without a processor, a data set without rows, or an argument that
+            `load` refuses.
+        SampleError: the file holds no rows at all.
+        OSError: a file or folder does not exist.
     """
     if processor is None and (max_length is not None or conversation != "sft"):
         raise ValueError("max_length and conversation need a processor, which counts the tokens; pass one.")

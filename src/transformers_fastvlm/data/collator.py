@@ -19,44 +19,44 @@ __all__ = ["CONVERSATIONS", "IGNORED", "FastVLMDataCollator"]
 
 CONVERSATIONS = ("sft", "plain")
 IGNORED = -100
-"""The label of a token that is not learned."""
+"""The label of a token that is not supervised."""
 
 
 class FastVLMDataCollator:
     """Makes a batch of samples: tokens, labels and pixels, padded on the right.
 
-    A sample is `{"messages": […], "images": […], "id": …}`: messages with a role and a content, a string with one
-    "<image>" for each picture in a user's turns or a list of parts; Pillow images (or arrays) in their order; no
-    `images`, or none in it, is a row of text alone, which needs no dummy image. `image` is one image, `system` or
-    `system_prompt` a system message. Whatever else a sample holds is left alone, but an image under another key raises.
+    A sample is `{"messages": […], "images": […], "id": …}`. A message has a role and a content: a string with one
+    "<image>" for each image in a user's turns, or a list of parts. `images` holds Pillow images (or arrays) in their
+    order. A sample without `images`, or with an empty list, is a text-only row and needs no dummy image. `image` is a
+    single image; `system` or `system_prompt` is a system message. Other keys are ignored, but an image under another
+    key raises.
 
-    What is learned, all else having the label -100:
+    Supervised tokens (all others have the label -100):
 
-    - "sft": what the processor's chat template has in its generation blocks. ChatML: each answer, `<|im_end|>` and
-      the newline after it. Vicuna v1: each answer and `</s>`.
-    - "plain", for stage 1: the row becomes one "<image>", the caption and a newline; caption and newline are learned
+    - "sft": the generation blocks of the processor's chat template. ChatML: each answer, `<|im_end|>` and the newline
+      after it. Vicuna v1: each answer and `</s>`.
+    - "plain", for stage 1: the row becomes one "<image>", the caption and a newline; caption and newline are supervised
       and the question is dropped.
 
     Calling returns a dictionary of
 
-    - `input_ids`, `attention_mask`, `labels`: (rows, length), int64; each image is as many placeholders as it has
-      tokens;
+    - `input_ids`, `attention_mask`, `labels`: (rows, length), int64; each image has one placeholder per image token;
     - `pixel_values`: (total tiles, 3, height, width), float32; absent where no row has an image;
     - `image_sizes`, `num_tiles`: for AnyRes, as the image processor gives them.
 
-    Threads may share it, and each other's processor.
+    The collator and its processor can be shared between threads.
 
     Args:
-        processor: a `FastVLMProcessor`; its template, image size and tokenizer are used as they are.
+        processor: a `FastVLMProcessor`; its template, image size and tokenizer are used unchanged.
         conversation: "sft" or "plain".
-        max_length: longest row in tokens, placeholders included; a longer one loses its end. Never a part of an image:
-            a row whose images do not fit raises, and so does one of which nothing would be left to learn. None cuts
-            nothing, and a row longer than the processor's `context_length` raises.
-        pad_to_multiple_of: make the length a multiple of this, which tensor cores like.
+        max_length: longest row in tokens, placeholders included; the end of a longer row is cut. Images are never cut:
+            a row whose images do not fit raises, and so does a row without supervised tokens after the cut. With None
+            nothing is cut, and a row longer than the processor's `context_length` raises.
+        pad_to_multiple_of: pad the length to a multiple of this, which can speed up tensor cores.
 
     Raises:
-        ValueError: an option that cannot be used.
-        SampleError: a row that cannot be used, named by its id; nothing is left out silently.
+        ValueError: an option is invalid.
+        SampleError: a row is invalid; the message names its id. No row is left out silently.
 
     Example:
         >>> collator = FastVLMDataCollator(processor, max_length=2048)  # doctest: +SKIP
@@ -85,8 +85,8 @@ class FastVLMDataCollator:
             )
         if not getattr(processor.tokenizer, "is_fast", False):
             raise ValueError(
-                f"the tokenizer is a {type(processor.tokenizer).__name__}, which cannot say where tokens come from in "
-                "the text; labels need a fast one (use_fast=True)."
+                f"the tokenizer is a {type(processor.tokenizer).__name__}, which has no character offsets; labels need "
+                "a fast tokenizer (use_fast=True)."
             )
         if processor.tokenizer.pad_token_id is None:
             raise ValueError(
@@ -96,8 +96,8 @@ class FastVLMDataCollator:
         template = template.get("default") if isinstance(template, dict) else template
         if conversation == "sft" and "endgeneration" not in (template or ""):
             raise ValueError(
-                "the processor's chat template has no {% generation %} blocks, which say what is learned. Use the "
-                "template of FastVLMProcessor.from_pretrained, or add the blocks around the answers."
+                "the processor's chat template has no {% generation %} blocks, which mark the supervised tokens. Use "
+                "the template of FastVLMProcessor.from_pretrained, or add the blocks around the answers."
             )
         self.processor = processor
         self.conversation = conversation
@@ -106,9 +106,9 @@ class FastVLMDataCollator:
         self._template = template
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return the batch of these samples."""
+        """Return a batch of samples."""
         if not samples:
-            raise ValueError("there are no samples to make a batch of; expected at least one.")
+            raise ValueError("the batch has no samples; expected at least one.")
         chats, images = zip(*map(self._checked, samples, range(len(samples))), strict=True)
         pixels, tokens = self._pixels(samples, images)
         rows = []
@@ -127,16 +127,16 @@ class FastVLMDataCollator:
     def encode(
         self, chats: Sequence[Sequence[Mapping[str, str]]], tokens: Sequence[Sequence[int]]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the ids and labels of conversations, each of shape (length,), neither cut nor padded.
+        """Return the ids and labels of conversations, each of shape (length,), neither truncated nor padded.
 
         Args:
-            chats: conversations in the one form that `check_messages` accepts.
-            tokens: for each, how many tokens each of its images has.
+            chats: conversations in the canonical form that `check_messages` accepts.
+            tokens: for each conversation, the number of tokens of each image.
         """
         texts, spans = self._rendered(chats)
         tokenizer = self.processor.tokenizer
         bos = tokenizer.bos_token
-        with RENDERING:  # others pad
+        with RENDERING:  # other threads may change the tokenizer's padding
             encoded = tokenizer(
                 texts,
                 add_special_tokens=bos is None or not texts[0].startswith(bos),
@@ -152,14 +152,14 @@ class FastVLMDataCollator:
             wanted = np.zeros(len(row), bool)
             for first, last in learned:
                 wanted |= (starts < last) & (ends > first)
-            # An image has one placeholder in the text; it is repeated here, where that costs nothing.
+            # An image has one placeholder in the text. Repeating it here avoids tokenizing the copies.
             repeats = np.ones(len(row), np.int64)
             repeats[row == self.processor.image_token_id] = lengths
             rows.append((np.repeat(row, repeats), np.repeat(np.where(wanted, row, IGNORED), repeats)))
         return rows
 
     def _rendered(self, chats: Sequence[Sequence[Mapping[str, str]]]) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        """Return the text of each conversation, one placeholder an image, and the spans of it that are learned."""
+        """Return the text of each conversation, with one placeholder per image, and its supervised spans."""
         if self.conversation == "plain":
             answers = [chat[-1]["content"] for chat in chats]
             texts = [f"{IMAGE_TOKEN}{answer}\n" for answer in answers]
@@ -168,12 +168,12 @@ class FastVLMDataCollator:
         return render_with_spans(list(map(list, chats)), self._template, **self.processor.tokenizer.special_tokens_map)
 
     def _checked(self, sample: Mapping[str, Any], number: int) -> tuple[list[dict[str, str]], list[Any]]:
-        """Return the messages of a sample in the one form, and its images."""
+        """Return the messages of a sample in the canonical form, and its images."""
         try:
             if "messages" not in sample:
                 raise ValueError(
-                    f"it has no 'messages'; its keys are {listed(sample)}. If they were there, "
-                    "Trainer removed them: set remove_unused_columns=False in its arguments."
+                    f"it has no 'messages'; its keys are {listed(sample)}. Trainer may have removed the column: set "
+                    "remove_unused_columns=False in its arguments."
                 )
             words = {key: sample.get(key) for key in ("messages", *SYSTEM_KEYS)}
             messages, inside = messages_and_sources(words)
@@ -193,7 +193,7 @@ class FastVLMDataCollator:
     def _pixels(
         self, samples: Sequence[Mapping[str, Any]], images: Sequence[Sequence[Any]]
     ) -> tuple[dict[str, Tensor], list[list[int]]]:
-        """Return what the image processor makes of all images, and how many tokens each one has, by row."""
+        """Return the image processor's output for all images, and the number of tokens of each image, by row."""
         flat = [image for row in images for image in row]
         if not flat:
             return {}, [[] for _ in images]
@@ -213,15 +213,15 @@ class FastVLMDataCollator:
         return dict(features), [[next(lengths) for _ in row] for row in images]
 
     def measure(self, messages: Sequence[Mapping[str, str]], sizes: Sequence[Sequence[int]]) -> int:
-        """Return how many tokens a row has before it is cut.
+        """Return the number of tokens of a row before truncation.
 
         Args:
-            messages: a conversation in the one form.
-            sizes: height and width of each of its images, as they are passed in.
+            messages: a conversation in the canonical form.
+            sizes: height and width of each of its images before preprocessing.
 
         Raises:
-            ValueError: a row that this collator refuses.
-            LengthError: one that cannot be cut to `max_length`.
+            ValueError: this collator refuses the row.
+            LengthError: the row cannot be cut to `max_length`.
         """
         self._check_kind(messages, len(sizes))
         tokens = self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
@@ -233,22 +233,22 @@ class FastVLMDataCollator:
         roles = [turn["role"] for turn in messages]
         if self.conversation == "plain" and (num_images, roles) != (1, ["user", "assistant"]):
             raise ValueError(
-                f"the row has {num_images} images and {len(roles)} messages, but conversation='plain' learns captions: "
-                "one image, one question and one answer. For other rows use conversation='sft'."
+                f"the row has {num_images} images and {len(roles)} messages, but conversation='plain' expects a "
+                "caption: one image, one question and one answer. For other rows use conversation='sft'."
             )
 
     def _fitted(self, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids and labels cut to the longest that is allowed.
+        """Return ids and labels, cut to `max_length`.
 
         Raises:
-            LengthError: nothing that may be cut is enough.
+            LengthError: the row is too long and cannot be cut.
         """
         length, limit, context = len(ids), self.max_length, self.processor.context_length
         if limit is None:
             if context is not None and length > context:
                 raise LengthError(
-                    f"the row has {length} tokens, but the model's context holds {context}. Set max_length to cut the "
-                    "ends of such rows, or split the conversation."
+                    f"the row has {length} tokens, but the model's context holds {context}. Set max_length to truncate "
+                    "such rows, or split the conversation."
                 )
             return ids, labels
         places = np.flatnonzero(ids == self.processor.image_token_id)
@@ -259,8 +259,8 @@ class FastVLMDataCollator:
             )
         if not (labels[:limit] != IGNORED).any():
             raise LengthError(
-                f"of its {length} tokens max_length={limit} cuts off all that would be learned. Raise max_length, or "
-                "shorten or remove the row."
+                f"max_length={limit} cuts off all supervised tokens of the row, which has {length} tokens. Raise "
+                "max_length, or shorten or remove the row."
             )
         return ids[:limit], labels[:limit]
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets in a folder of this machine: found by listing it, never by what a file in it says.
+"""Data sets in a local folder: found by listing the folder, never by following paths in its metadata.
 
-A folder comes from others. Its README may name files anywhere and addresses, and so may the state of a saved data set;
-`datasets.load_dataset` follows both. So the files are listed here, each must lie in the folder, and none but the rows
-themselves is believed.
+Folders are untrusted. The README of a folder, or the state of a saved data set, may name URLs and files elsewhere, and
+`datasets.load_dataset` follows both. So the files are listed here, each must lie in the folder, and only the rows are
+read.
 """
 
 import glob
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 ALL_SPLITS = "*"
-"""In place of a split: the rows of all files."""
+"""Value of `split` that takes the rows of all files."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _SPLITS = "dataset_dict.json"
 _NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", _SPLITS, _STATE)
 _KINDS = ((".parquet",), (".arrow",), (".json", ".jsonl"))
 IN_MEMORY = 2**30
-"""Most bytes of Parquet files that are read into memory."""
+"""Parquet files of at most this many bytes in total are read into memory."""
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -61,15 +61,15 @@ def folder_rows(folder: str, split: str | None, name: str | None, follow_symlink
     """Return the rows of a data set in a folder.
 
     Args:
-        folder: what `save_to_disk` wrote, or one with Parquet, Arrow, JSON or JSONL files in it or below it. Of
-            several kinds the first of these is taken.
-        split: by the names of files and folders, such as `train-00000-of-00002.parquet`; where None is given "train",
-            to which files without such a word belong; or `ALL_SPLITS`.
-        name: of a configuration, of which a folder has none.
+        folder: the output of `save_to_disk`, or a folder with Parquet, Arrow, JSON or JSONL files in it or below it. If
+            there are several kinds, the first in this order is read.
+        split: recognised by the names of files and folders, such as `train-00000-of-00002.parquet`; files without such
+            a word belong to "train". None for "train", or `ALL_SPLITS`.
+        name: name of a configuration; must be None, since a folder has none.
         follow_symlinks: allow links that lead out of the folder.
 
     Raises:
-        ValueError: it has no rows, no such split, a file that cannot be read or lies elsewhere.
+        ValueError: the folder has no rows or no such split, or a file cannot be read or lies elsewhere.
         ImportError: a package that reads its files is missing.
     """
     files = _chosen_files(folder, split, name, follow_symlinks)
@@ -83,19 +83,19 @@ def arrow_datasets(folder: str, split: str | None, name: str | None, follow_syml
     """Return the `datasets.Dataset` of each Parquet or Arrow file of a folder; see `folder_rows`.
 
     Raises:
-        ValueError: see `folder_rows`, or its rows are JSON.
+        ValueError: see `folder_rows`; or the rows are JSON.
     """
     files = _chosen_files(folder, split, name, follow_symlinks)
     if files[0].lower().endswith((".json", ".jsonl")):
-        raise ValueError(f"{folder!r} has JSON rows, which are read one by one in any case; leave streaming out.")
+        raise ValueError(f"{folder!r} has JSON rows, which are always read one by one; leave streaming out.")
     return _opened(files)
 
 
 def parquet_rows(files: Sequence[str], name: str) -> Rows:
-    """Return the rows of Parquet files, or of the Arrow files of one data set, which is called `name`.
+    """Return the rows of Parquet files, or of the Arrow files of the data set `name`.
 
     Raises:
-        ValueError: one cannot be read.
+        ValueError: a file cannot be read.
         ImportError: a package that reads them is missing.
     """
     opened = _opened(files)
@@ -106,7 +106,7 @@ def parquet_rows(files: Sequence[str], name: str) -> Rows:
 
 
 def is_of_macos(name: str) -> bool:
-    """Return whether a file, named relative to its folder, is what macOS keeps beside others: ._NAME, __MACOSX/."""
+    """Return whether a file, named relative to its folder, is macOS metadata: ._NAME, __MACOSX/."""
     return os.path.basename(name).startswith("._") or "__MACOSX" in name.split(os.sep)
 
 
@@ -114,8 +114,8 @@ def files_below(folder: str, follow_links: bool = True) -> Iterator[str]:
     """Yield the files in a folder and below it, in order of their names.
 
     Args:
-        folder: where to begin.
-        follow_links: go into linked folders too; each folder is visited once, so that a circle of links ends.
+        folder: the top folder.
+        follow_links: enter linked folders too; each folder is visited once, so cycles of links end.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -140,7 +140,7 @@ def files_below(folder: str, follow_links: bool = True) -> Iterator[str]:
 
 
 def is_within(path: str, folder: str) -> bool:
-    """Whether a path is a folder's or lies below it; both absolute and normal."""
+    """Return whether a path is the folder or lies below it; both absolute and normalized."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
@@ -163,8 +163,8 @@ def _chosen_files(folder: str, split: str | None, name: str | None, follow_symli
     """Return the files with the rows of one split, in order, each of them in the folder."""
     if name is not None:
         raise ValueError(
-            f"name is {name!r}, but {folder!r} is a folder on this disk, which has no configurations. Name the folder "
-            "with the files of that configuration."
+            f"name is {name!r}, but {folder!r} is a local folder, which has no configurations. Name the folder with "
+            "the files of that configuration."
         )
     if os.path.isfile(os.path.join(folder, _SPLITS)):
         named = _read_json(os.path.join(folder, _SPLITS), folder).get("splits")
@@ -172,7 +172,7 @@ def _chosen_files(folder: str, split: str | None, name: str | None, follow_symli
         folder = os.path.join(folder, _one_of(splits, split, folder))
         split = None
         if not os.path.isfile(os.path.join(folder, _STATE)):
-            raise ValueError(f"{folder!r} has no {_STATE}: the saved data set is not whole. Save or copy it again.")
+            raise ValueError(f"{folder!r} has no {_STATE}: the saved data set is incomplete. Save or copy it again.")
     if os.path.isfile(os.path.join(folder, _STATE)):
         if split not in (None, "train", ALL_SPLITS):
             raise ValueError(f"{folder!r} is one saved data set and has no split {split!r}; leave split out.")
@@ -182,7 +182,7 @@ def _chosen_files(folder: str, split: str | None, name: str | None, follow_symli
     real = os.path.realpath(folder)
     for file in files:
         if not os.path.isfile(file):
-            raise ValueError(f"{file!r} is missing or is no regular file. Save or copy the data set again.")
+            raise ValueError(f"{file!r} is missing or not a regular file. Save or copy the data set again.")
         if not follow_symlinks and not is_within(os.path.realpath(file), real):
             raise ValueError(
                 f"{file!r} leaves the folder {folder!r} by a symbolic link. Copy the file there, or allow it with "
@@ -201,12 +201,12 @@ def _listed_files(folder: str, split: str | None, follow_symlinks: bool) -> list
     kinds = [kind for kind in _KINDS if found[kind]]
     if not kinds:
         raise ValueError(
-            f"the folder {folder!r} has no rows; expected Parquet, Arrow, JSON or JSONL files in it, or what "
-            "save_to_disk wrote."
+            f"the folder {folder!r} has no rows; expected Parquet, Arrow, JSON or JSONL files in it, or the output of "
+            "save_to_disk."
         )
     if len(kinds) > 1:
         others = sum(len(found[kind]) for kind in kinds[1:])
-        logger.warning("%s: the %s files are read, %d other files of rows are not.", folder, kinds[0][0], others)
+        logger.warning("%s: only the %s files are read; %d other data files are ignored.", folder, kinds[0][0], others)
     if split == ALL_SPLITS:
         return found[kinds[0]]
     by_split: dict[str, list[str]] = {}
@@ -235,11 +235,11 @@ def _saved_files(folder: str) -> list[str]:
 
 
 def _plain_name(name: Any, folder: str, where: str) -> str:
-    """Return a name that stands in a file of the folder, and is that of something directly in the folder."""
+    """Return a name that a metadata file mentions, after checking that it names an entry directly in the folder."""
     if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]|::", name):
         raise ValueError(
-            f"{os.path.join(folder, where)!r} names {shortened(name)}; expected the name of something in that folder. "
-            "Nothing outside of it is read."
+            f"{os.path.join(folder, where)!r} names {shortened(name)}; expected the name of a file or folder in that "
+            "folder. Nothing outside of it is read."
         )
     return name
 
@@ -272,10 +272,10 @@ def _open(file: str, datasets: Any, in_memory: bool) -> Any:
             return datasets.Dataset.from_file(path)
         if in_memory:
             return datasets.Dataset(datasets.table.InMemoryTable(parquet.read_table(path)))
-        # Much is converted once, to files in the cache of `datasets` that need no memory. To fsspec a name with "::" is
-        # an address, and brackets are a pattern.
+        # Large files are converted once, to memory-mapped files in the cache of `datasets`. fsspec reads "::" in a name
+        # as a URL, and brackets as a pattern.
         if "::" in path:
-            raise ValueError("'::' in its name is an address to the package datasets; rename it.")
+            raise ValueError("the package datasets reads '::' in a file name as a URL; rename the file.")
         return datasets.Dataset.from_parquet(glob.escape(path))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The images of rows: found below their folder and nowhere else, opened, and checked.
+"""The images of rows: looked up only below their folder, opened, and checked.
 
-A data set comes from others. Its paths must not lead out of the folder that the user named, its addresses are not
-fetched, and a picture that cannot be decoded is an error.
+Data sets are untrusted. Their paths must not lead out of the folder that the user named, their URLs are not fetched,
+and an image that cannot be decoded is an error.
 """
 
 import io
@@ -30,16 +30,16 @@ _UNUSUAL_MODES = ("I", "F")
 class ImageFolder:
     """Opens the images that rows name.
 
-    A name is a path relative to the folder (or an absolute one that stays in it), a Pillow image, or Hugging Face's
-    `{"bytes": …, "path": …}`, whose bytes are used if it has them.
+    A source is a path relative to the folder (or an absolute path inside it), a Pillow image, or Hugging Face's
+    `{"bytes": …, "path": …}`, whose bytes are used if present.
 
     Args:
-        folder: where the images are; None where the rows hold the images themselves.
-        follow_symlinks: allow links that lead out of the folder. The folder itself may always be one.
-        reading: how they are read.
+        folder: the folder of the images; None where the rows hold the images themselves.
+        follow_symlinks: allow links that lead out of the folder. The folder itself may always be a link.
+        reading: how images are read.
 
     Raises:
-        NotADirectoryError: there is no such folder.
+        NotADirectoryError: the folder does not exist.
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class ImageFolder:
     ) -> None:
         if folder is not None and not os.path.isdir(folder):
             raise NotADirectoryError(
-                f"the image folder {os.fspath(folder)!r} is not a folder; expected where the images are."
+                f"the image folder {os.fspath(folder)!r} is not a folder; expected the folder of the images."
             )
         self.folder = None if folder is None else Path(os.path.abspath(folder))
         self._real = None if folder is None else os.path.realpath(folder)
         self.follow_symlinks, self.reading = follow_symlinks, reading
 
     def open(self, source: Any) -> Image.Image:
-        """Return an image, decoded, in its own mode, or RGB if it was transparent. It has no EXIF orientation any more.
+        """Return a decoded image in its own mode, or RGB if it was transparent, without an EXIF orientation.
 
         Raises:
-            ImageError: it is missing or cannot be decoded.
-            SampleError: its name leads out of the folder or is an address.
+            ImageError: the image is missing or cannot be decoded.
+            SampleError: its path leads out of the folder or is a URL.
         """
         if isinstance(source, Image.Image):
             with _errors():
@@ -73,9 +73,9 @@ class ImageFolder:
             return _checked(as_shown(read_stored(file, what, self.reading.max_pixels), self.reading), what)
 
     def size_of(self, source: Any) -> tuple[int, int]:
-        """Return the height and width that `open` gives, after decoding all of the image, so that any damage shows.
+        """Return the height and width that `open` gives, after decoding the whole image to detect damage.
 
-        JPEG is decoded at an eighth of its size, which reads every byte and is several times as fast.
+        JPEG is decoded at an eighth of its size, which still reads every byte and is several times as fast.
         """
         if isinstance(source, Image.Image):
             return self.open(source).size[::-1]
@@ -86,12 +86,12 @@ class ImageFolder:
             drafted = image.size != (width, height)
             stored = _checked(load_stored(image, what, self.reading.max_pixels), what)
             if not drafted:
-                width, height = stored.size  # what is said of a TIFF file before it is decoded is its upright size
+                width, height = stored.size  # before decoding, Pillow reports a TIFF file's upright size
             turned = self.reading.do_exif_transpose and stands_on_its_side(stored)
             return (width, height) if turned else (height, width)
 
     def path_of(self, source: Any) -> str | None:
-        """Return the path of the file that an image is in; None where it is in none, or may not be opened."""
+        """Return the path of an image's file; None if it has no file, or the file may not be opened."""
         if isinstance(source, Mapping):
             source = source.get("path") if source.get("bytes") is None else None
         if not isinstance(source, str | os.PathLike):
@@ -102,7 +102,7 @@ class ImageFolder:
             return None
 
     def _file_of(self, source: Any) -> tuple[Any, str]:
-        """Return an opened file, and how to call it."""
+        """Return an opened file, and its name in error messages."""
         if isinstance(source, Mapping) and set(source) <= {"bytes", "path"}:
             content, name = source.get("bytes"), source.get("path")
             if content is not None:
@@ -125,11 +125,11 @@ class ImageFolder:
             return open_file(path, what), what
 
     def _path_of(self, name: str) -> str:
-        """Return the path of a name, which lies in the folder."""
+        """Return the path of a name, after checking that it lies in the folder."""
         if "://" in name or name.startswith("data:"):
             raise SampleError(
-                f"the image {shortened(name)} is an address; nothing is fetched. Download the images into a "
-                "folder and name them by their paths in it."
+                f"the image {shortened(name)} is a URL; URLs are not fetched. Download the images into a folder and "
+                "use their paths in it."
             )
         if self.folder is None or self._real is None:
             raise SampleError(
@@ -158,40 +158,40 @@ class ImageFolder:
 def _can_name_a_file(name: str) -> bool:
     try:
         os.fsencode(name)
-    except UnicodeEncodeError:  # half of a pair
+    except UnicodeEncodeError:  # a lone surrogate
         return False
     return True
 
 
 def _other_name(path: str) -> str:
-    """Return a sentence about the file that a missing one was probably meant to be; nothing where there is none."""
+    """Return a sentence that names the file that was probably meant; empty if there is none."""
     forms = {"with / for \\": path.replace("\\", "/")} if os.sep == "/" else {}
     forms |= {"with composed accents": unicodedata.normalize("NFC", path)}
-    forms |= {"with accents as characters of their own": unicodedata.normalize("NFD", path)}
+    forms |= {"with decomposed accents": unicodedata.normalize("NFD", path)}
     how = next((how for how, name in forms.items() if name != path and os.path.isfile(name)), None)
     return "" if how is None else f"It exists under the same name written {how}. "
 
 
 def image_bytes(content: Any, what: str) -> bytes:
-    """Return the bytes of an image, which JSON has as base64.
+    """Return the bytes of an image; in JSON they are base64.
 
     Raises:
-        ImageError: they are of another type, not base64, or none.
+        ImageError: the bytes have another type, are not base64, or are empty.
     """
     if isinstance(content, str):
         try:
             content = from_base64(content)
         except ValueError as error:
-            raise ImageError(f"{what} has text for its bytes that is not base64: {error}.") from error
+            raise ImageError(f"{what} has text as its bytes that is not base64: {error}.") from error
     if not isinstance(content, bytes | bytearray | memoryview):
-        raise ImageError(f"{what} has a {type(content).__name__} for its bytes; expected bytes, or base64 in JSON.")
+        raise ImageError(f"{what} has a {type(content).__name__} as its bytes; expected bytes, or base64 in JSON.")
     if not content:
         raise ImageError(f"{what} is empty (0 bytes).")
     return bytes(content)
 
 
 def _checked(image: Image.Image, what: str) -> Image.Image:
-    """Return a decoded image whose values fit into 8 bits."""
+    """Return a decoded image, after checking that its values fit into 8 bits."""
     if image.mode in _UNUSUAL_MODES:
         try:
             pil_to_rgb(image)
@@ -202,7 +202,7 @@ def _checked(image: Image.Image, what: str) -> Image.Image:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Turn what is wrong with an image into ImageError."""
+    """Turn a ValueError into ImageError."""
     try:
         yield
     except SampleError:

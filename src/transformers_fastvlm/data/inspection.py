@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reading each row of a data set shows, with all of its images, by several processes."""
+"""Inspection of every row of a data set, with all of its images, by several processes."""
 
 import functools
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ _ROWS_A_TASK = 32
 
 @dataclass(frozen=True)
 class Inspected:
-    """What reading a row showed: an error, or its number of images and, with a collator, of tokens.
+    """The result for a row: an error, or its number of images and, with a collator, its number of tokens.
 
-    `unread` are its keys that are not read.
+    `unread` holds the keys that are not read.
     """
 
     error: SampleError | None = None
@@ -35,19 +35,19 @@ class Inspected:
 def inspect_rows(
     dataset: SampleDataset, collator: FastVLMDataCollator | None = None, num_workers: int = 0
 ) -> Iterator[Inspected]:
-    """Yield what is found in each row, in order.
+    """Yield the result of each row, in order.
 
     Args:
-        dataset: its images are decoded, but not kept.
-        collator: counts tokens and says which rows it would refuse.
-        num_workers: processes that read; 0 for this one alone.
+        dataset: the samples; images are decoded, but not kept.
+        collator: counts tokens and detects rows that it would refuse.
+        num_workers: number of worker processes; 0 reads in this process.
     """
     loader: DataLoader[Any] = DataLoader(
         range(len(dataset)),  # type: ignore[arg-type]
         batch_size=_ROWS_A_TASK if num_workers else 1,
         num_workers=num_workers,
         collate_fn=functools.partial(_inspect_all, dataset, collator),
-        generator=torch.Generator(),  # a data loader without one draws from the global random numbers
+        generator=torch.Generator(),  # without it a data loader draws from the global generator
     )
     for rows in loader:
         yield from rows
@@ -70,8 +70,8 @@ def _inspect(dataset: SampleDataset, collator: FastVLMDataCollator | None, index
     except SampleError as error:
         return Inspected(error if error.place is not None else type(error)(error.reason, place), unread=unread)
     except (OSError, MemoryError):
-        raise  # of the machine, not of the row
-    except Exception as error:  # one row must not end the check, whatever is wrong with it
+        raise  # a problem of the machine, not of the row
+    except Exception as error:  # one bad row must not end the check
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         return Inspected(SampleError(reason, place), unread=unread)
     return Inspected(None, len(sizes), tokens, unread)

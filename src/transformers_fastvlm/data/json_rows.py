@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a JSON or JSONL file, found by their bytes and parsed when they are asked for.
+"""Rows of a JSON or JSONL file, indexed by byte offsets and parsed on access.
 
-What stays in memory is twelve bytes a row, so that a file of ten million rows can be trained on, and shared by the
-workers of a data loader.
+The index takes twelve bytes per row, so a file of ten million rows can be trained on, and the workers of a data loader
+share it.
 """
 
 import json
@@ -23,7 +23,7 @@ from .sample_errors import Place, SampleError, shortened
 __all__ = ["JsonRows"]
 
 CHUNK = 2**24
-"""Bytes of a file that are read at once while its rows are looked for."""
+"""Bytes of a file that are read at once while indexing."""
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
 _SHORTEST_ROW = len('{"messages":[]}')
@@ -33,24 +33,24 @@ _OTHER_FORMATS = {
     b"BZh": "compressed with bzip2; unpack it first",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
     b"PK\x03\x04": "a zip archive; unpack it first",
-    b"PAR1": "a Parquet file; let its name end in .parquet",
-    b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch it with git lfs pull",
+    b"PAR1": "a Parquet file; rename it to end in .parquet",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch the file with git lfs pull",
 }
 _OPEN_ENDS = (b"{", b"[", b",", b":")
 _LONGEST_LITERAL = len("-Infinity") + 1
 
 
 class JsonRows(Rows):
-    """The rows of a file that holds one list of objects, or one object a line.
+    """The rows of a file that holds one list of objects, or one object per line.
 
-    Which of the two it is shows the first character, whatever the file is called. Empty lines are passed over.
+    The first character tells the two apart, not the file's name. Empty lines are skipped.
 
     Attributes:
-        damage: why the file's rows end before the file should, as where a download was cut off; None if they do not.
+        damage: why the rows end too early, for instance after an interrupted download; None if they do not.
 
     Raises:
-        SampleError: the file is empty, not UTF-8, or holds something else.
-        OSError: it cannot be read.
+        SampleError: the file is empty, not UTF-8, or not JSON.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -67,11 +67,11 @@ class JsonRows(Rows):
             if other := next((what for start, what in _OTHER_FORMATS.items() if head.startswith(start)), None):
                 raise SampleError(f"{self.path} is {other}.")
             if first not in (b"[", b"{") and self.path.suffix.lower() in (".csv", ".tsv"):
-                raise SampleError(f"{self.path} is a table; a row's turns need JSON or JSONL, one row {{…}} a line.")
+                raise SampleError(f"{self.path} is a table; expected JSON or JSONL, one row {{…}} per line.")
             if first not in (b"[", b"{"):
                 raise SampleError(
                     f"{self.path} {'is empty' if not head.strip() else f'starts with {head[:20]!r}'}; expected a JSON "
-                    "list of rows, [{…}, …], or JSONL, one row {…} a line."
+                    "list of rows, [{…}, …], or JSONL, one row {…} per line."
                 )
             file.seek(offset)
             self.is_list = first == b"["
@@ -84,10 +84,10 @@ class JsonRows(Rows):
         return len(self._starts)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """Return a row as it stands in the file.
+        """Return a row of the file, unchanged.
 
         Raises:
-            SampleError: it is not valid JSON, or not an object.
+            SampleError: the row is not valid JSON, or not an object.
         """
         content = self._read(int(self._starts[row]), int(self._sizes[row]))
         try:
@@ -111,12 +111,12 @@ class JsonRows(Rows):
         self.__dict__.update(state, _lock=threading.Lock(), _descriptor=None)
 
     def _read(self, start: int, size: int) -> bytes:
-        """Return bytes of the file; for any number of threads, and of processes that inherited the file, at once."""
+        """Return bytes of the file; safe for concurrent threads and for processes that inherited the file."""
         with self._lock:
             if self._descriptor is None:
                 self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
                 weakref.finalize(self, os.close, self._descriptor)
-            if not hasattr(os, "pread"):  # Windows: one position for all
+            if not hasattr(os, "pread"):  # Windows: all threads share one file position
                 os.lseek(self._descriptor, start, os.SEEK_SET)
                 return os.read(self._descriptor, size)
         return os.pread(self._descriptor, size, start)
@@ -126,18 +126,18 @@ class JsonRows(Rows):
 
     def _why(self, error: Exception, content: bytes) -> str:
         if isinstance(error, UnicodeDecodeError):
-            byte = f"byte {error.start} of it is {content[error.start]:#04x}"
+            byte = f"its byte {error.start} is {content[error.start]:#04x}"
             return f"the row is not UTF-8 ({byte}). Convert the file first."
         if isinstance(error, json.JSONDecodeError):
             at = f"{error.msg} at character {error.pos} of {len(error.doc)}"
             cut = error.pos >= len(error.doc) or error.msg.startswith("Unterminated string")
             how = _CUT if cut else "is not valid JSON"
-            advice = "one whole object a line" if not self.is_list else "an object"
-            return f"the row {how} ({at}); expected {advice}. Fetch or write the file again."
+            advice = "one complete object per line" if not self.is_list else "an object"
+            return f"the row {how} ({at}); expected {advice}. Download or write the file again."
         if isinstance(error, SampleError):
             return error.reason
         if isinstance(error, ValueError):
-            return "the row has a number of more digits than Python reads. Write it as text, or remove it."
+            return "the row has a number with more digits than Python reads. Write it as text, or remove it."
         return "the row is nested too deeply to be read."
 
     # Indexing
@@ -164,11 +164,11 @@ class JsonRows(Rows):
         self._starts, self._sizes = starts, sizes
         if len(starts) > 1 and self._read(int(starts[0]), int(sizes[0])).rstrip(_SPACE).endswith(_OPEN_ENDS):
             raise SampleError(
-                f"{self.path} has one object over several lines; expected a JSON list of rows, [{{…}}, …], or JSONL, "
-                "one whole row {…} a line."
+                f"{self.path} has an object that spans several lines; expected a JSON list of rows, [{{…}}, …], or "
+                "JSONL, one complete row {…} per line."
             )
         try:
-            self[len(starts) - 1]  # where a cut shows
+            self[len(starts) - 1]  # fails if the file is truncated
         except SampleError as error:
             if _CUT in error.reason:
                 self.damage = error
@@ -185,32 +185,32 @@ class JsonRows(Rows):
         except json.JSONDecodeError as error:
             cut = error.doc == ""
             what = (
-                f"the file ends inside of this row, or before the list's closing ] (at byte {error.pos})"
+                f"the file ends inside this row, or before the list's closing ] (at byte {error.pos})"
                 if cut
                 else f"the JSON is not valid from byte {error.pos} on ({error.msg})"
             )
-            self.damage = SampleError(f"{what}. Fetch or write the file again.", Place(self.name, len(starts)))
+            self.damage = SampleError(f"{what}. Download or write the file again.", Place(self.name, len(starts)))
         return np.array(starts, np.int64), np.array(sizes, np.uint32)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of its pairs; JSON's readers would silently take the last of two with the same key."""
+    """Return an object from its pairs; a plain JSON reader silently keeps the last of two values with the same key."""
     made = dict(pairs)
     if len(made) < len(pairs):
         key = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise SampleError(f"the row has the key {shortened(key)} twice; keep one of the two.")
+        raise SampleError(f"the row has the key {shortened(key)} twice; keep one.")
     return made
 
 
 def _elements(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Yield the first byte and the byte after each element of a JSON list.
+    """Yield the start and end byte of each element of a JSON list.
 
-    Read as Latin-1, characters are bytes, and JSON's structure is the same: nothing but strings has bytes over 127.
+    In Latin-1 each character is one byte, and JSON's structure is unchanged: only strings have bytes over 127.
 
     Raises:
-        json.JSONDecodeError: with the byte in the file as `pos`; its `doc` is "" where the file just ends.
+        json.JSONDecodeError: `pos` is the byte in the file; `doc` is "" if the file is truncated.
     """
-    decode = json.JSONDecoder(parse_int=str).raw_decode  # what is only passed over may be of any length
+    decode = json.JSONDecoder(parse_int=str).raw_decode  # skipped numbers may have any length
     base = file.tell()
     text, at, ended = "", 0, False
     expected = "["
@@ -257,7 +257,7 @@ def _elements(file: BinaryIO) -> Iterator[tuple[int, int]]:
 
 
 def _more(file: BinaryIO, text: str) -> tuple[str, bool]:
-    """Return a text with what follows it in the file, and whether that is the end; reads at least as much again."""
+    """Return a text extended by at least its own length from the file, and whether the file has ended."""
     wanted = max(CHUNK, len(text))
     content = file.read(wanted)
     return text + content.decode("latin-1"), len(content) < wanted

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`load`: from a source to samples, with what is to be left out, put together or repeated.
+"""`load`: from a source to samples; rows can be excluded, concatenated or repeated.
 
-A row goes one way: source (`row_sources`), rows, messages, images (`samples`), tokens and batch (`collator`).
+Stages of a row: source (`row_sources`), rows, messages, images (`samples`), tokens and batch (`collator`).
 """
 
 import json
@@ -48,33 +48,33 @@ def load(
     Rows have LLaVA's `conversations` and `image` (a path, a list of them, or none), or `messages` and `images`.
 
     Args:
-        source: a .json, .jsonl or .parquet file; a folder with such files, or what `save_to_disk` wrote (see
+        source: a .json, .jsonl or .parquet file; a folder with such files, or the output of `save_to_disk` (see
             `folders.folder_rows`); a `datasets.Dataset` or `IterableDataset`, or its name on the hub; a list of rows;
-            or a list of sources, which are put together: each of them one of the above (but not rows), or a
-            dictionary of `source` and of arguments of this function.
-        image_folder: where paths in rows begin, and which they never leave. For a file its own folder by default, for
-            a folder that.
-        split, name: of a data set on the hub (a folder has splits too); "train" and its only configuration by default.
-        on_bad_image: "error" raises when a row with an image that is missing or cannot be decoded is read. "skip"
-            decodes every image once now, leaves such rows out for good, and lists them in `skipped`; nothing takes
-            their place. All other errors, and images that become unreadable later, raise in any case.
-        streaming: read a data set of the hub as it comes, and return a `datasets.IterableDataset` of samples.
-        exclude: rows to leave out, by their index in `source`: a list, or the report that `fastvlm data check --json`
-            wrote.
-        limit: only this many rows, the first ones, after what is excluded.
-        repeat: each row this many times.
+            or a list of sources, which are concatenated: each is one of the above (but not rows), or a dictionary with
+            `source` and arguments of this function.
+        image_folder: folder that image paths are relative to and must not leave. By default the folder of the file, or
+            the folder that is the source.
+        split, name: split and configuration of a data set on the hub (a folder has splits too); by default "train" and
+            the only configuration.
+        on_bad_image: "error" raises when a row with a missing or undecodable image is read. "skip" decodes every image
+            once now, leaves such rows out, and lists them in `skipped`; they are not replaced. All other errors, and
+            images that become unreadable later, always raise.
+        streaming: read a data set of the hub while it downloads, and return a `datasets.IterableDataset` of samples.
+        exclude: rows to leave out, by their index in `source`: a list, or the report of `fastvlm data check --json`.
+        limit: keep only this many rows, from the start, after `exclude`.
+        repeat: number of times that each row appears.
         follow_symlinks: allow links in the image folder, or in a data set folder, that lead out of it.
         do_exif_transpose, alpha_background, max_pixels: how images are read, see `images.read_options.ReadOptions`.
-        num_workers: processes that decode images for "skip".
+        num_workers: number of worker processes that decode images for "skip".
 
     Returns:
         A `SampleDataset`, or with `streaming` a `datasets.IterableDataset`.
 
     Raises:
-        SampleError: the file is cut off or not JSON.
-        ValueError: an argument that cannot be used, or a set without rows.
-        ImportError: a data set of the hub, but no package `datasets`.
-        OSError: a file or folder that is not there.
+        SampleError: the file is truncated or not JSON.
+        ValueError: an argument is invalid, or the data set has no rows.
+        ImportError: the source needs the package `datasets`, which is not installed.
+        OSError: a file or folder does not exist.
 
     Example:
         >>> dataset = load("llava_instruct.json", "coco/train2017")  # doctest: +SKIP
@@ -88,8 +88,8 @@ def load(
     if _is_list_of_sources(source):
         if streaming or exclude is not None or limit is not None or repeat != 1:
             raise ValueError(
-                "exclude, limit and repeat belong to one source: write them beside it, as {'source': …, 'limit': …}. "
-                "Several sources cannot be streamed; combine them with datasets.interleave_datasets first."
+                "exclude, limit and repeat apply to a single source: write them next to it, as {'source': …, "
+                "'limit': …}. Several sources cannot be streamed; combine them with datasets.interleave_datasets first."
             )
         shared = {
             "image_folder": image_folder,
@@ -108,7 +108,7 @@ def load(
     reading = ReadOptions(do_exif_transpose=do_exif_transpose, alpha_background=alpha_background, max_pixels=max_pixels)
     if streaming:
         if exclude is not None or repeat != 1:
-            raise ValueError("exclude and repeat need all rows at once; leave them or streaming out.")
+            raise ValueError("exclude and repeat need all rows at once; leave out either them or streaming.")
         images = ImageFolder(image_folder, follow_symlinks, reading)
         return open_stream(source, split, name, images, on_bad_image == "skip", limit)
 
@@ -122,13 +122,13 @@ def load(
         left_out = _excluded(exclude, len(dataset))
         dataset = dataset.select(np.setdiff1d(np.arange(len(dataset)), left_out))
         dataset.num_excluded = len(left_out)
-        logger.warning("%s: %d rows are excluded, %d are left.", source_name(source), len(left_out), len(dataset))
+        logger.warning("%s: %d rows are excluded, %d remain.", source_name(source), len(left_out), len(dataset))
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     if on_bad_image == "skip":
         dataset = _without_bad_images(dataset, source_name(source), num_workers)
     if not len(dataset):
-        raise ValueError(f"{source_name(source)} has no rows left; all of them are excluded or have unreadable images.")
+        raise ValueError(f"{source_name(source)} has no rows left; all are excluded or have unreadable images.")
     return dataset.select(np.tile(np.arange(len(dataset)), repeat)) if repeat > 1 else dataset
 
 
@@ -146,18 +146,18 @@ def _excluded(exclude: Any, num_rows: int) -> np.ndarray:
             raise ValueError(f"{os.fspath(exclude)!r} is not a report of `fastvlm data check --json`.")
         if report["rows"] != num_rows or any(problem["kind"] == "file" for problem in report["problems"]):
             raise ValueError(
-                f"{os.fspath(exclude)!r} reports on {report['rows']} rows, but there are {num_rows}: the data changed "
-                "since, or its file is damaged. Check it again."
+                f"{os.fspath(exclude)!r} reports on {report['rows']} rows, but the data has {num_rows}: it changed, "
+                "or its file is damaged. Run the check again."
             )
         exclude = [problem["row"] for problem in report["problems"]]
     rows = np.unique(np.fromiter(exclude, np.int64))
     if len(rows) and not (0 <= rows[0] and rows[-1] < num_rows):
-        raise ValueError(f"exclude has row {rows[0] if rows[0] < 0 else rows[-1]}, but rows are 0 to {num_rows - 1}.")
+        raise ValueError(f"exclude has row {rows[0] if rows[0] < 0 else rows[-1]}; expected rows 0 to {num_rows - 1}.")
     return rows
 
 
 def _without_bad_images(dataset: SampleDataset, name: str, num_workers: int) -> SampleDataset:
-    """Return the samples whose images can all be decoded."""
+    """Return the samples without undecodable images."""
     good: list[int] = []
     bad: list[SampleError] = []
     for index, found in enumerate(inspect_rows(dataset, num_workers=num_workers)):
@@ -166,7 +166,7 @@ def _without_bad_images(dataset: SampleDataset, name: str, num_workers: int) -> 
             bad.append(found.error)
         else:
             good.append(index)  # any other error raises when the row is read
-    logger.warning("%s: %d of %d rows are skipped for their images.", name, len(bad), len(dataset))
+    logger.warning("%s: %d of %d rows are skipped because of their images.", name, len(bad), len(dataset))
     kept = dataset.select(good)
     kept.skipped = [*dataset.skipped, *bad]
     return kept

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of a row: from the forms that data sets use to one, and the checks that hold for all of them.
+"""The text of a row: conversion of the formats of data sets into one canonical form, and the checks of it.
 
-In that one form a message is `{"role": "system" | "user" | "assistant", "content": str}`, and a user's content has one
-"<image>" for each picture, in order.
+In the canonical form a message is `{"role": "system" | "user" | "assistant", "content": str}`, and a user's content has
+one "<image>" for each image, in order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,15 +26,15 @@ _ROLES = {
 
 
 def messages_and_sources(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[Any]]:
-    """Return the messages of a row in the one form, and the pictures that are named inside of them.
+    """Return the messages of a row in the canonical form, and the images named inside their parts.
 
     Args:
-        row: with LLaVA's `conversations` (`from`, `value`) or with `messages` (`role`, `content`); a content is a
-            string, or a list of parts `{"type": "text", "text": …}` and `{"type": "image"}`. A text `system` or
-            `system_prompt` beside them becomes the first message.
+        row: a row with LLaVA's `conversations` (`from`, `value`) or with `messages` (`role`, `content`); a content is a
+            string, or a list of parts `{"type": "text", "text": …}` and `{"type": "image"}`. A text in the `system` or
+            `system_prompt` field becomes the first message.
 
     Raises:
-        ValueError: neither or both are there, a turn of another form, or an unknown role.
+        ValueError: both keys or neither are present, a turn has another format, or a role is unknown.
     """
     given = [key for key in ("conversations", "messages") if row.get(key) is not None]
     if len(given) != 1:
@@ -43,7 +43,7 @@ def messages_and_sources(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], 
     turns, (role_key, content_key) = row[given[0]], _KEYS[given[0]]
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise ValueError(
-            f"{given[0]!r} is {shortened(turns)}; expected a list of at least one question and its answer."
+            f"{given[0]!r} is {shortened(turns)}; expected a list with at least one question and its answer."
         )
     messages: list[dict[str, str]] = []
     sources: list[Any] = []
@@ -73,7 +73,7 @@ def messages_and_sources(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], 
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     elif system is not None and messages[0]["content"] != system:
-        raise ValueError("the row has a system message among its turns and another beside them; keep one.")
+        raise ValueError("the row has a system message in its turns and a different one in its own field; keep one.")
     return messages, sources
 
 
@@ -81,12 +81,12 @@ _KEYS = {"conversations": ("from", "value"), "messages": ("role", "content")}
 
 
 def _check_parts(parts: Sequence[Any], turn: int) -> None:
-    """Refuse what `plain_message` would read from disk or the network, and images that are numbered out of order."""
+    """Refuse parts that `plain_message` would read from disk or the network, and images numbered out of order."""
     numbers = []
     for part in parts:
         if isinstance(part, Mapping):
             if part.get("type") == "video" or part.get("video") is not None:
-                raise ValueError(f"turn {turn} has a video; FastVLM takes text and images. Give frames as images.")
+                raise ValueError(f"turn {turn} has a video; FastVLM takes text and images. Pass frames as images.")
             if part.get("type") == "image" and part.get("index") is not None:
                 numbers.append(part["index"])
     if any(not isinstance(number, int) for number in numbers) or numbers != sorted(numbers):
@@ -94,11 +94,12 @@ def _check_parts(parts: Sequence[Any], turn: int) -> None:
 
 
 def check_messages(messages: Sequence[Mapping[str, str]], num_images: int) -> None:
-    """Check a conversation in the one form against its number of images.
+    """Check a conversation in the canonical form against its number of images.
 
     Raises:
-        ValueError: it does not alternate between user and assistant from a user's turn to an answer, a question or an
-            answer is empty, or the placeholders are not one for each image, all of them in users' turns.
+        ValueError: the turns do not alternate between user and assistant, the conversation does not start with a user
+            and end with an answer, a question or an answer is empty, or the users' turns do not have exactly one
+            placeholder for each image.
     """
     turns = list(messages)
     if turns and turns[0]["role"] == "system":
@@ -108,14 +109,14 @@ def check_messages(messages: Sequence[Mapping[str, str]], num_images: int) -> No
     for turn in messages:
         if not turn["content"].isascii():
             _check_characters(turn["content"])
-    places = 0
+    num_placeholders = 0
     for index, turn in enumerate(turns):
         role, content = turn["role"], turn["content"]
         expected = ("user", "assistant")[index % 2]
         if role != expected:
             raise ValueError(_out_of_turn(role, expected, index))
         if role == "user":
-            places += content.count(IMAGE_TOKEN)
+            num_placeholders += content.count(IMAGE_TOKEN)
             if not content.strip():
                 raise ValueError(
                     f"question {index // 2} (counting from 0) is empty. Write it, or remove the question and its "
@@ -123,7 +124,7 @@ def check_messages(messages: Sequence[Mapping[str, str]], num_images: int) -> No
                 )
         elif not content.strip():
             raise ValueError(
-                f"answer {index // 2} (counting from 0) is empty, so there is nothing to learn. Write it, or remove "
+                f"answer {index // 2} (counting from 0) is empty, so there is nothing to train on. Write it, or remove "
                 "the question and its answer."
             )
     if len(turns) % 2:
@@ -131,13 +132,13 @@ def check_messages(messages: Sequence[Mapping[str, str]], num_images: int) -> No
     stray = next((turn["role"] for turn in messages if turn["role"] != "user" and IMAGE_TOKEN in turn["content"]), None)
     if stray is not None:
         raise ValueError(
-            f"a message of role {stray!r} has {IMAGE_TOKEN}, but only users show images. Move it, or if it is meant "
-            "literally write it otherwise, such as < image >."
+            f"a message with role {stray!r} has {IMAGE_TOKEN}, but only user messages may have images. Move it, or if "
+            "it is meant literally, spell it differently, such as < image >."
         )
-    if places != num_images:
+    if num_placeholders != num_images:
         raise ValueError(
-            f"the text has {places} {IMAGE_TOKEN}, but the row has {num_images} images. Write one {IMAGE_TOKEN} for "
-            "each image, in their order, into the users' turns."
+            f"the text has {num_placeholders} {IMAGE_TOKEN}, but the row has {num_images} images. Write one "
+            f"{IMAGE_TOKEN} for each image, in their order, into the users' turns."
         )
 
 
@@ -146,8 +147,8 @@ def _check_characters(content: str) -> None:
         content.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"character {error.start} of a turn is half of a pair, {content[error.start]!r}, which no tokenizer reads. "
-            "Repair the text, such as by writing the file again with ensure_ascii=False."
+            f"character {error.start} of a turn is a lone surrogate, {content[error.start]!r}, which cannot be "
+            "tokenized. Repair the text, for instance by writing the file again with ensure_ascii=False."
         ) from error
 
 
@@ -155,7 +156,7 @@ def _out_of_turn(role: str, expected: str, index: int) -> str:
     if index == 0 and role == "assistant":
         return "the conversation starts with the assistant. Remove that turn, or put the user's question before it."
     if role == "system":
-        return "a system message stands among the turns; it can only be the first message."
+        return "a system message is not the first message; move it to the start."
     if index == 0:
         return f"the conversation starts with role {role!r}; expected 'user'."
     return (
@@ -165,10 +166,10 @@ def _out_of_turn(role: str, expected: str, index: int) -> str:
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Return one string that the chat templates render as they render these parts.
+    """Return a string that the chat templates render like these parts.
 
-    Words after an image begin on a new line, and so does an image after words; the only image of a turn goes to its
-    front.
+    Text after an image starts on a new line, and so does an image after text. If a turn has a single image, it moves to
+    the front.
     """
     text = words = ""
     images, after_image = 0, False
@@ -179,7 +180,7 @@ def _joined(parts: Sequence[Mapping[str, Any]]) -> str:
             continue
         more = part["text"]
         if not isinstance(more, str):
-            raise ValueError(f"a part of type text has the text {shortened(more)}; expected a string.")
+            raise ValueError(f"a part of type 'text' has the text {shortened(more)}; expected a string.")
         if after_image and more and not more.startswith("\n"):
             text += "\n"
             words += "\n" if words and not words.endswith("\n") else ""

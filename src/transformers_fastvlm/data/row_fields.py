@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fields of a row mean, for everything that reads rows: loader, collator, check and evaluation.
+"""The meaning of a row's fields, shared by loader, collator, check and evaluation.
 
-A row whose image lies under a key that nobody reads would be trained, or judged, without it. So such a key is an error.
+A row whose image has an unknown key would be trained or evaluated without its image. So such a key is an error.
 """
 
 import re
@@ -25,7 +25,7 @@ _NAMES_AN_IMAGE = re.compile(
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a field holds nothing: null, NaN as tables have it, or an empty list."""
+    """Return whether a field is empty: null, NaN (as in tables), or an empty list."""
     return value is None or (isinstance(value, float) and value != value) or (isinstance(value, list) and not value)
 
 
@@ -33,38 +33,38 @@ def images_of(row: Mapping[str, Any], inside: Iterable[Any] = ()) -> list[Any]:
     """Return the images of a row, or their names, in order.
 
     Args:
-        row: of any form.
-        inside: those that its messages have in their parts.
+        row: a row in any format.
+        inside: images in the parts of its messages.
 
     Raises:
-        ValueError: they are in more than one place or under a key that is not read, or there is a video or a sound.
+        ValueError: images are given in more than one place or under an unknown key, or the row has video or audio.
     """
     inside = list(inside)
     for key in _OTHER_MEDIA:
         if row.get(key):
             raise ValueError(
-                f"the row has {key!r}, but FastVLM takes text and images. Give frames as images, or remove it."
+                f"the row has {key!r}, but FastVLM takes text and images. Pass frames as images, or remove it."
             )
     beside = [row[key] for key in IMAGE_KEYS if not is_absent(row.get(key))]
     if len(beside) + bool(inside) > 1:
-        raise ValueError("the row names images in more than one place; keep one of 'image', 'images' and parts.")
+        raise ValueError("the row names images in more than one place; keep one of 'image', 'images' and image parts.")
     if beside:
         return list(beside[0]) if isinstance(beside[0], list | tuple) else beside
     if not inside:
         for key, value in row.items():
             if key not in _READ and _may_be_image(key, value):
                 raise ValueError(
-                    f"the row has no 'image', but {shortened(key)}, which is not read. Call it 'image' ('images' for a "
-                    "list), or remove it if the row is meant to have none."
+                    f"the row has no 'image', but {shortened(key)}, which is not read. Rename it to 'image' ('images' "
+                    "for a list), or remove it if the row has no image."
                 )
     return inside
 
 
 def system_of(row: Mapping[str, Any]) -> str | None:
-    """Return the system message that stands beside a row's turns; None if there is none.
+    """Return the system message in a row's own field; None if there is none.
 
     Raises:
-        ValueError: it is no text, or there are two.
+        ValueError: it is not a string, or there are two.
     """
     found = [(key, row[key]) for key in SYSTEM_KEYS if not is_absent(row.get(key)) and row[key] != ""]
     if not found:
@@ -78,7 +78,7 @@ def system_of(row: Mapping[str, Any]) -> str | None:
 
 
 def unread_keys(row: Mapping[str, Any]) -> list[str]:
-    """Return the keys of a row that hold something and are not read."""
+    """Return the keys of a row that hold a value but are not read."""
     return [str(key) for key, value in row.items() if key not in _READ and not is_absent(value)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a user names to rows: files, folders, lists in memory, and data sets of Hugging Face's `datasets`."""
+"""From a source to rows: files, folders, lists in memory, and data sets of Hugging Face's `datasets`."""
 
 import os
 import re
@@ -21,7 +21,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Part:
-    """Rows, and where their images are."""
+    """Rows, and the folder of their images."""
 
     rows: Rows
     images: ImageFolder
@@ -30,7 +30,7 @@ class Part:
 def open_part(
     source: Any, image_folder: Any, split: str | None, name: str | None, follow_symlinks: bool, reading: ReadOptions
 ) -> Part:
-    """Return the rows of one source and where their images are; see `load`. Rows may be damaged."""
+    """Return the rows of one source and the folder of their images; see `load`. The source may be damaged."""
     rows: Rows
     if isinstance(source, list | tuple):
         rows = ListRows(source)
@@ -52,13 +52,13 @@ def open_dataset(source: Any, split: str | None, name: str | None, streaming: bo
 
     Args:
         source: such an object, or a name on the hub; with `streaming` also a folder, see `folders.folder_rows`.
-        split: "train" by default.
-        name: of the configuration.
-        streaming: which of the two.
+        split: name of the split; "train" by default.
+        name: name of the configuration.
+        streaming: return an `IterableDataset`.
         follow_symlinks: see `folders.folder_rows`.
 
     Raises:
-        ValueError: something else, or several splits of which none was chosen.
+        ValueError: the source is something else, or it has several splits and none was chosen.
         ImportError: the package `datasets` is missing.
     """
     if isinstance(source, str | os.PathLike) and not os.path.isdir(source):
@@ -87,24 +87,24 @@ def open_dataset(source: Any, split: str | None, name: str | None, streaming: bo
 
 
 def _check_hub_name(path: str) -> None:
-    """Refuse what names a file or an address, and not a data set on the hub.
+    """Refuse a name that is a file or a URL instead of a data set on the hub.
 
     Raises:
-        FileNotFoundError: a path of nothing that is there.
-        ValueError: an address, nothing, or something that is there and is no regular file.
+        FileNotFoundError: the path does not exist.
+        ValueError: the name is a URL, is empty, or is a path that exists but is not a regular file.
     """
     if not path:
         raise ValueError("the source is ''; expected a .json or .jsonl file, a folder, or a data set on the hub.")
     if "://" in path or "::" in path:
-        raise ValueError(f"the source {shortened(path)} is an address; nothing is fetched. Download the file first.")
+        raise ValueError(f"the source {shortened(path)} is a URL; URLs are not fetched. Download the file first.")
     if os.path.lexists(path):
-        raise ValueError(f"the source {shortened(path)} is there, but is no regular file; expected a file or a folder.")
+        raise ValueError(f"the source {shortened(path)} exists, but is not a regular file or a folder.")
     if path.endswith((".json", ".jsonl", ".parquet", ".arrow")) or not _HUB_NAME.fullmatch(path):
-        raise FileNotFoundError(f"there is no file {shortened(path)}.")
+        raise FileNotFoundError(f"the file {shortened(path)} does not exist.")
 
 
 def source_name(source: Any) -> str:
-    """Return how a source is called in messages."""
+    """Return the name of a source in messages."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     return "the list of rows" if isinstance(source, list | tuple) else f"the {type(source).__name__}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows by their index: what every kind has, data sets of Hugging Face's `datasets`, and lists in memory."""
+"""Rows by index: the common interface, data sets of Hugging Face's `datasets`, and lists in memory."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,8 @@ class Rows:
     """Rows of one source, each a mapping.
 
     Attributes:
-        name: of the source in errors.
-        damage: why they end too early; None if they do not.
+        name: name of the source in errors.
+        damage: why the rows end too early; None if they do not.
     """
 
     name: str
@@ -33,23 +33,23 @@ class Rows:
         raise NotImplementedError
 
     def text_of(self, row: int) -> Mapping[str, Any]:
-        """Return a row without what only its images need, or all of it."""
+        """Return a row, possibly without its image columns."""
         return self[row]
 
     def place(self, row: int, sample_id: str | None = None) -> Place:
-        """Return how a row is named."""
+        """Return the place of a row, which names it in errors."""
         return Place(self.name, row, None, sample_id)
 
     def digest(self) -> str:
-        """Return what is another one where the rows are others, as far as that can be told; images do not count."""
+        """Return a digest that changes with the rows where the source allows it; images are not included."""
         return ""
 
 
 class HubRows(Rows):
     """Rows of a `datasets.Dataset`, whose images stay undecoded.
 
-    They are read as Arrow has them: casting a column of lists of images to `decode=False` would copy the whole data
-    set on the disk.
+    Rows are read in Arrow format: casting a column of lists of images to `decode=False` would copy the whole data set
+    on disk.
     """
 
     def __init__(self, dataset: Any, name: str, files: Sequence[str] = ()) -> None:
@@ -76,7 +76,7 @@ class HubRows(Rows):
 
 
 class JoinedRows(Rows):
-    """The rows of several files, one after the other; each is named by its file and its number there."""
+    """The rows of several files, concatenated; each row is named by its file and its index there."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = list(parts)
@@ -87,7 +87,7 @@ class JoinedRows(Rows):
         return self._ends[-1] if self._ends else 0
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Return the number of the part that a row is in, and the row's number there."""
+        """Return the index of the part that a row is in, and the row's index there."""
         number = bisect_right(self._ends, row)
         return number, row - (self._ends[number - 1] if number else 0)
 

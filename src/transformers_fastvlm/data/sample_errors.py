@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error of a row that cannot be used, and how a row is named in it."""
+"""The error of a row that cannot be used, and the names of rows in it."""
 
 import itertools
 import re
@@ -13,12 +13,12 @@ _LONGEST = 80
 _MOST = 10
 
 
-# A data loader raises what its worker raised again, with all of the traceback for a message.
+# A data loader raises its worker's exception again, with the whole traceback as the message.
 _FROM_WORKER = re.compile(r"Caught \w+ in .*worker.*\.\n(?:.*\n)*[\w.]*\.sample_errors\.\w+: (?P<message>.+)")
 
 
 def shortened(value: Any) -> str:
-    """Return a value as messages show it: its repr, 80 characters at most, of a long text the beginning and the end."""
+    """Return the repr of a value for messages: 80 characters at most; a long text is shortened in the middle."""
     if isinstance(value, str | bytes) and len(value) > _LONGEST - 3:
         head, tail = repr(value[:40]), repr(value[-30:])
         if len(head) + len(tail) <= _LONGEST:
@@ -28,13 +28,13 @@ def shortened(value: Any) -> str:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Return names, such as a row's keys, as messages show them: ten at most."""
+    """Return names, such as a row's keys, for messages: ten at most."""
     first = list(itertools.islice(names, _MOST + 1))
     return ", ".join([*map(shortened, first[:_MOST]), *(["..."] if len(first) > _MOST else [])]) or "none"
 
 
 class SampleError(ValueError):
-    """A row of a data set that cannot be used; the message says which, what was expected and what to do.
+    """A row of a data set that cannot be used; the message names the row, what was expected and what to do.
 
     Attributes:
         place: the file or data set, row and id; None where the error came from elsewhere, such as another process.
@@ -55,7 +55,7 @@ class SampleError(ValueError):
 
 
 class ImageError(SampleError):
-    """An image that is missing or cannot be decoded: what `on_bad_image="skip"` skips."""
+    """An image that is missing or cannot be decoded; `on_bad_image="skip"` skips its row."""
 
     kind = "image"
 
@@ -68,13 +68,13 @@ class LengthError(SampleError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands.
+    """The location of a row.
 
     Attributes:
         source: the file or data set.
         row: index, counting from 0.
-        line: of the file, counting from 1; None where rows are not lines.
-        id: what the row itself says, if anything.
+        line: line of the file, counting from 1; None where rows are not lines.
+        id: id of the row, if it has one.
     """
 
     source: str
@@ -87,7 +87,7 @@ class Place:
 
 
 def row_name(row: int, line: int | None, sample_id: str | None) -> str:
-    """Return how a row is called in its source."""
+    """Return the name of a row within its source."""
     details = [f"line {line}"] if line is not None else []
     details += [f"id {shortened(sample_id)}"] if sample_id is not None else []
     return f"row {row}" + (f" ({', '.join(details)})" if details else "")

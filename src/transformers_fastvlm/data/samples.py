@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples: what a training run takes, made of rows when they are asked for.
+"""Samples: the input of a training run, made from rows on access.
 
 A sample is `{"messages": [{"role", "content"}, …], "images": [Pillow image, …], "id": str or None, "place": str}`;
-a user's content has one "<image>" for each picture, in order, and `place` names the row in errors.
+a user's content has one "<image>" for each image, in order, and `place` names the row in errors.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ SAMPLE_KEYS = ("messages", "images", "id", "place")
 
 
 class SampleDataset(Dataset):
-    """Samples by index; rows are read, and images decoded, when they are asked for.
+    """Samples by index; rows are read, and images decoded, on access.
 
-    Made by `load`. It can be pickled, and the workers of a data loader, forked or spawned, each read for themselves.
-    `a + b` puts two together, and `select` takes some.
+    `load` returns it. It can be pickled, and each worker of a data loader, forked or spawned, reads independently.
+    `a + b` concatenates two data sets, and `select` takes a subset.
 
     Attributes:
-        skipped: the errors of rows that were left out because of `on_bad_image="skip"`.
-        num_excluded: how many rows `exclude` left out.
+        skipped: the errors of rows that `on_bad_image="skip"` left out.
+        num_excluded: number of rows that `exclude` left out.
     """
 
     def __init__(
@@ -57,27 +57,27 @@ class SampleDataset(Dataset):
         """Return a sample.
 
         Raises:
-            SampleError: the row cannot be used; an ImageError where that is because of an image.
-            IndexError: there is no such sample.
+            SampleError: the row cannot be used; an ImageError if an image is the reason.
+            IndexError: the index is out of range.
         """
         raw, place = self.row(index)
         return sample_of(*parse_row(raw, place), place, self.image_folder(index))
 
     def row(self, index: int) -> tuple[Mapping[str, Any], Place]:
-        """Return a row as it stands in its source, and its place.
+        """Return a row of the source, unchanged, and its place.
 
         Raises:
-            SampleError: it cannot be read.
+            SampleError: the row cannot be read.
         """
         row = self._row(index)
         raw = self._rows[row]
         return raw, self._rows.place(row, _id_of(raw))
 
     def messages(self, index: int) -> list[dict[str, str]]:
-        """Return the messages of a sample without reading anything of its images.
+        """Return the messages of a sample without reading its images.
 
         Raises:
-            SampleError: they are not messages.
+            SampleError: the messages are invalid.
         """
         row = self._row(index)
         raw = self._rows.text_of(row)
@@ -87,26 +87,26 @@ class SampleDataset(Dataset):
             raise SampleError(str(error), self._rows.place(row, _id_of(raw))) from error
 
     def digest(self) -> str:
-        """Return what is another one where the samples are others: other rows, or in another order.
+        """Return a digest of the rows and their order.
 
-        The content of images does not count. All files of rows are read.
+        The content of images is not included. All files with rows are read.
         """
         chosen = "" if isinstance(self._index, range) else hashlib.sha256(self._index.tobytes()).hexdigest()
         return joined([self._rows.digest(), chosen])
 
     def image_folder(self, index: int) -> ImageFolder:
-        """Return what opens the images of a sample."""
+        """Return the `ImageFolder` that opens the images of a sample."""
         return self._parts[self._rows.locate(self._row(index))[0]].images
 
     def place(self, index: int) -> Place:
-        """Return where a sample stands, without reading it."""
+        """Return the place of a sample, without reading it."""
         return self._rows.place(self._row(index))
 
     def select(self, indices: Iterable[int]) -> "SampleDataset":
-        """Return the data set of these samples, in this order; the same one may come more than once."""
+        """Return the data set of the samples at these indices, in this order; an index may repeat."""
         chosen = np.fromiter(indices, np.int64)
         if len(chosen) and not (0 <= chosen.min() and chosen.max() < len(self)):
-            raise IndexError(f"indices from {chosen.min()} to {chosen.max()} were selected of {len(self)} samples.")
+            raise IndexError(f"indices {chosen.min()} to {chosen.max()} were selected from {len(self)} samples.")
         index = chosen if isinstance(self._index, range) else self._index[chosen]
         return SampleDataset(self._parts, index, self.skipped, self.num_excluded)
 
@@ -121,19 +121,19 @@ class SampleDataset(Dataset):
         )
 
     def to_datasets(self) -> Any:
-        """Return the same samples as a `datasets.Dataset`, for trainers that take nothing else, such as TRL's.
+        """Return the same samples as a `datasets.Dataset`, for trainers that accept nothing else, such as TRL's.
 
-        It holds no more than indices; samples are made when they are asked for, as here.
+        It holds only indices; samples are made on access, as here.
 
         Raises:
             ImportError: the package `datasets` is missing.
         """
-        datasets = package("A data set of Hugging Face was asked for")
+        datasets = package("to_datasets returns a datasets.Dataset")
         return datasets.Dataset.from_dict({"index": range(len(self))}).with_transform(_ByIndex(self))
 
     def _row(self, index: int) -> int:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} was asked for, but there are {len(self)}.")
+            raise IndexError(f"sample {index} is out of range; the data set has {len(self)} samples.")
         return int(self._index[index])
 
 
@@ -149,10 +149,10 @@ class _ByIndex:
 
 
 def parse_row(raw: Mapping[str, Any], place: Place) -> tuple[list[dict[str, str]], list[Any]]:
-    """Return the messages of a row in the one form, and what it says of its images.
+    """Return the messages of a row in the canonical form, and its images or their names.
 
     Raises:
-        SampleError: it cannot be used.
+        SampleError: the row cannot be used.
     """
     try:
         messages, inside = messages_and_sources(raw)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples as they stream in, from an `IterableDataset` of Hugging Face's `datasets`."""
+"""Streamed samples, from an `IterableDataset` of Hugging Face's `datasets`."""
 
 import logging
 import os
@@ -24,11 +24,11 @@ def open_stream(
     Args:
         source, split, name: see `open_dataset`.
         images: opens the images.
-        skip: pass over rows whose images cannot be decoded, and count them in the log.
-        limit: only this many rows.
+        skip: skip rows whose images cannot be decoded, and count them in the log.
+        limit: keep only this many rows, from the start.
     """
     if isinstance(source, str | os.PathLike) and os.path.isfile(source):
-        raise ValueError(f"{os.fspath(source)!r} is read row by row in any case; leave streaming out.")
+        raise ValueError(f"{os.fspath(source)!r} is always read row by row; leave streaming out.")
     stream = open_dataset(source, split, name, True, images.follow_symlinks).with_format(None)
     label = os.fspath(source) if isinstance(source, str | os.PathLike) else "the stream"
     features = stream.features
@@ -46,7 +46,7 @@ def open_stream(
 
 
 class _ToSamples:
-    """Turns a batch of one row into a batch of one sample, or of none where it is skipped."""
+    """Turns a batch of one row into a batch of one sample, or into an empty batch if the row is skipped."""
 
     def __init__(self, source: str, images: ImageFolder, skip: bool) -> None:
         self.source, self.images, self.skip = source, images, skip

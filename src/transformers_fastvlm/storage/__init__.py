@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tools keep on the disk: one way to write files and folders, one journal, one digest."""
+"""Storage shared by the tools: atomic files and folders, journals, digests."""

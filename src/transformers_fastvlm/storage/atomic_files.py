@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that appear under their name only when they are complete and on the disk.
+"""Files and folders that appear under their name only when they are complete and on disk.
 
-Permissions are those that the user's umask gives, as for any file that a program creates.
+Permissions follow the user's umask.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ _PARTIAL = ".partial"
 
 
 def partial_of(path: str | os.PathLike[str]) -> Path:
-    """Return the name that `replacing` writes a file under until it is complete."""
+    """Return the temporary name under which `replacing` writes a file."""
     real = Path(os.path.realpath(path))
     return real.with_name(real.name + _PARTIAL)
 
 
 def state_of(path: str | os.PathLike[str]) -> list[int] | None:
-    """Return what changes when a file does: its size and modification time; None if there is no file."""
+    """Return the size and modification time of a file, to detect changes; None if there is no file."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -47,22 +47,22 @@ def state_of(path: str | os.PathLike[str]) -> list[int] | None:
 def replacing(
     path: str | os.PathLike[str], only: tuple[Any, ...] | None = None, sync: bool = True
 ) -> Iterator[IO[bytes]]:
-    """Open a file beside `path` that takes its place at the end, or goes away after an error.
+    """Open a temporary file that replaces `path` at the end, or is deleted after an error.
 
-    Where `path` is a link, that is the place of what it leads to. One process at a time may write to a path.
+    If `path` is a link, its target is replaced. Only one process at a time may write to a path.
 
     Args:
-        path: of the file.
-        only: the states of a file in its place that may be replaced, see `state_of`; None for any. No file, and one
-            that has the same bytes, may always be.
-        sync: force the file to the disk first; False where a power cut may cost it.
+        path: path of the file.
+        only: states of an existing file that may be replaced, see `state_of`; None for any. A missing file, and a file
+            with the same bytes, may always be replaced.
+        sync: sync the file to disk first; False if losing it in a power failure is acceptable.
 
     Raises:
-        FileExistsError: another file is there, which is left as it is.
+        FileExistsError: another file exists, which is not changed.
     """
     real, partial = Path(os.path.realpath(path)), partial_of(path)
     try:
-        partial.unlink(missing_ok=True)  # of a process that was killed; or a link, which is not followed
+        partial.unlink(missing_ok=True)  # left by a killed process; a link is removed, not followed
         with open(partial, "xb") as file:
             yield file
             file.flush()
@@ -71,7 +71,7 @@ def replacing(
         if only is not None and state_of(real) not in (None, *only) and not filecmp.cmp(real, partial, shallow=False):
             raise FileExistsError(
                 f"{str(real)!r} appeared, or was changed, since the run began, and is not replaced. Move it away and "
-                "give the same command again; what was done is kept."
+                "run the same command again; finished work is kept."
             )
         os.replace(partial, real)
     except BaseException:
@@ -82,7 +82,7 @@ def replacing(
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Write a text file in UTF-8, whole or not at all; half characters, which UTF-8 lacks, become question marks."""
+    """Write a text file in UTF-8 atomically; lone surrogates, which UTF-8 cannot encode, become question marks."""
     with replacing(path) as file:
         for line in lines:
             file.write((line + "\n").encode("utf-8", "replace"))
@@ -90,9 +90,9 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Yield a hidden directory beside `out` that becomes `out` at the end, or disappears on any error.
+    """Yield a hidden directory next to `out` that becomes `out` at the end, or is deleted on any error.
 
-    Where `out` is a link, that is beside the directory that it leads to.
+    If `out` is a link, its target is written.
 
     Raises:
         FileExistsError: `out` exists and is not an empty directory.
@@ -111,21 +111,21 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 def require_new(out: Path) -> None:
-    """Raise FileExistsError unless there is nothing, or an empty directory, of a name."""
+    """Raise FileExistsError unless a path does not exist or is an empty directory."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty directory. Choose a new one; nothing is overwritten.")
 
 
 def publish_directory(written: Path, final: Path, aside: Path | None = None) -> None:
-    """Give a directory that is complete its final name, on the same disk.
+    """Rename a complete directory to its final name, on the same file system.
 
     Args:
         written: the directory.
-        final: its name. There may be an empty directory.
-        aside: where another directory of that name is moved.
+        final: its final name; an empty directory of that name is replaced.
+        aside: path that an existing directory of that name is moved to.
 
     Raises:
-        OSError: a directory of that name is not empty, and there is no `aside` for it.
+        OSError: a directory of that name is not empty, and there is no `aside`.
     """
     sync_tree(written)
     if final.exists():
@@ -135,8 +135,8 @@ def publish_directory(written: Path, final: Path, aside: Path | None = None) -> 
 
 
 def sync_tree(directory: Path) -> None:
-    """Force every file below a directory, and the directories' entries, to the disk."""
-    mode = "rb+" if os.name == "nt" else "rb"  # Windows forces only what may be written
+    """Sync every file below a directory, and the entries of its directories, to disk."""
+    mode = "rb+" if os.name == "nt" else "rb"  # Windows syncs only writable files
     for folder, _, files in os.walk(directory):
         for name in files:
             with open(os.path.join(folder, name), mode) as stream:
@@ -145,7 +145,7 @@ def sync_tree(directory: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Force a directory's entries to the disk, where the system can do that."""
+    """Sync a directory's entries to disk, if the system supports it."""
     with contextlib.suppress(OSError, AttributeError):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests, by which a run that is resumed knows whether what it depends on is still the same.
+"""Digests, by which a resumed run detects changes of its inputs.
 
-Files are read whole. Samples miss changes, and a time of modification changes with every copy, which would refuse runs
-that may be resumed.
+Files are read completely: partial reads miss changes, and modification times change with every copy.
 """
 
 import hashlib
@@ -17,14 +16,14 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_digests(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Return the digest of each file; several are read at once."""
+    """Return the digest of each file; several files are read in parallel."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(file_digest, paths))
 

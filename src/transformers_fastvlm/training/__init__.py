@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on Hugging Face's `Trainer`: new models, recipes, parts that learn, checkpoints that survive."""
+"""Training with Hugging Face's `Trainer`: new models, recipes, trainable parts, atomic checkpoints."""
 
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers to a few rows of the evaluation set, written down at each evaluation."""
+"""Callbacks: sample answers at each evaluation, and the lines that a run prints."""
 
 import contextlib
 import itertools
@@ -26,19 +26,19 @@ logger = logging.getLogger(__name__)
 
 
 class SampleAnswers(TrainerCallback):
-    """Answers the first rows of a data set at each evaluation, greedily, and writes the answers down.
+    """Answers the first rows of a data set at each evaluation by greedy decoding, and records the answers.
 
-    They go to `samples.jsonl` in the run's directory, one object a row with `step`, `id`, `prompt`, `answer` and
-    `expected`; to the log; and to TensorBoard where the run reports there. Nothing of the training changes: random
-    generators, the mode of each module and the cache setting are as before.
+    Answers go to `samples.jsonl` in the run's directory, one object per row with `step`, `id`, `prompt`, `answer` and
+    `expected`; to the log; and to TensorBoard if the run reports there. Training is not affected: random generators,
+    the mode of each module and the cache setting are restored.
 
     Args:
-        processor: the model's.
-        dataset: of samples; its first `rows` are asked, or fewer if it has fewer.
-        conversation: "sft", which asks for each row's last answer, or "plain", for its caption.
-        rows: how many.
-        max_new_tokens: longest answer.
-        report: is told each answer, on the main process; by default it is logged.
+        processor: the processor of the model.
+        dataset: data set of samples; its first `rows` are answered, or all if it has fewer.
+        conversation: "sft" to generate each row's last answer, or "plain" to generate its caption.
+        rows: number of rows.
+        max_new_tokens: longest answer in tokens.
+        report: called with each answer, on the main process; by default answers are logged.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class SampleAnswers(TrainerCallback):
         self._writers: list[TensorBoardCallback] = []
 
     def attach(self, trainer: Any) -> None:
-        """Find what the trainer reports to, and join it."""
+        """Add the callback to a trainer, and find its TensorBoard callbacks."""
         self._writers = [one for one in trainer.callback_handler.callbacks if isinstance(one, TensorBoardCallback)]
         trainer.add_callback(self)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Answer. Every process does, since a model may be spread over them; the main one writes."""
+        """Answer the rows. All processes generate, since a model may be sharded; the main process writes."""
         with untouched(model):
             if self._samples is None:
                 self._samples = list(itertools.islice(iter_rows(self.dataset), self.rows))
@@ -102,10 +102,10 @@ class SampleAnswers(TrainerCallback):
 
 
 class LogLines(TrainerCallback):
-    """Reports what is logged as a line of text, with the time that is left.
+    """Reports each log entry as a line of text, with the remaining time.
 
     Args:
-        report: is told each line, on the main process.
+        report: called with each line, on the main process.
     """
 
     def __init__(self, report: Any) -> None:
@@ -113,11 +113,11 @@ class LogLines(TrainerCallback):
         self._start = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note when, and at which step, the run began."""
+        """Record the time and step at which the run started."""
         self._start = (time.monotonic(), state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Report what `Trainer` logs."""
+        """Report a log entry of `Trainer`."""
         if not state.is_world_process_zero or not logs:
             return
         numbers = [f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, int | float)]
@@ -130,10 +130,10 @@ class LogLines(TrainerCallback):
 
 
 class LinesAboveBar(ProgressCallback):
-    """A progress bar whose run reports lines: they stand above it, each on its own.
+    """A progress bar that prints reported lines above itself.
 
     Args:
-        report: writes a line to the terminal.
+        report: called with each line; writes it to the terminal.
     """
 
     def __init__(self, report: Any) -> None:
@@ -147,7 +147,7 @@ class LinesAboveBar(ProgressCallback):
             self._report(line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Print nothing: `LogLines` does."""
+        """Print nothing; `LogLines` reports log entries."""
 
 
 def iter_rows(dataset: Any) -> Iterator[dict[str, Any]]:
@@ -159,7 +159,7 @@ def iter_rows(dataset: Any) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluate within, without gradients, and leave random generators and every module's mode as they were."""
+    """Evaluate inside this context without gradients, and restore random generators and every module's mode."""
     modes = {module: module.training for module in model.modules()}
     try:
         with kept_random_streams(), torch.no_grad():

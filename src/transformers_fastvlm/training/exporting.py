@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The finished model in a run's directory, in the form that the recipe asks for."""
+"""Export of the finished model into a run's directory, in the form that the recipe sets."""
 
 import dataclasses
 import shutil
@@ -17,25 +17,25 @@ from .trainer import STAGING, FastVLMTrainer, last_checkpoint
 __all__ = ["FINISHED", "export", "is_finished"]
 
 FINISHED = ("config.json", "adapter_config.json")
-"""Of these the one that a result has is written last: a directory without is no model, or adapter, to anyone."""
+"""The file among these that a result has is written last: no loader accepts a directory without it."""
 
 
 def is_finished(out: Path) -> bool:
-    """Whether a run's directory has its result."""
+    """Return whether a run's directory has its finished model."""
     return any((out / name).is_file() for name in FINISHED)
 
 
 def export(trainer: FastVLMTrainer, recipe: Recipe, out: Path, checkpoint: Path | None = None) -> None:
     """Write model and processor into the run's directory.
 
-    They are written aside first, so that what does not fit on the disk leaves nothing that looks finished. All
-    processes call this, since a model may be spread over them; the main one writes.
+    They are written to a staging directory first, so that a full disk leaves nothing that looks finished. All
+    processes call this, since a model may be sharded; the main process writes.
 
     Args:
-        trainer: after training.
-        recipe: its export section says what is merged, and the type of the weights.
-        out: the directory.
-        checkpoint: where the trained weights are, if this process did not train them itself.
+        trainer: the trainer, after training.
+        recipe: its export section sets what is merged and the dtype of the weights.
+        out: the directory of the run.
+        checkpoint: directory of the trained weights, if this process did not train them.
     """
     partial = out / STAGING
     if trainer.args.should_save:
@@ -43,7 +43,7 @@ def export(trainer: FastVLMTrainer, recipe: Recipe, out: Path, checkpoint: Path 
     trainer.accelerator.wait_for_everyone()
     try:
         if checkpoint is None:
-            if trainer.is_fsdp_enabled:  # saved in one piece
+            if trainer.is_fsdp_enabled:  # saved unsharded
                 trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
             trainer.save_model(str(partial / "trained"))
             trainer.accelerator.wait_for_everyone()
@@ -54,7 +54,7 @@ def export(trainer: FastVLMTrainer, recipe: Recipe, out: Path, checkpoint: Path 
         kept = last_checkpoint(out)
         raise OSError(
             f"The finished model could not be written to {out} ({type(error).__name__}: {error}). "
-            + (f"{kept.name} is whole: make room and resume." if kept else "There is no checkpoint to resume from.")
+            + (f"{kept.name} is complete: free disk space and resume." if kept else "There is no checkpoint to resume.")
         ) from error
     finally:
         if trainer.args.should_save:
@@ -74,12 +74,12 @@ def _publish(trainer: FastVLMTrainer, recipe: Recipe, trained: Path, out: Path) 
 
 
 def _finished(recipe: Recipe, directory: Path) -> Any:
-    """Load what was trained on the CPU and bring it into the final form."""
+    """Load the trained weights on the CPU and bring the model into its final form."""
     dtype = torch_dtype(recipe.export.dtype or recipe.model.dtype)
     if recipe.lora is not None:
         from .lora import attach, merge
 
-        # Trained on four bits or not, adapters are put into the full weights.
+        # Adapters are merged into the full weights, even if they were trained on four bits.
         base = dataclasses.replace(recipe, lora=None)
         model, _ = load_model(base)
         prepare_encoder(model, base)
@@ -90,7 +90,7 @@ def _finished(recipe: Recipe, directory: Path) -> Any:
     else:
         model = FastVLMForConditionalGeneration.from_pretrained(directory, dtype=torch_dtype(recipe.model.dtype))
     if recipe.export.merge_encoder:
-        # Before any rounding: several rounded branches make one kernel that is further off than a rounded kernel.
+        # Merge before rounding: a merge of rounded branches has a larger error than a rounded merge.
         model.model.vision_tower.float().eval().reparameterize()
-    vars(model.config).pop("use_cache", None)  # Trainer's, for training
+    vars(model.config).pop("use_cache", None)  # Trainer sets it for training
     return model.to(dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same run on several devices: configurations for `accelerate launch`, and models that are not spread."""
+"""Runs on several devices: configurations for `accelerate launch`, and unsharded models."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ _FOLDER = Path(__file__).parent / "configs"
 
 
 def list_launch_configs() -> dict[str, str]:
-    """Return what each configuration for `accelerate launch` that comes with the package is for, by name."""
+    """Return the description of each configuration for `accelerate launch` in the package, by name."""
     found = {}
     for file in sorted(_FOLDER.glob("*.yaml")):
         lines = file.read_text("utf-8").splitlines()
-        found[file.stem] = lines[1].removeprefix("# ")  # under the licence
+        found[file.stem] = lines[1].removeprefix("# ")  # the line below the licence
     return found
 
 
@@ -29,19 +29,19 @@ def launch_config(name: str) -> Path:
         name: "ddp", "fsdp2", "zero2" or "zero3" (`list_launch_configs`).
 
     Raises:
-        FileNotFoundError: there is none of this name.
+        FileNotFoundError: there is no configuration of this name.
     """
     names = list_launch_configs()
     if name not in names:
         raise FileNotFoundError(
-            f"There is no configuration {name!r}{did_you_mean(name, names)} The package's are {', '.join(names)}."
+            f"There is no configuration {name!r}{did_you_mean(name, names)} The package has {', '.join(names)}."
         )
     return _FOLDER / f"{name}.yaml"
 
 
 @contextlib.contextmanager
 def whole_models(trainer: Any) -> Iterator[None]:
-    """Within, `from_pretrained` gives this process a whole model, also while ZeRO-3 spreads models over all."""
+    """Inside this context `from_pretrained` returns an unsharded model, even with ZeRO-3."""
     if not trainer.is_deepspeed_enabled:
         yield
         return

@@ -42,23 +42,23 @@ def lora_config(
     """Return the configuration of adapters for some parts of a model.
 
     Args:
-        model: a FastVLM; its layers are looked up in it, and it is not changed.
+        model: a FastVLM, which is read to find its layers and not changed.
         r: rank of the adapters.
         alpha: an adapter's output is scaled by alpha / r; None for 2 · r.
-        dropout: probability that a value of an adapter's input is dropped while training.
+        dropout: dropout probability of an adapter's input during training.
         parts: the parts, of `PARTS`, whose layers get adapters. "language_model": all linear layers of the decoder
-            (peft's own "all-linear" would also take the encoder's); "vision_tower": `qkv` and `proj` of the attention
-            and the 1x1 convolutions `fc1` and `fc2` of the feed-forward networks; "projector": both layers.
-        targets: names of layers, such as "q_proj", in place of all those of the parts; a string is handed to peft as
-            it is, as a regular expression on whole names.
-        whole: parts that are trained whole beside the adapters and are saved with them, each in a copy:
-            "projector" (without AnyRes's newline, which stays as it is) or "vision_tower".
-        **options: anything else for `peft.LoraConfig`, such as `use_rslora`.
+            (peft's "all-linear" would include the encoder's); "vision_tower": `qkv` and `proj` of the attention and
+            the 1x1 convolutions `fc1` and `fc2` of the feed-forward networks; "projector": both layers.
+        targets: names of layers, such as "q_proj", instead of all layers of the parts; a string is passed to peft
+            unchanged, as a regular expression on full names.
+        whole: parts that are fully trained together with the adapters and saved with them, each as a copy:
+            "projector" (without AnyRes's newline, which is not trained) or "vision_tower".
+        **options: further arguments of `peft.LoraConfig`, such as `use_rslora`.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: an unknown part or layer, a part named twice, or BatchNorm that is not frozen: its statistics move
-            while training and are no part of an adapter.
+        ValueError: a part or layer is unknown, a part is given twice, or BatchNorm is not frozen: its statistics change
+            during training and are not part of an adapter.
     """
     LoraConfig = require("peft").LoraConfig
     parts, whole = _checked(parts, whole)
@@ -69,9 +69,9 @@ def lora_config(
     ]
     if moving and "vision_tower" not in whole:
         raise ValueError(
-            f"{len(moving)} BatchNorm layers of the encoder, such as {moving[0]}, would go on collecting statistics, "
-            "and an adapter does not hold those: loaded again it would meet another encoder. Merge the encoder's "
-            "branches (model.model.vision_tower.eval().reparameterize()), or load the model with "
+            f"{len(moving)} BatchNorm layers of the encoder, such as {moving[0]}, would update their statistics, which "
+            "an adapter does not hold. Merge the encoder's branches "
+            "(model.model.vision_tower.eval().reparameterize()), or load the model with "
             "vision_config.freeze_batch_norm true."
         )
     if not isinstance(targets, str):
@@ -88,23 +88,23 @@ def lora_config(
 
 
 def add_lora(model: nn.Module, config: "LoraConfig | None" = None, **options: Any) -> "PeftModel":
-    """Put adapters into a model, in place, and freeze everything else.
+    """Add adapters to a model, in place, and freeze everything else.
 
-    `peft.get_peft_model` does the same; this also keeps the encoder's CLIP head frozen where the encoder is trained
-    whole, since it never gets a gradient and processes that train together would wait for one.
+    It is `peft.get_peft_model`, but also keeps the encoder's CLIP head frozen where the encoder is fully trained: the
+    head never gets a gradient, and distributed training would wait for one.
 
     Args:
         model: a FastVLM, quantized or not.
-        config: of the adapters; by default `lora_config(model, **options)`.
+        config: configuration of the adapters; by default `lora_config(model, **options)`.
 
     Returns:
-        The model in peft's wrapper, as `Trainer` and `SFTTrainer` take it.
+        The model in peft's wrapper, for `Trainer` and `SFTTrainer`.
 
     Raises:
-        ImportError, ValueError: as `lora_config`.
+        ImportError, ValueError: as for `lora_config`.
     """
     if config is not None and options:
-        raise ValueError(f"config is given, so {', '.join(options)} must be part of it; pass one or the other.")
+        raise ValueError(f"config and {', '.join(options)} are both given; put the options into config.")
     peft = require("peft")
     config = lora_config(model, **options) if config is None else config
     with warnings.catch_warnings():
@@ -119,23 +119,23 @@ def add_lora(model: nn.Module, config: "LoraConfig | None" = None, **options: An
 def quantization_config(
     kind: str = "4bit", *, compute_dtype: torch.dtype = torch.bfloat16, **options: Any
 ) -> "BitsAndBytesConfig":
-    """Return how to load a model whose language model is stored in four or eight bits, for QLoRA.
+    """Return the configuration that quantizes the language model to four or eight bits while loading, for QLoRA.
 
-    Encoder, projector and head keep the type that the model is loaded in. Pass the result to `from_pretrained`
-    together with `dtype`, which should be `compute_dtype`:
+    Encoder, projector and head keep the dtype of the model. Pass the result to `from_pretrained` together with `dtype`,
+    which should be `compute_dtype`:
 
         model = FastVLMForConditionalGeneration.from_pretrained(
             "apple/FastVLM-7B", dtype=torch.bfloat16, quantization_config=quantization_config()
         )
 
     Args:
-        kind: "4bit" (NF4, the constants quantized as well) or "8bit".
-        compute_dtype: type that four-bit weights are multiplied in.
-        **options: anything else for `BitsAndBytesConfig`, such as `bnb_4bit_quant_storage` for FSDP.
+        kind: "4bit" (NF4 with double quantization) or "8bit".
+        compute_dtype: dtype of the matrix multiplications with four-bit weights.
+        **options: further arguments of `BitsAndBytesConfig`, such as `bnb_4bit_quant_storage` for FSDP.
 
     Raises:
         ImportError: bitsandbytes is not installed.
-        ValueError: another `kind`.
+        ValueError: `kind` is neither of the two.
     """
     if kind not in ("4bit", "8bit"):
         raise ValueError(f"quantization is {kind!r}; expected '4bit' or '8bit'.")
@@ -160,17 +160,17 @@ def _checked(parts: Iterable[str], whole: Iterable[str]) -> tuple[list[str], lis
     if not parts:
         raise ValueError(f"parts is empty, so no layer would get an adapter; expected some of {', '.join(PARTS)}.")
     if twice := set(parts) & set(whole):
-        raise ValueError(f"{min(twice)} is in both parts and whole: give it adapters, or train it whole.")
+        raise ValueError(f"{min(twice)} is in both parts and whole: give it adapters, or train it fully.")
     if "language_model" in whole:
         raise ValueError(
-            "The language model cannot be trained whole beside adapters: its embeddings may be tied to the head, and "
-            "a copy would not be. Give it adapters, or train without LoRA."
+            "The language model cannot be fully trained together with adapters: its embeddings may be tied to the "
+            "head, and peft's copy would not be. Give it adapters, or train without LoRA."
         )
     return parts, whole
 
 
 def _pattern(model: nn.Module, parts: list[str], targets: Iterable[str] | None) -> str:
-    """Return a regular expression on names of modules, which also holds for another model of the same kind."""
+    """Return a regular expression on module names, which also matches other models of the same kind."""
     wanted = None if targets is None else set(targets)
     found: set[str] = set()
     patterns = []
@@ -179,7 +179,7 @@ def _pattern(model: nn.Module, parts: list[str], targets: Iterable[str] | None) 
         if wanted is not None:
             names = {name for name in names if name.rpartition(".")[2] in wanted}
         found |= {name.rpartition(".")[2] for name in names}
-        # A block's name and the layer's: `proj` alone is also what the encoder's downsampling is called.
+        # The names of block and layer: `proj` alone would also match the encoder's downsampling.
         ends = {re.sub(r"\b\d+\b", r"\\d+", re.escape(".".join(name.split(".")[-2:]))) for name in names}
         if ends:
             patterns.append(rf"(?:.*\.)?{_MODULES[part]}\.(?:.*\.)?(?:{'|'.join(sorted(ends))})")
@@ -188,14 +188,14 @@ def _pattern(model: nn.Module, parts: list[str], targets: Iterable[str] | None) 
     if wanted is not None and wanted - found:
         known = sorted({name.rpartition(".")[2] for part in parts for name in _linear_layers(model, part)})
         raise ValueError(
-            f"targets names {', '.join(map(repr, sorted(wanted - found)))}, which is no linear layer of "
-            f"{' or '.join(parts)}; there are {', '.join(known)}."
+            f"targets has {', '.join(map(repr, sorted(wanted - found)))}, which is no linear layer of "
+            f"{' or '.join(parts)}; expected some of {', '.join(known)}."
         )
     return "|".join(patterns)
 
 
 def _linear_layers(model: nn.Module, part: str) -> set[str]:
-    """Return the names, below the part, of its layers that are one matrix: linear, or 1x1 convolutions in the encoder.
+    """Return the names, within the part, of its linear layers and, in the encoder, of its 1x1 convolutions.
 
     The encoder's small gates (squeeze-excite), its stem and its downsampling are left out.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that a training step will take, worked out before anything is trained.
+"""Estimate of the memory of a training step, before training.
 
-Forward and backward pass run on tensors without data, and the bytes of those that exist are counted. So the estimate
-follows the model's real form: what is frozen, merged, adapted, checkpointed or autocast.
+Forward and backward pass run on fake tensors without data, and the bytes of live tensors are counted. So the estimate
+accounts for frozen parts, merged encoders, adapters, gradient checkpointing and autocast.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from .trainer import leave_frozen_inputs
 
 __all__ = ["MemoryEstimate", "estimate_memory", "readable_size"]
 
-# Bytes of optimizer state for each parameter that learns; None is two states in the parameter's own type, as AdamW has.
+# Bytes of optimizer state per trainable parameter. The default is AdamW: two states in the dtype of the parameter.
 _STATE_BYTES: dict[str, float] = {
     "adafactor": 0.1,
     "sgd": 0.0,
@@ -38,16 +38,16 @@ _STATE_BYTES: dict[str, float] = {
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device, before anything is sharded over several.
+    """Bytes on one device, without sharding.
 
     Attributes:
         weights: parameters and buffers.
-        gradients: of what learns.
-        optimizer: its states.
-        activations: what the forward pass keeps for the backward pass, for one batch of a device.
-        working: what there is beside at the peak: gradients so far, that of the logits, or with gradient checkpointing
-            the activations of the largest block.
-        peak: the most at any time. Not all of the above is there at once: gradients come as activations go.
+        gradients: gradients of the trainable parameters.
+        optimizer: states of the optimizer.
+        activations: activations that the forward pass keeps for the backward pass, for one batch of a device.
+        working: further memory at the peak: gradients so far, the gradient of the logits, or with gradient
+            checkpointing the activations of the largest block.
+        peak: the most at any time. It is below the sum of the above: gradients appear while activations are freed.
     """
 
     weights: int
@@ -61,7 +61,7 @@ class MemoryEstimate:
         names = ("weights", "gradients", "optimizer", "activations")
         parts = ", ".join(f"{name} {readable_size(getattr(self, name))}" for name in names)
         peak, working = readable_size(self.peak), readable_size(self.working)
-        return f"about {peak} a device at the peak ({parts}, working memory {working})"
+        return f"about {peak} per device at the peak ({parts}, working memory {working})"
 
 
 def estimate_memory(
@@ -73,26 +73,26 @@ def estimate_memory(
     gradient_checkpointing: bool = False,
     accumulates: bool = False,
 ) -> MemoryEstimate:
-    """Return what a training step of a FastVLM takes.
+    """Return an estimate of the memory of a training step of a FastVLM.
 
-    Not counted are the framework's own memory (0.5 GiB and more on a CUDA device), the allocator's fragmentation,
-    copies that data parallel training keeps of gradients, and what data loading takes. Sharding divides weights,
-    gradients and optimizer states by the number of devices.
+    It does not include the framework's memory (0.5 GiB and more on a CUDA device), the allocator's fragmentation, the
+    gradient copies of data parallel training, and data loading. Sharding divides weights, gradients and optimizer
+    states by the number of devices.
 
     Args:
-        model: a FastVLM, with adapters or without; not changed.
-        batch: of the collator; only shapes count.
+        model: a FastVLM, with or without adapters; not changed.
+        batch: a batch of the collator; only shapes matter.
         optimizer: its name in `TrainingArguments.optim`.
-        autocast: type that is computed in, if it is not that of the weights.
-        gradient_checkpointing: whether activations are computed twice instead of kept.
-        accumulates: whether an update takes several batches.
+        autocast: autocast dtype; None without autocast.
+        gradient_checkpointing: whether activations are recomputed instead of kept.
+        accumulates: whether an update accumulates several batches.
 
     Raises:
-        RuntimeError: the model cannot be run without data, as when its weights are quantized, or ZeRO-3 has spread
-            them over the devices.
+        RuntimeError: the model cannot run without data, for instance because its weights are quantized or sharded by
+            ZeRO-3.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise RuntimeError("ZeRO-3 has spread its weights over the devices")
+        raise RuntimeError("ZeRO-3 has sharded its weights over the devices")
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in learning)
     state = _STATE_BYTES.get(optimizer)
@@ -103,7 +103,7 @@ def estimate_memory(
     with mode, _quiet():
         base: Any = getattr(twin, "get_base_model", lambda: twin)()
         if gradient_checkpointing:
-            # Named so from Transformers 5.23 on.
+            # Transformers 5.23 renamed the method.
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
             leave_frozen_inputs(base)  # as FastVLMTrainer does
@@ -128,15 +128,15 @@ def estimate_memory(
 
 
 def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Return a copy of a model whose tensors have shapes, types and devices, but no memory."""
+    """Return a copy of a model whose tensors have shapes, dtypes and devices, but no data."""
     held = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
     tensors = {id(tensor): tensor for group in (model.parameters(), model.buffers(), held) for tensor in group}
-    # deepcopy takes what the memo has for an object in place of a copy of it.
+    # deepcopy uses the memo's entry for an object instead of copying it.
     return copy.deepcopy(model, {key: mode.from_tensor(tensor) for key, tensor in tensors.items()})
 
 
 def _loss(base: Any, batch: Mapping[str, Tensor], autocast: torch.dtype | None) -> Tensor:
-    """Run the model in pieces, past its checks of values, and return the loss."""
+    """Run the model part by part, to skip its checks of values, and return the loss."""
     ids, labels = batch["input_ids"], batch["labels"]
     with contextlib.nullcontext() if autocast is None else torch.autocast(ids.device.type, autocast):
         embeds = base.get_input_embeddings()(torch.zeros_like(ids))
@@ -154,7 +154,7 @@ def _loss(base: Any, batch: Mapping[str, Tensor], autocast: torch.dtype | None) 
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors within, none of the model's own, while they exist, and the most at any time."""
+    """Counts the bytes of live tensors other than the model's, and their peak."""
 
     def __init__(self, model: nn.Module, batch: Iterable[Tensor]) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class _LiveBytes(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep remarks about the cache and the like to the run itself."""
+    """Suppress warnings of Transformers, which the training run repeats."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters put into the weights: this package's, peft's and what LoRA training in LLaVA code leaves."""
+"""Merging of adapters into the weights: this package's, peft's, and those of LoRA training in LLaVA code."""
 
 import os
 import shutil
@@ -41,33 +41,33 @@ def merge_adapter(
     layout: Layout = "apple",
     dtype: torch.dtype | None = None,
 ) -> Conversion:
-    """Write the model that an adapter and its base amount to, with its processor, to the new directory `out`.
+    """Merge an adapter into its base and write the model, with its processor, to the new directory `out`.
 
-    Each sum is made in float32 and rounded once, to the type of the base's weights.
+    Each sum is computed in float32 and rounded once, to the dtype of the base's weights.
 
     Args:
-        adapter: directory of an adapter, of peft or of LLaVA code; or a hub repository with one of peft.
+        adapter: directory of an adapter, of peft or of LLaVA code; or a hub repository with a peft adapter.
         out: a directory that does not exist yet, or is empty. It appears when it is complete.
-        base: directory or hub repository of the model that the adapter was trained on, or "tiny"; by default what the
-            adapter's configuration names. An adapter that was trained on four bits is merged into the full weights.
+        base: directory or hub repository of the model that the adapter was trained on, or "tiny"; by default the base
+            in the adapter's configuration. An adapter that was trained on four bits is merged into the full weights.
         layout: "apple", "transformers" or "native", as for `checkpoints.convert`.
-        dtype: type of the weights; by default the base's.
+        dtype: dtype of the weights; by default the base's.
 
     Returns:
-        What was written, as `checkpoints.convert` says it.
+        The result of `checkpoints.convert`.
 
     Raises:
         FileExistsError: `out` exists and is not an empty directory.
         ImportError: peft is not installed.
         OSError: the adapter or its base cannot be found or read.
-        ValueError: they do not fit together, or `layout` cannot express the model.
+        ValueError: adapter and base do not match, or `layout` cannot express the model.
     """
     out = Path(out)
     require_new(out)
     adapter, config = _find(adapter)
     source, revision = _base(adapter, config, base)
     model = load_merged(adapter, source, dtype=dtype, revision=revision)
-    # A run leaves its processor beside the adapter, and it may have been trained at another resolution.
+    # A run saves its processor with the adapter, and it may have trained at another resolution.
     if (adapter / "processor_config.json").is_file():
         processor = FastVLMProcessor.from_pretrained(adapter)
         vision: Any = model.config.vision_config
@@ -90,12 +90,12 @@ def load_merged(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> FastVLMForConditionalGeneration:
-    """Return the model that an adapter and its base amount to, on the CPU and in evaluation mode.
+    """Merge an adapter into its base and return the model, on the CPU and in evaluation mode.
 
     Args:
         adapter, dtype: see `merge_adapter`.
-        base: as there, or the model itself, which is changed and returned.
-        revision: of the base, where that is a hub repository.
+        base: as in `merge_adapter`, or a loaded model, which is changed and returned.
+        revision: revision of the base, if it is a hub repository.
 
     Raises:
         ImportError, OSError, ValueError: see `merge_adapter`.
@@ -111,19 +111,19 @@ def load_merged(
 
 
 def load_llava_adapter(directory: Source, model: FastVLMForConditionalGeneration) -> FastVLMForConditionalGeneration:
-    """Merge what LoRA training in LLaVA code leaves into a model, and return the model.
+    """Merge the result of LoRA training in LLaVA code into a model, and return the model.
 
-    That is a directory with peft's `adapter_config.json` and `adapter_model`, under Apple's names of layers, and
-    `non_lora_trainables.bin`: the projector and whatever else was trained whole.
+    The result is a directory with peft's `adapter_config.json` and `adapter_model`, with Apple's layer names, and
+    `non_lora_trainables.bin`: the projector and other fully trained parts.
 
     Args:
-        directory: of the adapter. Pickled files are read as data only: code in them does not run.
-        model: the one it was trained on; it is changed.
+        directory: directory of the adapter. Pickled files are read as data only: code in them does not run.
+        model: the base model; it is changed.
 
     Raises:
         FileNotFoundError: a file is missing.
         ImportError: peft is not installed.
-        ValueError: a damaged file, or tensors that this model does not have or has in another shape.
+        ValueError: a file is damaged, or the model lacks a tensor or has it in another shape.
     """
     directory, content = _find(directory)
     tensors = dict(load_tensors(_weight_file(directory)))
@@ -133,11 +133,11 @@ def load_llava_adapter(directory: Source, model: FastVLMForConditionalGeneration
 
     peft = require("peft")
     config = peft.LoraConfig.from_pretrained(directory)
-    # Names of layers alone, such as q_proj, might also be the encoder's.
+    # Short layer names, such as q_proj, could also match the encoder's layers.
     config.target_modules = sorted({name.partition(".lora_")[0] for name in layers})
     config.exclude_modules = config.layers_to_transform = config.modules_to_save = None
     for patterns in (config.rank_pattern, config.alpha_pattern):
-        for name in list(patterns):  # peft looks for them at the end of a name
+        for name in list(patterns):  # peft matches them against the end of a name
             patterns[name.removeprefix("model.")] = patterns.pop(name)
     config.inference_mode = True
     unknown = set(others) - set(model.state_dict())
@@ -163,7 +163,7 @@ def load_llava_adapter(directory: Source, model: FastVLMForConditionalGeneration
 
 
 def _is_llavas(directory: Path) -> bool:
-    """Whether an adapter was trained in LLaVA code, or in Apple's remote code: by its names."""
+    """Return whether an adapter was trained with LLaVA code or Apple's remote code, by its tensor names."""
     if (directory / LLAVA_FILE).is_file():
         return True
     stored = [_plain(name) for name in load_tensors(_weight_file(directory))]
@@ -178,7 +178,7 @@ def _weight_file(directory: Path) -> Path:
 
 
 def _plain(stored: str) -> str:
-    """Return the name of a tensor without what peft puts around it."""
+    """Return the name of a tensor without peft's additions."""
     return stored.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
@@ -189,15 +189,15 @@ def _in_our_names(directory: Path, tensors: dict[str, Any]) -> tuple[dict[str, T
     for stored, tensor in tensors.items():
         renamed = to_our_name(_plain(stored))
         if renamed is None:
-            raise ValueError(f"{directory} has {stored}, which is no tensor of an adapter for FastVLM.")
+            raise ValueError(f"{directory} has the tensor {stored}, which is not part of an adapter for FastVLM.")
         (layers if ".lora_" in renamed else others)[renamed] = tensor
     if not layers:
-        raise ValueError(f"{directory} has no tensor of an adapter (lora_A, lora_B).")
+        raise ValueError(f"{directory} has no adapter tensors (lora_A, lora_B).")
     return layers, others
 
 
 def _find(adapter: Source) -> tuple[Path, dict[str, Any]]:
-    """Return the directory of an adapter, fetched from the hub if it is not a local one, and its configuration."""
+    """Return the directory of an adapter, downloaded from the hub if it is not local, and its configuration."""
     directory = Path(adapter)
     if not directory.is_dir():
         if directory.exists() or len(directory.parts) != 2 or directory.is_absolute():
@@ -216,11 +216,11 @@ def _find(adapter: Source) -> tuple[Path, dict[str, Any]]:
 
 
 def _base(adapter: Path, config: dict[str, Any], base: Source | None) -> tuple[Source, str | None]:
-    """Return the base model and, of one on the hub, its revision."""
+    """Return the base model and, if it is on the hub, its revision."""
     if base is not None:
         return resolve_model(base), None
     named = config.get("base_model_name_or_path")
     if not named:
-        raise ValueError(f"{adapter / ADAPTER_CONFIG} does not name the base model; say which it is (base).")
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} does not name the base model; pass it as base (--base).")
     named = resolve_model(named)
     return named, None if os.path.isdir(named) else config.get("revision")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New models: an encoder and a language model put together with a projector that has learned nothing yet."""
+"""New models: an encoder and a language model joined by an untrained projector."""
 
 import copy
 import os
@@ -55,34 +55,33 @@ def new_model(
     dtype: torch.dtype | str = torch.float32,
     seed: int = 0,
 ) -> tuple[FastVLMForConditionalGeneration, FastVLMProcessor]:
-    """Put a FastViTHD and a causal language model together, with a fresh projector: ready for stage 1.
+    """Join a FastViTHD and a causal language model by an untrained projector, ready for stage 1.
 
-    The conversation format is Vicuna v1 for a Llama whose tokenizer ends texts with `</s>`, and ChatML for everything
-    else; a tokenizer that lacks ChatML's two tokens gets them, and the embeddings rows for them. `<image>` gets the
-    next free id of the tokenizer and no row: placeholders are never embedded.
+    The conversation format is Vicuna v1 for a Llama whose tokenizer ends texts with `</s>`, and ChatML otherwise. If
+    the tokenizer lacks ChatML's two tokens, they are added, with rows in the embeddings. `<image>` gets the next free
+    id of the tokenizer and no row: placeholders are never embedded.
 
     Args:
         vision: a directory or hub repository with an encoder, alone or in a whole FastVLM of either layout, merged or
-            in train-time form; or an encoder; or, for one that has learned nothing, its configuration or the fields of
-            one.
+            in train-time form; or an encoder; or, for an untrained encoder, its configuration or a mapping of its
+            fields.
         language_model: a directory or hub repository of a Qwen2, Qwen2.5, Qwen3, Llama or other decoder that takes
-            `inputs_embeds`, or of a FastVLM, whose language model is taken; or a model; or, for one that has learned
-            nothing, its configuration or the fields of one, `model_type` among them. `vocab_size` may be left out of
-            such fields: it is then the tokenizer's.
-        tokenizer: directory or hub repository of a tokenizer, or one, which is changed; by default the language
+            `inputs_embeds`, or of a FastVLM, whose language model is used; or a model; or, for an untrained model, its
+            configuration or a mapping of its fields with `model_type`. Without `vocab_size` in the mapping the
+            tokenizer's is used.
+        tokenizer: directory or hub repository of a tokenizer, or a tokenizer, which is changed; by default the language
             model's.
-        image_size: height and width in pixels that pictures are brought to, a multiple of 64; by default the
-            encoder's.
+        image_size: height and width in pixels that images are resized to, a multiple of 64; by default the encoder's.
         image_aspect_ratio, image_grid_pinpoints, mm_patch_merge_type: see `FastVLMConfig`.
-        dtype: type of the weights, such as `torch.float32` or "bfloat16".
-        seed: of everything that starts at random. The state of PyTorch's generators is not touched.
+        dtype: dtype of the weights, such as `torch.float32` or "bfloat16".
+        seed: random seed of the new weights. The state of PyTorch's generators is not changed.
 
     Returns:
         The model, in evaluation mode, and its processor.
 
     Raises:
-        OSError: a directory or repository that is not there.
-        ValueError: a source that is of another kind of model, or sizes that do not fit.
+        OSError: a directory or repository does not exist.
+        ValueError: a source is another kind of model, or sizes do not match.
 
     Example:
         >>> model, processor = new_model("apple/FastVLM-0.5B", "Qwen/Qwen3-0.6B")  # doctest: +SKIP
@@ -92,7 +91,7 @@ def new_model(
     vision, language_model = _named(vision), _named(language_model)
     tokenizer = _default_tokenizer(language_model) if tokenizer is None else _named(tokenizer)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        # A bare configuration keeps AutoTokenizer from reading config.json, which may be of any kind of model.
+        # A bare configuration keeps AutoTokenizer from reading config.json, which may be of an unknown model type.
         tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer), config=PreTrainedConfig())
     words: PreTrainedTokenizerBase = tokenizer
     template = _prepare_tokenizer(words, language_model)
@@ -124,18 +123,19 @@ def new_model(
 def save_model(
     model: FastVLMForConditionalGeneration, processor: FastVLMProcessor, directory: str | os.PathLike[str]
 ) -> Path:
-    """Write model and processor to a new directory, which appears under its name only when it is complete.
+    """Write model and processor to a new directory, which appears only when it is complete.
 
-    Tensors carry Apple's names, config.json is in the nested form; the Auto classes and `checkpoints.convert` read it.
+    Tensors have Apple's names, config.json has the nested form; the Auto classes and `checkpoints.convert` read it.
 
     Args:
-        directory: one that does not exist yet, or is empty.
+        model, processor: the model and its processor.
+        directory: a directory that does not exist yet, or is empty.
 
     Returns:
         The directory.
 
     Raises:
-        FileExistsError: it exists and is not an empty directory.
+        FileExistsError: the directory exists and is not empty.
     """
     out = Path(directory)
     with new_directory(out) as partial:
@@ -145,19 +145,19 @@ def save_model(
 
 
 def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a floating-point type by its name.
+    """Return a floating-point dtype by its name.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a floating-point dtype.
     """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype is {dtype!r}; expected a floating-point type, such as 'float32' or 'bfloat16'.")
+        raise ValueError(f"dtype is {dtype!r}; expected a floating-point dtype, such as 'float32' or 'bfloat16'.")
     return found
 
 
 def _named(source: Any) -> Any:
-    """Return a source with its name resolved, where it is a name."""
+    """Return a source, with its name resolved if it is a name."""
     return resolve_model(source) if isinstance(source, str | os.PathLike) else source
 
 
@@ -167,13 +167,11 @@ def _default_tokenizer(language_model: Any) -> Source:
     name = getattr(language_model, "name_or_path", None)
     if name:
         return str(name)
-    raise ValueError(
-        "The language model has no directory of its own, so its tokenizer is not known. Name one: tokenizer=…"
-    )
+    raise ValueError("The language model has no directory, so its tokenizer is unknown. Pass one: tokenizer=…")
 
 
 def _config_of(source: Any) -> PreTrainedConfig:
-    """Return the configuration of a language model in any of the forms that `new_model` takes."""
+    """Return the configuration of a language model, given in any form that `new_model` accepts."""
     if isinstance(source, PreTrainedModel):
         return source.config
     if isinstance(source, PreTrainedConfig):
@@ -183,7 +181,7 @@ def _config_of(source: Any) -> PreTrainedConfig:
         kind = fields.pop("model_type", None)
         if kind not in CONFIG_MAPPING:
             raise ValueError(
-                f"The language model's fields have model_type {kind!r}; expected one that Transformers knows, such as "
+                f"The language model's fields have model_type {kind!r}; expected a model_type of Transformers, such as "
                 "'qwen2', 'qwen3' or 'llama'."
             )
         config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(fields)
@@ -192,7 +190,7 @@ def _config_of(source: Any) -> PreTrainedConfig:
 
 
 def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, language_model: Any) -> str:
-    """Give the tokenizer what the conversation format needs and return that format's template."""
+    """Add the tokens of the conversation format to the tokenizer, and return the format's template."""
     vocabulary = tokenizer.get_vocab()
     text = _config_of(language_model).get_text_config()
     has_chatml = all(token in vocabulary for token in _CHATML_TOKENS)
@@ -206,7 +204,7 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, language_model: Any) 
     former_end = tokenizer.eos_token
     tokenizer.eos_token = end
     if tokenizer.pad_token is None:
-        # Padding is masked everywhere, so any token will do that is not the end of an answer.
+        # Padding is always masked, so any token works except the end of an answer.
         tokenizer.pad_token = former_end if former_end not in (None, end) else tokenizer.unk_token or end
     tokenizer.chat_template = template
     tokenizer.padding_side = "left"
@@ -250,16 +248,16 @@ def _decoder(source: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
         decoder.model, decoder.lm_head = whole.model.language_model, whole.lm_head
     if not hasattr(decoder, "lm_head") or decoder.base_model_prefix != "model":
         raise ValueError(
-            f"A {type(decoder).__name__} is not built of `model` and `lm_head`; expected a decoder such as Qwen2, "
+            f"A {type(decoder).__name__} does not consist of `model` and `lm_head`; expected a decoder such as Qwen2, "
             "Qwen3 or Llama."
         )
     return decoder
 
 
 def _give_rows(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Lengthen the embeddings where tokens have no row; new rows are drawn around the mean of the others.
+    """Extend the embeddings for tokens without a row; new rows are sampled around the mean of the others.
 
-    `<image>` needs none: placeholders are never embedded.
+    `<image>` needs no row: placeholders are never embedded.
     """
     rows = decoder.get_input_embeddings().weight.shape[0]
     needed = 1 + max(number for token, number in tokenizer.get_vocab().items() if token != IMAGE_TOKEN)
@@ -307,7 +305,7 @@ def _processor(config: FastVLMConfig, tokenizer: PreTrainedTokenizerBase, templa
 def _assemble(
     config: FastVLMConfig, encoder: FastViTHDModel, decoder: PreTrainedModel, dtype: torch.dtype
 ) -> FastVLMForConditionalGeneration:
-    """Build the whole model around the tensors of its parts, which are not copied."""
+    """Build the whole model from the tensors of its parts, without copies."""
     with no_init_weights():
         model = FastVLMForConditionalGeneration(config)
     model.tie_weights()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three parts of a FastVLM for training: which of them learn, how fast, and what they weigh.
+"""The three parts of a FastVLM for training: which are trained, their learning rates and their sizes.
 
-Everything goes by the names of parameters, since shapes change when a model is sharded and names only grow prefixes.
+Parameters are identified by name: sharding changes shapes, while names only get prefixes.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import nn
 __all__ = ["PARTS", "check_parts", "decays", "describe_parts", "parameter_groups", "part_of", "set_trainable"]
 
 PARTS = ("vision_tower", "projector", "language_model")
-"""The encoder, the two-layer projector (with AnyRes's learned newline), the language model (with its head)."""
+"""The encoder, the two-layer projector (with the newline embedding of AnyRes), the language model (with its head)."""
 
 _PART_OF_COMPONENT = {
     "vision_tower": "vision_tower",
@@ -29,10 +29,10 @@ def part_of(name: str) -> str:
     """Return the part, one of `PARTS`, that a parameter belongs to.
 
     Args:
-        name: as `model.named_parameters()` gives it; wrappers such as PEFT's or DDP's may have put words before it.
+        name: a name of `model.named_parameters()`; it may have prefixes of wrappers such as PEFT's or DDP's.
 
     Raises:
-        ValueError: the name is of no part of a FastVLM.
+        ValueError: the name does not belong to a part of a FastVLM.
     """
     for component in name.split("."):
         if component in _PART_OF_COMPONENT:
@@ -41,22 +41,21 @@ def part_of(name: str) -> str:
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to a parameter: not to biases, norms, layer scales and the learned newline."""
+    """Return whether weight decay applies to a parameter: not to biases, norms, layer scales and AnyRes's newline."""
     return _NO_DECAY.search(name) is None
 
 
 def set_trainable(model: nn.Module, parts: Iterable[str]) -> None:
-    """Let the named parts learn and freeze the others.
+    """Make the named parts trainable and freeze the others.
 
-    The encoder's CLIP head stays frozen in any case: nothing in a FastVLM uses its embedding, so it would never get a
-    gradient.
+    The encoder's CLIP head always stays frozen: a FastVLM does not use its embedding, so it would never get a gradient.
 
     Args:
         model: a FastVLM.
-        parts: some of `PARTS`; none freezes everything.
+        parts: some of `PARTS`; an empty list freezes everything.
 
     Raises:
-        ValueError: a name that is not of a part.
+        ValueError: a name is not a part.
     """
     wanted = check_parts(parts)
     for name, parameter in model.named_parameters():
@@ -67,19 +66,19 @@ def set_trainable(model: nn.Module, parts: Iterable[str]) -> None:
 def parameter_groups(
     model: nn.Module, lr_by_part: Mapping[str, float] | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Return the trainable parameters in groups for an optimizer of PyTorch.
+    """Return the trainable parameters in groups for a PyTorch optimizer.
 
     Args:
         model: a FastVLM, wrapped or not.
-        lr_by_part: learning rate of each trainable part; None leaves it to the optimizer.
-        weight_decay: of those parameters that `decays` names; it is 0 for the others.
+        lr_by_part: learning rate of each trainable part; None uses the optimizer's.
+        weight_decay: weight decay of the parameters that `decays` selects; 0 for the others.
 
     Returns:
-        For each part that learns one group that decays and one that does not, empty ones left out, with `params`,
+        For each trainable part a group with weight decay and a group without, except empty groups, with `params`,
         `weight_decay`, `part` and, if rates are given, `lr`.
 
     Raises:
-        ValueError: a name that is not of a part, or a part that learns and has no rate.
+        ValueError: a name is not a part, or a trainable part has no learning rate.
     """
     rates = dict(lr_by_part or {})
     check_parts(rates)
@@ -90,8 +89,8 @@ def parameter_groups(
         part, decay = part_of(name), decays(name)
         if lr_by_part is not None and part not in rates:
             raise ValueError(
-                f"{part} learns, but has no learning rate: there is one for {', '.join(rates) or 'no part'}. Add one, "
-                "or freeze the part."
+                f"{part} is trainable, but has no learning rate: there is one for {', '.join(rates) or 'no part'}. Add "
+                "one, or freeze the part."
             )
         group = groups.setdefault(
             (part, decay), {"params": [], "weight_decay": weight_decay if decay else 0.0, "part": part}
@@ -106,7 +105,7 @@ def describe_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return (parameters, trainable parameters) of each part; a tensor that two modules share counts once."""
     counts = dict.fromkeys(PARTS, (0, 0))
     for name, parameter in model.named_parameters():
-        # DeepSpeed's ZeRO-3 leaves an empty tensor and the number beside it.
+        # DeepSpeed's ZeRO-3 empties the tensor and stores its size in an attribute.
         number = getattr(parameter, "ds_numel", parameter.numel())
         total, trainable = counts[part_of(name)]
         counts[part_of(name)] = (total + number, trainable + number * parameter.requires_grad)
@@ -114,7 +113,7 @@ def describe_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def check_parts(parts: Iterable[str]) -> set[str]:
-    """Return the names of parts, or raise ValueError for one that is not of `PARTS`."""
+    """Return the names of parts; raise ValueError for a name that is not in `PARTS`."""
     wanted = {parts} if isinstance(parts, str) else set(parts)
     if unknown := wanted - set(PARTS):
         raise ValueError(

@@ -17,11 +17,11 @@ GENERIC = "generic"
 
 
 def load_questions(source: str) -> list[str]:
-    """Return the questions of a text file, one a line, or with "generic" those that come with the package.
+    """Return the questions of a text file, one per line, or with "generic" the package's questions.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it has no questions, or one with "<image>" in it.
+        ValueError: the file has no questions, or a question contains "<image>".
     """
     if source == GENERIC:
         text = resources.files(__package__).joinpath("questions.txt").read_text(encoding="utf-8")
@@ -29,21 +29,21 @@ def load_questions(source: str) -> list[str]:
         text = Path(source).read_text(encoding="utf-8")
     questions = [line.strip() for line in text.splitlines() if line.strip()]
     if not questions:
-        raise ValueError(f"{source} has no questions; expected one a line.")
+        raise ValueError(f"{source} has no questions; expected one per line.")
     if marked := [question for question in questions if IMAGE_TOKEN in question]:
-        raise ValueError(f"{source} has the question {marked[0]!r}; leave {IMAGE_TOKEN} out, it is placed here.")
+        raise ValueError(f"{source} has the question {marked[0]!r}; leave {IMAGE_TOKEN} out, it is added for you.")
     return questions
 
 
 def ask(sample: dict[str, Any], questions: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """Return a sample whose caption, its last answer, answers one of the questions, with the image before or after it.
 
-    Both are drawn, with equal probabilities, by the row's id and caption: the same in every epoch, on every process
-    and in any order. (The package's chat templates bring a turn's only image to its front when they render it, as the
+    Question and position are drawn uniformly, seeded by the row's id and caption: they are the same in every epoch, on
+    every process and in any order. (The package's chat templates move the only image of a turn to its front, as the
     reference code does.)
 
     Raises:
-        ValueError: a sample without one image or without an answer.
+        ValueError: the sample does not have exactly one image, or has no answer.
     """
     answers = [message["content"] for message in sample["messages"] if message["role"] == "assistant"]
     if len(sample.get("images") or ()) != 1 or not answers:

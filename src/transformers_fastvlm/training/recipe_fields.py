@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dataclasses from what a YAML file holds, with every name and every type checked."""
+"""Dataclasses from the content of a YAML file, with every name and type checked."""
 
 import dataclasses
 import difflib
@@ -14,15 +14,15 @@ __all__ = ["build", "check_keys", "did_you_mean"]
 
 
 def build(section: type, content: Any, where: str = "") -> Any:
-    """Make a dataclass from a mapping, and those inside it.
+    """Make a dataclass, and the dataclasses nested in it, from a mapping.
 
     Args:
-        section: a dataclass; the types of its fields are those that a value may have.
-        content: values by the names of fields.
-        where: what the section is called in errors; nothing for the outermost.
+        section: a dataclass; the annotations of its fields are the allowed types.
+        content: values by field name.
+        where: name of the section in errors; empty for the outermost.
 
     Raises:
-        ValueError: an unknown name, or a value of another type.
+        ValueError: a name is unknown, or a value has another type.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"{where or 'The recipe'} is {content!r}; expected a section with keys and values.")
@@ -55,7 +55,7 @@ def _described(hint: Any) -> str:
 
 
 def check_keys(content: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise ValueError for the first key that is not known, with the one that was probably meant."""
+    """Raise ValueError for the first unknown key, and suggest the key that was probably meant."""
     known = list(known)
     for key in content:
         if key not in known:
@@ -66,6 +66,6 @@ def check_keys(content: Iterable[str], known: Iterable[str], where: str) -> None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence: the known word that is most like another, or a full stop."""
+    """Return the end of a sentence: a suggestion of the closest known word, or a full stop."""
     near: Sequence[str] = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else "."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe's model and data sections name: the model with its processor, the data sets and the collator."""
+"""Loading of a recipe's model and data sections: the model with its processor, the data sets and the collator."""
 
 import os
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ SCENES = "scenes"
 
 
 def load_model(recipe: Recipe) -> tuple[FastVLMForConditionalGeneration, FastVLMProcessor]:
-    """Load or make the model that a recipe names, with its processor, at the recipe's resolution.
+    """Load or create the model of a recipe, with its processor, at the recipe's resolution.
 
     Raises:
-        OSError: a directory or repository that is not there.
-        ValueError: neither `model.path` nor `model.new` is set, or what they name does not fit.
+        OSError: a directory or repository does not exist.
+        ValueError: neither `model.path` nor `model.new` is set, or a value is invalid.
     """
     section = recipe.model
     if section.new is not None:
@@ -36,7 +36,7 @@ def load_model(recipe: Recipe) -> tuple[FastVLMForConditionalGeneration, FastVLM
     if section.path is None:
         raise ValueError(
             "model.path is not set: name the directory or hub repository of the model to train, as in "
-            "model.path=apple/FastVLM-0.5B. `fastvlm new` makes one from an encoder and a language model."
+            "model.path=apple/FastVLM-0.5B. `fastvlm new` creates one from an encoder and a language model."
         )
     source = resolve_model(section.path)
     config = FastVLMConfig.from_pretrained(source)
@@ -59,9 +59,9 @@ def load_model(recipe: Recipe) -> tuple[FastVLMForConditionalGeneration, FastVLM
 
 
 def prepare_encoder(model: FastVLMForConditionalGeneration, recipe: Recipe) -> None:
-    """Bring the encoder into the form, and its BatchNorms into the behaviour, that a recipe asks for.
+    """Set the form of the encoder, its BatchNorm and its stochastic depth as the recipe says.
 
-    Where nothing of the encoder learns, its statistics stay as well, whatever the recipe says of BatchNorm.
+    BatchNorm statistics of a frozen encoder are always frozen.
     """
     encoder, section = model.model.vision_tower, recipe.model
     if section.merge_encoder:
@@ -83,14 +83,14 @@ def load_data(section: DataSection, processor: FastVLMProcessor) -> tuple[Any, A
     """Return the training set, the evaluation set or None, and the collator.
 
     Raises:
-        OSError: a file or repository that is not there.
-        ValueError: `data.source` is not set, or a row or an option cannot be used.
+        OSError: a file or repository does not exist.
+        ValueError: `data.source` is not set, or a row or an option is invalid.
     """
     from ..data import FastVLMDataCollator
 
     if section.source is None:
         raise ValueError(
-            "data.source is not set: name a LLaVA file, a data set of the hub, or scenes, as in data.source=train.json."
+            "data.source is not set: name a LLaVA file, a data set on the hub, or scenes, as in data.source=train.json."
         )
     collator = FastVLMDataCollator(processor, conversation=section.conversation, max_length=section.max_length)
     train = _dataset(section, section.source, section.options)
@@ -116,7 +116,7 @@ def _scenes(options: Mapping[str, Any]) -> Any:
     try:
         return SceneDataset(**options)
     except TypeError as error:
-        raise ValueError(f"The options of scenes do not fit ({error}); see SceneDataset.") from error
+        raise ValueError(f"The options of scenes are invalid ({error}); see SceneDataset.") from error
 
 
 def _rows(section: DataSection, source: Any, options: Mapping[str, Any]) -> Any:
@@ -134,4 +134,4 @@ def _rows(section: DataSection, source: Any, options: Mapping[str, Any]) -> Any:
     try:
         return load(source, **{**shared, **options})
     except TypeError as error:
-        raise ValueError(f"The options of {source!r} do not fit ({error}); see data.load.") from error
+        raise ValueError(f"The options of {source!r} are invalid ({error}); see data.load.") from error

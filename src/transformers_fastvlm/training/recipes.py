@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: what a training run does, in a YAML file that a person can read, checked before anything is loaded."""
+"""Recipes: training runs described by YAML files, which are checked before anything is loaded."""
 
 import copy
 import dataclasses
@@ -41,16 +41,16 @@ DERIVED_ARGUMENTS = {
 
 @dataclass
 class ModelSection:
-    """What is trained: exactly one of `path` and `new`.
+    """The model to train: exactly one of `path` and `new`.
 
     Attributes:
         path: directory or hub repository of a FastVLM, or "tiny".
         new: arguments of `new_model`: `vision`, `language_model`, `tokenizer` and so on.
-        dtype: type of the weights while training; "float32" wherever memory allows.
-        image_size: height and width in pixels, a multiple of 64; None for the model's own.
-        freeze_batch_norm: whether BatchNorm keeps to its running statistics; None for yes in the merged form of the
-            encoder and no in its train-time form.
-        drop_path_rate: stochastic depth of the encoder, in [0, 1); None for the model's own.
+        dtype: dtype of the weights during training; "float32" wherever memory allows.
+        image_size: height and width in pixels, a multiple of 64; None for the model's.
+        freeze_batch_norm: whether BatchNorm uses its running statistics without updating them; None for yes in the
+            merged form of the encoder and no in its train-time form.
+        drop_path_rate: stochastic depth of the encoder, in [0, 1); None for the model's.
         merge_encoder: whether to merge the branches of a train-time encoder before training.
     """
 
@@ -65,25 +65,25 @@ class ModelSection:
 
 @dataclass
 class DataSection:
-    """What it is trained on.
+    """The training and evaluation data.
 
     Attributes:
-        source: a LLaVA file (.json, .jsonl), a data set of the hub or in a directory, "scenes", or a list of these,
-            which are taken one after the other and shuffled together.
-        options: more arguments of `data.load`, or of `SceneDataset`.
-        image_folder: where the images of a LLaVA file are.
-        eval_source, eval_options: the same for evaluation; None for none.
-        conversation: "plain" (image, caption, newline: stage 1) or "sft" (answers are learned).
-        questions: for captions in an "sft" conversation, what is asked for them: "generic" for the list that comes
-            with the package, or a text file with a question a line. Each row's is drawn by its number, and the image
-            stands before or after it with equal probability.
-        max_length: most tokens of a row, those of images included; None for no limit.
+        source: a LLaVA file (.json, .jsonl), a data set on the hub or in a directory, "scenes", or a list of these,
+            which are concatenated and shuffled together.
+        options: further arguments of `data.load`, or of `SceneDataset`.
+        image_folder: folder of the images of a LLaVA file.
+        eval_source, eval_options: the same for evaluation; None for no evaluation.
+        conversation: "plain" (image, caption, newline: stage 1) or "sft" (answers are supervised).
+        questions: questions for captions in an "sft" conversation: "generic" for the package's list, or a text file
+            with one question per line. Each row's question is drawn by its id and caption, and the image comes before
+            or after it with equal probability.
+        max_length: most tokens of a row, image tokens included; None for no limit.
         on_bad_image: "error", or "skip", which leaves the row out and counts it.
-        do_exif_transpose: turn images as their EXIF orientation says; false for their pixels as they are stored.
-        alpha_background: colour that transparent images are laid on, or "none" to drop their transparency.
+        do_exif_transpose: apply the EXIF orientation of images; false keeps the pixels as stored.
+        alpha_background: background colour for transparent images, or "none" to drop their transparency.
         max_pixels: most pixels of an image; None for Pillow's limit.
-        streaming: read the source as it is needed; needs `arguments.max_steps`.
-        group: batches of rows of like length and kind, so that less is padding.
+        streaming: read the source while training; needs `arguments.max_steps`.
+        group: make batches of rows of similar length and kind, to reduce padding.
     """
 
     source: Any = None
@@ -104,17 +104,17 @@ class DataSection:
 
 @dataclass
 class TrainSection:
-    """What learns, and how.
+    """The trained parts and the optimization.
 
     Attributes:
         parts: some of vision_tower, projector and language_model.
-        learning_rate: one for all parts, or one for each by name.
-        global_batch_size: rows that make one update, over all devices. Gradients are accumulated as often as that
-            needs; None for `arguments.gradient_accumulation_steps`.
-        precision: what is computed in: "float32", "bfloat16" or "float16" (autocast), or "auto" for bfloat16 where
-            the device has it.
-        gradient_checkpointing: compute activations twice instead of keeping them.
-        sample_answers: rows of the evaluation set that are answered, and written down, at each evaluation.
+        learning_rate: one for all parts, or one for each part by name.
+        global_batch_size: rows per update, over all devices, reached by gradient accumulation; None for
+            `arguments.gradient_accumulation_steps`.
+        precision: compute dtype: "float32", "bfloat16" or "float16" (autocast), or "auto" for bfloat16 where the device
+            supports it.
+        gradient_checkpointing: recompute activations instead of keeping them.
+        sample_answers: number of rows of the evaluation set that are answered and recorded at each evaluation.
     """
 
     parts: list[str] = field(default_factory=lambda: list(PARTS))
@@ -127,15 +127,15 @@ class TrainSection:
 
 @dataclass
 class LoraSection:
-    """Low-rank adapters in place of, or beside, training whole parts.
+    """Low-rank adapters, instead of full training of parts or in addition to it.
 
     Attributes:
         r: rank.
         alpha: scale; the update is multiplied by alpha / r.
-        dropout: of the adapters' input, in [0, 1).
-        parts: parts that get adapters. Those of `train.parts` are trained whole beside them.
-        targets: names of the layers that get them, or None for the usual ones of each part.
-        quantization: None, or "4bit" or "8bit" for a language model that is loaded so (QLoRA; needs bitsandbytes).
+        dropout: dropout probability of the adapters' input, in [0, 1).
+        parts: parts that get adapters. The parts in `train.parts` are fully trained as well.
+        targets: names of the layers that get adapters, or None for the default layers of each part.
+        quantization: None, or "4bit" or "8bit" to quantize the language model (QLoRA; needs bitsandbytes).
     """
 
     r: int = 64
@@ -148,13 +148,13 @@ class LoraSection:
 
 @dataclass
 class ExportSection:
-    """What the final directory holds.
+    """The form of the finished model.
 
     Attributes:
-        merge_encoder: merge the branches of a train-time encoder, which is the form of published models; a later
-            stage that is to go on in train-time form needs False. Checkpoints keep the form that is trained.
-        merge_lora: put adapters into the weights; False leaves an adapter.
-        dtype: type of the weights, None for that of training.
+        merge_encoder: merge the branches of a train-time encoder, as in published models; False if a later stage trains
+            the train-time form. Checkpoints keep the form that is trained.
+        merge_lora: merge adapters into the weights; False saves an adapter.
+        dtype: dtype of the weights; None for the dtype of training.
     """
 
     merge_encoder: bool = True
@@ -167,11 +167,11 @@ class Recipe:
     """A training run.
 
     Attributes:
-        name: of the recipe.
-        description: what it is for.
-        output_dir: where checkpoints, logs and the finished model go.
+        name: name of the recipe.
+        description: purpose of the recipe.
+        output_dir: directory for checkpoints, logs and the finished model.
         model, data, train, lora, export: see the sections.
-        arguments: anything else for `transformers.TrainingArguments`, handed on unchanged.
+        arguments: further arguments of `transformers.TrainingArguments`, passed on unchanged.
     """
 
     name: str = "recipe"
@@ -189,7 +189,7 @@ class Recipe:
         """Build and check a recipe from nested dictionaries.
 
         Raises:
-            ValueError: an unknown key, a value of a wrong type, or values that contradict each other.
+            ValueError: a key is unknown, a value has the wrong type, or values contradict each other.
         """
         recipe: Recipe = build(cls, content)
         recipe.check()
@@ -204,7 +204,7 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the learning rate of each part that learns, adapters included."""
+        """Return the learning rate of each trained part, adapters included."""
         given = self.train.learning_rate
         learning = [
             part for part in PARTS if part in self.train.parts or (self.lora is not None and part in self.lora.parts)
@@ -214,10 +214,10 @@ class Recipe:
         return {part: float(given) for part in learning}
 
     def check(self) -> None:
-        """Check what can be checked without loading anything.
+        """Check the recipe, without loading anything.
 
         Raises:
-            ValueError: values that contradict each other or are out of range.
+            ValueError: values contradict each other or are out of range.
         """
         from transformers import TrainingArguments
 
@@ -228,18 +228,18 @@ class Recipe:
                 raise ValueError(f"arguments.{name} is set by {DERIVED_ARGUMENTS[name]}; set that instead.")
         if self.model.path is not None and self.model.new is not None:
             raise ValueError(
-                "model.path and model.new are both set: the first loads a model, the second makes one. Set the other "
-                "to null, as in model.new=null."
+                "model.path and model.new are both set: the first loads a model, the second creates one. Set one of "
+                "them to null, as in model.new=null."
             )
         for where, parts in (("train.parts", self.train.parts), ("lora.parts", self.lora.parts if self.lora else [])):
             if unknown := [part for part in parts if part not in PARTS]:
                 raise ValueError(f"{where} has {unknown[0]!r}; expected some of {', '.join(PARTS)}.")
         if not self.train.parts and self.lora is None:
-            raise ValueError("train.parts is empty and there is no lora section, so nothing would learn.")
+            raise ValueError("train.parts is empty and there is no lora section, so nothing would be trained.")
         if self.lora is not None and self.model.new is not None:
             raise ValueError(
-                "model.new and lora are both set: adapters need weights that stay where they are. Make the model once "
-                "(fastvlm new), and name its directory as model.path."
+                "model.new and lora are both set: adapters need a saved base model. Create the model once (fastvlm "
+                "new), and name its directory as model.path."
             )
         self._check_rates()
         if self.train.global_batch_size is not None and "gradient_accumulation_steps" in self.arguments:
@@ -261,11 +261,11 @@ class Recipe:
 
     def _check_data(self) -> None:
         if self.data.questions is not None and self.data.conversation != "sft":
-            raise ValueError("data.questions asks for captions, which needs data.conversation: sft.")
+            raise ValueError("data.questions needs data.conversation: sft.")
         if self.data.streaming and self.data.group:
-            raise ValueError("data.group needs all rows at once, and data.streaming reads them as they come. Set one.")
+            raise ValueError("data.group needs all rows at once, but data.streaming reads them one by one. Keep one.")
         if self.data.streaming and self.arguments.get("max_steps", -1) < 1:
-            raise ValueError("data.streaming has no end that is known: set arguments.max_steps, the number of updates.")
+            raise ValueError("data.streaming has no known length: set arguments.max_steps, the number of updates.")
 
     def _check_rates(self) -> None:
         given = self.train.learning_rate
@@ -273,17 +273,17 @@ class Recipe:
             check_keys(given, PARTS, "train.learning_rate")
             lora_parts = self.lora.parts if self.lora is not None else []
             if missing := [part for part in (*self.train.parts, *lora_parts) if part not in given]:
-                raise ValueError(f"train.learning_rate has none for {missing[0]}, which learns.")
+                raise ValueError(f"train.learning_rate has no rate for {missing[0]}, which is trained; add one.")
         values = list(given.values()) if isinstance(given, Mapping) else [given]
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
                 raise ValueError(
-                    f"train.learning_rate is {given!r}; expected a positive number, or one for each part that learns."
+                    f"train.learning_rate is {given!r}; expected a positive number, or one for each trained part."
                 )
 
 
 def list_recipes() -> dict[str, str]:
-    """Return the description of every recipe that comes with the package, by name."""
+    """Return the description of each recipe in the package, by name."""
     folder = resources.files(__package__).joinpath("recipes")
     files = sorted(file.name for file in folder.iterdir() if file.name.endswith(".yaml"))
     found = {name.removesuffix(".yaml"): _parse(folder.joinpath(name).read_text("utf-8"), name) for name in files}
@@ -291,29 +291,29 @@ def list_recipes() -> dict[str, str]:
 
 
 def load_recipe(name_or_path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe and change it.
+    """Read a recipe and apply overrides.
 
     Args:
-        name_or_path: name of a recipe that comes with the package (`list_recipes`), or a YAML file.
+        name_or_path: name of a recipe in the package (`list_recipes`), or a YAML file.
         overrides: changes such as `"data.source=train.json"` or `"train.learning_rate.projector=1e-3"`; the value is
             read as YAML.
 
     Raises:
-        FileNotFoundError: there is no such recipe.
-        ValueError: not YAML, an unknown key, or values that cannot be.
+        FileNotFoundError: the recipe does not exist.
+        ValueError: the file is not YAML, a key is unknown, or a value is invalid.
     """
     name = os.fspath(name_or_path)
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; expected a recipe, which is a YAML file.")
+            raise FileNotFoundError(f"{path} does not exist; expected a recipe (a YAML file).")
         content = _parse(path.read_text("utf-8"), str(path))
     else:
         names = list_recipes()
         if name not in names:
             raise FileNotFoundError(
-                f"There is no recipe {name!r}{did_you_mean(name, names)} The package's are {', '.join(names)}; a file "
-                "of your own ends in .yaml."
+                f"There is no recipe {name!r}{did_you_mean(name, names)} The package has {', '.join(names)}; the name "
+                "of a recipe file ends in .yaml."
             )
         content = _parse(resources.files(__package__).joinpath("recipes", f"{name}.yaml").read_text("utf-8"), name)
     content.setdefault("name", path.stem if path.suffix in (".yaml", ".yml") else path.name)
@@ -323,7 +323,7 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Iterable[str] =
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in YAML 1.2; PyYAML follows 1.1, where it is a word."""
+    """YAML in which 1e-3 is a number, as in YAML 1.2; PyYAML follows YAML 1.1, where it is a string."""
 
 
 _Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
@@ -349,9 +349,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 def _apply(content: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
-        raise ValueError(
-            f"{override!r} is not a change of a recipe; expected key=value, such as data.source=train.json."
-        )
+        raise ValueError(f"{override!r} is not a recipe override; expected key=value, such as data.source=train.json.")
     try:
         value = _yaml(text)
     except yaml.YAMLError as error:
@@ -363,5 +361,5 @@ def _apply(content: dict[str, Any], override: str) -> None:
             here[name] = {}
         here = here[name]
         if not isinstance(here, dict):
-            raise ValueError(f"{'.'.join(parents[: depth + 1])} is {here!r}, which has no {last!r} in it ({override}).")
+            raise ValueError(f"{'.'.join(parents[: depth + 1])} is {here!r}, which cannot have {last!r} ({override}).")
     here[last] = value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is going to do, in a few lines, before it does it."""
+"""A short summary of a run, printed before it starts."""
 
 import itertools
 import math
@@ -23,13 +23,13 @@ __all__ = ["summary"]
 def summary(
     recipe: Recipe, arguments: TrainingArguments, model: nn.Module, train: Any, evaluation: Any, collator: Any
 ) -> Iterator[str]:
-    """Yield lines: the recipe, what learns and how fast, the data, the updates, and the memory they will take."""
+    """Yield lines: the recipe, trained parts and learning rates, the data, the updates, and the memory estimate."""
     yield f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name
     yield f"model    {recipe.model.path or 'new'}, {_encoder(model)}"
     rates = recipe.learning_rates()
     for part, (total, trainable) in describe_parts(model).items():
-        learns = f"{trainable:,} learn, at {rates[part]:g}" if trainable else "frozen"
-        yield f"  {part:<15}{total:>15,} parameters, {learns}"
+        trained = f"{trainable:,} trained, learning rate {rates[part]:g}" if trainable else "frozen"
+        yield f"  {part:<15}{total:>15,} parameters, {trained}"
     yield f"data     {_size(train)}, conversation {recipe.data.conversation}" + (
         f"; evaluated on {_size(evaluation)}" if evaluation is not None else ""
     )
@@ -47,7 +47,7 @@ def _encoder(model: Any) -> str:
     size = encoder.config.image_size
     return (
         f"{size}x{size} pixels, encoder in {'merged' if encoder.config.reparameterized else 'train-time'} form, "
-        f"BatchNorm {'keeps its statistics' if frozen else 'follows the batches'}"
+        f"BatchNorm statistics {'frozen' if frozen else 'updated'}"
     )
 
 
@@ -56,7 +56,7 @@ def _size(dataset: Any) -> str:
         return "a stream"
     rows = f"{len(dataset):,} rows"
     skipped = getattr(getattr(dataset, "captions", dataset), "skipped", ())
-    return f"{rows} ({len(skipped):,} skipped for their images)" if skipped else rows
+    return f"{rows} ({len(skipped):,} skipped because of their images)" if skipped else rows
 
 
 def _update(arguments: TrainingArguments, train: Any) -> str:
@@ -75,7 +75,7 @@ def _compute(recipe: Recipe, arguments: TrainingArguments) -> str:
     autocast = autocast_dtype(arguments)
     text = f"weights {recipe.model.dtype}"
     if autocast is not None:
-        text += f", computed in {str(autocast).removeprefix('torch.')}"
+        text += f", autocast to {str(autocast).removeprefix('torch.')}"
     if recipe.train.gradient_checkpointing:
         text += ", gradient checkpointing"
     devices = torch.cuda.device_count() if arguments.device.type == "cuda" else 1
@@ -96,9 +96,9 @@ def _memory(recipe: Recipe, arguments: TrainingArguments, model: nn.Module, trai
             accumulates=arguments.gradient_accumulation_steps > 1,
         )
     except (RuntimeError, NotImplementedError) as error:
-        return f"cannot be worked out for this model ({str(error).splitlines()[0]})"
+        return f"no estimate for this model ({str(error).splitlines()[0]})"
     rows, length = batch["input_ids"].shape
-    text = f"{estimate}, for {rows} rows of {length} tokens as at the beginning"
+    text = f"{estimate}, for {rows} rows of {length} tokens (the first batch)"
     there = _installed(arguments)
     return text if there is None else f"{text}; the device has {readable_size(there)}"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training run, from a recipe to a directory that the rest of the package loads."""
+"""A training run, from a recipe to a directory with the finished model."""
 
 import json
 import sys
@@ -30,27 +30,27 @@ RECIPE_FILE, ROWS_FILE = "recipe.yaml", "rows.json"
 def run(
     recipe: Recipe, *, resume: bool = False, dry_run: bool = False, report: Callable[[str], None] | None = None
 ) -> Path:
-    """Train as a recipe says.
+    """Train a model with a recipe.
 
-    The directory `recipe.output_dir` gets the recipe, checkpoints (`checkpoint-N`) while training, answers to a few
-    rows at each evaluation (`samples.jsonl`), and in the end the model and its processor, where the Auto classes find
-    them. On several processes, started by `accelerate launch` or `torchrun`, all of them call this.
+    The directory `recipe.output_dir` gets the recipe, checkpoints (`checkpoint-N`) during training, answers to a few
+    rows at each evaluation (`samples.jsonl`), and at the end the model and its processor, which the Auto classes load.
+    With several processes, started by `accelerate launch` or `torchrun`, each calls this function.
 
     Args:
         recipe: see `load_recipe`.
-        resume: go on from the newest checkpoint, or begin if there is none; a finished run is left as it is.
+        resume: resume from the newest checkpoint, or start if there is none; a finished run is not changed.
         dry_run: stop before the first step; nothing is written.
-        report: is told, on the main process, what is going to happen and how it goes, line by line. Without it the
-            memory that the run will take is not worked out, which takes some seconds.
+        report: called with the summary and the progress, line by line, on the main process. Without it the memory
+            estimate, which takes some seconds, is skipped.
 
     Returns:
         The directory.
 
     Raises:
-        FileExistsError: the directory has a run in it already, and `resume` is False.
+        FileExistsError: the directory already holds a run, and `resume` is False.
         ImportError: a package that training needs is missing.
-        OSError: a file that is missing or cannot be written.
-        ValueError: something in the recipe, or a row of the data, that cannot be used.
+        OSError: a file is missing or cannot be written.
+        ValueError: the recipe or a row of the data is invalid.
     """
     recipe.check()
     if recipe.output_dir is None:
@@ -61,10 +61,10 @@ def run(
     tell = _silent if report is None or arguments.process_index > 0 else report
     changes = _changes(out, recipe) if resume else []
     if resume and is_finished(out) and not changes:
-        tell(f"{out} is finished; nothing is left to do.")
+        tell(f"{out} is already finished.")
         return out
 
-    set_seed(arguments.seed)  # adapters begin at random, before Trainer does this
+    set_seed(arguments.seed)  # adapters are initialized randomly, before Trainer sets the seed
     model, processor = load_model(recipe)
     prepare_encoder(model, recipe)
     if recipe.lora is None:
@@ -89,9 +89,9 @@ def run(
     rows = {"data.source": _rows_of(train), "data.eval_source": _rows_of(evaluation)}
     changes += _changed_rows(out, rows) if resume else []
     for line in changes:
-        tell(f"changed since the run began: {line}")
+        tell(f"changed since the run started: {line}")
     if checkpoint is not None:
-        tell(f"going on from {checkpoint}")
+        tell(f"resuming from {checkpoint}")
     if dry_run:
         return out
     if arguments.should_save:
@@ -122,7 +122,7 @@ def _silent(line: str) -> None:
 
 
 def _add_callbacks(trainer: FastVLMTrainer, recipe: Recipe, tell: Callable[[str], None]) -> None:
-    # A bar is for eyes; lines are for both.
+    # The progress bar is only for terminals; lines also go to logs.
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None and sys.stderr.isatty():
         bar = LinesAboveBar(tell)
@@ -144,21 +144,21 @@ def _checkpoint_to_resume(out: Path, resume: bool) -> Path | None:
     if not out.exists():
         return None
     if not out.is_dir():
-        raise FileExistsError(f"output_dir {out} is a file; expected a directory, or nothing yet.")
+        raise FileExistsError(f"output_dir {out} is a file; expected a directory, or a path that does not exist.")
     found = last_checkpoint(out)
     if resume:
         return found
     if found is not None or is_finished(out):
         what = found.name if found is not None else "a model"
         raise FileExistsError(
-            f"output_dir {out} already holds {what}. Go on with it (--resume), or choose another; nothing is "
-            "overwritten."
+            f"output_dir {out} already holds {what}, which is not overwritten. Resume it (--resume), or choose another "
+            "directory."
         )
     return None
 
 
 def _changes(out: Path, recipe: Recipe) -> list[str]:
-    """Return what the recipe has otherwise than when the run in `out` began."""
+    """Return the changes to the recipe since the run in `out` started."""
     if not (out / RECIPE_FILE).is_file():
         return []
     before, now = load_recipe(out / RECIPE_FILE).to_dict(), recipe.to_dict()
@@ -178,18 +178,18 @@ def _rows_of(dataset: Any) -> dict[str, Any] | None:
 
 
 def _changed_rows(out: Path, rows: dict[str, Any]) -> list[str]:
-    """Return which rows are others than when the run in `out` began."""
+    """Return the changes to the rows since the run in `out` started."""
     try:
         before = json.loads((out / ROWS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return []  # of a run that never began, or of an earlier version
+        return []  # the run never started, or an earlier version wrote it
     lines = []
     for key, now in rows.items():
         was = before.get(key) if isinstance(before, dict) else None
         if was is None or now is None or was == now:
             continue
         how = f"{was['rows']:,} rows, has {now['rows']:,}" if was["rows"] != now["rows"] else "other rows"
-        lines.append(f"{key} had {how}; the order of what is left follows from the new ones")
+        lines.append(f"{key} had {how}; the remaining steps use the new rows in their order")
     return lines
 
 
@@ -203,7 +203,7 @@ def _flat_pairs(first: Any, second: Any, key: str = "") -> dict[str, tuple[Any, 
 
 
 def _is_last(checkpoint: Path, arguments: TrainingArguments) -> bool:
-    """Whether a checkpoint is of the last step; `Trainer` would train one step more."""
+    """Return whether a checkpoint is of the last step; from it `Trainer` would train one step more."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     if arguments.max_steps > 0:
         return bool(state["global_step"] >= arguments.max_steps)

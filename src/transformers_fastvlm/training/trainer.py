@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Trainer` with a learning rate for each part, and checkpoints that are whole or not there.
+"""`Trainer` with a learning rate for each part, and checkpoints that are written atomically.
 
-Transformers' `Trainer` trains FastVLM as it is. What this adds changes no number of a step with
-this package's collator.
+Transformers' `Trainer` trains FastVLM as well. With this package's collator both compute the same steps.
 """
 
 import json
@@ -31,16 +30,16 @@ _STATE_FILE = "trainer_state.json"
 class FastVLMTrainer(Trainer):
     """`Trainer` for FastVLM.
 
-    - Each part learns at its own rate, and weight decay leaves out biases, norms and layer scales.
-    - With `group=True` batches hold rows of like length and kind.
-    - A checkpoint is written under a hidden name, forced to the disk and then renamed: whatever interrupts it, the
-      earlier ones are untouched and nothing incomplete looks finished.
-    - With gradient checkpointing a frozen encoder has no backward pass, as without.
-    - Placeholders of images in the labels, as TRL's collators leave them, do not count as learned tokens.
+    - Each part has its learning rate, and weight decay skips biases, norms and layer scales.
+    - With `group=True` batches hold rows of similar length and kind.
+    - A checkpoint is written under a hidden name, synced to disk and then renamed: an interrupted save leaves the
+      earlier checkpoints untouched and nothing that looks finished.
+    - With gradient checkpointing a frozen encoder has no backward pass, as without checkpointing.
+    - Image placeholders in the labels, which TRL's collators leave there, do not count as supervised tokens.
 
     Args:
-        learning_rates: of each part that learns, by name (`parts.PARTS`); None for the one in the arguments.
-        group: whether batches are made of rows of like length and kind.
+        learning_rates: learning rate of each trained part, by name (`parts.PARTS`); None for the rate in the arguments.
+        group: whether batches hold rows of similar length and kind.
         *args, **kwargs: as for `Trainer`.
     """
 
@@ -66,7 +65,7 @@ class FastVLMTrainer(Trainer):
         return [name for name, _ in model.named_parameters() if decays(name)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer that the arguments name, with a group of parameters for each part and kind."""
+        """Create the optimizer of the arguments, with a parameter group for each part, with and without decay."""
         made_here = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if made_here and self.learning_rates is not None:
@@ -81,10 +80,10 @@ class FastVLMTrainer(Trainer):
         return os.path.join(folder, STAGING) if getattr(self, "_staging", False) else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside, then rename it."""
+        """Write a checkpoint into the staging directory, then rename it."""
         folder = Path(self._get_output_dir(trial))
         staging, name = folder / STAGING, f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:  # what an interrupted run left
+        if self.args.should_save:  # leftovers of an interrupted run
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._staging = True
@@ -97,14 +96,14 @@ class FastVLMTrainer(Trainer):
             raise OSError(
                 f"The checkpoint of step {self.state.global_step} could not be written to {folder} "
                 f"({type(error).__name__}: {error}). "
-                + (f"{kept.name}, from before, is whole: " if kept else "There is none from before: ")
-                + "make room and resume."
+                + (f"{kept.name} is complete: " if kept else "There is no earlier checkpoint: ")
+                + "free disk space and resume."
             ) from error
         finally:
             self._staging = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            # There is a checkpoint of that step where a run took another way from an earlier one.
+            # A checkpoint of this step exists if the run was resumed from an earlier one.
             publish_directory(staging / name, folder / name, aside=staging / f"replaced-{name}")
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -114,7 +113,7 @@ class FastVLMTrainer(Trainer):
             )
 
     def _record_best(self, folder: Path, written: Path) -> None:
-        """Correct the path of the best checkpoint, which `Trainer` looked for beside this one."""
+        """Correct the path of the best checkpoint, which `Trainer` sets inside the staging directory."""
         if not self.state.best_global_step:
             return
         best = folder / f"checkpoint-{self.state.best_global_step}"
@@ -136,7 +135,7 @@ class FastVLMTrainer(Trainer):
 
 
 class _TellEpoch(TrainerCallback):
-    """Tells a sampler which epoch begins; accelerate forgets to after a resumed one on several processes."""
+    """Sets the epoch of a sampler; accelerate does not after resuming with several processes."""
 
     sampler: Any = None
 
@@ -146,7 +145,7 @@ class _TellEpoch(TrainerCallback):
 
 
 class _WithoutPlaceholders:
-    """A collator of others, whose labels may hold placeholders of images, which the model ignores.
+    """Wraps another collator and masks image placeholders in its labels, which the model ignores.
 
     `Trainer` counts the labels before the model sees them, and divides the loss by their number.
     """
@@ -162,10 +161,10 @@ class _WithoutPlaceholders:
 
 
 class _LeaveFrozenInputs(TrainerCallback):
-    """Takes back that the inputs of checkpointed blocks need gradients.
+    """Undoes the gradient requirement of the inputs of checkpointed blocks.
 
-    Transformers sees to it for PyTorch's reentrant checkpointing, which learns nothing otherwise. For the other kind it
-    does no more than to send gradients back through a frozen encoder, all the way to its stem.
+    Transformers sets it for PyTorch's reentrant checkpointing, which would not train otherwise. For non-reentrant
+    checkpointing it only causes a useless backward pass through a frozen encoder.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -182,24 +181,24 @@ def leave_frozen_inputs(model: nn.Module) -> None:
 
 
 def last_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """Return the newest checkpoint in a run's directory that is whole, or None if there is none.
+    """Return the newest complete checkpoint in a run's directory, or None if there is none.
 
-    `FastVLMTrainer` leaves no others; a plain `Trainer` that was killed while saving does.
+    `FastVLMTrainer` leaves no incomplete checkpoints; a plain `Trainer` that is killed while saving does.
     """
     found = _checkpoints(Path(directory))
     return max(found)[1] if found else None
 
 
 def rotate_checkpoints(folder: Path, step: int, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints by step that are too many; never that of `step`, the best, a later one, or a link.
+    """Delete the oldest surplus checkpoints by step, but never that of `step`, the best, a later one, or a link.
 
-    Transformers' own goes by time, which a clock that was set back turns round.
+    Transformers orders checkpoints by modification time, which is wrong after the clock is set back.
 
     Args:
-        folder: of the run.
-        step: of the checkpoint just written.
-        limit: most that are to be left of those up to `step`; None or 0 for all.
-        best: path of the best one.
+        folder: directory of the run.
+        step: step of the checkpoint just written.
+        limit: most checkpoints up to `step` to keep; None or 0 for all.
+        best: path of the best checkpoint.
     """
     if not limit:
         return
@@ -211,7 +210,7 @@ def rotate_checkpoints(folder: Path, step: int, limit: int | None, best: str | N
 
 
 def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """Return the steps and folders of the checkpoints that are whole."""
+    """Return the steps and folders of the complete checkpoints."""
     found = []
     for path in directory.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -221,7 +220,7 @@ def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether the file that `Trainer` writes last is there and complete."""
+    """Return whether the file that `Trainer` writes last exists and is complete."""
     try:
         return "global_step" in json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -229,7 +228,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _split(groups: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Divide an optimizer's groups by part; all other options stay."""
+    """Split an optimizer's groups by part; other options are unchanged."""
     part_and_rate = {id(p): (group["part"], group["lr"]) for group in wanted for p in group["params"]}
     split: dict[tuple[int, str], dict[str, Any]] = {}
     for index, group in enumerate(groups):

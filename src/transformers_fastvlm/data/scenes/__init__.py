@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic scenes with captions, questions and exact answers: for training and testing tiny models.
 
-Every scene follows from two numbers, a seed and an index, so that a data set of any length needs no files and a run
-can be repeated. The scenes hold what FastVLM is used for in miniature: objects and where they are, counting, reading
-numbers and words, and a bar chart.
+Two numbers, a seed and an index, determine a scene, so a data set of any length needs no files and runs are
+reproducible. The scenes cover the uses of FastVLM in miniature: objects and their positions, counting, reading numbers
+and words, and a bar chart.
 """
 
 from .content import KINDS, Mark, Question, Scene, make_collage, make_scene

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a scene shows, what can be asked about it, and the answers."""
+"""The content of scenes: images, captions, questions and answers."""
 
 import itertools
 import random
@@ -38,10 +38,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that a scene shows, and where its middle is, as shares of the picture's width and height.
+    """An item of a scene, and the position of its centre, as fractions of the image's width and height.
 
-    An object has the labels "red", "star" and those of its place, "top", "left"; a letter or digit is itself; a bar,
-    marked where it ends, is "blue" and "bar 4".
+    An object has labels such as "red", "star" and for its position "top", "left"; a letter or digit is its own label; a
+    bar, marked at its end, has "blue" and "bar 4".
     """
 
     labels: tuple[str, ...]
@@ -51,7 +51,7 @@ class Mark:
 
 @dataclass
 class Scene:
-    """A picture, what is where on it, a caption that tells all of it, and questions; one at least of its own kind."""
+    """An image, its marks, a complete caption, and questions, at least one of them of the scene's kind."""
 
     image: Image.Image
     marks: list[Mark]
@@ -83,7 +83,7 @@ class _Page:
     marks: list[Mark] = field(default_factory=list)
 
     def mark(self, labels: Sequence[str], x: float, y: float) -> None:
-        """Note what is at (x, y)."""
+        """Record a mark at (x, y)."""
         self.marks.append(Mark(tuple(labels), x / self.canvas.width, y / self.canvas.height))
 
     def color(self, name: str) -> Color:
@@ -96,9 +96,9 @@ def make_scene(seed: int, index: int, kinds: tuple[str, ...] = KINDS, aspect: st
     """Return scene `index` of the series `seed`.
 
     Args:
-        seed: names the series; two seeds share no scene.
+        seed: selects the series; different seeds share no scene.
         index: number of the scene, from 0.
-        kinds: kinds of questions to ask, some of KINDS; scenes are chosen so that each has such a question.
+        kinds: kinds of questions to ask, some of KINDS; each scene has at least one such question.
         aspect: "any" for two squares in five and the rest between 1:2 and 2:1, "square", or "oblong" (at least 4:3).
 
     Raises:
@@ -110,7 +110,7 @@ def make_scene(seed: int, index: int, kinds: tuple[str, ...] = KINDS, aspect: st
     while True:
         page = _new_page(rng, aspect)
         caption, questions = _PAINTERS[kind](page)
-        # Now and then nothing can be asked: three shapes in a row have no "above".
+        # Some scenes allow no question of their kind: three shapes in a row have no "above".
         if any(question.kind == kind for question in questions):
             break
     return Scene(
@@ -119,9 +119,9 @@ def make_scene(seed: int, index: int, kinds: tuple[str, ...] = KINDS, aspect: st
 
 
 def make_collage(seed: int, index: int, aspect: str = "any") -> Scene:
-    """Return collage `index` of the series `seed`: objects, letters and digits wherever there is room, no questions.
+    """Return collage `index` of the series `seed`: objects, letters and digits all over the image, no questions.
 
-    For training an encoder: it shows as much as several scenes, and no words that a reader could guess.
+    Collages are for training an encoder: they show as much as several scenes, and no words that could be guessed.
 
     Raises:
         ValueError: if the aspect is unknown.
@@ -153,13 +153,13 @@ def make_collage(seed: int, index: int, aspect: str = "any") -> Scene:
 
 
 def _finish(page: _Page) -> Image.Image:
-    """Return the picture with its noise and blur."""
+    """Return the image with its noise and blur."""
     rng = page.rng
     return page.canvas.finish(rng, noise=rng.choice((0.0, rng.uniform(0, 14))), blur=rng.choice((0.0, 0.0, 0.6)))
 
 
 def check_options(kinds: tuple[str, ...], aspect: str) -> None:
-    """Raise ValueError for a kind of question or of picture that there is not."""
+    """Raise ValueError for an unknown kind of question or aspect."""
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"kinds is {tuple(kinds)!r}; expected one or more of {KINDS}.")
     if aspect not in ASPECTS:
@@ -215,7 +215,7 @@ def _place(page: _Page, objects: list[tuple[str, str]]) -> list[_Object]:
 
 
 def _paint_objects(page: _Page) -> tuple[str, list[Question]]:
-    """A few different objects: what they are and where they are."""
+    """Draw a few different objects and ask about them and their positions."""
     rng = page.rng
     number = rng.choice((2, 2, 3, 3, 4))
     names = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], number)
@@ -224,7 +224,7 @@ def _paint_objects(page: _Page) -> tuple[str, list[Question]]:
 
 
 def _listed(objects: list[_Object]) -> str:
-    """Return a caption: each object after its place, in reading order, and how many there are."""
+    """Return a caption: each object after its position, in reading order, and their number."""
     return "Shapes: " + ", ".join(f"{one.place} {one.name}" for one in objects) + f". {len(objects)} in all."
 
 
@@ -244,7 +244,7 @@ def _attributes(objects: list[_Object], rng: random.Random) -> list[Question]:
 
 
 def _relations(objects: list[_Object], rng: random.Random) -> list[Question]:
-    """Questions about directions, each only where no object is level with the one that it starts from."""
+    """Return questions about directions, each only if no other object is level with its reference object."""
     questions = []
     for one in objects:
         others = [other for other in objects if other is not one]

@@ -12,25 +12,25 @@ Task = Literal["captions", "conversations", "questions"]
 
 
 class SceneDataset:
-    """A map-style data set of synthetic scenes, drawn when they are asked for.
+    """A map-style data set of synthetic scenes, drawn on access.
 
     A row is a dict of `messages` (role and content), `images` (one PIL image), `id`, and for `task="questions"` also
     `kind`.
 
     Args:
         length: number of rows.
-        seed: names the series of scenes; two seeds share none.
-        task: "captions" for one turn that describes the scene; "conversations" for one turn a question, at most
-            `max_turns` of them in random order, and now and then the description among them; "questions" for a single
-            question of the scene's own kind.
+        seed: selects the series of scenes; different seeds share no scene.
+        task: "captions" for one turn that describes the scene; "conversations" for one turn per question, at most
+            `max_turns` of them in random order, sometimes with the description among them; "questions" for a single
+            question of the scene's kind.
         kinds: kinds of questions, some of `KINDS`.
-        aspect: "any", "square" or "oblong" pictures.
+        aspect: "any", "square" or "oblong" images.
         max_turns: most questions of a conversation.
         start: index of the first row's scene.
 
     Raises:
-        ValueError: if an argument is not one of those, or a number is not positive.
-        IndexError: if a row is asked for that is not there.
+        ValueError: an argument is not one of these, or a number is out of range.
+        IndexError: the row is out of range.
 
     Example:
         >>> row = SceneDataset(10, seed=7)[0]
@@ -64,7 +64,7 @@ class SceneDataset:
     def scene(self, index: int) -> Scene:
         """Return scene `index`, from 0, with all its questions."""
         if not 0 <= index < self.length:
-            raise IndexError(f"Row {index} was asked for; the data set has rows 0 to {self.length - 1}.")
+            raise IndexError(f"Row {index} is out of range; the data set has rows 0 to {self.length - 1}.")
         return make_scene(self.seed, self.start + index, self.kinds, self.aspect)
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws shapes, text and bars on a canvas whose unit is a pixel of the model's own 256 x 256 input.
 
-Everything is drawn with Pillow and what it brings, so that the same scene comes out on every machine: its scalable
-font, upright, bold, slanted, narrow or wide; its bitmap font, enlarged; and seven-segment digits drawn here.
+Everything is drawn with Pillow and its built-in fonts, so that a scene is the same on every machine: its scalable font,
+upright, bold, slanted, narrow or wide; its bitmap font, enlarged; and seven-segment digits drawn here.
 """
 
 import functools
@@ -44,7 +44,7 @@ Color = tuple[int, int, int]
 
 
 class Canvas:
-    """A picture that is drawn in units of 1/256 of its longer side.
+    """An image that is drawn in units of 1/256 of its longer side.
 
     Args:
         width, height: size in units; the larger one is 256.
@@ -106,7 +106,7 @@ class Canvas:
         return [x + (share - 0.5) * size[0] / self.scale for share in _middles(text, face)]
 
     def finish(self, rng: random.Random, noise: float, blur: float) -> Image.Image:
-        """Return the picture with a slight blur (radius in units) and Gaussian noise (standard deviation in levels)."""
+        """Return the image with a slight blur (radius in units) and Gaussian noise (standard deviation in levels)."""
         if blur:
             self.image = self.image.filter(ImageFilter.GaussianBlur(blur * self.scale))
         if not noise:
@@ -135,7 +135,7 @@ def _glyphs(text: str, face: str) -> Image.Image:
 
 
 def _middles(text: str, face: str) -> list[float]:
-    """Return where the middle of each letter's part of the line is, as a share of the text's width."""
+    """Return the centre of each letter on the line, as a fraction of the text's width."""
     if face == "segments":
         return [(index + 0.5) / len(text) for index in range(len(text))]
     ends = [_font(face).getlength(text[:index]) for index in range(len(text) + 1)]

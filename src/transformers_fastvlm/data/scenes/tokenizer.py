@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tokenizer for a language model that only ever speaks about scenes, in the files of Apple's checkpoints."""
+"""A tokenizer for a language model trained on scenes only, in the file format of Apple's checkpoints."""
 
 import json
 import os
@@ -24,15 +24,15 @@ _CHAT = (
 
 
 def write_tokenizer(directory: str | os.PathLike[str], vocab_size: int = 480, seed: int = 0) -> int:
-    """Train a byte-level BPE tokenizer on what scenes say and write it as a Qwen2 tokenizer's files.
+    """Train a byte-level BPE tokenizer on the text of scenes and write it in the files of a Qwen2 tokenizer.
 
-    The words that scenes print stay in single letters, so that reading them means reading letters.
+    Words printed in scenes are split into single letters, so that the model must read letter by letter.
 
     Args:
-        directory: where to write vocab.json, merges.txt, tokenizer_config.json, added_tokens.json and
-            special_tokens_map.json; it is made if it is not there.
+        directory: output directory for vocab.json, merges.txt, tokenizer_config.json, added_tokens.json and
+            special_tokens_map.json; it is created if needed.
         vocab_size: tokens before the three special ones; at least 256.
-        seed: series of the scenes to learn from.
+        seed: series of the scenes to train on.
 
     Returns:
         The number of tokens, special ones included.
