@@ -83,7 +83,7 @@ def test_stops_and_goes_on(run, model, photos, tmp_path, monkeypatch: pytest.Mon
     )
     assert not out.exists()
     other = run(*words, "--temperature", 1, code=2)
-    assert "out.jsonl.journal is of a run with temperature 0.0, not 1.0." in other.stderr
+    assert "out.jsonl.journal belongs to a run with temperature 0.0, not 1.0." in other.stderr
     done = run(*words)
     assert done.stderr.startswith(f"3 rows in {out} (2 of them from earlier runs")
     assert "exists already" in run(*words, code=2).stderr
@@ -98,7 +98,7 @@ def test_refuses(model, photos, tmp_path, fails, run) -> None:
     assert "--seed has no effect" in fails("batch", photos, "-o", out, *options, "--seed", 1)
     assert "device is 'abacus'" in fails("batch", photos, "-o", out, *options, "--device", "abacus")
     assert "no such directory" in fails("batch", photos, "-o", out, "-p", PROMPT, "-m", "./gone")
-    assert "no video is among the inputs" in fails("batch", photos, "-o", out, *options, "--srt", tmp_path)
+    assert "the inputs have no video" in fails("batch", photos, "-o", out, *options, "--srt", tmp_path)
     assert "--engine" in run("batch", photos, "-o", out, *options, "--engine", "abacus", code=2).stderr
     assert not out.exists() and not (tmp_path / "out.jsonl.journal").exists()
 

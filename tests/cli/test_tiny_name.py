@@ -85,7 +85,7 @@ VERBS: dict[str, tuple[tuple[str, ...], str | None, str]] = {
     "data": (
         ("data", "check", "train.json", "--image-folder", str(IMAGES), "-m", "tiny"),
         None,
-        "1 rows read, 1 right",
+        "1 rows read, 1 valid",
     ),
 }
 
