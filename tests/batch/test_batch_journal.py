@@ -143,7 +143,7 @@ def test_refuses_outputs(tmp_path: Path) -> None:
     for name, message in (
         ("out.txt", r"expected a name that ends in \.jsonl, \.parquet, \.srt"),
         ("folder.jsonl", "is a folder"),
-        ("gone/out.jsonl", "does not exist; make it first"),
+        ("gone/out.jsonl", "does not exist; create it first"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             require_format(tmp_path / name)

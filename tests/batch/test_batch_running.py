@@ -211,7 +211,7 @@ def test_does_not_overwrite(run, engine, photos, tmp_path) -> None:
     out.write_text("mine")
     with pytest.raises(
         FileExistsError,
-        match=r"exists already, .*new images, name them alone and another output.*again, pass --restart",
+        match=r"exists already, .*new images, use another output.*again, use --restart",
     ):
         run()
     assert out.read_text() == "mine" and engine.asked == []
@@ -233,7 +233,7 @@ def test_sampling_differs_between_rows_and_comes_again_in_any_batch(run, photos,
 def test_subtitles_need_videos(run, photos) -> None:
     with pytest.raises(ValueError, match="subtitles, which need one video and nothing else"):
         run(output="out.srt")
-    with pytest.raises(ValueError, match="no video is among the inputs"):
+    with pytest.raises(ValueError, match="the inputs have no video"):
         run(subtitles="captions")
 
 
@@ -377,7 +377,7 @@ def test_pictures_that_changed_are_noticed(run, engine, photos, tmp_path, kind: 
         assert run(source).resumed_rows == 6
     else:
         with pytest.raises(
-            ValueError, match=r"01.png' was changed since|01.png was changed|other content|files or rows"
+            ValueError, match=r"01.png' has changed since|01.png has changed|other content|files or rows"
         ):
             run(source)
         assert (tmp_path / "out.jsonl.journal").exists()

@@ -85,7 +85,7 @@ def test_left_out_files_are_counted_by_suffix_with_what_to_install(folder: Path,
     assert {".heic": 2, ".heif": 1, ".h5": 1}.items() <= found.left_out.items()
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "a.HEIC").write_bytes(bytes(9))
-    with pytest.raises(ValueError, match=r"no picture and no video \(1 \.heic: pip install pillow-heif reads HEIC\)"):
+    with pytest.raises(ValueError, match=r"no image and no video \(1 \.heic: pip install pillow-heif reads HEIC\)"):
         find_sources([str(tmp_path / "phone")], SourceOptions(prompt=PROMPT))
 
 
@@ -136,14 +136,14 @@ def test_a_changed_input_has_another_identity(folder: Path) -> None:
         ([], PROMPT, "no input is given"),
         (["gone.png"], PROMPT, r"no such file or folder: '.*gone\.png'"),
         (["*.gif"], PROMPT, r"no file matches '.*\*\.gif'"),
-        (["empty"], PROMPT, r"the folder '.*empty' has no picture and no video \(no other files\)"),
+        (["empty"], PROMPT, r"the folder '.*empty' has no image and no video \(no other files\)"),
         (["b.png"], "What is {thing}?", r"has \{thing\}, but '.*b\.png' is not a table.*Write \{\{thing\}\}"),
         (["rows.csv"], "What is {thing}?", r"rows\.csv has no column 'thing'; it has 'image', 'name'"),
         (["twice.csv"], PROMPT, r"twice\.csv has several columns 'image'"),
         (["nothing.csv"], PROMPT, r"nothing\.csv is empty"),
         (["nothing.jsonl"], PROMPT, r"nothing\.jsonl is empty"),
         (["text.jsonl"], PROMPT, "expected a JSON list of rows"),
-        (["*.csv"], PROMPT, "has tables; name them one by one"),
+        (["*.csv"], PROMPT, "has tables; list them one by one"),
     ],
 )
 def test_refuses_inputs(folder: Path, inputs: list[str], prompt: str, message: str) -> None:
@@ -300,7 +300,7 @@ def test_what_is_no_regular_file_is_refused(folder: Path) -> None:
     for name in ("rows.jsonl", "a.png", "a.mp4"):
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
-        with pytest.raises(ValueError, match="is no regular file"):
+        with pytest.raises(ValueError, match="is not a regular file"):
             requests_of(folder / name)
 
 

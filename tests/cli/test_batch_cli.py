@@ -58,7 +58,7 @@ def test_errors_are_reported_and_the_exit_code_says_so(run, model, photos, tmp_p
     result = run("batch", photos, "-o", out, "-p", PROMPT, "-m", model, "--max-new-tokens", 2, code=1)
     lines = result.stderr.splitlines()
     assert lines[0].startswith(f"3 rows in {out}")
-    assert lines[1] == "1 file in the folders left out, neither images that can be read nor videos: 1 .txt"
+    assert lines[1] == "1 file in the folders skipped, neither readable images nor videos: 1 .txt"
     assert lines[2] == "fastvlm: 1 row without an answer:"
     assert lines[3].startswith(f"  {photos / 'gray_l.png'}: ") and "not an image" in lines[3]
     assert [row["error"] is None for row in rows_of(out)] == [False, True, True]
@@ -79,13 +79,13 @@ def test_stops_and_goes_on(run, model, photos, tmp_path, monkeypatch: pytest.Mon
         patch.setattr(TransformersEngine, "generate", generate)
         stopped = run(*words, code=130)
     assert stopped.stderr == (
-        f"fastvlm: stopped after 2 rows. They are kept in {out}.journal; the same command goes on from there.\n"
+        f"fastvlm: stopped after 2 rows. They are kept in {out}.journal; repeat the command to resume.\n"
     )
     assert not out.exists()
     other = run(*words, "--temperature", 1, code=2)
-    assert "out.jsonl.journal is of a run with temperature 0.0, not 1.0." in other.stderr
+    assert "out.jsonl.journal belongs to a run with temperature 0.0, not 1.0." in other.stderr
     done = run(*words)
-    assert done.stderr.startswith(f"3 rows in {out} (2 of them done before")
+    assert done.stderr.startswith(f"3 rows in {out} (2 of them from earlier runs")
     assert "exists already" in run(*words, code=2).stderr
     assert run(*words, "--restart").stderr.startswith(f"3 rows in {out}")
 
@@ -98,7 +98,7 @@ def test_refuses(model, photos, tmp_path, fails, run) -> None:
     assert "--seed has no effect" in fails("batch", photos, "-o", out, *options, "--seed", 1)
     assert "device is 'abacus'" in fails("batch", photos, "-o", out, *options, "--device", "abacus")
     assert "no such directory" in fails("batch", photos, "-o", out, "-p", PROMPT, "-m", "./gone")
-    assert "no video is among the inputs" in fails("batch", photos, "-o", out, *options, "--srt", tmp_path)
+    assert "the inputs have no video" in fails("batch", photos, "-o", out, *options, "--srt", tmp_path)
     assert "--engine" in run("batch", photos, "-o", out, *options, "--engine", "abacus", code=2).stderr
     assert not out.exists() and not (tmp_path / "out.jsonl.journal").exists()
 
@@ -178,8 +178,8 @@ def test_sigterm_stops_and_says_how_to_go_on(run, model, photos, tmp_path, monke
         patch.setattr(TransformersEngine, "generate", generate)
         stopped = run(*words, code=143)
     assert stopped.stderr == (
-        f"fastvlm: stopped after 2 rows. They are kept in {out}.journal; the same command goes on from there.\n"
+        f"fastvlm: stopped after 2 rows. They are kept in {out}.journal; repeat the command to resume.\n"
     )
     assert signal.getsignal(signal.SIGTERM) == before
-    assert run(*words).stderr.startswith(f"3 rows in {out} (2 of them done before")
+    assert run(*words).stderr.startswith(f"3 rows in {out} (2 of them from earlier runs")
     assert len(rows_of(out)) == 3

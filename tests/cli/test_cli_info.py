@@ -77,7 +77,7 @@ def test_a_config_that_is_no_object(copy_of, fails, tmp_path, verb: str, content
         "generate": ("-p", "?", "-m", model),
         "convert": (model, tmp_path / "out", "--to", "apple"),
     }
-    assert f"config.json of '{model}' is no JSON object" in fails(verb, *words[verb])
+    assert f"config.json of '{model}' is not a JSON object" in fails(verb, *words[verb])
 
 
 def test_untied_head(checkpoint, run) -> None:
@@ -144,7 +144,7 @@ def test_weights_that_are_not_here(checkpoint, tmp_path, run, monkeypatch: pytes
 def test_refuses(copy_of, tmp_path, fails, monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy_of("qwen2_tied")
     monkeypatch.setattr(info, "_tensors", lambda *_, **__: {"score.weight": ("F32", (2, 64))})
-    assert "'score.weight', which FastVLM does not have" in fails("info", model)
+    assert "'score.weight', which is not part of FastVLM" in fails("info", model)
     monkeypatch.undo()
     (model / "model.safetensors").write_bytes(b"cut")
     assert "cannot be read as safetensors" in fails("info", model)

@@ -40,13 +40,13 @@ def bad(good: Path, tmp_path: Path) -> Path:
 def test_a_good_set(run: Run, good: Path, tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
     words = ("data", "check", good, "--image-folder", tmp_path / "images")
     result = run(*words)
-    assert result.stdout == "3 rows read, 3 right (1 of them text alone), 2 images, 0 problems\n"
+    assert result.stdout == "3 rows read, 3 valid (1 of them text only), 2 images, 0 problems\n"
     assert result.stderr == ""
     lines = run(*words, "-m", checkpoint("qwen2_tied"), "--max-length", 60).stdout.splitlines()
     assert lines[0] == result.stdout.strip()
     assert "tokens; a row: min 5" in lines[1]
-    assert lines[2] == "1 rows are longer than 60 tokens and lose their ends"
-    assert run(*words, "--limit", 1).stdout.startswith("1 of 3 rows read, 1 right (0 of them")
+    assert lines[2] == "1 rows are longer than 60 tokens and will be truncated"
+    assert run(*words, "--limit", 1).stdout.startswith("1 of 3 rows read, 1 valid (0 of them")
 
 
 def test_a_bad_set(run: Run, bad: Path, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_bad_set(run: Run, bad: Path, tmp_path: Path) -> None:
     lines = run(*words, code=1).stdout.splitlines()
     assert lines[0].startswith("row 1 (line 2): the image 'gone.png' does not exist")
     assert lines[1].startswith("row 2 (line 3): answer 0 (counting from 0) is empty")
-    assert lines[2] == "4 rows read, 2 right (1 of them text alone), 1 images, 2 problems"
+    assert lines[2] == "4 rows read, 2 valid (1 of them text only), 1 images, 2 problems"
     result = run(*words, "--show", 1, code=1)
     assert len(result.stdout.splitlines()) == 2
     assert result.stderr == "1 more rows are wrong; --show lists more, --json all.\n"
@@ -68,7 +68,7 @@ def test_a_file_that_is_cut_off(run: Run, good: Path, tmp_path: Path) -> None:
     good.write_text(good.read_text()[:-10])
     lines = run("data", "check", good, "--image-folder", tmp_path / "images", code=1).stdout.splitlines()
     assert lines[0].startswith("row 2: the file ends inside this row")
-    assert lines[1] == "2 rows read, 2 right (1 of them text alone), 1 images, 1 problems"
+    assert lines[1] == "2 rows read, 2 valid (1 of them text only), 1 images, 1 problems"
 
 
 def test_input_that_cannot_be_used(fails: Callable[..., str], good: Path, tmp_path: Path) -> None:

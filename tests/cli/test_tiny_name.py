@@ -24,6 +24,7 @@ ELSEWHERE = {
     "demo": "tests/demo/test_page_command.py",
     "eval": "tests/evaluation/test_harness_errors.py",
     "eval-encoder": "tests/evaluation/test_harness_encoder.py",
+    "env": None,  # has no model
     "eval-report": None,  # reads results, no model
 }
 
@@ -85,7 +86,7 @@ VERBS: dict[str, tuple[tuple[str, ...], str | None, str]] = {
     "data": (
         ("data", "check", "train.json", "--image-folder", str(IMAGES), "-m", "tiny"),
         None,
-        "1 rows read, 1 right",
+        "1 rows read, 1 valid",
     ),
 }
 

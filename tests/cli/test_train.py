@@ -51,7 +51,7 @@ def test_a_recipe_is_shown_as_it_would_run(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "no recipe: name one of `fastvlm train --list`, or a YAML file"),
+        ((), "no recipe: give one of `fastvlm train --list`, or a YAML file"),
         (("stage4",), "There is no recipe 'stage4'; did you mean 'stage"),
         (("mine.yaml",), "mine.yaml does not exist; expected a recipe"),
         (("stage1", "train.part=[projector]"), "train has no key 'part'; did you mean 'parts'?"),

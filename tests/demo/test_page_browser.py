@@ -201,8 +201,8 @@ def test_two_questions_about_a_picture_and_then_another(
     wanted = expected(parts, "How many shapes are there?", files=scenes[:1])
     monkeypatch.setattr(FastViTHDModel, "forward", counted)
     assert ask(tab, "How many shapes are there?", scenes[0]) == wanted
-    assert len(encoded) == 1 and "picture encoded" in status(tab).inner_text()
-    expect(tab.get_by_alt_text("Your picture")).to_have_count(1)
+    assert len(encoded) == 1 and "image encoded" in status(tab).inner_text()
+    expect(tab.get_by_alt_text("Your image")).to_have_count(1)
 
     # Text is text: this would fetch something if it were rendered.
     second = "Describe the picture. ![x](http://example.invalid/x.png) <img src=http://example.invalid/y.png>"
@@ -226,14 +226,14 @@ def test_two_questions_about_a_picture_and_then_another(
     assert ask(tab, "How many shapes are there?", *scenes) == expected(
         parts, "How many shapes are there?", files=scenes
     )
-    expect(tab.get_by_alt_text("Your picture 2 of 2")).to_have_count(1)
+    expect(tab.get_by_alt_text("Your image 2 of 2")).to_have_count(1)
     expect(tab.get_by_test_id("bot")).to_have_count(1)
     expect(tab.get_by_label("Share")).to_be_hidden()
 
     tab.get_by_role("button", name="New conversation", exact=True).click()
     expect(tab.locator("#conversation button.example")).to_have_count(4)
     tab.get_by_role("button", name="Count", exact=True).click()
-    assert "There is no picture yet" in refused(tab)
+    assert "There is no image yet" in refused(tab)
 
 
 def test_an_example_and_a_preset(visit: Callable[..., Any], parts: tuple[Any, Any], page: tuple[Page, str]) -> None:
@@ -265,7 +265,7 @@ def test_pasted_and_dropped_pictures(visit: Callable[..., Any], scenes: tuple[Pa
     expect(tab.get_by_label("Remove file")).to_have_count(1)
     tab.get_by_role("button", name="Describe", exact=True).click()
     answered(tab)
-    expect(tab.get_by_alt_text("Your picture")).to_have_count(1)
+    expect(tab.get_by_alt_text("Your image")).to_have_count(1)
 
 
 def test_stop(visit: Callable[..., Any], page: tuple[Page, str], parts: tuple[Any, Any]) -> None:
@@ -308,7 +308,7 @@ def test_visitors_are_apart_and_leave_nothing(
     first, second = visit(), visit()
     ask(first, "How many shapes are there?", scenes[0])
     second.get_by_role("button", name="Count", exact=True).click()
-    assert "There is no picture yet" in refused(second)
+    assert "There is no image yet" in refused(second)
     known = set(page[0].visitors)
     first.close()
     until(lambda: len(set(page[0].visitors) & known) < len(known), second)
@@ -335,7 +335,7 @@ def test_on_a_phone(visit: Callable[..., Any], scenes: tuple[Path, Path], scheme
     """Nothing is wider than the screen, all controls are reachable, and text can be read."""
     tab = visit(375, 740, color_scheme=scheme, has_touch=True, is_mobile=True)
     ask(tab, "Describe the picture.", scenes[0])
-    for name in ("Ask about pictures", "Live camera"):
+    for name in ("Ask about images", "Live camera"):
         tab.get_by_role("tab", name=name).click()
         assert tab.evaluate("document.documentElement.scrollWidth") <= 375
         for button in tab.get_by_role("tabpanel").locator("button:visible").all():
@@ -385,11 +385,11 @@ def test_keyboard_only(visit: Callable[..., Any]) -> None:
         if name.startswith("Select example 1"):
             tab.keyboard.press("Enter")
             answered(tab)
-        if name == "Ask about the picture":
+        if name == "Ask about the image":
             break
     assert "nameless" not in names
-    wanted = ["Ask about pictures", "Describe", "Read the word", "Count", "New conversation", "Upload a file"]
-    places = [names.index(name) for name in [*wanted, "Ask about the picture"]]
+    wanted = ["Ask about images", "Describe", "Read the word", "Count", "New conversation", "Upload a file"]
+    places = [names.index(name) for name in [*wanted, "Ask about the image"]]
     assert places == sorted(places)
     expect(tab.get_by_test_id("bot")).to_have_count(1)
     tab.keyboard.type("How many shapes are there?")

@@ -86,7 +86,7 @@ def test_streams_what_generate_answers(answerer: Answerer, parts: tuple[Any, Any
     assert reply.text == expected(parts, messages) != ""
     assert pieces[-1] == reply.text and all(later.startswith(earlier) for earlier, later in itertools.pairwise(pieces))
     assert reply.done and reply.cut and reply.encoded_images == 1 and reply.first_token_seconds > 0
-    assert "picture encoded; cut at the longest" in summary(reply)
+    assert "image encoded; cut at the maximum" in summary(reply)
 
 
 def test_a_second_question_computes_only_what_is_new(answerer: Answerer, parts: tuple[Any, Any], picture: str) -> None:
@@ -104,7 +104,7 @@ def test_a_second_question_computes_only_what_is_new(answerer: Answerer, parts: 
     assert "nothing encoded again" in summary(visitor.reply)
     roles = [(one["role"], one["content"]) for one in visitor.shown]
     assert [role for role, _ in roles] == ["user", "user", "assistant", "user", "assistant"]
-    assert roles[0][1].startswith("Your picture, ")
+    assert roles[0][1].startswith("Your image, ")
 
 
 def test_answers_come_one_at_a_time_and_in_order(
@@ -187,7 +187,7 @@ def test_a_placeholder_in_the_text_is_an_error(answerer: Answerer) -> None:
     async def ask() -> None:
         await texts(answerer.ask([asks("Say <image>")]))
 
-    with pytest.raises(UnusableInput, match="write it otherwise"):
+    with pytest.raises(UnusableInput, match="is meant as text"):
         run(ask())
 
 
@@ -244,7 +244,7 @@ def test_a_new_picture_starts_over_and_an_error_changes_nothing(
                 pass
         assert (visitor.messages, visitor.shown) == kept
         visitor.reply = answerer.ask([asks("Hi")])
-        with pytest.raises(UnusableInput, match="still on its way"):
+        with pytest.raises(UnusableInput, match="still running"):
             async for _ in turn(answerer, visitor, "Five?", [], show):
                 pass
         with pytest.raises(UnusableInput, match="20001 characters"):
@@ -255,8 +255,8 @@ def test_a_new_picture_starts_over_and_an_error_changes_nothing(
     visitor = run(talk())
     assert [part["type"] for part in visitor.messages[0]["content"]] == ["image", "image", "text"]
     assert [one["content"].split(",")[0] for one in visitor.shown[:3]] == [
-        "Your picture 1 of 2",
-        "Your picture 2 of 2",
+        "Your image 1 of 2",
+        "Your image 2 of 2",
         "Three?",
     ]
 
@@ -319,7 +319,7 @@ def test_pictures_that_cannot_be_used(tmp_path: Path, content: bytes, reason: st
 
 
 def test_too_many_pictures(picture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnusableInput, match="9 pictures are too many at once; send up to 8"):
+    with pytest.raises(UnusableInput, match="9 images are too many at once; send up to 8"):
         page_images.read_pictures([picture] * 9)
     monkeypatch.setattr(page_images, "MAX_PIXELS", 1000)
     with pytest.raises(UnusableInput, match="million pixels together"):
@@ -343,7 +343,7 @@ def test_pictures_are_upright_and_any_browser_can_show_them(tmp_path: Path) -> N
     [None, "x", {"path": "/etc/passwd"}, {"url": "/etc/passwd"}, {"url": "http://localhost/x.png"}, {"url": "data:,x"}],
 )
 def test_frames_are_data_only(frame: Any) -> None:
-    with pytest.raises(UnusableInput, match="sent no picture"):
+    with pytest.raises(UnusableInput, match="sent no image"):
         page_images.read_frame(frame)
 
 

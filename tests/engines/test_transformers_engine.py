@@ -122,8 +122,8 @@ def test_refuses_before_the_model_runs(engine, images, tmp_path, monkeypatch: py
     good = ask(QUESTION, images[0])
     with Image.open(tmp_path / "cut.png") as cut:
         bad = {
-            "1 places": ask("What is <image>?"),
-            "2 places": ask("What is <image>?", images[0]),
+            "1 placeholders": ask("What is <image>?"),
+            "2 placeholders": ask("What is <image>?", images[0]),
             "not UTF-8": ask("What\udcff?"),
             "truncated": ask(QUESTION, cut),
             "values from": ask(QUESTION, Image.new("F", (8, 8), 7.0)),

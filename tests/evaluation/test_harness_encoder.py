@@ -324,7 +324,7 @@ def test_command(bare: Path, pictures: Path, tmp_path: Path) -> None:
     call = CliRunner().invoke
     result = call(app, ["eval-encoder", str(bare), str(pictures), "--out", str(tmp_path / "r.json"), "--device", "cpu"])
     assert result.exit_code == 0, result.stderr
-    assert "probe" in result.stdout and "128 features at 128 px (pad), float32; 18 training pictures" in result.stdout
+    assert "probe" in result.stdout and "128 features at 128 px (pad), float32; 18 training images" in result.stdout
     assert json.loads((tmp_path / "r.json").read_text())["results"]["knn"]["k"] == 18
     for words, message in (
         (["--method", "svm"], "--method has 'svm'"),

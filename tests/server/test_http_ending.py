@@ -131,7 +131,7 @@ def test_tiny_starts_without_a_warning_and_names_itself() -> None:
     try:
         server = process.wait_until_ready()
         said = own_words("\n".join(process.lines) + "\n")
-        assert said == f"fastvlm: tiny (cpu, bfloat16) answers at {server.url}/v1; Ctrl-C ends it.\n"
+        assert said == f"fastvlm: tiny (cpu, bfloat16) answers at {server.url}/v1; Ctrl-C stops it.\n"
         with server.client(api_key="secret") as client:
             assert client.models.retrieve("tiny").id == "tiny"
         busy = Process("-m", "tiny", "--port", str(server.port))

@@ -93,28 +93,28 @@ def test_a_body_that_is_no_request(server: Running, body: bytes, part: str) -> N
 @pytest.mark.parametrize(
     ("url", "part"),
     [
-        ("data:image/png;base64,@@@@", "base64 of the picture is broken"),
+        ("data:image/png;base64,@@@@", "base64 of the image is broken"),
         ("data:image/png;base64,iVBORw0KGgoAA", "it has 13 characters, an impossible length for base64"),
-        ("data:image/png;base64,iVB=Rw0KGgoA", "base64 of the picture is broken"),
-        ("data:image/png;base64,iVB%2", "base64 of the picture is broken"),
-        ("data:image/png;base64,\u00e9\u00e9\u00e9\u00e9", "base64 of the picture is broken"),
+        ("data:image/png;base64,iVB=Rw0KGgoA", "base64 of the image is broken"),
+        ("data:image/png;base64,iVB%2", "base64 of the image is broken"),
+        ("data:image/png;base64,\u00e9\u00e9\u00e9\u00e9", "base64 of the image is broken"),
         ("data:image/png;base64,", "empty"),
         ("data:image/png;base64,aGVsbG8gd29ybGQ=", "not an image of a supported format"),
         ("data:image/png,hello", "expected data:image/...;base64"),
         (bomb(60_000, 60_000), "too many pixels"),
-        (bomb(1000, 1000), "too many pixels; this server takes 500000"),
+        (bomb(1000, 1000), "too many pixels; this server accepts 500000"),
         (bomb(600, 800), "truncated or damaged"),
         (truncated(), "truncated or damaged"),
         ("file:///etc/passwd", "Files are never read"),
         ("/etc/passwd", "Files are never read"),
         ("ftp://example.com/a.png", "Files are never read"),
-        ("https://example.com/a.png", "not fetched from 'example.com', port 443"),
+        ("https://example.com/a.png", "not downloaded from 'example.com', port 443"),
         ("http://localhost/a.png", "not public"),
         ("http://127.0.0.1/a.png", "not public"),
         ("http://169.254.169.254/latest/meta-data", "not public"),
         ("http://10.0.0.1/a.png", "not public"),
         ("http://[::1]/a.png", "not public"),
-        ("http://localhost:22/a.png", "not fetched from 'localhost', port 22"),
+        ("http://localhost:22/a.png", "not downloaded from 'localhost', port 22"),
         ("http://user:secret@localhost/a.png", "a user's name"),
         ("http://localhost/a b.png", "printable ASCII"),
         ("http://localhost:port/a.png", "not valid"),
@@ -136,8 +136,8 @@ def test_a_picture_that_is_not_taken(server: Running, url: str, part: str) -> No
         (400, asks(max_tokens=2, max_completion_tokens=3), "differ"),
         (400, asks("word " * 3000), "up to 2048 tokens"),
         (400, asks("word " * 300_000), "bytes of text"),
-        (400, messages([shows(picture(), "a")["content"][0]] * 3), "this server takes 2"),
-        (400, messages([shows(picture(600), "a")["content"][0]] * 2), "this server takes 500000"),
+        (400, messages([shows(picture(), "a")["content"][0]] * 3), "this server accepts 2"),
+        (400, messages([shows(picture(600), "a")["content"][0]] * 2), "this server accepts 500000"),
         (400, asks(n=3), "1 to 2"),
         (400, asks(temperature=3), "from 0 to 2"),
         (400, asks(temperature=True), "from 0 to 2"),
@@ -155,7 +155,7 @@ def test_a_picture_that_is_not_taken(server: Running, url: str, part: str) -> No
         (400, asks(frequency_penalty=0.5), "frequency_penalty is not supported"),
         (400, messages("a", "tool"), "system, developer, user or assistant"),
         (400, messages("a", "assistant"), "last message is not the user's"),
-        (400, messages([shows(picture(), "a")["content"][0]], "system"), "images go into the user's messages"),
+        (400, messages([shows(picture(), "a")["content"][0]], "system"), "put images into user messages"),
         (400, messages([{"type": "video", "video": "a.mp4"}]), "text or image_url"),
         (400, messages([{"type": "image", "path": "/etc/passwd"}]), "text or image_url"),
         (
@@ -187,7 +187,7 @@ def test_a_request_that_is_not_taken(server: Running, status: int, body: dict[st
 def test_a_body_of_many_values_is_refused_before_it_is_parsed(server: Running, body: bytes) -> None:
     status, answer, _ = server.post(body)
     assert status == 413 and answer["error"]["code"] == "request_too_large"
-    assert "this server takes 20000" in answer["error"]["message"]
+    assert "this server accepts 20000" in answer["error"]["message"]
 
 
 def test_fields_that_change_nothing_are_taken(server: Running) -> None:

@@ -69,7 +69,7 @@ def test_rows_of_a_killed_run_are_those_of_transformers(photos: Path, tmp_path: 
     assert alive == [], "vLLM's processes outlived the command"
 
     assert start(photos, out, "vllm", log).wait(PATIENCE) == 1, log.read_text()
-    assert "of them done before" in log.read_text()
+    assert "of them from earlier runs" in log.read_text()
     assert rows(out) == rows(plain) and not journal_of(out).exists()
     found = rows(out)
     assert [row["error"] is None for row in found] == [index != 7 for index in range(20)]

@@ -161,8 +161,8 @@ def test_engine_samples_repeatably_and_stops(engine: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda picture: asked("<image>", "What is it?"), "1 places for images"),
-        (lambda picture: asked(*[picture] * 4), "has 4 images, but this engine takes 3"),
+        (lambda picture: asked("<image>", "What is it?"), "1 placeholders"),
+        (lambda picture: asked(*[picture] * 4), "has 4 images, but this engine takes at most 3"),
         (lambda picture: asked("word " * 2000), "with no room for an answer"),
         (lambda picture: [{"role": "user", "content": [{"type": "image", "url": "x.png"}]}], "Pillow image"),
     ],

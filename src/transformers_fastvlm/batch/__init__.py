@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A question about each of many pictures: files, folders, tables and videos in, one file of answers out.
+"""Ask a question about many images: the input is files, folders, tables and videos, the output one file of answers.
 
 Example:
     >>> from transformers_fastvlm.engines import load_engine
     >>> from transformers_fastvlm.batch import BatchOptions, run_batch
-    >>> options = BatchOptions(prompt="Describe the picture.")
+    >>> options = BatchOptions(prompt="Describe the image.")
     >>> load = lambda: load_engine("transformers", "apple/FastVLM-0.5B")
     >>> about = {"model": "apple/FastVLM-0.5B"}
     >>> run_batch(["photos"], "answers.jsonl", load, options, about=about)  # doctest: +SKIP

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal of `fastvlm batch`: which run it is of, and the rows of each batch that is done."""
+"""The journal of `fastvlm batch`: the identity of the run, and the rows of each finished batch."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,24 +12,23 @@ __all__ = ["BatchJournal"]
 
 
 class BatchJournal(JournalFile):
-    """An open journal, which no other process has open.
+    """An open journal, locked against other processes.
 
-    As a context it is closed at the end, and removed after an error where it has no batch.
+    As a context manager it is closed at the end, and removed after an error if it has no batch.
 
     Args:
-        path: of the file; it is created, or resumed.
-        run: what the run is: JSON values by name. A run that is resumed must have the same.
-        restart: throw away what the file holds.
-        replaces: states of the outputs that the run may replace, see `state_of`; those of a run that is resumed count
-            in place of them.
+        path: path of the file, which is created or resumed.
+        run: identity of the run: JSON values by name. A resumed run must have the same.
+        restart: discard the file's contents.
+        replaces: states of the outputs that the run may replace, see `state_of`; a resumed run keeps its own.
 
     Attributes:
-        batches: how many are done.
-        rows: how many those have.
+        batches: number of finished batches.
+        rows: number of their rows.
         replaces: as above.
 
     Raises:
-        JournalError: the file is of another run, is damaged before its end, is no journal, or is in use.
+        JournalError: the file belongs to another run, is damaged before its end, is not a journal, or is in use.
         OSError: it cannot be read or written.
     """
 
@@ -57,23 +56,23 @@ class BatchJournal(JournalFile):
         self.close()
 
     def append(self, rows: Sequence[Mapping[str, Any]], states: Sequence[Any] = ()) -> None:
-        """Write the rows of the next batch; when this returns, they are on the disk.
+        """Write the rows of the next batch to disk.
 
         Args:
-            rows: of the batch.
-            states: of the files that its pictures were in, see `state_of`.
+            rows: rows of the batch.
+            states: states of its images' files, see `state_of`.
         """
         self.append_line({"batch": self.batches, "rows": rows, "files": list(states)})
         self.batches += 1
         self.rows += len(rows)
 
     def states(self) -> Iterator[list[Any]]:
-        """Yield the states of files that each batch was appended with."""
+        """Yield the file states of each batch."""
         for batch in self.lines():
             yield batch["files"]
 
     def in_order(self) -> Iterator[dict[str, Any]]:
-        """Yield all rows, ordered by their `index`, which is taken out; only those of a few batches are in memory."""
+        """Yield all rows in the order of `index`, which is removed; only a few batches are in memory at a time."""
         waiting: dict[int, dict[str, Any]] = {}
         following = 0
         for batch in self.lines():
@@ -82,10 +81,10 @@ class BatchJournal(JournalFile):
                 yield waiting.pop(following)
                 following += 1
         if waiting:
-            raise JournalError(f"{self.path} lacks row {following}; begin again with --restart.")
+            raise JournalError(f"{self.path} lacks row {following}; start again with --restart.")
 
     def take(self, batch: Any) -> None:
-        """Count a batch that is there."""
+        """Count a stored batch."""
         if batch["batch"] != self.batches:
             raise ValueError(f"batch {batch['batch']} follows {self.batches} others")
         self.rows += len(batch["rows"])
@@ -95,13 +94,13 @@ class BatchJournal(JournalFile):
         before = (self.header or {}).get("run") or {}
         if differences := list(_differences(before, json.loads(json.dumps(run)))):
             raise JournalError(
-                f"{self.path.name} is of a run with {'; '.join(differences)}. Give what the run began with, or "
-                "begin again with --restart."
+                f"{self.path.name} belongs to a run with {'; '.join(differences)}. Repeat the original command, or "
+                "start again with --restart."
             )
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what differs between the run that a journal is of and this one."""
+    """Yield the differences between a journal's run and this one."""
     for name in dict.fromkeys((*before, *now)):
         was, is_now = before.get(name), now.get(name)
         if was == is_now:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the output, one for each request, answered or not, and the report of them."""
+"""Rows of the output, one for each request, and their report."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ COLUMNS = (
     "source", "row", "image", "time", "question", "answer", "finish_reason", "prompt_tokens", "completion_tokens",
     "error",
 )  # fmt: skip
-"""What each row of the output has."""
+"""Columns of the output."""
 
 _EXAMPLES = 20
 
 
 def row_of(request: Request, answer: Answer | None, error: str | None) -> dict[str, Any]:
-    """Return the row of a request: `COLUMNS`, in their order."""
+    """Return the row of a request, with the keys `COLUMNS` in that order."""
     asked = (request.source, request.row, request.image, request.time, request.question)
     answered: tuple[Any, ...] = (None,) * 4
     if answer is not None:
@@ -32,18 +32,18 @@ def row_of(request: Request, answer: Answer | None, error: str | None) -> dict[s
 
 @dataclass(kw_only=True)
 class Report:
-    """How a run ended.
+    """Report of a run.
 
     Attributes:
-        output: the file that was written.
-        rows: how many it has.
-        resumed_rows: how many of them an earlier process had done.
-        errors: rows without an answer.
-        cut: answers that ended at `max_new_tokens`.
-        left_out: numbers of files in folders that are neither images that can be read nor videos, by suffix.
-        first_only: answers about the first frame or page of an image that has several.
-        examples: place and error of the first rows without an answer, 20 at most.
-        subtitles: files that were written beside the output.
+        output: the output file.
+        rows: number of its rows.
+        resumed_rows: number of rows from earlier runs.
+        errors: number of rows without an answer.
+        cut: number of answers that ended at `max_new_tokens`.
+        left_out: number of skipped files in folders, neither readable images nor videos, by suffix.
+        first_only: number of answers about the first of several frames or pages of an image.
+        examples: source and error of the first rows without an answer, at most 20.
+        subtitles: subtitle files that were written in addition to the output.
     """
 
     output: Path
@@ -57,7 +57,7 @@ class Report:
     examples: list[tuple[str, str]] = field(default_factory=list)
 
     def over(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield rows on, counting them, without what the journal alone keeps."""
+        """Pass on rows and count them; keys that only the journal needs are removed."""
         for row in rows:
             self.rows += 1
             self.cut += row["finish_reason"] == "length"
@@ -69,7 +69,7 @@ class Report:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural where it is not 1."""
+    """Return a number with its noun, in the plural unless it is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

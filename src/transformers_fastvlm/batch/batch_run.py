@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run over many images: sources → planning → opening → answering → journal → outputs, each image once."""
+"""A run over many images, each used once: sources → planning → opening → answering → journal → outputs."""
 
 import dataclasses
 import os
@@ -24,11 +24,11 @@ __all__ = ["BatchOptions", "Interrupted", "run_batch"]
 
 
 class Interrupted(Exception):
-    """The user stopped the run; what was done is in the journal.
+    """The user stopped the run; the finished rows are in the journal.
 
     Attributes:
-        rows: how many are done.
-        journal: file that they are kept in.
+        rows: number of finished rows.
+        journal: the journal's file.
     """
 
     def __init__(self, rows: int, journal: Path) -> None:
@@ -38,12 +38,12 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions(SourceOptions):
-    """What a run is asked to do; see also `SourceOptions`.
+    """Options of a run; see also `SourceOptions`.
 
     Args:
-        system: message in place of the chat template's own.
-        sampling: how answers are made. A row's seed is `sampling.seed` plus its index.
-        batch_size: rows that are answered together, and lost at most where a run is killed.
+        system: system message that replaces the chat template's.
+        sampling: sampling options. A row's seed is `sampling.seed` plus its index.
+        batch_size: number of rows that are answered together; a killed run loses at most one batch.
     """
 
     system: str | None = None
@@ -62,29 +62,29 @@ def run_batch(
     restart: bool = False,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> Report:
-    """Ask a question about each picture and write the answers to one file.
+    """Ask a question about each image and write the answers to one file.
 
-    A journal beside the output, with `.journal` added to its name, has every batch on the disk before the next one
-    begins. If it is there, that run is resumed. It is removed when the output is whole. Of an output that is a link,
-    all that is about the file that it leads to.
+    The journal, named like the output plus `.journal`, stores every batch on disk before the next one starts. If it
+    exists, its run is resumed. It is removed when the output is complete. For an output that is a link, the journal is
+    beside the link's target.
 
     Args:
         inputs: files, folders, patterns and tables; see `find_sources`.
-        output: ends in .jsonl or .parquet, or, for a single video, in .srt.
-        load: makes the engine; not called where nothing is left to answer.
-        options: what to do.
-        about: what else the answers depend on, by name, as JSON values: engine, model, dtype and so on. If it has a
-            "model", that must be a directory or hub repository, whose files are compared when a run goes on.
-        subtitles: folder for one .srt file a video, beside the output; it is made.
-        restart: begin again although there is a journal or an output, which is replaced at the end.
-        progress: called with the rows that are done, and about how many there are or None.
+        output: path that ends in .jsonl or .parquet, or, for a single video, in .srt.
+        load: loads the engine; not called if nothing is left to answer.
+        options: options of the run.
+        about: everything else that the answers depend on, as JSON values by name: engine, model, dtype and so on. If
+            it has a "model", that must be a directory or hub repository; a resumed run compares its files.
+        subtitles: folder for one additional .srt file per video; it is created.
+        restart: discard an existing journal, and replace an existing output at the end.
+        progress: called with the number of finished rows and the approximate total, or None if that is unknown.
 
     Raises:
-        ValueError: options or inputs that cannot be used, an output that is one of them, a journal of another run, or
-            pictures that were changed since it was written.
-        OSError: an input that does not exist, an output that exists or appeared meanwhile, or a disk that is full.
-        ImportError: what reads or writes a format is not installed.
-        Interrupted: KeyboardInterrupt came; what was done is kept.
+        ValueError: invalid options or inputs, an output that is one of the inputs, a journal of another run, or
+            images that changed since it was written.
+        OSError: an input does not exist, the output exists or was created meanwhile, or the disk is full.
+        ImportError: a package for a format is not installed.
+        Interrupted: KeyboardInterrupt; the finished rows are kept.
     """
     out = Path(output)
     require_format(out)  # before the inputs are searched
@@ -98,7 +98,7 @@ def run_batch(
         raise _exists(there)
     with BatchJournal(outputs.journal, _identity(found, options, about), restart, there) as journal:
         if there and not restart and not journal.batches:
-            raise _exists(there)  # the journal was of a run that had done nothing
+            raise _exists(there)  # the journal's run had finished nothing
         resumed = journal.rows
         try:
             _answer_all(found, load, options, journal, progress)
@@ -113,13 +113,13 @@ def run_batch(
 
 def _exists(there: Iterable[str]) -> FileExistsError:
     return FileExistsError(
-        f"{next(iter(there))!r} exists already, and a finished output is not added to. For new images, name them alone "
-        "and another output; the rows of both can be put together. To answer everything again, pass --restart."
+        f"{next(iter(there))!r} exists already, and a finished output is never extended. For new images, use another "
+        "output, and merge the files afterwards. To answer everything again, use --restart."
     )
 
 
 def _identity(found: Inputs, options: BatchOptions, about: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be the same for a run to be resumed."""
+    """Return the identity of a run, which must not change when it is resumed."""
     values = dataclasses.asdict(options)
     identity = {**about, **values.pop("sampling"), **values, "inputs": found.identity()}
     if (model := about.get("model")) is not None:
@@ -151,7 +151,7 @@ def _answer_all(
 
 
 def _answer(batch: Sequence[Opened], engine: Engine, sampling: Sampling) -> list[dict[str, Any]]:
-    """Return the row of each request of a batch, with its number as `index`, which is added to the seed."""
+    """Return the row of each request of a batch, with its number as `index`; the number is added to the seed."""
     asked = [(one.conversation, sampling.of_row(one.index)) for one in batch if one.conversation is not None]
     results = iter(_generate(engine, asked))
     rows = []
@@ -164,7 +164,7 @@ def _answer(batch: Sequence[Opened], engine: Engine, sampling: Sampling) -> list
 
 
 def _generate(engine: Engine, asked: Sequence[tuple[Conversation, Sampling]]) -> list[Answer | str]:
-    """Return the answer to each conversation, or why it is refused."""
+    """Return the answer to each conversation, or the error."""
     if not asked:
         return []
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From requests to what an engine is asked: pictures are opened while the batch before is answered."""
+"""Open images and make conversations, while the previous batch is answered."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,15 +18,15 @@ __all__ = ["Opened", "opened_ahead"]
 
 @dataclass(frozen=True)
 class Opened:
-    """A request whose picture was opened.
+    """A request with an opened image.
 
     Attributes:
         index: number of its row.
-        request: as planned.
-        state: of the picture's file, from before it was opened; see `Request.file_state`.
-        conversation: what is asked; None where that is not possible.
-        error: why not.
-        is_first: whether the picture is the first frame or page of several.
+        request: the planned request.
+        state: state of the image's file before it was opened; see `Request.file_state`.
+        conversation: the conversation; None after an error.
+        error: the error.
+        is_first: whether the image is the first of several frames or pages.
     """
 
     index: int
@@ -38,11 +38,11 @@ class Opened:
 
 
 def opened_ahead(batches: Iterable[Batch], system: str | None) -> Iterator[list[Opened]]:
-    """Yield each batch opened; the next one is opened meanwhile.
+    """Yield opened batches; the next one is opened in the background.
 
     Args:
-        batches: planned.
-        system: message before each question; None for the chat template's own.
+        batches: planned batches.
+        system: system message; None for the chat template's.
     """
     with ThreadPoolExecutor(1) as pool:
         waiting: Future[list[Opened]] | None = None
@@ -58,12 +58,12 @@ def opened_ahead(batches: Iterable[Batch], system: str | None) -> Iterator[list[
 def _open(index: int, request: Request, system: str | None) -> Opened:
     state = request.file_state()
     if request.error is not None or request.question is None or request.picture is None:
-        missing = "question" if request.question is None else "picture"
+        missing = "question" if request.question is None else "image"
         return Opened(index, request, state, error=request.error or f"there is no {missing}.")
     try:
         image = request.picture()
         content = place_images(request.question, [image])
-    except Exception as error:  # a damaged file must not end the run, whatever a decoder raises
+    except Exception as error:  # a damaged file must not end the run, and decoders raise any exception
         if is_machine_fault(error):
             raise
         return Opened(index, request, state, error=reason_of(error))

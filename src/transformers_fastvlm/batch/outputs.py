@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves: JSONL, Parquet or subtitles, each written beside its place and moved there when it is whole."""
+"""Outputs of a run: JSONL, Parquet or subtitles, written atomically."""
 
 import itertools
 import os
@@ -25,18 +25,18 @@ def require_format(path: Path) -> None:
     """Check that an output can be written.
 
     Raises:
-        ValueError: its suffix is none of `FORMATS`, or its place is a folder.
+        ValueError: its suffix is not one of `FORMATS`, or it is a folder.
         FileNotFoundError: its folder does not exist.
-        ImportError: what writes it is not installed.
+        ImportError: the package that writes it is not installed.
     """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"the output is {str(path)!r}; expected a name that ends in {', '.join(FORMATS)}.")
     if path.is_dir():
         raise ValueError(f"the output {str(path)!r} is a folder; expected the name of a file.")
     if path.exists() and not path.is_file():
-        raise ValueError(f"the output {str(path)!r} is no regular file; expected the name of a file.")
+        raise ValueError(f"the output {str(path)!r} is not a regular file; expected the name of a file.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"the output's folder {str(path.parent)!r} does not exist; make it first.")
+        raise FileNotFoundError(f"the output's folder {str(path.parent)!r} does not exist; create it first.")
     if path.suffix.lower() == ".parquet":
         _pyarrow()
 
@@ -45,11 +45,11 @@ class Outputs:
     """The files that a run writes.
 
     Args:
-        rows: the file of all rows; where it ends in .srt, that of the one video.
-        captions: the file of subtitles of each video, by its name in the rows.
+        rows: file of all rows, or, if it ends in .srt, the subtitles of the only video.
+        captions: file of subtitles of each video, by the video's name in the rows.
 
     Attributes:
-        journal: of the run, beside `rows`, or where that is a link beside the file that it leads to.
+        journal: the run's journal, beside `rows` or beside its target if `rows` is a link.
     """
 
     def __init__(self, rows: Path, captions: Mapping[str, Path]) -> None:
@@ -59,11 +59,11 @@ class Outputs:
         self.journal = real.with_name(real.name + ".journal")
 
     def states(self) -> dict[str, Any]:
-        """Return the states of the files that exist already, by their names; see `state_of`."""
+        """Return the states of existing output files, by name; see `state_of`."""
         return {str(path): state for path in self._files if (state := state_of(path)) is not None}
 
     def refuse_inputs(self, inputs: Iterable[str]) -> None:
-        """Refuse to write what is read, by whatever name or link.
+        """Refuse to overwrite inputs, under any name or link.
 
         Raises:
             ValueError: an output, or the journal, is one of the inputs.
@@ -74,19 +74,19 @@ class Outputs:
             for path in there:
                 if os.path.exists(file) and os.path.samefile(path, file):
                     raise ValueError(
-                        f"{str(path)!r} would be written, but it is the input {file!r}. Name another output."
+                        f"{str(path)!r} would be written, but it is the input {file!r}. Use another output."
                     )
 
     def write(self, rows: Iterable[dict[str, Any]], every: float, replaces: Mapping[str, Any]) -> None:
         """Write all rows, and the subtitles of each video.
 
         Args:
-            rows: in order, each with `COLUMNS`.
+            rows: rows in order, each with `COLUMNS`.
             every: seconds between a video's frames.
-            replaces: `states` of what may be replaced.
+            replaces: `states` of files that may be replaced.
 
         Raises:
-            FileExistsError: another file is there, which is left as it is, unless it holds just this.
+            FileExistsError: another file with other contents exists; it is not changed.
         """
         shown: dict[str, list[dict[str, Any]]] = {name: [] for name in self.captions}
 
@@ -113,27 +113,27 @@ def outputs_for(rows: Path, found: Inputs, folder: str | os.PathLike[str] | None
     Args:
         rows: see `Outputs`.
         found: the inputs.
-        folder: where the subtitles of videos go; None for none.
+        folder: folder for the subtitles of videos; None for none.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: see `require_format`; or the videos do not fit subtitles.
+        ValueError, FileNotFoundError, ImportError: see `require_format`; or the inputs do not fit subtitles.
     """
     require_format(rows)
     videos = found.videos()
     if rows.suffix.lower() == ".srt":
         if len(videos) != 1 or not found.only_videos() or folder is not None:
             raise ValueError(
-                f"the output {str(rows)!r} is subtitles, which need one video and nothing else, but there are "
-                f"{len(videos)} videos. Name a .jsonl file, and a folder with --srt."
+                f"the output {str(rows)!r} is a subtitle file, which needs one video as the only input, but there are "
+                f"{len(videos)} videos. Use a .jsonl file, and a folder with --srt."
             )
         return Outputs(rows, {printable(videos[0]): rows})
     if folder is None:
         return Outputs(rows, {})
     files = {printable(video): Path(folder) / f"{Path(video).stem}.srt" for video in videos}
     if not files:
-        raise ValueError("--srt writes the captions of videos, but no video is among the inputs.")
+        raise ValueError("--srt writes the captions of videos, but the inputs have no video.")
     if len(set(files.values())) < len(videos):
-        raise ValueError("two videos have the same name, and so would their subtitles. Take them one by one.")
+        raise ValueError("two videos have the same name, and so would their subtitles. Run them separately.")
     return Outputs(rows, files)
 
 
@@ -141,12 +141,12 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any = No
     """Write rows as JSONL or Parquet, by the suffix.
 
     Args:
-        path: of the file.
-        rows: all with the keys of `COLUMNS`, in that order.
-        replaces: the state of a file in its place that may be replaced, see `state_of`; None if there was none.
+        path: path of the file.
+        rows: rows with the keys `COLUMNS`, in that order.
+        replaces: state of an existing file that may be replaced, see `state_of`; None if there was none.
 
     Raises:
-        FileExistsError: another file is there, which is left as it is, unless it holds just this.
+        FileExistsError: another file with other contents exists; it is not changed.
     """
     if path.suffix.lower() == ".parquet":
         _write_parquet(path, rows, replaces)
@@ -159,11 +159,11 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any = No
 def subtitles(rows: Iterable[Mapping[str, Any]], every: float) -> Iterator[str]:
     """Yield the blocks of a SubRip file.
 
-    An answer is shown, on one line, until the next frame, that of the last frame for `every` seconds. Frames without
-    an answer show nothing.
+    Each answer is shown on one line until the next frame, the last one for `every` seconds. Frames without an answer
+    have no block.
 
     Args:
-        rows: of one video, in order.
+        rows: rows of one video, in order.
         every: seconds between frames.
     """
     shown = [row for row in rows if row["time"] is not None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests are answered together: batches in a fixed order, so that a resumed run knows which are done."""
+"""Plan batches in a fixed order, so that a resumed run knows which are finished."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -15,11 +15,11 @@ __all__ = ["Batch", "plan", "skip_done"]
 _WINDOW = 512
 
 Batch = list[tuple[int, Request]]
-"""Requests with their numbers in the output."""
+"""Requests with their row numbers in the output."""
 
 
 def plan(requests: Iterable[Request], batch_size: int) -> Iterator[Batch]:
-    """Yield batches of numbered requests with questions of similar length, always the same ones.
+    """Yield batches of numbered requests with questions of similar length, deterministically.
 
     Requests are sorted within windows of 512 (or one batch, if that is more), the longest question first.
     """
@@ -32,16 +32,15 @@ def plan(requests: Iterable[Request], batch_size: int) -> Iterator[Batch]:
 
 
 def skip_done(batches: Iterator[Batch], journal: BatchJournal) -> None:
-    """Take the batches that are done from a plan.
+    """Skip the finished batches of a plan.
 
     Raises:
-        JournalError: a picture of theirs is not what it was.
+        JournalError: one of their images has changed.
     """
     for batch, states in zip(islice(batches, journal.batches), journal.states(), strict=False):
         for (_, request), before in zip(batch, states, strict=False):
             if request.file_state() != before:
                 raise JournalError(
-                    f"{shortened(request.file)} was changed since it was asked about, so that old and new answers "
-                    f"would mix. Put it back, or begin again with --restart; {counted(journal.rows, 'row')} of the "
-                    "output would be made again."
+                    f"{shortened(request.file)} has changed since it was answered, so old and new answers would mix. "
+                    f"Restore the file, or start again with --restart, which discards {counted(journal.rows, 'row')}."
                 )

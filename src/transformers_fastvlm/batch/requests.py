@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests, which the sources make: one question about one picture; and prompts with the columns of a table in them."""
+"""Requests of the sources: one question about one image; and prompt templates with columns of a table."""
 
 import os
 import re
@@ -23,12 +23,12 @@ _PLACEHOLDER = re.compile(r"\{\{([^\W\d][\w -]*)\}\}|\{([^\W\d][\w -]*)\}")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions(ReadOptions):
-    """How requests are made of inputs, and how images are read; see `ReadOptions`.
+    """Options for requests and for reading images; see also `ReadOptions`.
 
     Args:
-        prompt: what to ask; `{column}` stands for a table's value.
-        image_column: a table's column of pictures: paths, or in Parquet also the bytes of files.
-        image_folder: where a table's paths begin and stay in; None for the table's own folder.
+        prompt: the question; `{column}` is replaced by a table's value.
+        image_column: a table's column of images: paths, or in Parquet also the bytes of files.
+        image_folder: folder that a table's paths are relative to and may not leave; None for the table's folder.
         every: seconds between a video's frames.
     """
 
@@ -43,14 +43,14 @@ class Request:
     """One row of the output, before it is answered.
 
     Attributes:
-        source: file that the picture is in, or the table that names it.
-        question: the prompt, filled in; None where that failed.
-        picture: opens the picture; None where there is none to open.
-        row: of a table, counted from 0.
-        image: what the table calls the picture.
-        file: path of the file that the picture is in, if it is in one.
-        time: of a video's frame, in seconds from its first frame.
-        error: why it cannot be asked.
+        source: file of the image, or the table that names it.
+        question: the filled prompt; None after an error.
+        picture: opens the image; None if there is none.
+        row: row of a table, from 0.
+        image: name of the image in the table.
+        file: path of the image's file, if it has one.
+        time: time of a video's frame, in seconds from the first frame.
+        error: error that prevents the question.
     """
 
     source: str
@@ -63,14 +63,14 @@ class Request:
     error: str | None = None
 
     def file_state(self) -> list[int] | None:
-        """Return what changes when the picture's file does; None where it is in no file, or that is gone."""
+        """Return a value that changes with the image's file; None if there is no file."""
         return None if self.file is None else state_of(self.file)
 
 
 class PromptTemplate:
-    """A prompt in which `{column}` stands for a value of a table's row, and `{{column}}` for itself.
+    """A prompt in which `{column}` is replaced by a value of a table's row, and `{{column}}` by `{column}`.
 
-    Any other brace is only a brace, so that a prompt may hold JSON.
+    Other braces are literal, so a prompt may contain JSON.
     """
 
     def __init__(self, text: str) -> None:
@@ -81,7 +81,7 @@ class PromptTemplate:
         """Return the prompt of a row.
 
         Raises:
-            ValueError: the row lacks a value, or it is neither text nor a number.
+            ValueError: the row lacks a value, or the value is neither text nor a number.
         """
 
         def value_of(found: "re.Match[str]") -> str:
@@ -92,7 +92,7 @@ class PromptTemplate:
                 raise ValueError(f"column {found[2]!r} of the prompt is empty in this row.")
             if not isinstance(value, str | int | float):
                 raise ValueError(
-                    f"column {found[2]!r} of the prompt holds a {type(value).__name__}; expected text or a number."
+                    f"column {found[2]!r} of the prompt is a {type(value).__name__}; expected text or a number."
                 )
             return str(value)
 
@@ -100,5 +100,5 @@ class PromptTemplate:
 
 
 def printable(name: str | os.PathLike[str]) -> str:
-    """Return a file's name as text that can be written; bytes that are no UTF-8 become their escapes."""
+    """Return a file's name as valid text; bytes that are not UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

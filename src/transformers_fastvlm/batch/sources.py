@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is asked about: files, folders, patterns and tables, as requests in a fixed order."""
+"""Inputs of a run: files, folders, patterns and tables, as requests in a fixed order."""
 
 import functools
 import glob
@@ -29,12 +29,12 @@ VIDEOS = (
 
 
 class FileSource:
-    """Pictures and videos.
+    """Images and videos.
 
     Args:
-        name: as the user named them.
-        files: their paths.
-        options: how requests are made.
+        name: the input as given by the user.
+        files: paths of the files.
+        options: options for requests.
     """
 
     def __init__(self, name: str, files: Sequence[str], options: SourceOptions) -> None:
@@ -46,7 +46,7 @@ class FileSource:
         return {"name": printable(self.name), "count": len(self.files), "digest": digest}
 
     def rows(self) -> int | None:
-        """Return the number of pictures and, as far as their files say, of frames."""
+        """Return the number of images and, if the files state it, of frames."""
         counts = [count_frames(file, self.options.every) if is_video(file) else 1 for file in self.files]
         return None if None in counts else sum(count or 0 for count in counts)
 
@@ -60,7 +60,7 @@ class FileSource:
 
 
 Source: TypeAlias = FileSource | TableSource
-"""An input, as the user named it: its requests, the same each time, their number, and what it is known by."""
+"""An input of the user: its requests in a fixed order, their number, and its identity."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Inputs:
     """All inputs of a run.
 
     Attributes:
-        sources: in the user's order.
-        left_out: numbers of files in folders that are neither images that can be read nor videos, by suffix.
+        sources: sources in the user's order.
+        left_out: number of skipped files in folders, neither readable images nor videos, by suffix.
     """
 
     sources: tuple[Source, ...]
@@ -80,11 +80,11 @@ class Inputs:
             yield from source
 
     def identity(self) -> list[dict[str, Any]]:
-        """Return what is the same as long as the inputs are."""
+        """Return the identity of the inputs, which changes with them."""
         return [source.identity() for source in self.sources]
 
     def rows(self) -> int | None:
-        """Return about how many requests there are; None if that is not known."""
+        """Return the approximate number of requests; None if it is unknown."""
         counts = [source.rows() for source in self.sources]
         return None if None in counts else sum(count or 0 for count in counts)
 
@@ -94,7 +94,7 @@ class Inputs:
         return [file for file in files if is_video(file)]
 
     def read_files(self) -> list[str]:
-        """Return the files that are read: pictures, videos and tables."""
+        """Return the input files: images, videos and tables."""
         return [
             file
             for source in self.sources
@@ -102,7 +102,7 @@ class Inputs:
         ]
 
     def only_videos(self) -> bool:
-        """Whether there is nothing but videos."""
+        """Whether all inputs are videos."""
         return all(isinstance(source, FileSource) and all(map(is_video, source.files)) for source in self.sources)
 
 
@@ -110,15 +110,15 @@ def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
     """Return the sources that the user named.
 
     Args:
-        inputs: files (pictures, videos, tables), folders, which are searched with all that is in them, and patterns
-            such as `photos/**/*.jpg`. A file of that very name goes before a pattern.
-        options: how requests are made.
+        inputs: files (images, videos, tables), folders, which are searched with their subfolders, and patterns such
+            as `photos/**/*.jpg`. An existing file with such a name takes precedence over the pattern.
+        options: options for requests.
 
     Raises:
-        ValueError: nothing is named, a pattern or a folder has no picture or video, a table cannot be used, the prompt
-            names columns that are not there, or an option is out of range.
+        ValueError: there are no inputs, a pattern or a folder has no image or video, a table cannot be used, the
+            prompt has unknown columns, or an option is out of range.
         OSError: a file does not exist.
-        ImportError: what reads Parquet or videos is not installed.
+        ImportError: the package that reads Parquet or videos is not installed.
     """
     if not inputs:
         raise ValueError("no input is given; expected files, folders, patterns or tables.")
@@ -131,7 +131,7 @@ def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
             files, others = _in_folder(name)
             left_out += others
             if not files:
-                raise ValueError(f"the folder {name!r} has no picture and no video ({_listed(others)}).")
+                raise ValueError(f"the folder {name!r} has no image and no video ({_listed(others)}).")
             sources.append(FileSource(name, files, options))
         elif not os.path.lexists(name) and glob.has_magic(name):
             files = sorted(file for file in glob.iglob(name, recursive=True) if os.path.isfile(file))
@@ -141,7 +141,7 @@ def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
         elif not os.path.exists(name):
             raise FileNotFoundError(f"no such file or folder: {name!r}.")
         elif not os.path.isfile(name):
-            raise ValueError(f"{name!r} is no regular file; expected a file or a folder.")
+            raise ValueError(f"{name!r} is not a regular file; expected a file or a folder.")
         elif name.lower().endswith(TABLES):
             sources.append(open_table(name, options))
         else:
@@ -152,10 +152,10 @@ def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
         if columns and isinstance(source, FileSource):
             raise ValueError(
                 f"the prompt has {{{columns[0]}}}, but {source.name!r} is not a table and has no columns. Write "
-                f"{{{{{columns[0]}}}}} for these very characters."
+                f"{{{{{columns[0]}}}}} for literal braces."
             )
         if isinstance(source, FileSource) and any(file.lower().endswith(TABLES) for file in source.files):
-            raise ValueError(f"{source.name!r} has tables; name them one by one, not by a pattern.")
+            raise ValueError(f"{source.name!r} has tables; list them one by one, without a pattern.")
     if found.videos():
         require_av()
     return found
@@ -167,9 +167,9 @@ def is_video(file: str) -> bool:
 
 
 def _in_folder(folder: str) -> tuple[list[str], Counter[str]]:
-    """Return the images and videos in a folder and all below it, in order, and the numbers of other files by suffix.
+    """Return the images and videos in a folder and its subfolders, in order, and the numbers of other files by suffix.
 
-    Linked folders are entered too, each folder once. What macOS keeps beside files is passed over.
+    Links to folders are followed, each folder once. The metadata files of macOS are skipped.
     """
     from ..images.formats import image_suffixes
 
@@ -187,7 +187,7 @@ def _in_folder(folder: str) -> tuple[list[str], Counter[str]]:
 
 
 def _listed(others: Counter[str]) -> str:
-    """Return numbers of files by suffix as text, with what to install for them."""
+    """Return the numbers of files by suffix as text, with the packages to install for them."""
     from ..images.formats import advice_about
 
     shown = ", ".join(f"{number:,} {suffix}" for suffix, number in others.most_common(5)) or "no other files"
@@ -198,12 +198,12 @@ def _open(file: str, options: ReadOptions) -> "Image":
     from ..images.reading import as_shown, read_file
 
     if not os.path.isfile(file):
-        raise FileNotFoundError(f"the image file {file!r} does not exist any more.")
+        raise FileNotFoundError(f"the image file {file!r} no longer exists.")
     return as_shown(read_file(file, f"the image file {file!r}", options.max_pixels), options)
 
 
 def _size_of(file: str) -> int:
-    """Return a file's size, or -1 for one that cannot be asked, such as a broken link."""
+    """Return a file's size, or -1 if it has none, as for a broken link."""
     try:
         return os.path.getsize(file)
     except OSError:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of pictures and questions: CSV, TSV, JSON, JSONL and Parquet.
+"""Tables of images and questions: CSV, TSV, JSON, JSONL and Parquet.
 
-A row that cannot be used becomes a request with an error; a table that cannot be opened, or lacks a column, raises.
+An invalid row becomes a request with an error. A table that cannot be opened, or lacks a column, raises.
 """
 
 import csv
@@ -24,15 +24,15 @@ from .requests import EXTRA, PromptTemplate, Request, SourceOptions, printable
 __all__ = ["CsvSource", "JsonSource", "ParquetSource", "TableSource", "open_table"]
 
 _PARQUET_ROWS = 64  # read at a time
-_LONGEST_NAME = 1024  # longer is no file's name, but a mistake such as base64
+_LONGEST_NAME = 1024  # longer values are not file names but mistakes, such as base64
 
 
 class TableSource:
-    """A table whose rows name a picture each, and may have values for the prompt.
+    """A table with an image and optional values for the prompt in each row.
 
     Args:
         name: path of the file.
-        options: how requests are made.
+        options: options for requests.
 
     Raises:
         ValueError: the file is damaged or lacks a column.
@@ -56,7 +56,7 @@ class TableSource:
         return self._count
 
     def _values(self) -> Iterator[Mapping[str, Any] | str]:
-        """Yield each row, or why it cannot be read."""
+        """Yield each row, or the error of reading it."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Request]:
@@ -78,10 +78,10 @@ class TableSource:
         try:
             filled = self._prompt.fill(row)
             if not is_utf8(filled):
-                raise ValueError("the question has half a character (a lone surrogate). Write the file again.")
+                raise ValueError("the question has a lone surrogate (half a character). Write the file again.")
             question = filled
             if is_absent(image) or image == "":
-                raise ValueError(f"column {self.options.image_column!r} is empty in this row; expected a picture.")
+                raise ValueError(f"column {self.options.image_column!r} is empty in this row; expected an image.")
         except ValueError as error:
             return Request(source=source, row=index, image=label, question=question, error=str(error))
         if isinstance(image, bytes):
@@ -93,14 +93,14 @@ class TableSource:
     def _check_columns(self, columns: Sequence[str]) -> None:
         for column in (self.options.image_column, *self._prompt.columns):
             if column not in columns:
-                advice = " Name that of the images with --image-column." if column == self.options.image_column else ""
+                advice = " Set the images' column with --image-column." if column == self.options.image_column else ""
                 raise ValueError(f"{self.name} has no column {column!r}; it has {listed(columns)}.{advice}")
             if columns.count(column) > 1:
-                raise ValueError(f"{self.name} has several columns {column!r}; give each a name of its own.")
+                raise ValueError(f"{self.name} has several columns {column!r}; rename them.")
 
 
 class _Lines:
-    """The lines of a file, of which those of one record can be read again."""
+    """The lines of a file; the lines of the current record can be read again."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -118,7 +118,7 @@ class _Lines:
         return line
 
     def begin_record(self) -> int:
-        """Let what was read go, and return the number of the next line, counting from 1."""
+        """Forget the lines so far, and return the number of the next line, counted from 1."""
         self._record.clear()
         return self._number + 1
 
@@ -144,13 +144,13 @@ class CsvSource(TableSource):
         self._count = sum(1 for _ in self._values())
 
     def _records(self) -> Iterator[list[str] | str]:
-        """Yield the fields of each record, or why it cannot be read; empty lines are passed over.
+        """Yield the fields of each record, or the error of reading it; empty lines are skipped.
 
-        A quote that is not closed takes in what follows. So after an error the record's first line is given up, and the
-        next one begins a record.
+        An unclosed quote swallows the following lines. So after an error only the record's first line is skipped, and
+        a new record starts at the next line.
         """
         delimiter = "\t" if self.name.lower().endswith(".tsv") else ","
-        # Bytes that are no UTF-8 are kept apart, so that they spoil their own row only.
+        # Bytes that are not UTF-8 become surrogates, so that only their row fails.
         with open(self.name, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             lines = _Lines(file)
             records = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -177,22 +177,22 @@ class CsvSource(TableSource):
             if isinstance(fields, str):
                 yield fields
             elif len(fields) != len(self._columns):
-                yield f"the row has {len(fields)} fields; expected {len(self._columns)}, as the first line has."
+                yield f"the row has {len(fields)} fields; expected {len(self._columns)}, as in the first line."
             else:
                 yield dict(zip(self._columns, fields, strict=True))
 
 
 class JsonSource(TableSource):
-    """A JSON list of objects, or JSONL with one a line."""
+    """A JSON list of objects, or JSONL with one object per line."""
 
     def __init__(self, name: str, options: SourceOptions) -> None:
         super().__init__(name, options)
         self._rows = JsonRows(name)
-        self._count = len(self._rows) + (self._rows.damage is not None)  # a row that is cut off is one
+        self._count = len(self._rows) + (self._rows.damage is not None)  # a truncated row counts
         self._check_keys()
 
     def _check_keys(self) -> None:
-        """Refuse columns that no row has; in a table that is right the first one has all."""
+        """Refuse columns that no row has; in a valid table, the first row has all."""
         missing = {self.options.image_column, *self._prompt.columns}
         first: list[str] = []
         for row in self._values():
@@ -216,7 +216,7 @@ class JsonSource(TableSource):
 
 
 class ParquetSource(TableSource):
-    """A Parquet file, whose pictures are paths, files' bytes, or Hugging Face's structure of both."""
+    """A Parquet file with images as paths, as bytes of files, or as Hugging Face's structure of both."""
 
     def __init__(self, name: str, options: SourceOptions) -> None:
         super().__init__(name, options)
@@ -251,7 +251,7 @@ def open_table(name: str, options: SourceOptions) -> TableSource:
     """Return the table in a file, by its suffix.
 
     Raises:
-        ValueError, OSError, ImportError: see `TableSource`; what reads it is not installed.
+        ValueError, OSError, ImportError: see `TableSource`; or the package that reads it is not installed.
     """
     kinds = {".csv": CsvSource, ".tsv": CsvSource, ".parquet": ParquetSource}
     return kinds.get(Path(name).suffix.lower(), JsonSource)(name, options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames of videos as rows of a batch, one every so many seconds."""
+"""Frames of videos, sampled at a fixed interval, as rows of a batch."""
 
 import functools
 import math
@@ -13,9 +13,9 @@ __all__ = ["count_frames", "require_av", "video_requests"]
 
 
 def count_frames(file: str, every: float) -> int | None:
-    """Return about how many frames a video gives, from the duration that it states; None if it states none.
+    """Return the approximate number of a video's sampled frames, from its stated duration; None if it states none.
 
-    A file that cannot be opened counts as one, the row of its error.
+    A file that cannot be opened counts as 1, the row of its error.
     """
     av = require_av()
     try:
@@ -33,11 +33,11 @@ def count_frames(file: str, every: float) -> int | None:
 
 
 def video_requests(file: str, options: SourceOptions) -> Iterator[Request]:
-    """Yield a request for each wanted frame of a video, and one with an error where it cannot be read."""
+    """Yield a request for each sampled frame of a video, and one with an error if it cannot be read."""
     source = printable(file)
     try:
         frames = VideoFrames(file, options.every, options.do_exif_transpose)
-    except Exception as error:  # one video must not end the run, whatever a decoder raises
+    except Exception as error:  # a damaged video must not end the run, and decoders raise any exception
         why = f"the video {shortened(file)} cannot be read: {reason_of(error)}"
         yield Request(source=source, question=options.prompt, file=file, error=why)
         return

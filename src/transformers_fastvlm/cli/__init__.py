@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `fastvlm`: one file a verb, each of which parses, calls the package and prints.
+"""The command `fastvlm`. Each verb has a file, which parses the options, calls the package and prints.
 
 Answers go to standard output, everything else to standard error. Exit codes: 0, 1 for a failure of the program, 2 for
-input that cannot be used. Nothing here imports torch before a verb needs it.
+input that cannot be used. No module here imports torch before a verb needs it.
 """
 
 import logging
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from .. import __version__
 from . import (
@@ -33,6 +32,7 @@ from . import (
     serve,
     train,
 )
+from .plain_help import PlainCommand
 
 __all__ = ["app", "main"]
 
@@ -44,13 +44,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class _Verb(TyperCommand):
-    """A verb with help in plain text; Rich's panels leave 24 of 80 columns to what an option does."""
-
-    def __init__(self, name: str | None, **options: Any) -> None:
-        super().__init__(name, **(options | {"rich_markup_mode": None}))
 
 
 _GROUPS: dict[str, dict[str, Any]] = {
@@ -70,7 +63,7 @@ for _group, _verbs in _GROUPS.items():
         if isinstance(_verb, typer.Typer):
             app.add_typer(_verb, name=_name, rich_help_panel=_group)
         else:
-            app.command(_name, cls=_Verb, rich_help_panel=_group)(_verb)
+            app.command(_name, cls=PlainCommand, rich_help_panel=_group)(_verb)
 
 
 def _print_version(wanted: bool) -> None:
@@ -93,15 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit.
 
     Args:
-        arguments: words after `fastvlm`; those of the process by default.
+        arguments: words after `fastvlm`; by default the arguments of the process.
 
     Raises:
         SystemExit: always, with the exit code.
     """
     for stream in (sys.stdout, sys.stderr):
-        # An answer may hold any character; a console that lacks it shows a question mark.
+        # An answer may hold any character. Consoles that lack it show a question mark.
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
-    # Transformers imports torchao where it is installed, and recent PyTorch comments on how that registers its types.
+    # Transformers imports torchao if it is installed, and recent PyTorch warns about how torchao registers types.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     app(args=None if arguments is None else list(arguments), prog_name="fastvlm")

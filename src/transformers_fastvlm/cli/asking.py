@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading an engine and asking it, for every verb that answers."""
+"""Load an engine and ask it questions, for every verb that answers."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ __all__ = ["answer", "check_model", "engine_settings", "load", "remark", "sampli
 def sampling_of(
     max_new_tokens: int, temperature: float, top_p: float | None = None, seed: int | None = None, num_beams: int = 1
 ) -> Sampling:
-    """Return how answers are made, from a verb's options.
+    """Return the `Sampling` for a verb's options.
 
     Raises:
         UserError: an option would have no effect.
@@ -26,8 +26,8 @@ def sampling_of(
     for name, value in (("--top-p", top_p), ("--seed", seed)):
         if value is not None and temperature < MIN_TEMPERATURE:
             raise UserError(
-                f"{name} has no effect at --temperature {temperature:g}, which never samples. Give a temperature, such "
-                "as 0.2."
+                f"{name} has no effect at --temperature {temperature:g}, which never samples. Set a higher "
+                "temperature, such as 0.2."
             )
     if top_p == 0:
         raise UserError("--top-p is 0, which leaves no token to sample; expected above 0 and up to 1.")
@@ -43,10 +43,10 @@ def sampling_of(
 def engine_settings(
     engine: EngineName, precision: str | None, device: str, dtype: DtypeName, size: int | None
 ) -> dict[str, Any]:
-    """Return the options of an engine that a user chose.
+    """Return the options of the chosen engine.
 
     Raises:
-        UserError: one that this engine does not have.
+        UserError: this engine does not have one of the given options.
     """
     chosen: dict[str, Any] = {"dtype": dtype.value, "device": device, "size": size}
     if engine == EngineName.onnx:
@@ -54,7 +54,7 @@ def engine_settings(
             raise UserError("--dtype, --device and --size are fixed in an ONNX export; choose its --precision.")
         return {"precision": precision}
     if precision is not None:
-        raise UserError(f"--precision is for --engine onnx; the engine {engine.value} has --dtype.")
+        raise UserError(f"--precision is for --engine onnx; use --dtype with --engine {engine.value}.")
     return chosen
 
 
@@ -62,7 +62,7 @@ def check_model(engine: EngineName, model: str) -> dict[str, Any]:
     """Return a model's config.json.
 
     Raises:
-        UserError: there is none, or it is of a model that the engine cannot load.
+        UserError: it has none, or the engine cannot load this kind of model.
     """
     config = read_config(model)
     if engine != EngineName.onnx:
@@ -71,16 +71,16 @@ def check_model(engine: EngineName, model: str) -> dict[str, Any]:
 
 
 def load(engine: EngineName, model: str, settings: dict[str, Any], batch_size: int | None = None) -> "Engine":
-    """Load an engine, and say on standard error what the model's licence restricts.
+    """Load an engine, and print the restrictions of the model's licence on standard error.
 
     Args:
-        engine: which.
+        engine: name of the engine.
         model: directory or hub repository; for onnx, an export's directory.
         settings: see `engine_settings`.
-        batch_size: most requests that are answered together; onnx answers one at a time.
+        batch_size: maximum number of requests that are answered together; onnx answers one at a time.
 
     Raises:
-        UserError: no such checkpoint, or of another model.
+        UserError: no such checkpoint, or another kind of model.
         OSError, ValueError: no such device, or a damaged checkpoint.
         ImportError: the engine's package is not installed.
     """
@@ -106,11 +106,11 @@ def answer(
     memory: Any = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Answer:
-    """Return the answer to a conversation; Ctrl-C ends it, and what there is of it stays.
+    """Return the answer to a conversation. Ctrl-C stops it and keeps the text so far.
 
     Args:
         engine, conversation, sampling, memory: see `Engine.stream`.
-        say: called with each piece of the answer as it comes.
+        say: called with each piece of the answer as it is generated.
     """
     request: Request = engine.stream(conversation, sampling, memory=memory)
     try:
@@ -124,7 +124,7 @@ def answer(
 
 
 def remark(answer: Answer, sampling: Sampling) -> None:
-    """Print on standard error that an answer was cut, and by what."""
+    """Print on standard error that an answer was cut, and why."""
     if answer.finish_reason != "length":
         return
     tokens = answer.completion_tokens

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm batch`: the same question about many pictures, answered into one file."""
+"""`fastvlm batch`: ask the same question about many images and write the answers into one file."""
 
 import signal
 import threading
@@ -26,8 +26,8 @@ def batch(
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help="Pictures, videos, folders (with all that is in them), quoted patterns such as 'photos/**/*.jpg', "
-            "and tables: .csv, .tsv, .json, .jsonl, .parquet.",
+            help="Images, videos, folders (searched with their subfolders), quoted patterns such as "
+            "'photos/**/*.jpg', and tables: .csv, .tsv, .json, .jsonl, .parquet.",
         ),
     ],
     output: Annotated[
@@ -40,29 +40,31 @@ def batch(
             "--prompt",
             "-p",
             callback=options.utf8,
-            help="What to ask of each picture. {column} in it stands for a value of a table's row.",
+            help="Question about each image. {column} is replaced by the row's value in that column of a table.",
         ),
     ],
     model: options.Model = options.DEFAULT_MODEL,
     engine: options.Engine = options.EngineName.transformers,
     precision: options.Precision = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Pictures that are answered together; a kill costs one such batch at most.")
+        int, typer.Option(min=1, help="Images that are answered together. A killed run loses at most one batch.")
     ] = 16,
-    image_column: Annotated[str, typer.Option(help="A table's column with the paths of pictures, or their bytes.")] = (
+    image_column: Annotated[str, typer.Option(help="Column of a table with the paths or the bytes of images.")] = (
         "image"
     ),
     image_folder: Annotated[
         Path | None,
-        typer.Option(help="Where a table's paths begin and must stay in; the table's own folder by default."),
+        typer.Option(
+            help="Folder that a table's paths are relative to and may not leave. Default: the table's folder."
+        ),
     ] = None,
-    every: Annotated[float, typer.Option(help="Seconds between the frames that are taken of a video.")] = 5.0,
+    every: Annotated[float, typer.Option(help="Seconds between the sampled frames of a video.")] = 5.0,
     srt: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Also write the captions of each video as FOLDER/NAME.srt."),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin again, whatever is done or written; replaces the output.")
+        bool, typer.Option("--restart", help="Discard earlier progress and replace the output.")
     ] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DtypeName.auto,
@@ -77,12 +79,16 @@ def batch(
     max_pixels: options.MaxPixels = None,
     debug: options.Debug = False,
 ) -> None:
-    """Ask the same question about many pictures; write a row for each.
+    """Ask the same question about many images and write one row for each.
 
-    What is done is on the disk after each batch. Killed or stopped, the same command goes on where it was. Pictures
-    that cannot be read get a row with the error; the exit code is then 1. Apple's weights are for research only.
+    Answers are saved after each batch. To resume a run that was killed or stopped, repeat the command. An image that
+    cannot be read gets a row with the error, and the exit code is 1.
 
-    Example: fastvlm batch photos -o captions.jsonl -p "Describe the picture."
+    Examples:
+
+        fastvlm batch photos -o captions.jsonl -p "Describe the image."
+
+        fastvlm batch rows.csv -o out.parquet -p "{question}" --image-column file
     """
     from ..batch import BatchOptions, Interrupted, run_batch
     from .asking import check_model, engine_settings, load, sampling_of
@@ -117,7 +123,7 @@ def batch(
                 inputs, output, start, chosen, about=about, subtitles=srt, restart=restart, progress=show
             )
     except Interrupted as error:
-        kept = f" They are kept in {error.journal}; the same command goes on from there." if error.rows else ""
+        kept = f" They are kept in {error.journal}; repeat the command to resume." if error.rows else ""
         notice(f"fastvlm: {one_line(error)}{kept}")
         raise typer.Exit(stopping.code) from None
     except KeyboardInterrupt:
@@ -132,7 +138,7 @@ def batch(
 
 
 class _Stopping:
-    """Within, SIGTERM ends a run as Ctrl-C does, with an exit code of its own.
+    """A context in which SIGTERM ends a run as Ctrl-C does, with another exit code.
 
     Attributes:
         code: the exit code of a run that was stopped.
@@ -160,7 +166,7 @@ def _tell(report: "Report", advice: str = "", say: Callable[[str], None] = notic
 
     details = []
     if report.resumed_rows:
-        details.append(f"{report.resumed_rows:,} of them done before")
+        details.append(f"{report.resumed_rows:,} of them from earlier runs")
     if report.cut:
         details.append(f"{report.cut:,} cut at --max-new-tokens")
     say(f"{counted(report.rows, 'row')} in {report.output}" + (f" ({', '.join(details)})" if details else ""))
@@ -169,9 +175,9 @@ def _tell(report: "Report", advice: str = "", say: Callable[[str], None] = notic
     if report.left_out:
         kinds = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(report.left_out.items()))
         number = counted(sum(report.left_out.values()), "file")
-        say(f"{number} in the folders left out, neither images that can be read nor videos: {kinds}{advice}")
+        say(f"{number} in the folders skipped, neither readable images nor videos: {kinds}{advice}")
     if report.first_only:
-        say(f"{counted(report.first_only, 'image')} with several frames or pages: the first was asked about")
+        say(f"{counted(report.first_only, 'image')} with several frames or pages: only the first was used")
     if report.errors:
         say(f"fastvlm: {counted(report.errors, 'row')} without an answer:")
         for place, error in report.examples:

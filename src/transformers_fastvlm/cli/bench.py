@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm bench`: time to the first token and its parts, tokens a second and memory, beside other models."""
+"""`fastvlm bench`: time to the first token and its parts, throughput and memory, compared with other models."""
 
 import os
 import sys
@@ -21,53 +21,60 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="0.5B, 1.5B or 7B by its shape with random weights, on which speed does not depend; or a checkpoint's "
-            "directory or name, or tiny, the test model that ships with the package. Default: 0.5B.",
+            help="0.5B, 1.5B or 7B: that architecture with random weights, which does not change the speed; or a "
+            "checkpoint's directory or name; or tiny, the test model that ships with the package. Default: 0.5B.",
             show_default=False,
         ),
     ] = None,
     against: Annotated[
         str,
         typer.Option(
-            help="What to compare with, separated by commas: native (Transformers' fast_vlm), llava-onevision-0.5b (at "
-            "1152 px), or any image-text-to-text model's directory or name."
+            help="Models to compare with, separated by commas: native (Transformers' fast_vlm), "
+            "llava-onevision-0.5b (at 1152 px), or any image-text-to-text model's directory or name."
         ),
     ] = "",
     size: Annotated[
         str | None,
-        typer.Option(help="Heights and widths in pixels, separated by commas. Default: what each model was made for."),
+        typer.Option(help="Image sizes in pixels, separated by commas. Default: the size each model was trained for."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16, or several with commas; auto: bfloat16 on CUDA.")
+        str,
+        typer.Option(
+            help="float32, bfloat16 or float16, or several separated by commas; auto: bfloat16 on CUDA, else float32."
+        ),
     ] = "auto",
-    batch: Annotated[str, typer.Option(help="Numbers of pictures at once, separated by commas.")] = "1",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
     device: options.Device = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads of the CPU; default: as many as it has.")] = None,
-    repetitions: Annotated[int, typer.Option(help="Measured runs of each case, in turns.")] = 5,
-    warmup: Annotated[int, typer.Option(help="Runs before them that do not count.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: one for each CPU.")] = None,
+    repetitions: Annotated[int, typer.Option(help="Measured runs of each case; cases alternate.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Runs of each case before the measured ones.")] = 1,
     new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of text in the prompt, besides those of the image.")] = 20,
-    image: Annotated[str | None, typer.Option(help="Picture; default a drawn JPEG of 12 megapixels.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Text tokens in the prompt, without the image's tokens.")] = 20,
+    image: Annotated[str | None, typer.Option(help="Image file. Default: a drawn JPEG of 12 megapixels.")] = None,
     image_backend: Annotated[str, typer.Option(help="pil, or torchvision on the model's device.")] = "pil",
     attn_implementation: Annotated[
         str | None, typer.Option(help="sdpa, eager, flash_attention_2 or another that Transformers knows.")
     ] = None,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile encoder, projector and the steps of decoding.")
+        bool, typer.Option("--compile", help="Compile the encoder, the projector and the decoding step.")
     ] = False,
     fuse: Annotated[bool, typer.Option("--fuse", help="Also measure FastVLM after fuse().")] = False,
     encoders: Annotated[
-        bool, typer.Option("--encoders", help="Measure encoders alone: FastViTHD, ViT-L/14, ViTamin-L, ConvNeXt-L.")
+        bool, typer.Option("--encoders", help="Measure only encoders: FastViTHD, ViT-L/14, ViTamin-L, ConvNeXt-L.")
     ] = False,
     out: options.RecordFile = None,
-    note: Annotated[str | None, typer.Option(help="What else one should know, for the record.")] = None,
+    note: Annotated[str | None, typer.Option(help="Free text that is stored in the record.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Directory for plots.")] = None,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure where the time to the first token goes, on this machine.
+    """Measure the time to the first token and its parts on this machine.
 
-    Example: fastvlm bench 0.5B --size 512,1024 --against native --out bench.json --plots plots
+    Examples:
+
+        fastvlm bench 0.5B --size 512,1024 --against native --out bench.json
+
+        fastvlm bench --encoders --size 512 --plots plots
     """
     names = _words(against, "--against")
     if encoders:
@@ -75,9 +82,9 @@ def bench(
         given["--attn-implementation"] = attn_implementation
         for option, value in given.items():
             if value:
-                raise UserError(f"--encoders measures encoders alone, at sizes of their own; leave out {option}.")
+                raise UserError(f"--encoders measures only encoders, at fixed sizes; leave out {option}.")
     if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out is {out}, but there is no directory {out.parent}. Make it first.")
+        raise UserError(f"--out is {out}, but there is no directory {out.parent}. Create it first.")
     sizes, batches = _numbers(size, "--size") if size else (), _numbers(batch, "--batch")
     if plots is not None:
         _check_matplotlib()
@@ -161,7 +168,7 @@ def _cpus() -> int:
 
 
 def _check_matplotlib() -> None:
-    """Say that matplotlib is missing before minutes of measuring, not after."""
+    """Raise UserError for a missing matplotlib before minutes of measurements, not after them."""
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:

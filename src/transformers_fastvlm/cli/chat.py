@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm chat`: several turns about one or more pictures."""
+"""`fastvlm chat`: several turns about one or more images."""
 
 import contextlib
 import sys
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 __all__ = ["chat"]
 
 _HELP = """\
-/image PATH   show a picture (file or http address) with the next question
-/clear        start again, with the pictures that the command began with
-/exit         leave; so does the end of the input (Ctrl-D)"""
+/image PATH   add an image (file or http address) to the next question
+/clear        start again with the images of the command line
+/exit         leave; Ctrl-D leaves too"""
 
 
 @reports_errors
 def chat(
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures to talk about: files or http(s) addresses.")
+        list[str] | None, typer.Argument(metavar="IMAGE", help="Images to talk about: files or http(s) addresses.")
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     engine: options.Engine = options.EngineName.transformers,
@@ -44,12 +44,16 @@ def chat(
     max_pixels: options.MaxPixels = None,
     debug: options.Debug = False,
 ) -> None:
-    """Talk about pictures, in several turns.
+    """Talk about images in several turns.
 
-    A line is a question; the whole conversation is kept. /image PATH adds a picture, /clear starts again, /exit leaves.
-    Questions may also come from a pipe, one a line; then the first error ends the command.
+    Each line is a question, and the whole conversation is kept. /image PATH adds an image, /clear starts again, /exit
+    leaves. Questions may also come from a pipe, one per line; the first error then ends the command.
 
-    Example: fastvlm chat street.jpg
+    Examples:
+
+        fastvlm chat street.jpg
+
+        fastvlm chat street.jpg --temperature 0.2 --system "Answer in one word."
     """
     from ..images.read_options import ReadOptions
     from .asking import engine_settings, load, sampling_of
@@ -57,13 +61,13 @@ def chat(
     sampling = sampling_of(max_new_tokens, temperature, top_p, seed, num_beams)
     settings = engine_settings(engine, precision, device, dtype, size)
     if STDIN in (images or []):
-        raise UserError("chat reads questions from standard input, so a picture cannot come from there. Give a file.")
+        raise UserError("chat reads questions from standard input, so an image cannot come from there. Give a file.")
     reading = ReadOptions(do_exif_transpose=do_exif_transpose, alpha_background=alpha_background, max_pixels=max_pixels)
     first = read_pictures(images or [], reading)
     loaded = load(engine, model, settings)
     interactive = sys.stdin.isatty()
     if reconfigure := getattr(sys.stdin, "reconfigure", None):
-        reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused, and the chat goes on
+        reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused, and the chat continues
     if interactive:
         notice(_HELP)
     talk = _Conversation(loaded, sampling, system, first, reading)
@@ -113,7 +117,7 @@ class _Conversation:
         self.pictures = list(self.first)
 
     def turn(self, line: str) -> bool:
-        """Do what a line says; return whether to go on."""
+        """Execute a command or ask a question; return False at the end of the chat."""
         line = line.strip()
         command, _, rest = line.partition(" ")
         if command in ("/exit", "/quit"):
@@ -135,7 +139,7 @@ class _Conversation:
         if not name or name == STDIN:
             raise UserError("/image needs a file or an http(s) address, as in: /image street.jpg")
         self.pictures.append(read_picture(name, self.reading))
-        notice(f"picture {len(self.pictures)} of the next question: {name}")
+        notice(f"image {len(self.pictures)} of the next question: {name}")
 
     def _ask(self, text: str) -> None:
         from ..engines.prompts import is_utf8
@@ -148,6 +152,6 @@ class _Conversation:
         answered = answer(self.engine, messages, self.sampling, self.memory, lambda piece: typer.echo(piece, nl=False))
         typer.echo()
         remark(answered, self.sampling)
-        # Kept only now: a question that failed is not part of the conversation.
+        # A question that failed does not become part of the conversation.
         self.messages = [*messages, {"role": "assistant", "content": answered.text}]
         self.pictures = []

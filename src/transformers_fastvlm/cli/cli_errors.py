@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a verb fails: one clear line on standard error and an exit code, or with --debug the traceback."""
+"""Errors of a verb: one clear line on standard error and an exit code, or with --debug the traceback."""
 
 import contextlib
 import functools
@@ -14,27 +14,28 @@ from .. import register
 
 __all__ = ["UserError", "escaped", "notice", "one_line", "reports_errors"]
 
-# Of C0 and C1, ends of lines, directions of writing, and halves of characters.
+# Control characters of C0 and C1, line separators, bidirectional controls and surrogates.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 INPUT_ERROR = 2
 FAILURE = 1
 INTERRUPTED, TERMINATED = 130, 143
-"""Ends by SIGINT and SIGTERM, as shells count them."""
+"""Exit codes for SIGINT and SIGTERM, as in shells."""
 
 
 class UserError(Exception):
-    """Input that cannot be used; the message says which, what was expected and what to do."""
+    """Input that cannot be used. The message names it, what was expected and what to do."""
 
 
 def one_line(error: BaseException) -> str:
-    """Return an exception's message on one line, or its class where it has none."""
+    """Return an exception's message on one line, or the name of its class if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def escaped(text: str) -> str:
-    """Return a line with its control characters as escapes: names of files and rows come from others.
+    """Return a line with its control characters escaped.
 
-    Printed as they are they would move the cursor, write the clipboard or forge further lines.
+    File names and rows are untrusted: raw control characters could move the cursor, write the clipboard or forge
+    further lines.
     """
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
@@ -47,9 +48,9 @@ def notice(message: str) -> None:
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Register FastVLM, run a verb, and turn its exceptions into one line and an exit code, unless `debug` is set.
 
-    The package raises ValueError and OSError for input that it cannot use: those are exit code 2, all others 1.
+    The package raises ValueError and OSError for input that it cannot use: these give exit code 2, all others 1.
 
-    Registering is up to the verbs because it imports torch, which the help of none of them needs.
+    Registration imports torch, so it waits until a verb runs: no help text needs torch.
     """
 
     @functools.wraps(command)
@@ -59,7 +60,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             with _bars_as_before():
                 command(*args, **kwargs)
         except BrokenPipeError:
-            raise  # the reader of the output went away; not for us to report
+            raise  # the reader of the output is gone, so there is nobody to report to
         except (UserError, OSError, ValueError, ImportError) as error:
             if kwargs.get("debug"):
                 raise
@@ -83,7 +84,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def _bars_as_before() -> Iterator[None]:
-    """Show Transformers' progress bars on a terminal alone, and as before after the verb: programs call verbs too."""
+    """Show Transformers' progress bars only on a terminal; restore the setting afterwards, for Python callers."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

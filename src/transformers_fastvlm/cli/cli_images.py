@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures named on the command line: files, http(s) addresses, or "-" for standard input."""
+"""Images named on the command line: files, http(s) addresses, or "-" for standard input."""
 
 import io
 import os
@@ -20,26 +20,26 @@ STDIN = "-"
 
 
 def read_pictures(names: Sequence[str], options: "ReadOptions | None" = None) -> "list[Image]":
-    """Read every picture; see `read_picture`.
+    """Read every image; see `read_picture`.
 
     Raises:
         UserError: standard input is named more than once.
     """
     if list(names).count(STDIN) > 1:
-        raise UserError(f"{STDIN!r} is given more than once, but standard input holds one picture. Give files instead.")
+        raise UserError(f"{STDIN!r} is given more than once, but standard input holds one image. Give files instead.")
     return [read_picture(name, options) for name in names]
 
 
 def read_picture(name: str, options: "ReadOptions | None" = None) -> "Image":
-    """Return the decoded picture called `name`.
+    """Return a decoded image.
 
     Args:
         name: path, http(s) address, or "-" for standard input.
-        options: how it is read; None for the usual.
+        options: options for reading; None for the defaults.
 
     Raises:
         UserError: there is no such file.
-        ValueError, ConnectionError: it is no picture, or cannot be downloaded.
+        ValueError, ConnectionError: it is not an image, or cannot be downloaded.
     """
     from ..images.read_options import ReadOptions
     from ..images.reading import as_shown, read_image
@@ -49,7 +49,7 @@ def read_picture(name: str, options: "ReadOptions | None" = None) -> "Image":
     if name == STDIN:
         picture = _from_stdin(options.max_pixels)
     elif not name.startswith(("http://", "https://")) and not os.path.exists(name):
-        raise UserError(f"no such file: {name!r}. Expected a picture's path, its http:// or https:// address, or '-'.")
+        raise UserError(f"no such file: {name!r}. Expected an image's path, its http:// or https:// address, or '-'.")
     else:
         picture = read_image(name, options.max_pixels)
     return as_shown(picture, options)
@@ -60,15 +60,15 @@ def _from_stdin(max_pixels: int | None) -> "Image":
 
     content = sys.stdin.buffer.read()
     if not content:
-        raise UserError("standard input is empty; expected a picture, as in: fastvlm generate - -p '…' < photo.jpg")
-    return read_stored(io.BytesIO(content), "the picture on standard input", max_pixels)
+        raise UserError("standard input is empty; expected an image, as in: fastvlm generate - -p '…' < photo.jpg")
+    return read_stored(io.BytesIO(content), "the image on standard input", max_pixels)
 
 
 def question(text: str, pictures: "Sequence[Image]") -> list[dict[str, Any]]:
     """Return the parts of a user's message; see `place_images`.
 
     Raises:
-        UserError: the text has <image>, but not once for each picture.
+        UserError: the text has <image>, but not once for each image.
     """
     from ..engines.prompts import place_images
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm convert`: a checkpoint in another layout."""
+"""`fastvlm convert`: write a checkpoint in another layout."""
 
 import enum
 from typing import Annotated
@@ -29,18 +29,22 @@ def convert(
         LayoutName,
         typer.Option(
             "--to",
-            help="apple: Apple's flat config.json and names. transformers: this package's nested config.json. native: "
-            "fast_vlm, which Transformers loads without this package (it needs timm).",
+            help="apple: Apple's flat config.json and tensor names. transformers: this package's nested config.json. "
+            "native: fast_vlm, which Transformers loads without this package (it needs timm).",
         ),
     ],
     debug: options.Debug = False,
 ) -> None:
     """Write a checkpoint in another layout.
 
-    The source's layout is found out, and it is never changed. Every tensor arrives bit for bit; OUT appears under its
-    name only when it is complete.
+    The layout of SOURCE is detected, and its files are never changed. Every tensor keeps its exact values. OUT is
+    created only when it is complete.
 
-    Example: fastvlm convert apple/FastVLM-0.5B fastvlm-native --to native
+    Examples:
+
+        fastvlm convert apple/FastVLM-0.5B fastvlm-native --to native
+
+        fastvlm convert fastvlm-native fastvlm-apple --to apple
     """
     from ..checkpoints import convert as convert_checkpoint
     from .model_sources import RESEARCH_ONLY, licence_of, local_files

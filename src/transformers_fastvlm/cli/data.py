@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm data`: what concerns the data of a training run."""
+"""`fastvlm data`: check training data."""
 
 import enum
 import json
@@ -10,6 +10,7 @@ import typer
 
 from . import options
 from .cli_errors import FAILURE, UserError, escaped, notice, reports_errors
+from .plain_help import PlainCommand, PlainGroup
 from .progress_bars import progress_bar
 
 if TYPE_CHECKING:
@@ -17,14 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "check"]
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+app = typer.Typer(cls=PlainGroup, no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
 def _data() -> None:
-    """Look at the data of training runs.
+    """Check training data.
 
-    Example: fastvlm data check train.json --image-folder images
+    Examples:
+
+        fastvlm data check train.json --image-folder images
+
+        fastvlm data check train.json --json > problems.json
     """
 
 
@@ -35,37 +40,33 @@ class ConversationName(enum.StrEnum):
     plain = "plain"
 
 
-@app.command("check")
+@app.command("check", cls=PlainCommand)
 @reports_errors
 def check(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="SOURCE", help="A .json or .jsonl file, or a data set of Hugging Face (name or folder)."
-        ),
+        typer.Argument(metavar="SOURCE", help="A .json or .jsonl file, or a Hugging Face data set (name or folder)."),
     ],
     image_folder: Annotated[
-        Path | None, typer.Option(help="Where the rows' paths begin; the file's own folder by default.")
+        Path | None, typer.Option(help="Folder that the rows' paths are relative to. Default: the file's folder.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a data set of Hugging Face; train by default.")] = None,
-    name: Annotated[str | None, typer.Option(help="Configuration of a data set of Hugging Face.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a Hugging Face data set. Default: train.")] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of a Hugging Face data set.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", "-m", help="Count tokens as this checkpoint does: a directory, a hub repository or tiny."
-        ),
+        typer.Option("--model", "-m", help="Count tokens for this checkpoint: a directory, a hub repository or tiny."),
     ] = None,
     conversation: Annotated[
-        ConversationName, typer.Option(help="How the rows will be learned; needs --model.")
+        ConversationName, typer.Option(help="Format of the training samples; needs --model.")
     ] = ConversationName.sft,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Longest row of the run, in tokens; needs --model.")
+        int | None, typer.Option(min=1, help="Maximum tokens of a sample in the run; needs --model.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
-    workers: Annotated[int, typer.Option(min=0, max=64, help="Processes that read beside this one.")] = 0,
-    show: Annotated[int, typer.Option(min=0, help="Most rows to list; --json lists all.")] = 100,
+    limit: Annotated[int | None, typer.Option(min=1, help="Check only this many rows, from the start.")] = None,
+    workers: Annotated[int, typer.Option(min=0, max=64, help="Additional reading processes.")] = 0,
+    show: Annotated[int, typer.Option(min=0, help="Maximum number of rows to list; --json lists all.")] = 100,
     follow_symlinks: Annotated[
-        bool, typer.Option("--follow-symlinks", help="Allow links that lead out of the image folder.")
+        bool, typer.Option("--follow-symlinks", help="Allow links that point outside the image folder.")
     ] = False,
     do_exif_transpose: options.ExifTranspose = True,
     alpha_background: options.AlphaBackground = "white",
@@ -73,15 +74,19 @@ def check(
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
-    """Read every row and decode every image; list what is wrong, by row.
+    """Read every row, decode every image, and list the problems by row.
 
-    Rows count from 0, lines from 1. The exit code is 1 if anything is wrong. The output of --json, saved in a file,
-    is what `exclude` of a recipe or of `transformers_fastvlm.data.load` takes, to train without those rows.
+    Rows count from 0, lines from 1. The exit code is 1 if there are problems. To train without the listed rows, save
+    the output of --json in a file and pass it as `exclude` of a recipe or of `transformers_fastvlm.data.load`.
 
-    Example: fastvlm data check train.json --image-folder images --model apple/FastVLM-0.5B --max-length 2048
+    Examples:
+
+        fastvlm data check train.json --image-folder images
+
+        fastvlm data check train.json --model apple/FastVLM-0.5B --max-length 2048
     """
     if model is None and (max_length is not None or conversation is not ConversationName.sft):
-        raise UserError("--max-length and --conversation need --model, whose tokenizer counts the tokens.")
+        raise UserError("--max-length and --conversation need --model: its tokenizer counts the tokens.")
     from ..data.check import check_dataset
 
     processor = None if model is None else _processor(model)
@@ -130,7 +135,7 @@ def _summary(report: "Report", max_length: int | None) -> list[str]:
         f"{report.checked:,} rows" if report.checked == report.rows else f"{report.checked:,} of {report.rows:,} rows"
     )
     lines = [
-        f"{read} read, {right:,} right ({report.text_only:,} of them text alone), {report.images:,} images, "
+        f"{read} read, {right:,} valid ({report.text_only:,} of them text only), {report.images:,} images, "
         f"{len(report.problems):,} problems"
     ]
     if report.tokens is not None:
@@ -139,7 +144,7 @@ def _summary(report: "Report", max_length: int | None) -> list[str]:
         lines.append(f"{tokens['total']} tokens; a row: " + ", ".join(f"{key} {tokens[key]}" for key in order))
     if report.unread:
         listed = ", ".join(f"{key} ({count:,})" for key, count in report.unread.items())
-        lines.append(f"keys that are not read, with the number of their rows: {listed}")
+        lines.append(f"ignored keys, with their number of rows: {listed}")
     if report.longer is not None:
-        lines.append(f"{report.longer:,} rows are longer than {max_length:,} tokens and lose their ends")
+        lines.append(f"{report.longer:,} rows are longer than {max_length:,} tokens and will be truncated")
     return lines

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm demo`: a web page to ask about pictures."""
+"""`fastvlm demo`: a web page to ask about images."""
 
 import contextlib
 import signal
@@ -19,10 +19,10 @@ __all__ = ["demo"]
 def demo(
     model: options.Model = options.DEFAULT_MODEL,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 lets everyone in who reaches this machine.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")
     ] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on.")
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on. Default: the first free port from 7860.")
     ] = None,
     engine: options.Engine = options.EngineName.transformers,
     precision: options.Precision = None,
@@ -34,12 +34,15 @@ def demo(
     temperature: options.Temperature = 0.0,
     debug: options.Debug = False,
 ) -> None:
-    """Show a web page: ask about pictures, and caption what the camera sees.
+    """Serve a web page to ask about images and to caption a camera.
 
-    The page and all that it needs come from this machine; nothing is sent anywhere else. It has no password. Ctrl-C
-    ends it.
+    This machine serves all files of the page and sends no data elsewhere. The page has no password. Ctrl-C stops it.
 
-    Example: fastvlm demo --model tiny
+    Examples:
+
+        fastvlm demo --model tiny
+
+        fastvlm demo --model apple/FastVLM-0.5B --port 8080
     """
     from ..checkpoints.embedded import resolve_model, tiny_checkpoint
     from ..demo import Page, check_gradio
@@ -48,12 +51,12 @@ def demo(
 
     check_gradio()
     settings = engine_settings(engine, precision, device, dtype, size)
-    # One at a time, so that each visitor's conversation is reused; vLLM keeps them by itself.
+    # One request at a time, so that each visitor's cache is reused; vLLM has its own prefix cache.
     loaded = load(engine, model, settings, 1 if engine == options.EngineName.transformers else None)
     scenes = resolve_model(model) == str(tiny_checkpoint())
     page = Page(
         loaded,
-        name="the tiny model of the package, for drawn scenes" if scenes else model,
+        name="tiny, the test model that ships with the package, for drawn scenes" if scenes else model,
         notice=licence_notice(model, read_config(model)),
         scenes=scenes,
         system=system,
@@ -64,14 +67,14 @@ def demo(
         try:
             address = page.start(host, port)
         except OSError as error:
-            raise UserError(f"the page cannot listen on {host}, port {port or 'any from 7860 on'}: {error}") from error
-        notice(f"The page is at {address} (Ctrl-C ends it).")
+            raise UserError(f"the page cannot listen on {host}, port {port or 'any from 7860'}: {error}") from error
+        notice(f"The page is at {address} (Ctrl-C stops it).")
         ended.wait()
 
 
 @contextlib.contextmanager
 def _until_asked_to_end() -> Iterator[threading.Event]:
-    """Set an event at Ctrl-C and SIGTERM, so that the page is closed and its uploads are removed."""
+    """Set an event at Ctrl-C or SIGTERM, so that the page is closed and its uploads are removed."""
     ended = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: ended.set()) for number in signals]

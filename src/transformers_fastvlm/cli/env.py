@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm env`: versions, devices and CPU features, for a report of a fault."""
+"""`fastvlm env`: versions, devices and CPU features, for bug reports."""
 
 import importlib.metadata
 import json
@@ -21,9 +21,9 @@ _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD")
 
 @reports_errors
 def env(as_json: options.AsJson = False, debug: options.Debug = False) -> None:
-    """Show versions, devices and CPU features. Paste it into a report.
+    """Show versions, devices and CPU features, to paste into a bug report.
 
-    No name of a user or of a machine is shown, and of environment variables only those that change how models run.
+    The output has no names of users or machines, and only the environment variables that change how models run.
 
     Examples:
 
@@ -72,7 +72,7 @@ def _facts() -> dict[str, Any]:
 
 
 def _optional_packages() -> list[str]:
-    """Return the packages that the extras name; none where the package runs without being installed."""
+    """Return the packages that the extras name; none if the package itself is not installed."""
     try:
         required = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:

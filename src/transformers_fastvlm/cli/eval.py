@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm eval`: the benchmarks of the model card, and one's own questions."""
+"""`fastvlm eval`: evaluate a checkpoint on the model card's benchmarks or on your own questions."""
 
 import enum
 import sys
@@ -32,39 +32,41 @@ class MetricName(enum.StrEnum):
 @reports_errors
 def evaluate(
     model: options.ModelArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the results; a run in it is gone on with.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory for the results; an unfinished run in it is resumed.")
+    ],
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks of lmms-eval, with commas between them, or card: the eleven of the model card."),
+        typer.Option(help="lmms-eval tasks, separated by commas, or card: the eleven of the model card."),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of tasks, your own questions: a .jsonl, .json or .parquet file with image, question and "
-            "answer, or a folder that Hugging Face's datasets saved."
+            help="Your own questions, instead of --tasks: a .jsonl, .json or .parquet file with image, question and "
+            "answer, or a folder saved by Hugging Face's datasets."
         ),
     ] = None,
-    metric: Annotated[MetricName, typer.Option(help="How answers to --data are judged.")] = MetricName.exact,
+    metric: Annotated[MetricName, typer.Option(help="Metric for answers to --data.")] = MetricName.exact,
     prompt: Annotated[
         str | None,
-        typer.Option(help="A line after each question of --data, such as 'Answer with a single word.'"),
+        typer.Option(help="Line to add to each question of --data, such as 'Answer with a single word.'"),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer to --data, in tokens.")] = 64,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each task.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer to --data.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many samples of each task.")] = None,
     batch: Annotated[
-        int, typer.Option(min=1, help="Questions that are answered together; a kill costs one such batch at most.")
+        int, typer.Option(min=1, help="Questions that are answered together. A killed run loses at most one batch.")
     ] = 16,
     engine: options.Engine = options.EngineName.transformers,
     precision: options.Precision = None,
-    include: Annotated[Path | None, typer.Option(help="Folder with YAML files of further tasks of lmms-eval.")] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder with YAML files of additional lmms-eval tasks.")] = None,
     page: Annotated[
         bool | None,
         typer.Option(
-            "--page/--no-page", help="Keep small copies of pictures for the report's page; default: of --data."
+            "--page/--no-page", help="Save thumbnails of the images for the report's page. Default: only with --data."
         ),
     ] = None,
     first_token: Annotated[
-        bool, typer.Option("--first-token/--no-first-token", help="Measure the time to the first token too.")
+        bool, typer.Option("--first-token/--no-first-token", help="Also measure the time to the first token.")
     ] = True,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DtypeName.auto,
@@ -74,12 +76,16 @@ def evaluate(
     max_pixels: options.MaxPixels = None,
     debug: options.Debug = False,
 ) -> None:
-    """Judge a checkpoint by the model card's benchmarks or by your own questions.
+    """Evaluate a checkpoint on the model card's benchmarks or on your own questions.
 
-    Answers are on the disk after each batch: killed or stopped, the same command goes on. A changed checkpoint or
-    setting is answered anew. The benchmarks' data come from the hub. Apple's weights are for research only.
+    Answers are saved after each batch. To resume a run that was killed or stopped, repeat the command. Answers of
+    another checkpoint or with other settings are not reused. The benchmarks are downloaded from the hub.
 
-    Example: fastvlm eval apple/FastVLM-0.5B --tasks chartqa,docvqa_val --out results
+    Examples:
+
+        fastvlm eval apple/FastVLM-0.5B --tasks chartqa,docvqa_val --out results
+
+        fastvlm eval apple/FastVLM-0.5B --data questions.jsonl --out results
     """
     from ..evaluation.eval_run import EvaluationOptions
     from ..evaluation.eval_run import evaluate as run_evaluation
@@ -95,7 +101,7 @@ def evaluate(
         if message := licence_notice(model, config):
             typer.echo(message, file=errors)
 
-    errors = sys.stderr  # the evaluation sends what others print there to a file
+    errors = sys.stderr  # the evaluation redirects the output of other libraries to a file
     with progress_bar("answering", errors) as show:
         run = run_evaluation(
             model,

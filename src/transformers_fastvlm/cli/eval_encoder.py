@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm eval-encoder`: FastViTHD judged by classes of pictures, without a language model."""
+"""`fastvlm eval-encoder`: evaluate FastViTHD by image classification, without a language model."""
 
 import json
 from pathlib import Path
@@ -22,55 +22,59 @@ def eval_encoder(
     model: options.ModelArgument,
     folder: Annotated[
         Path,
-        typer.Argument(help="Pictures: train/CLASS/… and val/CLASS/…, or CLASS/…, which is then divided."),
+        typer.Argument(help="Images: train/CLASS/… and val/CLASS/…, or only CLASS/…, which is then split."),
     ],
     method: Annotated[
         str | None,
         typer.Option(
-            help="probe (logistic regression), knn, zero-shot, or several with commas. Default: probe,knn, and "
-            "zero-shot where --text is given.",
+            help="probe (logistic regression), knn, zero-shot, or several separated by commas. Default: probe,knn, "
+            "and zero-shot if --text is given.",
             show_default=False,
         ),
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="For zero-shot: a safetensors file with a text tower's embeddings, one tensor a class."),
+        typer.Option(help="For zero-shot: a safetensors file with text embeddings, one tensor per class."),
     ] = None,
     size: options.Size = None,
     do_exif_transpose: options.ExifTranspose = True,
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
     aspect: Annotated[
-        str | None, typer.Option(help="pad, or square, which crops the centre. Default: the checkpoint's own.")
+        str | None, typer.Option(help="pad, or square, which crops the centre. Default: the checkpoint's setting.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that are encoded together.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are encoded together.")] = 16,
     k: Annotated[
-        int | None, typer.Option("-k", min=1, help="Neighbours. Default: 20, or all where there are fewer.")
+        int | None, typer.Option("-k", min=1, help="Neighbours for knn. Default: 20, or all if there are fewer.")
     ] = None,
     regularisation: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Of the probe. Default: chosen on a fifth of the training pictures."),
+        typer.Option(min=0.0, help="Regularisation of the probe. Default: chosen on a fifth of the training images."),
     ] = None,
     held_out: Annotated[
-        float, typer.Option(help="Share of each class to judge by, for a folder without train and val.")
+        float, typer.Option(help="Share of each class for validation, if the folder has no train and val.")
     ] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, help="Of that division and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the split and the bootstrap.")] = 0,
     device: options.Device = "auto",
     dtype: Annotated[
-        options.DtypeName, typer.Option(help="Of the encoder; auto: bfloat16 on CUDA, float32 elsewhere.")
+        options.DtypeName, typer.Option(help="dtype of the encoder; auto: bfloat16 on CUDA, float32 elsewhere.")
     ] = options.DtypeName.auto,
     out: options.RecordFile = None,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
-    """Judge an encoder by how well classes of pictures can be told from its features.
+    """Evaluate an encoder: classify images by its frozen features.
 
-    Example: fastvlm eval-encoder tiny pictures --method probe,knn
+    Examples:
+
+        fastvlm eval-encoder tiny images --method probe,knn
+
+        fastvlm eval-encoder apple/FastVLM-0.5B images --out encoder.json
     """
     if aspect not in (None, "pad", "square"):
         raise UserError(f"--aspect is {aspect!r}; expected pad or square.")
     if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out is {out}, but there is no directory {out.parent}. Make it first.")
+        raise UserError(f"--out is {out}, but there is no directory {out.parent}. Create it first.")
     if method is None:
         methods: tuple[str, ...] = ("probe", "knn", "zero-shot") if text is not None else ("probe", "knn")
     else:
@@ -137,11 +141,11 @@ def _print(record: dict[str, Any]) -> None:
         )
         for method, result in record["results"].items()
     ]
-    title = f"percent right of {record['val']} pictures, {record['classes']} classes"
+    title = f"percent correct of {record['val']} images, {record['classes']} classes"
     print_table(
         title, ("method", "accuracy", f"{100 * record['confidence']:g} % interval", "mean of classes", ""), rows
     )
     typer.echo(
         f"{record['features']} features at {record['size']} px ({record['aspect']}), {record['dtype']}; "
-        f"{record['train']} training pictures; encoded in {record['seconds']:.1f} s"
+        f"{record['train']} training images; encoded in {record['seconds']:.1f} s"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm eval-report`: evaluations beside Apple's model card and beside each other."""
+"""`fastvlm eval-report`: compare evaluations with Apple's model card and with each other."""
 
 import enum
 import json
@@ -29,29 +29,33 @@ class CardName(enum.StrEnum):
 def eval_report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Directories of fastvlm eval; the others are compared with the first."),
+        typer.Argument(metavar="RUN...", help="Results of fastvlm eval; later ones are compared with the first."),
     ],
     card: Annotated[
         CardName,
-        typer.Option(help="Size whose figures on Apple's model card stand beside; auto: what the model's name says."),
+        typer.Option(help="Model size of Apple's model card to compare with; auto: from the model's name."),
     ] = CardName.auto,
     out: Annotated[
         Path | None,
         typer.Option(help="Directory for report.json, report.md, accuracy_by_time.png and answers.html."),
     ] = None,
     page_samples: Annotated[
-        int, typer.Option(min=0, help="Most questions of each task on the page; 0 for no page.")
+        int, typer.Option(min=0, help="Maximum number of questions of each task on the page; 0 for no page.")
     ] = 50,
     plot: Annotated[
-        bool, typer.Option(help="Draw accuracy against the time to the first token, which needs matplotlib.")
+        bool, typer.Option(help="Plot accuracy against the time to the first token; needs matplotlib.")
     ] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the bootstrap.")] = 0,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
-    """Put scores beside Apple's model card, with the difference and its confidence interval.
+    """Compare scores with Apple's model card, with the confidence interval of each difference.
 
-    Example: fastvlm eval-report results/mine results/int8 --card 0.5B --out report
+    Examples:
+
+        fastvlm eval-report results --card 0.5B
+
+        fastvlm eval-report results/mine results/int8 --card 0.5B --out report
     """
     from ..checkpoints.published import published_size
     from ..evaluation.eval_plots import plot_points, write_plot
@@ -82,7 +86,7 @@ def eval_report(
             if file := write_plot(report, out / "accuracy_by_time.png"):
                 written.append(file)
             else:
-                notice("no plot: no run has a time to the first token, or those that have share no task.")
+                notice("no plot: no run has a time to the first token, or the runs with one share no task.")
         if page_samples:
             written.append(out / "answers.html")
             directories = dict(zip(names, runs, strict=True))
@@ -93,7 +97,7 @@ def eval_report(
             notice(f"wrote {file}")
         left_out = [run["name"] for run in report["runs"] if run["time_to_first_token"] is None]
         if plot and left_out and plot_points(report)[0]:
-            notice(f"without a time to the first token and so not in the plot: {', '.join(left_out)}.")
+            notice(f"not in the plot, as they have no time to the first token: {', '.join(left_out)}.")
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
@@ -101,6 +105,6 @@ def eval_report(
         print_table(title, columns, rows)
         typer.echo()
     if card == CardName.auto and not any(sizes.values()):
-        notice("no model's name has a size of the card; --card 0.5B, 1.5B or 7B puts its figures beside the scores.")
+        notice("no model's name has a size of the card; use --card 0.5B, 1.5B or 7B to compare with the card's scores.")
     for note in notes(report):
         notice(note)

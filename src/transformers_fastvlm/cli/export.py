@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm export`: a model in the form that another runtime takes."""
+"""`fastvlm export`: convert a model to the format of another runtime."""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,32 +30,36 @@ def export(
     precision: Annotated[
         str | None,
         typer.Option(
-            help=f"{_PRECISIONS}. The first is the default. onnx takes several, with commas between, and keeps them "
-            "side by side."
+            help=f"{_PRECISIONS}. The first is the default. onnx takes several, separated by commas, and writes "
+            "files for each."
         ),
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(
-            help="Height and width of pictures in pixels, a multiple of 64, for targets that fix it; several, with "
-            "commas between, where a target takes several. Default: what the checkpoint was trained for."
+            help="Height and width of images in pixels, a multiple of 64, for targets that fix it. Several, separated "
+            "by commas, if the target takes several. Default: the checkpoint's size."
         ),
     ] = None,
     external_data: Annotated[
         bool | None,
         typer.Option(
             "--external-data/--no-external-data",
-            help="onnx: weights in files of their own beside the graphs. Default: only where a graph would pass 2 GB.",
+            help="onnx: weights in separate files beside the graphs. Default: only for graphs above 2 GB.",
         ),
     ] = None,
     debug: options.Debug = False,
 ) -> None:
-    """Write a model in the form that another runtime takes, and check it there.
+    """Convert a model to the format of another runtime, and check it there.
 
-    The checkpoint is never changed, and OUT appears under its name only when it is complete. Its README.md says how
-    exact the files are, how to run them, and what their licence restricts.
+    The checkpoint is never changed. OUT is created only when it is complete. Its README.md lists the accuracy of the
+    files, how to run them, and the restrictions of their licence.
 
-    Example: fastvlm export onnx apple/FastVLM-0.5B fastvlm-onnx --precision q4f16
+    Examples:
+
+        fastvlm export onnx apple/FastVLM-0.5B fastvlm-onnx --precision q4f16
+
+        fastvlm export onnx tiny tiny-onnx
     """
     from ..checkpoints.embedded import resolve_model
     from ..export import export as export_model
@@ -66,7 +70,7 @@ def export(
     sizes = []
     for word in _comma_separated(size):
         if not word.isdecimal():
-            raise UserError(f"--size is {size!r}; expected a multiple of 64, or several with commas between.")
+            raise UserError(f"--size is {size!r}; expected a multiple of 64, or several separated by commas.")
         sizes.append(int(word))
     if target in TARGETS:
         check_loadable(model, read_config(model))
@@ -87,7 +91,7 @@ def export(
     for title, error in done.report.errors.items():
         notice(f"{title}: relative error {error:.2e} against PyTorch in float32")
     if done.report.checked_in is None:
-        notice("the files were not run: their runtime does not run here")
+        notice("the files were not checked: their runtime does not run on this machine")
     for note in done.report.notes:
         notice(f"note: {note}")
     if Source(directory, name).may_be_apples:

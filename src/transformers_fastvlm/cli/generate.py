@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm generate`: one answer about pictures, or to a text alone."""
+"""`fastvlm generate`: one answer to a question, with or without images."""
 
 import contextlib
 import json
@@ -26,14 +26,14 @@ def generate(
             "--prompt",
             "-p",
             callback=options.utf8,
-            help="What to ask. `<image>` in it, once for each picture, says where the pictures go.",
+            help="The question. It may hold the placeholder `<image>` once for each image, to place the images.",
         ),
     ],
     images: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="IMAGE",
-            help="Pictures: files, http(s) addresses, or - for standard input. None at all asks about text alone.",
+            help="Images: files, http(s) addresses, or - for standard input. Without images the prompt is text only.",
         ),
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
@@ -54,12 +54,16 @@ def generate(
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
-    """Answer one question about pictures.
+    """Answer one question about images.
 
-    The answer is printed as it comes. By default it is the likeliest one, so it is always the same; --temperature
-    makes it vary. Apple's weights are for research only.
+    The answer is printed as it is generated. Greedy decoding is the default, so the answer is always the same. Set
+    --temperature to sample.
 
-    Example: fastvlm generate street.jpg -p "What number is on the sign?"
+    Examples:
+
+        fastvlm generate street.jpg -p "What number is on the sign?"
+
+        fastvlm generate a.jpg b.jpg -p "Compare the images." --json
     """
     from ..images.read_options import ReadOptions
     from .asking import answer, engine_settings, load, sampling_of
@@ -120,7 +124,7 @@ def generate(
 
 
 def _end(answered: "Answer", sampling: "Sampling") -> None:
-    """Say how the answer ended; half an answer must not look like a whole one to a script."""
+    """Report an incomplete answer, by exit code for scripts."""
     from .asking import remark
 
     remark(answered, sampling)

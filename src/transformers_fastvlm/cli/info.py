@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm info`: what a checkpoint holds, from its config.json and the headers of its safetensors files."""
+"""`fastvlm info`: describe a checkpoint from its config.json and the headers of its safetensors files."""
 
 import json
 import os
@@ -25,10 +25,10 @@ SIZES = (256, 512, 768, 1024, 1536, 2048)
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _LABELS = 18
-"""Columns of the labels."""
+"""Width of the labels, in columns."""
 _BUFFERS = (".running_mean", ".running_var", ".num_batches_tracked")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
-# Our names begin so; the first that fits counts.
+# Prefixes of our tensor names; the first match counts.
 _PARTS = (
     ("clip_head", "model.vision_tower.head."),
     ("encoder", "model.vision_tower."),
@@ -46,12 +46,16 @@ def info(
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show what a checkpoint holds, without loading its weights.
+    """Describe a checkpoint without loading its weights.
 
-    Sizes, parameters of each part, tokens a picture takes at each resolution, dtype and memory, how pictures are
-    prepared, and the licence.
+    Shows sizes, parameters of each part, tokens per image at each resolution, dtype, memory, image processing and the
+    licence. Apple's weights are for research only.
 
-    Example: fastvlm info apple/FastVLM-0.5B --json
+    Examples:
+
+        fastvlm info apple/FastVLM-0.5B
+
+        fastvlm info tiny --json
     """
     facts = _facts(model)
     if as_json:
@@ -124,7 +128,7 @@ def _facts(model: str) -> dict[str, Any]:
 
 
 def _directory(model: str) -> Path:
-    """Return where config.json lies; for a hub repository, in the cache."""
+    """Return the directory of config.json; for a hub repository, in the cache."""
     source = resolve_model(model)
     if os.path.isdir(source):
         return Path(source)
@@ -134,7 +138,7 @@ def _directory(model: str) -> Path:
 
 
 def _tensors(model: str, directory: Path, native: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return (dtype as safetensors calls it, shape) of every tensor, by our name or, where it has none, its own."""
+    """Return (safetensors dtype, shape) of every tensor, by our name or, without one, its stored name."""
     from ..checkpoint_files import read_directory
     from ..checkpoints.layouts import is_dropped, to_our_name
     from ..checkpoints.native import from_native_name
@@ -156,7 +160,7 @@ def _remote_tensors(model: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         files = get_safetensors_metadata(model).files_metadata.values()
     except OSError as error:
         raise UserError(
-            f"the weights of {model!r} are not here and their headers cannot be fetched ({error}): check the "
+            f"the weights of {model!r} are not cached and their headers cannot be downloaded ({error}): check the "
             "connection, or use a local directory."
         ) from error
     return {name: (tensor.dtype, tuple(tensor.shape)) for file in files for name, tensor in file.tensors.items()}
@@ -168,7 +172,7 @@ def _part(name: str) -> str:
     for part, start in _PARTS:
         if name.startswith(start):
             return part
-    raise UserError(f"the checkpoint holds the tensor {name!r}, which FastVLM does not have; it will not load.")
+    raise UserError(f"the checkpoint has the tensor {name!r}, which is not part of FastVLM; it will not load.")
 
 
 def _image_processing(config: Any) -> dict[str, Any]:
@@ -184,7 +188,7 @@ def _image_processing(config: Any) -> dict[str, Any]:
 
 
 def _tokens(config: Any) -> dict[str, int]:
-    """Return tokens by resolution: "512" is --size 512; for AnyRes "1024x2048" is a picture of that size."""
+    """Return tokens by resolution: "512" is --size 512; for AnyRes "1024x2048" is an image of that size."""
     from ..images.anyres import num_image_tokens
 
     tile = config.vision_config.image_size
@@ -233,11 +237,11 @@ def _lines(facts: dict[str, Any]) -> Iterable[str]:
         "anyres": f"as a whole and in tiles (anyres, {images['merge']})",
     }
     yield line(
-        "pictures",
+        "images",
         f"{shapes[images['aspect_ratio']]}, {images['size']}x{images['size']} pixels, {images['resampling']}, "
         "values 0 to 1",
     )
-    yield line("tokens a picture", ", ".join(f"{size}: {count}" for size, count in facts["tokens_per_image"].items()))
+    yield line("tokens per image", ", ".join(f"{size}: {count}" for size, count in facts["tokens_per_image"].items()))
     yield line("<image>", str(facts["image_token_id"]))
     licence = facts["licence"]
     stated = [] if licence == APPLES else [licence or "not stated"]
@@ -247,7 +251,7 @@ def _lines(facts: dict[str, Any]) -> Iterable[str]:
 
 
 def _wrapped(lines: Iterable[str], columns: int) -> list[str]:
-    """Return lines broken between words where they are wider than the terminal, values under values."""
+    """Wrap lines that are wider than the terminal, with the values aligned."""
     wrapped: list[str] = []
     for line in lines:
         head, value = line[:_LABELS], line[_LABELS:]

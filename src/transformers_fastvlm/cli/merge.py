@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm merge`: a LoRA adapter put into the weights of its base model."""
+"""`fastvlm merge`: merge a LoRA adapter into the weights of its base model."""
 
 from typing import Annotated, Any
 
@@ -18,30 +18,34 @@ def merge(
         str,
         typer.Argument(
             metavar="ADAPTER",
-            help="Directory of an adapter, of peft or with non_lora_trainables.bin of LLaVA code, or a hub repository.",
+            help="Directory or hub repository of an adapter: of peft, or of LLaVA with non_lora_trainables.bin.",
         ),
     ],
     out: options.OutDirectory,
     base: Annotated[
         str | None,
         typer.Option(
-            help="Directory or hub repository of the model that it was trained on, or tiny; default: what it names."
+            help="Directory or hub repository of the base model, or tiny. Default: the model that the adapter names."
         ),
     ] = None,
     to: Annotated[
-        LayoutName, typer.Option("--to", help="Layout of the result; see `fastvlm convert`.")
+        LayoutName, typer.Option("--to", help="Checkpoint layout of OUT; see `fastvlm convert`.")
     ] = LayoutName.apple,
     dtype: Annotated[
-        options.DtypeName, typer.Option(help="Type of the weights; auto is the base's.")
+        options.DtypeName, typer.Option(help="dtype of the weights; auto: as in the base model.")
     ] = options.DtypeName.auto,
     debug: options.Debug = False,
 ) -> None:
-    """Put a LoRA adapter into the weights of its base model.
+    """Merge a LoRA adapter into the weights of its base model.
 
-    Neither is changed. The result is a whole model, which needs no peft. OUT appears under its name when it is
-    complete.
+    The adapter and the base model are not changed. The result is a complete model, which does not need peft. OUT is
+    created only when it is complete.
 
-    Example: fastvlm merge my-adapter my-model --base apple/FastVLM-0.5B
+    Examples:
+
+        fastvlm merge my-adapter my-model
+
+        fastvlm merge my-adapter my-model --base apple/FastVLM-0.5B --to native
     """
 
     import torch

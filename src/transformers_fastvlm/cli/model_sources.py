@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints named on the command line: what a name stands for, and the licence of the weights."""
+"""Checkpoints named on the command line: resolve names, and find the licence of the weights."""
 
 import os
 import re
@@ -30,11 +30,11 @@ _OURS = ("fastvlm", "llava_qwen2", "llava_llama")
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """Return the config.json of a directory or hub repository, as it is; for an adapter that of its base model.
+    """Return the raw config.json of a directory or hub repository; for an adapter, of its base model.
 
     Raises:
-        UserError: there is no such directory or repository, it cannot be reached, or has no config.json.
-        ValueError: a field of it has a value that cannot be.
+        UserError: there is no such directory or repository, it cannot be reached, or it has no config.json.
+        ValueError: a field has an invalid value.
     """
     from transformers import PreTrainedConfig
 
@@ -47,8 +47,8 @@ def read_config(model: str) -> dict[str, Any]:
         raise UserError(f"{model!r} is a file; expected the directory of a FastVLM checkpoint.")
     elif not _REPOSITORY.fullmatch(model):
         raise UserError(
-            f"no such directory: {model!r}. Expected one with a FastVLM checkpoint, or the name of a hub repository, "
-            "such as apple/FastVLM-0.5B."
+            f"no such directory: {model!r}. Expected the directory of a FastVLM checkpoint, or the name of a hub "
+            "repository, such as apple/FastVLM-0.5B."
         )
     else:
         _skip_an_unreachable_hub()
@@ -58,19 +58,19 @@ def read_config(model: str) -> dict[str, Any]:
         if os.path.isdir(model):
             raise
         raise _unreachable(model) from error
-    except (AttributeError, TypeError, RecursionError):  # Transformers takes whatever JSON it finds for an object
+    except (AttributeError, TypeError, RecursionError):  # Transformers assumes that the JSON is an object
         config = None
     if not isinstance(config, dict):
         raise UserError(
-            f"config.json of {model!r} is no JSON object (or is nested too deep); expected that of a FastVLM "
-            "checkpoint. Copy the checkpoint again."
+            f"config.json of {model!r} is not a JSON object, or is nested too deeply; expected the configuration of a "
+            "FastVLM checkpoint. Copy the checkpoint again."
         )
     check_fields(config, model)
     return config
 
 
 def _skip_an_unreachable_hub() -> None:
-    """Where the hub's name cannot be looked up, use what is cached at once, and not after minutes of retries."""
+    """If the hub's host name does not resolve, use the cache at once instead of after minutes of retries."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
@@ -92,7 +92,7 @@ def check_loadable(model: str, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if kind == "fast_vlm":
         raise UserError(
-            f"{model!r} has the layout of Transformers' own fast_vlm. Convert it once: fastvlm convert {model} OUT "
+            f"{model!r} has the layout of Transformers' native fast_vlm. Convert it once: fastvlm convert {model} OUT "
             "--to apple."
         )
     if kind not in _OURS:
@@ -100,16 +100,16 @@ def check_loadable(model: str, config: dict[str, Any]) -> None:
 
 
 def refuse_adapter(model: str) -> None:
-    """Raise UserError for the directory of an adapter, which is no whole checkpoint."""
+    """Raise UserError for the directory of an adapter, which is not a complete checkpoint."""
     if base := base_of_adapter(resolve_model(model)):
         raise UserError(f"{model!r} is an adapter of {base}. Merge it first: fastvlm merge {model} OUT.")
 
 
 def local_files(source: str) -> Path:
-    """Return the directory of a checkpoint, fetched from the hub if it is not a local one.
+    """Return the directory of a checkpoint, downloaded from the hub if it is not local.
 
     Raises:
-        UserError: there is neither a directory nor a reachable repository of that name, or it is an adapter.
+        UserError: no directory and no reachable repository has that name, or it is an adapter.
     """
     refuse_adapter(source)
     read_config(source)
@@ -125,7 +125,7 @@ def local_files(source: str) -> Path:
 
 
 def licence_of(model: str) -> str | None:
-    """Return the name of the licence that a checkpoint states, "apple-amlr" for Apple's; None if it states none."""
+    """Return the licence that a checkpoint states, "apple-amlr" for Apple's; None if it states none."""
     model = base_of_adapter(resolve_model(model)) or model
     if model.startswith("apple/"):
         return APPLES
@@ -133,9 +133,9 @@ def licence_of(model: str) -> str | None:
 
 
 def licence_notice(model: str, config: dict[str, Any]) -> str | None:
-    """Return what to say about the licence when weights are loaded; None if they are certainly not Apple's.
+    """Return the notice about the licence to print when weights are loaded; None if they are certainly not Apple's.
 
-    The published models' encoder is known by its size, which config.json of Apple's layout leaves out.
+    The encoder of the published models is recognized by its widths, which config.json of Apple's layout omits.
     """
     name = licence_of(model)
     if name == APPLES:

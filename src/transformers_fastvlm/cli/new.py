@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm new`: a model made of an encoder and a language model, ready for stage 1."""
+"""`fastvlm new`: build a model from an encoder and a language model, ready for stage 1."""
 
 from typing import Annotated, Any
 
@@ -16,9 +16,7 @@ def new(
     out: options.OutDirectory,
     vision: Annotated[
         str,
-        typer.Option(
-            help="Directory or hub repository with a FastViTHD, alone or in a FastVLM, merged or train-time; or tiny."
-        ),
+        typer.Option(help="Directory or hub repository of a FastViTHD or a FastVLM, merged or train-time; or tiny."),
     ],
     language_model: Annotated[
         str,
@@ -28,22 +26,26 @@ def new(
     ],
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Directory or hub repository of a tokenizer, or tiny; default the language model's."),
+        typer.Option(help="Directory or hub repository of a tokenizer, or tiny. Default: the language model's."),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=64, help="Height and width of pictures in pixels, a multiple of 64.")
+        int | None, typer.Option(min=64, help="Height and width of images in pixels, a multiple of 64.")
     ] = None,
-    dtype: Annotated[options.DtypeName, typer.Option(help="Type of the weights; auto is float32.")] = (
+    dtype: Annotated[options.DtypeName, typer.Option(help="dtype of the weights; auto is float32.")] = (
         options.DtypeName.auto
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the projector's weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the projector's weights.")] = 0,
     debug: options.Debug = False,
 ) -> None:
-    """Put a FastViTHD and a language model together, with a projector that has learned nothing yet.
+    """Build a model from a FastViTHD and a language model, with an untrained projector.
 
-    The result has its processor and is ready for `fastvlm train stage1`.
+    The result includes a processor and is ready for `fastvlm train stage1`.
 
-    Example: fastvlm new OUT --vision apple/FastVLM-0.5B --language-model Qwen/Qwen3-0.6B
+    Examples:
+
+        fastvlm new OUT --vision tiny --language-model tiny
+
+        fastvlm new OUT --vision apple/FastVLM-0.5B --language-model Qwen/Qwen3-0.6B
     """
     from ..storage.atomic_files import require_new
     from ..training import describe_parts, new_model, save_model

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments and options that several verbs have in common."""
+"""Arguments and options that several verbs share."""
 
 import enum
 from pathlib import Path
@@ -38,7 +38,7 @@ def _multiple_of_64(size: int | None) -> int | None:
 
 
 def _temperature(value: float) -> float:
-    if not 0 <= value <= MAX_TEMPERATURE:  # false for nan as well, which no minimum of an option refuses
+    if not 0 <= value <= MAX_TEMPERATURE:  # also false for nan, which Typer's min and max accept
         raise typer.BadParameter(f"{value} is not a number from 0 (greedy) to {MAX_TEMPERATURE:g}.")
     return value
 
@@ -54,7 +54,7 @@ def _colour(colour: str) -> str:
 
 
 def utf8(text: str | None) -> str | None:
-    """Refuse a text of the command line whose bytes are not UTF-8."""
+    """Refuse text from the command line that is not UTF-8."""
     if text is not None:
         try:
             text.encode()
@@ -70,19 +70,19 @@ Model = Annotated[str, typer.Option("--model", "-m", envvar="FASTVLM_MODEL", hel
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", envvar="FASTVLM_MODEL", help=NAMES)]
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=NAMES)]
 OutDirectory = Annotated[
-    Path, typer.Argument(metavar="OUT", help="New directory to write; an existing one must be empty.")
+    Path, typer.Argument(metavar="OUT", help="Directory to create; an existing one must be empty.")
 ]
-RecordFile = Annotated[Path | None, typer.Option("--out", help="File for the record, in JSON.")]
+RecordFile = Annotated[Path | None, typer.Option("--out", help="JSON file for the record.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA, else Apple's GPU, else the CPU), cpu, cuda, cuda:1, mps, …")]
 Dtype = Annotated[
-    DtypeName, typer.Option(help="auto is the checkpoint's own, but float32 for a float16 checkpoint on a CPU.")
+    DtypeName, typer.Option(help="auto: the checkpoint's dtype, but float32 for a float16 checkpoint on a CPU.")
 ]
 Engine = Annotated[
     EngineName,
-    typer.Option(help="What runs the model: transformers; vllm, where it is installed; onnx for an export's folder."),
+    typer.Option(help="Runtime: transformers; vllm, if it is installed; onnx, for the directory of an export."),
 ]
 Precision = Annotated[
-    str | None, typer.Option(help="Of the engine onnx: which of an export's precisions, such as q4f16.")
+    str | None, typer.Option(help="With --engine onnx: one of the export's precisions, such as q4f16.")
 ]
 Size = Annotated[
     int | None,
@@ -90,33 +90,32 @@ Size = Annotated[
         min=256,
         max=2048,
         callback=_multiple_of_64,
-        help="Height and width in pixels that pictures are resized to, a multiple of 64: smaller is faster, larger "
-        "shows more detail. Default: what the checkpoint was trained for.",
+        help="Height and width in pixels that images are resized to, a multiple of 64: smaller is faster, larger "
+        "shows more detail. Default: the checkpoint's size.",
     ),
 ]
-System = Annotated[str | None, typer.Option(callback=utf8, help="System message in place of the chat template's own.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+System = Annotated[str | None, typer.Option(callback=utf8, help="System message that replaces the chat template's.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")]
 Temperature = Annotated[
     float,
     typer.Option(
         metavar="FLOAT",
         callback=_temperature,
-        help="From 0 to 2. 0 always takes the likeliest token, so the same question gets the same answer; above 0 "
-        "samples. Apple's own script samples at 0.2.",
+        help="From 0 to 2. 0: greedy decoding, which always gives the same answer. Above 0: sampling. Apple's script "
+        "uses 0.2.",
     ),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that reach this probability together."),
+    typer.Option(min=0.0, max=1.0, help="Sample from the most probable tokens with this total probability."),
 ]
-NumBeams = Annotated[int, typer.Option(min=1, help="Beams of a beam search; above 1 the answer comes all at once.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling, to get an answer again.")]
+NumBeams = Annotated[int, typer.Option(min=1, help="Beams of beam search; above 1 the answer is not streamed.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling, to repeat an answer.")]
 ExifTranspose = Annotated[
     bool,
     typer.Option(
         "--exif-transpose/--no-exif-transpose",
-        help="Turn images as their EXIF orientation says, as viewers do; or take them as they are stored, as Apple's "
-        "code does.",
+        help="Apply the EXIF rotation of images, as viewers do. Apple's code does not.",
     ),
 ]
 AlphaBackground = Annotated[
@@ -124,14 +123,14 @@ AlphaBackground = Annotated[
     typer.Option(
         metavar="COLOUR",
         callback=_colour,
-        help="Colour that transparent images are laid on, as a name or #rrggbb; or none, which drops the "
-        "transparency and shows what was hidden, as Apple's code does.",
+        help="Background colour for transparent images, as a name or #rrggbb; or none, which drops the alpha channel "
+        "and shows hidden colours, as Apple's code does.",
     ),
 ]
 MaxPixels = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Largest image that is read, in pixels. Default: 89 million, against decompression bombs."
+        min=1, help="Maximum pixels of an image. Default: 89 million, as a guard against decompression bombs."
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a command is, on standard error."""
+"""Progress bars on standard error."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,12 +10,12 @@ __all__ = ["progress_bar"]
 
 @contextlib.contextmanager
 def progress_bar(doing: str, stream: Any = None, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
-    """Show a bar where standard error is a terminal; yield what moves it, `show(done, total)`.
+    """Show a bar if standard error is a terminal; yield the function that moves it, `show(done, total)`.
 
     Args:
         doing: word before the bar.
-        stream: in place of standard error; what others print is left where it goes then, not put above the bar.
-        in_bytes: `done` and `total` are bytes. The total may be an estimate, less than what is done, or None.
+        stream: replaces standard error. Other output is then not redirected above the bar.
+        in_bytes: `done` and `total` are bytes. The total may be None, or an estimate below `done`.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

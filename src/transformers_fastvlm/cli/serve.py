@@ -17,10 +17,10 @@ _KEY = "FASTVLM_API_KEY"
 
 
 def _key(given: str | None) -> str | None:
-    """Return the key that clients must send; None where none was given. An empty one would let anyone in."""
-    key = os.environ.get(_KEY) if given is None else given  # typer takes an empty variable for one that is not there
+    """Return the key that clients must send; None if none was given. An empty key would let anyone in."""
+    key = os.environ.get(_KEY) if given is None else given  # Typer treats an empty variable as unset
     if key is not None and not key.strip():
-        raise UserError(f"--api-key or the variable {_KEY} is empty; give a key, or unset it to ask for none.")
+        raise UserError(f"--api-key or the variable {_KEY} is empty; give a key, or unset it to require none.")
     return key
 
 
@@ -28,12 +28,12 @@ def _key(given: str | None) -> str | None:
 def serve(
     model: options.Model = options.DEFAULT_MODEL,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine, with a key.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces (set a key).")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free port.")] = 8000,
     name: Annotated[
         str | None,
-        typer.Option(help="What clients call the model. Default: as it was given; of a directory, the last part."),
+        typer.Option(help="Model name for clients. Default: --model; for a directory, its last part."),
     ] = None,
     engine: options.Engine = options.EngineName.transformers,
     precision: options.Precision = None,
@@ -47,50 +47,51 @@ def serve(
         typer.Option(
             envvar=_KEY,
             show_default=False,
-            help="Key that clients must send; the variable keeps it out of the list of processes. Default: none.",
+            help="Key that clients must send; the variable keeps it out of the process list. Default: none.",
         ),
     ] = None,
     allow_image_host: Annotated[
         list[str] | None,
         typer.Option(
             metavar="HOST",
-            help="Host from which pictures may be fetched, as name or name:port; may be given several times. Addresses "
-            "that are not public are refused all the same. Default: none, pictures come in the request.",
+            help="Host to download images from, as name or name:port; repeatable. Addresses that are not public are "
+            "always refused. Default: none, so images must come in the request.",
         ),
     ] = None,
     max_body_bytes: Annotated[
-        int, typer.Option(min=1, help="Largest request; also of the pictures that one request has fetched.")
+        int, typer.Option(min=1, help="Maximum bytes of a request, and of the images downloaded for it.")
     ] = 2**25,
-    max_images: Annotated[int, typer.Option(min=1, help="Most pictures in a request.")] = 8,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of all pictures of a request together.")] = (
-        50_000_000
-    ),
+    max_images: Annotated[int, typer.Option(min=1, help="Maximum number of images in a request.")] = 8,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum total pixels of a request's images.")] = (50_000_000),
     max_prompt_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Longest prompt, tokens of pictures included. Default: the model's context."),
+        typer.Option(min=1, help="Maximum tokens of a prompt, with its images. Default: the model's context."),
     ] = None,
     max_answer_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer in tokens; also for requests that name none.")
+        int, typer.Option(min=1, help="Maximum tokens of an answer; also the default for requests without a limit.")
     ] = 1024,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Most requests answered together, and most answers to one (n).")
+        int, typer.Option(min=1, help="Maximum number of requests answered together, and of answers to one (n).")
     ] = 8,
     queue: Annotated[
-        int, typer.Option(min=0, help="Requests that may wait beside those answered; more get status 429.")
+        int, typer.Option(min=0, help="Maximum number of waiting requests; further ones get status 429.")
     ] = 32,
     client_timeout: Annotated[
         float,
-        typer.Option(min=0.1, help="Seconds that a client has to send its request, and to take a piece of the answer."),
+        typer.Option(min=0.1, help="Seconds for a client to send its request, and to read each piece of the answer."),
     ] = 60.0,
-    fetch_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for fetching a picture.")] = 10.0,
+    fetch_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to download an image.")] = 10.0,
     debug: options.Debug = False,
 ) -> None:
-    """Answer OpenAI's chat completions over HTTP, with pictures.
+    """Serve OpenAI's chat completions over HTTP, with images.
 
-    The first Ctrl-C or SIGTERM finishes what was asked, the second ends at once. For many GPUs use vLLM. Apple's
-    weights are for research only.
+    The first Ctrl-C or SIGTERM finishes the running requests, the second stops at once. For many GPUs use vLLM.
 
-    Example: fastvlm serve -m tiny
+    Examples:
+
+        fastvlm serve -m tiny
+
+        fastvlm serve -m apple/FastVLM-0.5B --port 8080 --max-images 2
     """
     from ..server import Settings, listen
     from ..server import serve as run
@@ -120,6 +121,6 @@ def serve(
             notice(f"fastvlm: no key is set, so anyone who reaches this machine can use the model; set {_KEY}.")
 
         def ready(url: str) -> None:
-            notice(f"fastvlm: {settings.name} ({loaded.device}, {loaded.dtype}) answers at {url}/v1; Ctrl-C ends it.")
+            notice(f"fastvlm: {settings.name} ({loaded.device}, {loaded.dtype}) answers at {url}/v1; Ctrl-C stops it.")
 
         run(loaded, settings, bound, ready)

@@ -9,24 +9,24 @@ import typer
 __all__ = ["print_table"]
 
 _PLAIN_WIDTH = 160
-"""Columns of a table that does not go to a terminal."""
+"""Width of a table if standard output is not a terminal, in columns."""
 
 _ANY_WIDTH = 10_000
-"""Wide enough for every table, to measure how wide it is."""
+"""Width to measure tables with, enough for every table."""
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table whose first column is aligned left and whose others are aligned right.
+    """Print a table with the first column aligned left and the others aligned right.
 
-    On a terminal that is too narrow for it each row is a list of its own, a line for each column: a number of which
-    letters are cut off says something else.
+    A terminal that is too narrow gets a list for each row, with a line for each column: truncated numbers would be
+    wrong.
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    # typer.echo and not Console.print, so that the output can be redirected and tested as that of other verbs.
+    # typer.echo instead of Console.print, so that this output can be redirected and tested like any other.
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, color_system=None)
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):

@@ -22,36 +22,40 @@ __all__ = ["train"]
 def train(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="RECIPE", help="A recipe of the package (--list shows them), or a YAML file."),
+        typer.Argument(metavar="RECIPE", help="A built-in recipe (see --list), or a YAML file."),
     ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Changes of the recipe, such as data.source=train.json or arguments.max_steps=100.",
+            help="Changes to the recipe, such as data.source=train.json or arguments.max_steps=100.",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint in output_dir.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained and what memory it takes, and stop.")
+        bool, typer.Option("--dry-run", help="Print the plan and a memory estimate, then exit.")
     ] = False,
-    show: Annotated[bool, typer.Option("--show", help="Print the recipe with its changes, and stop.")] = False,
-    list_them: Annotated[bool, typer.Option("--list", help="List the recipes of the package, and stop.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the recipe with its changes, then exit.")] = False,
+    list_them: Annotated[bool, typer.Option("--list", help="List the built-in recipes, then exit.")] = False,
     launch_config: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Print the file of a configuration for accelerate launch (ddp, fsdp2, zero2, zero3), and stop.",
+            help="Print the path of a config file for accelerate launch (ddp, fsdp2, zero2, zero3), then exit.",
         ),
     ] = None,
     debug: options.Debug = False,
 ) -> None:
-    """Train a model as a recipe says.
+    """Train or fine-tune a model with a recipe.
 
-    The result, in output_dir, loads like any other model: fastvlm generate -m OUT. On several GPUs: accelerate launch
-    -m transformers_fastvlm train RECIPE …
+    The trained model is saved in output_dir and loads like any other: fastvlm generate -m OUT. On several GPUs:
+    accelerate launch -m transformers_fastvlm train RECIPE …
 
-    Example: fastvlm train finetune model.path=apple/FastVLM-0.5B data.source=train.json output_dir=OUT
+    Examples:
+
+        fastvlm train finetune data.source=train.json output_dir=OUT
+
+        fastvlm train lora data.source=train.json output_dir=OUT --dry-run
     """
     from ..training import launch_config as file_of
     from ..training import list_recipes, load_recipe
@@ -64,7 +68,7 @@ def train(
             typer.echo(f"{name:<14}{description}")
         return
     if recipe is None:
-        raise UserError("no recipe: name one of `fastvlm train --list`, or a YAML file.")
+        raise UserError("no recipe: give one of `fastvlm train --list`, or a YAML file.")
     loaded = load_recipe(recipe, changes or ())
     if show:
         typer.echo(loaded.to_yaml(), nl=False)
@@ -77,15 +81,15 @@ def train(
     for line in _licences(loaded):
         if is_main:
             notice(line)
-    logging.disable_progress_bar()  # of files that are read and written; the training's own is another
-    with contextlib.redirect_stdout(sys.stderr), _advises(debug):  # what Trainer prints is not the answer
+    logging.disable_progress_bar()  # of reading and writing files; the training's progress bar stays
+    with contextlib.redirect_stdout(sys.stderr), _advises(debug):  # only the result goes to standard output
         out = run(loaded, resume=resume, dry_run=dry_run, report=notice)
     if is_main and not dry_run:
         typer.echo(str(out))
 
 
 def _licences(recipe: "Recipe") -> Iterator[str]:
-    """Yield what is to be said of the licences of the weights that a recipe begins with."""
+    """Yield the licence notices of the weights that a recipe starts from."""
     from .model_sources import check_loadable, licence_notice, read_config
 
     new = recipe.model.new or {}
@@ -110,6 +114,6 @@ def _advises(debug: bool) -> Iterator[None]:
         notice(
             "fastvlm: out of memory. Set a smaller arguments.per_device_train_batch_size (train.global_batch_size may "
             "stay), train.gradient_checkpointing=true, a smaller model.image_size or data.max_length, or use the "
-            "recipe lora; --dry-run tells what is expected."
+            "recipe lora; --dry-run prints an estimate."
         )
         raise typer.Exit(FAILURE) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A web page to ask about pictures, with live captions of a camera; `fastvlm demo` shows it."""
+"""A web page to ask about images, with live captions of a camera; see `fastvlm demo`."""
 
 from .app import Page, check_gradio
 

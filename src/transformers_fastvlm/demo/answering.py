@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one model behind the page, and answers on their way to it."""
+"""The page's model and its running answers."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ __all__ = ["Answerer", "Reply", "UnusableInput"]
 
 
 class UnusableInput(ValueError):
-    """What a visitor asked cannot be answered; the message tells the visitor why and what to do."""
+    """A question that cannot be answered; the message tells the visitor why and what to do."""
 
 
 class Reply:
@@ -35,18 +35,18 @@ class Reply:
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the answer has ended."""
         return self._ended or (self._request is not None and self._request.done)
 
     @property
     def first_token_seconds(self) -> float | None:
-        """From the question to the first token, waiting for others included; None before."""
+        """Seconds from the question to the first token, including the queue; None before."""
         first = None if self._request is None else self._request.first_at
         return None if first is None else first - self._started
 
     @property
     def encoded_images(self) -> int:
-        """Images that had to be encoded for it."""
+        """Number of images encoded for it."""
         answer = None if self._request is None else self._request.answer
         return answer.encoded_images or 0 if answer is not None else 0
 
@@ -57,12 +57,12 @@ class Reply:
 
     @property
     def cut(self) -> bool:
-        """Whether it was ended by the longest length that is allowed."""
+        """Whether it was cut at the maximum length."""
         answer = None if self._request is None else self._request.answer
         return answer is not None and answer.finish_reason == "length"
 
     def stop(self) -> None:
-        """End after the next token; what there is by then stays."""
+        """Stop after the next token; the text so far is kept."""
         self.stopped = True
         if self._request is not None:
             self._request.cancel()
@@ -72,7 +72,7 @@ class Reply:
 
         Raises:
             UnusableInput: the conversation cannot be answered.
-            Exception: whatever else the model raised.
+            Exception: any other error of the model.
         """
         done = False
         while not done:
@@ -109,7 +109,7 @@ class Reply:
 
 
 class Answerer:
-    """Asks an engine, in the order in which visitors asked.
+    """Asks an engine, in the order of the visitors' questions.
 
     Args:
         engine: the model. Whoever made it closes it.
@@ -142,7 +142,7 @@ class Answerer:
         return reply
 
     def close(self) -> None:
-        """Take no more questions."""
+        """Accept no more questions."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _begin(self, reply: Reply, messages: list[dict[str, Any]], memory: Any, sampling: Sampling) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page as a whole: its server, its looks, and what it does not allow."""
+"""The page: its server, its style, and its security limits."""
 
 import html
 import importlib.util
@@ -23,7 +23,7 @@ _UPLOADS_KEPT = (600, 4 * 3600)  # seconds: how often to look, and how old an up
 
 
 def check_gradio() -> None:
-    """Raise ImportError, which says how to install it, where Gradio is missing."""
+    """Raise ImportError, with installation advice, if Gradio is missing."""
     if importlib.util.find_spec("gradio") is None:
         raise ImportError(
             'The web page needs Gradio, which is not installed. Run: pip install "transformers-fastvlm[demo]"'
@@ -31,7 +31,7 @@ def check_gradio() -> None:
 
 
 class Page:
-    """A web page on which visitors ask a model about pictures. A context manager; leaving it ends the server.
+    """A web page to ask a model about images. It is a context manager; leaving it stops the server.
 
     Everything that the page needs comes from its own server. Uploaded files lie in a temporary folder that is removed
     at the end; its name is in the environment (GRADIO_TEMP_DIR), so have one page at a time in a process.
@@ -40,7 +40,7 @@ class Page:
         engine: the model; one that answers one visitor at a time keeps their conversations. Whoever made it closes it.
         name: of the checkpoint, shown on the page.
         notice: what to say of its licence.
-        scenes: whether the model knows drawn scenes only: offers such pictures, and questions in its words.
+        scenes: whether the model knows drawn scenes only: offers such images, and questions in its words.
         system: system message in place of the chat template's own.
         max_new_tokens: longest answer.
         temperature: 0 takes the likeliest token, so that a question gets the same answer each time; above 0 samples.
@@ -83,7 +83,7 @@ class Page:
         presets, examples = (SCENES, scene_examples(folder)) if scenes else (GENERAL, [])
         with blocks(title="FastVLM", analytics_enabled=False, delete_cache=_UPLOADS_KEPT, fill_width=False) as page:
             gr.HTML(f"<h1>FastVLM</h1><p>{html.escape(name)}</p>", elem_id="head", padding=False)
-            with gr.Tab("Ask about pictures"):
+            with gr.Tab("Ask about images"):
                 chat_tab(self.answerer, self.visitors, presets, examples, folder, system)
             with gr.Tab("Live camera"):
                 camera_tab(self.answerer, self.visitors, presets, system)
@@ -133,7 +133,7 @@ class Page:
         return str(address)
 
     def close(self) -> None:
-        """End the server, stop all answers and remove what was uploaded."""
+        """Stop the server and all answers, and remove all uploads."""
         for session in list(self.visitors):
             self.visitors.leave(session)
         self._page.close(verbose=False)
@@ -151,23 +151,23 @@ class Page:
 
 
 def _blocks_class() -> Any:
-    """Return Gradio's container of a page, but one that never fetches what a request names.
+    """Return Gradio's container of a page, changed so that it never downloads files that a request names.
 
-    Gradio would download a file that a (forged) request names by its address.
+    Gradio would download a file from an address in a (forged) request.
     """
     import gradio as gr
 
     class Blocks(gr.Blocks):
         async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
             if any("://" in path for path in _paths(inputs)):
-                raise gr.Error("Pictures are uploaded; addresses are not fetched.", print_exception=False)
+                raise gr.Error("Upload images; addresses are not downloaded.", print_exception=False)
             return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
     return Blocks
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """Yield what is called a path at any depth of a request."""
+    """Yield the values of all keys "path" at any depth of a request."""
     if isinstance(value, dict):
         if "path" in value:
             yield str(value["path"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page's second tab: captions of what the camera sees, and how long the first token took."""
+"""The page's second tab: camera captions, with the time to the first token."""
 
 import asyncio
 import time

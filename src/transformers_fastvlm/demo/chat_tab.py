@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page's first tab: a conversation about one or more pictures."""
+"""The page's first tab: a conversation about one or more images."""
 
 import contextlib
 import html
@@ -18,19 +18,19 @@ from .visitors import Visitor, Visitors, summary, turn
 
 __all__ = ["chat_tab", "problem"]
 
-_WELCOME = "Drop, paste or choose a picture below and ask about it.<br>Several pictures go together in one question."
+_WELCOME = "Drop, paste or choose an image below and ask about it.<br>Several images go together in one question."
 _MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=[A-Za-z#])")
 _logger = logging.getLogger(__name__)
 
 
 def problem(error: Exception) -> str:
-    """Return what the page says of an error, as HTML; of one that is not the visitor's it logs the whole."""
+    """Return the page's message for an error, as HTML; an error that is not the visitor's fault is also logged."""
     if isinstance(error, UnusableInput):
         message = str(error)
     elif type(error).__name__ == "OutOfMemoryError":
-        message = "The model ran out of memory. Send fewer pictures, or start a new conversation."
+        message = "The model ran out of memory. Send fewer images, or start a new conversation."
     else:
-        message = "The model failed. Whoever runs this page finds the reason in its output."
+        message = "The model failed. See the output of fastvlm demo for the error."
         _logger.error("the model failed", exc_info=error)
     return f'<p role="alert">{html.escape(message)}</p>'
 
@@ -42,7 +42,7 @@ def _told(line: str) -> str:
 def _literal(shown: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return messages that the chat shows as they are written.
 
-    Gradio's chat renders HTML even where Markdown is off, and fetches the pictures that it names. Only what a browser
+    Gradio's chat renders HTML even where Markdown is off, and fetches the images that it names. Only what a browser
     would read as HTML is escaped, because the copy button copies what is sent.
     """
     return [
@@ -66,9 +66,9 @@ def chat_tab(
     Args:
         answerer: the model.
         visitors: who looks at the page.
-        presets: questions with buttons of their own; the first is also asked about a picture that comes without one.
+        presets: questions with buttons of their own; the first is also asked about an image that comes without one.
         examples: shown where there is no conversation yet.
-        folder: for small copies of pictures.
+        folder: for small copies of images.
         system: system message in place of the chat template's own.
     """
     import gradio as gr
@@ -79,7 +79,7 @@ def chat_tab(
         elem_id="conversation",
         height="max(17rem, calc(100dvh - 24rem))",
         buttons=["copy"],
-        # An answer may hold anything, such as what a picture told the model to write: never run it as a document.
+        # Answers are untrusted (an image can tell the model what to write), so never render them as HTML.
         render_markdown=False,
         latex_delimiters=[],
         allow_tags=False,
@@ -96,7 +96,7 @@ def chat_tab(
         label="Your question",
         show_label=False,
         elem_id="question",
-        placeholder="Ask about the picture",
+        placeholder="Ask about the image",
         sources=["upload"],
         file_types=["image"],
         file_count="multiple",
@@ -120,7 +120,7 @@ def chat_tab(
     async def answer(
         question: str, files: Sequence[str], given: dict[str, Any], left: str, session: str
     ) -> AsyncIterator[dict[Any, Any]]:
-        """Yield the page's changes while a question is answered.
+        """Yield updates of the page while a question is answered.
 
         The box then holds the text `left`, or `given`, what it held before, if the question cannot be answered.
         """
@@ -136,7 +136,7 @@ def chat_tab(
                     first = False
                 yield changes
         except Exception as error:
-            if visitor is not None and visitor.waits:  # an earlier question's answer, which goes on
+            if visitor is not None and visitor.waits:  # an earlier question is still being answered
                 yield {status: problem(error)}
                 return
             restored = gr.update(value=given, submit_btn=True, stop_btn=False)
@@ -150,7 +150,7 @@ def chat_tab(
     async def ask(value: dict[str, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
         question, files = (value["text"] or "").strip(), value["files"]
         if not question and not files:
-            yield {status: problem(UnusableInput("There is no question yet. Type one, or add a picture."))}
+            yield {status: problem(UnusableInput("There is no question yet. Type one, or add an image."))}
             return
         question = question or presets[0].question
         async for changes in answer(question, files, value, "", str(request.session_hash)):
@@ -161,7 +161,7 @@ def chat_tab(
             session, files = str(request.session_hash), value["files"]
             try:
                 if not files and not visitors.of(session).messages:
-                    raise UnusableInput("There is no picture yet. Drop, paste or choose one, and ask then.")
+                    raise UnusableInput("There is no image yet. Drop, paste or choose one, then ask.")
             except UnusableInput as error:
                 yield {status: problem(error)}
                 return

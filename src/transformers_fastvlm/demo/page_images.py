@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures that visitors bring: decoded, checked, upright as a browser shows them; and small copies to show."""
+"""Images of visitors: decode, check and rotate them as a browser does, and make thumbnails."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ __all__ = ["MAX_PICTURES", "MAX_PIXELS", "MAX_UPLOAD_BYTES", "read_frame", "read
 MAX_UPLOAD_BYTES = 32 * 2**20
 MAX_PICTURES = 8
 MAX_PIXELS = 64_000_000
-"""Of all pictures of a conversation together."""
+"""Maximum total pixels of a conversation's images."""
 
 MAX_FRAME_CHARACTERS = 16 * 2**20
 _SHOWN_SIDE = 768
 
 
 def read_pictures(files: Sequence[str]) -> list[Image.Image]:
-    """Return uploaded pictures, decoded and turned as their EXIF orientation says, as the browser shows them.
+    """Return uploaded images, decoded and rotated by their EXIF orientation, as a browser shows them.
 
     Raises:
         UnusableInput: too many or too large, or one that cannot be read.
     """
     if len(files) > MAX_PICTURES:
-        raise UnusableInput(f"{len(files)} pictures are too many at once; send up to {MAX_PICTURES}.")
+        raise UnusableInput(f"{len(files)} images are too many at once; send up to {MAX_PICTURES}.")
     pictures: list[Image.Image] = []
     pixels = 0
     for file in files:
@@ -44,7 +44,7 @@ def read_pictures(files: Sequence[str]) -> list[Image.Image]:
         pixels += picture.width * picture.height
         if pixels > MAX_PIXELS:
             raise UnusableInput(
-                f"The pictures have {pixels / 1e6:.0f} million pixels together; up to {MAX_PIXELS / 1e6:.0f} million "
+                f"The images have {pixels / 1e6:.0f} million pixels together; up to {MAX_PIXELS / 1e6:.0f} million "
                 "fit into a conversation. Send fewer, or smaller ones."
             )
         pictures.append(picture)
@@ -55,28 +55,28 @@ def read_frame(frame: object) -> Image.Image:
     """Return a frame of the camera, which comes as a data URI.
 
     Raises:
-        UnusableInput: anything else, or a picture that cannot be read.
+        UnusableInput: anything else, or an image that cannot be read.
     """
     address = frame.get("url") if isinstance(frame, dict) else None
     if not isinstance(address, str) or not address.startswith("data:image/"):
-        raise UnusableInput("The camera sent no picture. Stop it and start it again.")
+        raise UnusableInput("The camera sent no image. Stop it and start it again.")
     if len(address) > MAX_FRAME_CHARACTERS:
-        raise UnusableInput("The camera's pictures are too large. Choose a smaller resolution in its settings.")
+        raise UnusableInput("The camera's images are too large. Choose a smaller resolution in its settings.")
     try:
         picture = as_shown(read_image(address), ReadOptions())
     except ValueError as error:
-        raise UnusableInput(f"A picture of the camera cannot be read: {error}") from error
+        raise UnusableInput(f"An image of the camera cannot be read: {error}") from error
     if picture.width * picture.height > MAX_PIXELS:
-        raise UnusableInput(f"The camera's pictures are too large: {picture.width} x {picture.height} pixels.")
+        raise UnusableInput(f"The camera's images are too large: {picture.width} x {picture.height} pixels.")
     return picture
 
 
 def save_small(picture: Image.Image, folder: Path) -> Path:
-    """Write a small copy that any browser can show, whatever the picture's own format, and return its path."""
+    """Write a thumbnail in a format that any browser can show, and return its path."""
     try:
         small = pil_to_rgb(picture, WHITE).copy()
     except ValueError as error:
-        raise UnusableInput(f"A picture cannot be used: {error}") from error
+        raise UnusableInput(f"An image cannot be used: {error}") from error
     small.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
     path = folder / f"{hashlib.sha256(small.tobytes()).hexdigest()[:24]}.jpg"
     if not path.exists():

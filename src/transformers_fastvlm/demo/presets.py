@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions that are one press away, and example pictures for the model that comes with the package."""
+"""Preset questions, and example images for tiny, the test model that ships with the package."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ __all__ = ["GENERAL", "SCENES", "Example", "Preset", "scene_examples"]
 
 @dataclass(frozen=True)
 class Preset:
-    """A question, and what its button says."""
+    """A question and the label of its button."""
 
     label: str
     question: str
@@ -20,18 +20,18 @@ class Preset:
 
 @dataclass(frozen=True)
 class Example:
-    """A picture's file and a question about it."""
+    """An image file and a question about it."""
 
     picture: Path
     question: str
 
 
 GENERAL = (
-    Preset("Describe", "Describe this picture in one or two sentences."),
-    Preset("Read the text", "What text is written in this picture?"),
-    Preset("Count", "Which things are in this picture, and how many of each?"),
+    Preset("Describe", "Describe this image in one or two sentences."),
+    Preset("Read the text", "What text is written in this image?"),
+    Preset("Count", "Which things are in this image, and how many of each?"),
 )
-"""For models that know photographs."""
+"""Presets for models trained on photographs."""
 
 SCENES = (
     Preset("Describe", DESCRIBE),
@@ -39,13 +39,13 @@ SCENES = (
     Preset("Read the number", "Read the number."),
     Preset("Count", "How many shapes are there?"),
 )
-"""For models trained on `transformers_fastvlm.data.scenes`, in its own words."""
+"""Presets for models trained on `transformers_fastvlm.data.scenes`, in its vocabulary."""
 
 _EXAMPLE_KINDS = ("count", "relation", "word", "chart")
 
 
 def scene_examples(folder: Path, seed: int = 2026) -> list[Example]:
-    """Draw one scene each to count, to find one's way in, to read and to measure, and write them to `folder`.
+    """Draw one scene each to count, to navigate, to read and to measure, and write them to `folder`.
 
     Raises:
         OSError: `folder` cannot be written to.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who looks at the page: each visitor's conversation, its turns, and what is freed when they leave."""
+"""The page's visitors: their conversations, and the cleanup when they leave."""
 
 import asyncio
 from collections import OrderedDict
@@ -15,12 +15,12 @@ from .page_images import read_pictures
 __all__ = ["MAX_QUESTION", "MAX_VISITORS", "Visitor", "Visitors", "summary", "turn"]
 
 MAX_QUESTION = 20_000
-"""Characters of a question."""
+"""Maximum characters of a question."""
 
 Show = Callable[[Image.Image, str], Any]
 
 MAX_VISITORS = 32
-"""Conversations that are kept at once; one more ends the one that was silent longest."""
+"""Maximum number of conversations; the least recently used is dropped."""
 
 
 @dataclass(eq=False)
@@ -28,11 +28,11 @@ class Visitor:
     """One visitor's conversation.
 
     Attributes:
-        memory: what the engine remembers of it.
-        messages: the conversation as the model is asked to continue it, pictures included.
-        shown: the same as the page shows it.
-        reply: the answer in the conversation that was asked for last.
-        caption: the answer about a camera frame that was asked for last.
+        memory: the engine's memory of it.
+        messages: the conversation for the model, images included.
+        shown: the conversation for the page.
+        reply: the latest answer in the conversation.
+        caption: the latest answer about a camera frame.
     """
 
     memory: Any
@@ -43,7 +43,7 @@ class Visitor:
 
     @property
     def waits(self) -> bool:
-        """Whether an answer in the conversation is on its way."""
+        """Whether an answer in the conversation is running."""
         return self.reply is not None and not self.reply.done
 
     def stop(self) -> None:
@@ -58,11 +58,11 @@ class Visitor:
 
 
 class Visitors:
-    """All visitors, by what Gradio calls the hash of their session.
+    """All visitors, by Gradio's session hash.
 
     Args:
-        answerer: what answers them.
-        most: how many are kept; one more ends the conversation that was silent longest.
+        answerer: answers their questions.
+        most: maximum number of conversations; the least recently used is dropped.
     """
 
     def __init__(self, answerer: Answerer, most: int = MAX_VISITORS) -> None:
@@ -76,7 +76,7 @@ class Visitors:
         return iter(list(self._known))
 
     def come(self, session: str) -> Visitor:
-        """Begin a conversation; one that the same page had ends."""
+        """Start a conversation; it replaces an earlier one of the same page."""
         self.leave(session)
         visitor = self._known[session] = Visitor(self._answerer.engine.new_memory())
         while len(self._known) > self._most:
@@ -84,20 +84,20 @@ class Visitors:
         return visitor
 
     def of(self, session: str) -> Visitor:
-        """Return a visitor who is there.
+        """Return a present visitor.
 
         Raises:
             UnusableInput: the conversation was freed meanwhile.
         """
         if session not in self._known:
             raise UnusableInput(
-                "This page was away for too long, and its conversation is gone. Press New conversation."
+                "This page was inactive for too long, and its conversation was dropped. Press New conversation."
             )
         self._known.move_to_end(session)
         return self._known[session]
 
     def leave(self, session: str) -> None:
-        """Stop a visitor's answers and free what was kept; nothing for one who is not there."""
+        """Stop a visitor's answers and free the conversation; does nothing for an unknown visitor."""
         visitor = self._known.pop(session, None)
         if visitor is None:
             return
@@ -112,28 +112,28 @@ async def turn(
 ) -> AsyncIterator[None]:
     """Answer a question; yield each time that `visitor.shown` has changed.
 
-    Pictures begin a new conversation, and the one before ends; a question without goes on about those shown before.
-    After an error the conversation is what it was before.
+    A question with images starts a new conversation; one without images continues the current one. An error leaves the
+    conversation unchanged.
 
     Args:
         answerer: the model.
         visitor: who asks.
         question: text, not empty.
-        files: paths of uploaded pictures.
-        show: makes what the page shows of a picture, given that and words for those who cannot see it.
+        files: paths of uploaded images.
+        show: makes the page's element for an image, given the image and an alternative text.
         system: system message in place of the chat template's own.
 
     Raises:
-        UnusableInput: the question or a picture cannot be used, or an answer is still on its way.
+        UnusableInput: the question or an image cannot be used, or an answer is still on its way.
     """
     if len(question) > MAX_QUESTION:
         raise UnusableInput(f"The question has {len(question)} characters; up to {MAX_QUESTION} can be asked at once.")
     pictures = await asyncio.to_thread(read_pictures, files)
     count = len(pictures)
-    words = ["Your picture"] if count == 1 else [f"Your picture {number} of {count}" for number in range(1, count + 1)]
+    words = ["Your image"] if count == 1 else [f"Your image {number} of {count}" for number in range(1, count + 1)]
     small = [await asyncio.to_thread(show, *each) for each in zip(pictures, words, strict=True)]
     if visitor.waits:
-        raise UnusableInput("An answer is still on its way. Wait for it, or press Stop.")
+        raise UnusableInput("An answer is still running. Wait for it, or press Stop.")
     before, shown_before = visitor.messages, visitor.shown
     content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": question}]
     messages = [*([] if pictures else before), {"role": "user", "content": content}]
@@ -161,16 +161,16 @@ async def turn(
 
 
 def summary(reply: Reply) -> str:
-    """Return one line about how an answer came about."""
+    """Return a one-line summary of an answer."""
     if reply.first_token_seconds is None:
         return "Stopped." if reply.stopped else ""
     parts = [f"First token after {reply.first_token_seconds * 1000:.0f} ms"]
     if reply.encoded_images:
-        parts.append("picture encoded" if reply.encoded_images == 1 else f"{reply.encoded_images} pictures encoded")
+        parts.append("image encoded" if reply.encoded_images == 1 else f"{reply.encoded_images} images encoded")
     elif reply.has_pictures:
         parts.append("nothing encoded again")
     if reply.stopped:
         parts.append("stopped")
     elif reply.cut:
-        parts.append("cut at the longest length that is allowed")
+        parts.append("cut at the maximum length")
     return "; ".join(parts) + "."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What generates the answers of the tools: one interface, over Transformers, vLLM or onnxruntime."""
+"""Engines generate the answers of all tools: one interface over Transformers, vLLM and onnxruntime."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -52,12 +52,12 @@ def load_engine(engine: str, model: str, **options: Any) -> "Engine":
 
     Args:
         engine: "transformers", "vllm" or "onnx".
-        model: directory or hub repository of a FastVLM checkpoint, or "tiny"; for "onnx", what `fastvlm export onnx`
-            wrote.
-        **options: of the engine, such as `dtype` and `device`; see `TransformersEngine`, `VllmEngine` and `OnnxEngine`.
+        model: directory or hub repository of a FastVLM checkpoint, or "tiny"; for "onnx", the directory of
+            `fastvlm export onnx`.
+        **options: options such as `dtype` and `device`; see `TransformersEngine`, `VllmEngine` and `OnnxEngine`.
 
     Raises:
-        ValueError: no engine of that name, or a checkpoint or an option that it cannot use.
+        ValueError: unknown engine, or it cannot use the checkpoint or an option.
         ImportError: the engine's package is not installed.
         OSError: there is no such checkpoint, or its files are damaged.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From tokens to text as they come: whole characters only, and nothing from a stop text on."""
+"""Decode tokens incrementally: only complete characters, and no text from a stop text onwards."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,14 +7,14 @@ from typing import Any
 __all__ = ["AnswerText"]
 
 _INCOMPLETE = "\ufffd"
-"""What a tokenizer writes for a character of which only some bytes are there."""
+"""Replacement character that tokenizers write for incomplete UTF-8 sequences."""
 
 
 class AnswerText:
-    """The text of an answer, piece by piece; the pieces together are what decoding all tokens at once gives.
+    """The text of an answer, piece by piece; the joined pieces equal the text of decoding all tokens at once.
 
-    White space around it is left out: many models write a blank before their first word. Transformers' own streamers
-    hold back whole words, know no stop texts, and take one row.
+    Surrounding white space is removed: many models write a space before the first word. Transformers' streamers hold
+    back whole words, do not support stop texts, and take only one row.
 
     Args:
         tokenizer: decodes tokens; special ones are left out.
@@ -27,16 +27,16 @@ class AnswerText:
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
         self._tokens: list[int] = []
-        # Tokens up to `_said` are text already. Decoding begins a little earlier, at `_start`: some tokenizers treat
-        # the first token otherwise than those that follow.
+        # Tokens up to `_said` are decoded. Decoding starts a little earlier, at `_start`: some tokenizers decode the
+        # first token of a sequence differently.
         self._start = self._said = 0
         self._begun = False
-        self._blank = ""  # white space that is part of the answer if more follows
+        self._blank = ""  # white space that is part of the answer if more text follows
         self._held = ""  # text that may be the beginning of a stop text
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Take the next token; return what is now certain to be part of the answer, often nothing."""
+        """Take the next token; return the text that is now certain, often none."""
         self._tokens.append(token)
         piece = self._next()
         if not piece or piece.endswith(_INCOMPLETE):
@@ -45,7 +45,7 @@ class AnswerText:
         return self._trim(self._release(piece))
 
     def finish(self) -> str:
-        """Return what is left at the end of the answer."""
+        """Return the remaining text at the end of the answer."""
         piece = self._release("" if self.stopped else self._next())
         rest, self._held = self._held, ""
         return self._trim(piece + rest)
@@ -65,7 +65,7 @@ class AnswerText:
         return after[len(before) :]
 
     def _release(self, piece: str) -> str:
-        """Return what of the held text and `piece` cannot belong to a stop text."""
+        """Return the part of the held text and `piece` that cannot belong to a stop text."""
         text = self._held + piece
         found = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
         if found:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions and answers: a conversation, how it is to be answered, and what comes of it."""
+"""Conversations, sampling options and answers."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -19,28 +19,28 @@ __all__ = [
 ]
 
 MIN_TEMPERATURE = 1e-4
-"""Below it sampling is greedy: logits divided by less overflow, and the likeliest token has all the probability."""
+"""Lower temperatures mean greedy decoding: dividing the logits by less would overflow."""
 
 MAX_TEMPERATURE = 2.0
-"""As in OpenAI's API; answers are noise long before."""
+"""The maximum of OpenAI's API; answers become noise well below it."""
 
 MAX_SEED = 2**64 - 1
-"""The largest that PyTorch's generators take."""
+"""The maximum of PyTorch's generators."""
 
 # Messages in Transformers' form:
 # {"role": ..., "content": [{"type": "image", "image": PIL image}, {"type": "text", ...}]}.
 Conversation = list[dict[str, Any]]
 
 FinishReason = Literal["stop", "length", "cancelled"]
-"""Why an answer ended: by itself or at a stop text, at its longest length, or because nobody wanted the rest."""
+"""Why an answer ended: end token or stop text, maximum length, or cancellation."""
 
 
 class PromptTooLong(ValueError):
     """A conversation fills the model's context.
 
     Attributes:
-        tokens: of the conversation, those of images included.
-        context: of the model.
+        tokens: number of tokens of the conversation, images included.
+        context: context length of the model, in tokens.
     """
 
     def __init__(self, tokens: int, context: int) -> None:
@@ -53,19 +53,19 @@ class PromptTooLong(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is made; by default greedily.
+    """Options of generation; the default is greedy decoding.
 
     Args:
-        max_new_tokens: tokens at which an answer is cut off.
-        temperature: from 0 to 2. Below 1e-4 is greedy; larger is more varied.
+        max_new_tokens: maximum number of tokens of an answer.
+        temperature: from 0 to 2. Below 1e-4: greedy decoding. Higher values give more varied answers.
         top_p: sample from the most probable tokens with this total probability, in (0, 1].
         seed: makes sampling repeatable on the same machine with the same versions; from 0 to 2**64 - 1. None: new
-            random numbers each time. Neither uses or changes the random state of the caller.
+            random numbers each time. The caller's random state is neither used nor changed.
         stop: texts at which an answer ends; they are not part of it.
-        num_beams: of a beam search; above 1 for the engine transformers alone.
+        num_beams: beams of beam search; above 1 only for the engine transformers.
 
     Raises:
-        ValueError: an option out of its range.
+        ValueError: an option is out of range.
     """
 
     max_new_tokens: int = 512
@@ -89,16 +89,16 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; expected above 0 and up to 1.")
         if "" in self.stop:
             raise ValueError(
-                "stop holds an empty text, at which every answer would end; expected texts of one or more."
+                "stop has an empty text, which would end every answer; expected texts of one or more characters."
             )
 
     @property
     def greedy(self) -> bool:
-        """Whether each token is the likeliest one."""
+        """Whether decoding is greedy."""
         return self.temperature < MIN_TEMPERATURE
 
     def of_row(self, index: int) -> "Sampling":
-        """Return how the answer of an index is made where there are several: its seed is this one's plus the index."""
+        """Return the options of one of several answers: its seed is this one's plus the index."""
         return self if self.seed is None else replace(self, seed=(self.seed + index) % (MAX_SEED + 1))
 
 
@@ -107,13 +107,13 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long the parts of an answer took.
+    """Durations of the parts of an answer, in seconds.
 
     Attributes:
-        prepare: decoding and processing images, and tokenizing.
-        wait: for other requests.
-        first_token: from the start of the model to the first token; None where tokens come all at once.
-        generate: from the start of the model to the end.
+        prepare: image decoding and processing, and tokenization.
+        wait: time in the queue.
+        first_token: from the start of the model to the first token; None if the answer is not streamed.
+        generate: from the start of the model to the end of the answer.
     """
 
     prepare: float = 0.0
@@ -124,17 +124,17 @@ class Seconds:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One answer. Two are equal if their texts, ends and numbers of tokens are.
+    """One answer. Two answers are equal if text, finish reason and token counts are equal.
 
     Attributes:
         text: without special tokens, stop text and surrounding white space.
         finish_reason: "stop", "length" (it was cut off) or "cancelled".
-        prompt_tokens: those of images included.
-        completion_tokens: of the answer, with the one that ended it.
-        image_tokens: of the prompt's images.
-        cached_tokens: of the prompt's, how many were not computed again.
-        encoded_images: how many images were encoded for it; None where the engine does not tell.
-        seconds: how long it took.
+        prompt_tokens: tokens of the prompt, images included.
+        completion_tokens: tokens of the answer, including the end token.
+        image_tokens: tokens of the prompt's images.
+        cached_tokens: tokens of the prompt that were reused from the cache.
+        encoded_images: number of images encoded for this answer; None if the engine does not report it.
+        seconds: durations.
     """
 
     text: str
@@ -148,5 +148,5 @@ class Answer:
 
 
 def end_tokens(ids: int | list[int] | None) -> set[int]:
-    """Return the tokens that end an answer, as a configuration's `eos_token_id` names them."""
+    """Return the end tokens of a configuration's `eos_token_id`."""
     return set() if ids is None else set(ids) if isinstance(ids, list) else {ids}

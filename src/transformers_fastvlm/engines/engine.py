@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tools ask of a model that answers: a queue of requests, and the one thread in which the model runs."""
+"""The base class of engines: a queue of requests, and the only thread in which the model runs."""
 
 import copy
 import logging
@@ -17,26 +17,26 @@ from .request import Request
 
 __all__ = ["Engine"]
 
-# An error of the device itself, such as a failed assertion in a kernel: nothing can be computed there any more.
+# Error of the device, such as a failed assertion in a kernel: the device is unusable afterwards.
 _LOST_DEVICE = getattr(torch, "AcceleratorError", ())
 
 logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """A model that answers conversations. Its methods may be called from several threads at once.
+    """A model that answers conversations. Its methods are thread-safe.
 
-    The model runs in a thread of its own, which the first request starts. Where answering several requests together
-    fails, each is answered alone, so that none fails for another.
+    The model runs in a separate thread, which the first request starts. If a batch of requests fails, each request is
+    answered alone, so that one bad request does not fail the others.
 
     Args:
         processor: the checkpoint's `FastVLMProcessor`.
-        batch_size: most requests that are answered together; None for any number.
-        max_images: most images of a conversation; None for any number.
+        batch_size: maximum number of requests that are answered together; None for no limit.
+        max_images: maximum number of images in a conversation; None for no limit.
 
     Attributes:
         processor: as above.
-        batch_seconds: that the latest requests took, as a moving average.
+        batch_seconds: moving average of the seconds that recent requests took.
     """
 
     _NAME = ""
@@ -57,18 +57,18 @@ class Engine:
 
     @property
     def context(self) -> int | None:
-        """Most tokens of a conversation and its answer; None for any number."""
+        """Maximum tokens of a conversation and its answer; None for no limit."""
         context: int | None = self.processor.context_length
         return context
 
     @property
     def device(self) -> str:
-        """Where the model computes, such as "cpu"."""
+        """Device of the model, such as "cpu"."""
         raise NotImplementedError
 
     @property
     def dtype(self) -> str:
-        """What the model computes in, such as "float32"."""
+        """dtype of the model, such as "float32"."""
         raise NotImplementedError
 
     @property
@@ -78,25 +78,26 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests are answered. That ends by `close`, or by what no request may be the reason of."""
+        """Whether the engine answers requests: false after `close` or after a fatal error in the model's thread."""
         return not self._ended and not self._closed
 
     def generate(
         self, conversations: Sequence[Conversation], sampling: Sampling | Sequence[Sampling] = GREEDY
     ) -> list[Answer]:
-        """Answer conversations, in their order.
+        """Answer conversations; the answers have the same order.
 
-        All of them are checked, and their images decoded, before the model runs. The longest are answered first: if
-        memory does not suffice, that shows at once.
+        All conversations are checked, and their images decoded, before the model runs. The longest are answered
+        first, so that an out-of-memory error appears at once.
 
         Args:
             conversations: see `Conversation`.
-            sampling: one for all, or one for each. With one seed for all, each conversation has a seed of its own,
-                which is that seed plus its index.
+            sampling: one for all, or one for each. With one seed for all, the seed of each conversation is that seed
+                plus its index.
 
         Raises:
-            ValueError: a conversation has an image without a place, a place without an image, an image that cannot be
-                used, or fills the model's context; or `sampling` has what this engine cannot do. None is answered then.
+            ValueError: a conversation has an image without a placeholder, a placeholder without an image, an unusable
+                image, or fills the model's context; or this engine does not support `sampling`. No conversation is
+                answered then.
         """
         samplings = _each(sampling, len(conversations))
         for one in set(samplings):
@@ -115,7 +116,7 @@ class Engine:
                     self._encoded(request.prompt)
                 for request in running.pop(0) if len(running) > 1 else ():
                     request.result()
-                    request.prompt.inputs = {}  # so that few groups hold images in the model's form
+                    request.prompt.inputs = {}  # so that only few groups keep pixel values in memory
                 self._enqueue(*group)
                 running.append(group)
             return [requests[index].result() for index in range(len(prompts))]
@@ -125,10 +126,10 @@ class Engine:
             raise
 
     def stream(self, conversation: Conversation, sampling: Sampling = GREEDY, *, memory: Any = None) -> Request:
-        """Begin to answer a conversation: `prepare` and `submit` in one.
+        """Start to answer a conversation: `prepare` and `submit` in one call.
 
         Returns:
-            What yields the answer's text piece by piece, and has the whole as `result()`.
+            The request. Iterate over it for the text piece by piece; `result()` returns the complete answer.
 
         Raises:
             ValueError: as `generate`.
@@ -138,15 +139,15 @@ class Engine:
         return request
 
     def prepare(self, conversation: Conversation, *, memory: Any = None, literal: bool = False) -> Prompt:
-        """Check a conversation, decode its images and make the model's inputs, in the thread that calls.
+        """Check a conversation, decode its images and make the model's inputs, in the calling thread.
 
         Args:
             conversation: see `Conversation`.
-            memory: see `new_memory`; images that it knows are not processed again.
-            literal: control tokens in texts, `<image>` included, are text like any other.
+            memory: see `new_memory`; images in it are not processed again.
+            literal: treat control tokens in texts, `<image>` included, as plain text.
 
         Raises:
-            PromptTooLong: it fills the model's context.
+            PromptTooLong: the conversation fills the model's context.
             ValueError: as `generate`.
         """
         start = time.perf_counter()
@@ -161,16 +162,16 @@ class Engine:
         memory: Any = None,
         changed: Callable[[], None] | None = None,
     ) -> list[Request]:
-        """Queue a prompt, once for each sampling. Others may be answered with it.
+        """Queue a prompt, once for each sampling. It may be batched with other requests.
 
         Args:
-            prompt: of `prepare`; several requests may share it.
-            *samplings: how it is answered, each time.
-            memory: see `new_memory`; used where nothing but this prompt is answered.
-            changed: called on the engine's thread when there is something new: text, or an end.
+            prompt: from `prepare`; several requests may share it.
+            *samplings: options of each answer.
+            memory: see `new_memory`; used if the batch has only this prompt.
+            changed: called on the engine's thread at each new text and at the end.
 
         Raises:
-            ValueError: a sampling has what this engine cannot do.
+            ValueError: this engine does not support a sampling.
         """
         for sampling in samplings:
             self._check(sampling)
@@ -179,14 +180,14 @@ class Engine:
         return requests
 
     def new_memory(self) -> Any:
-        """Return what keeps the keys, values and images of one conversation for its next question, or None."""
+        """Return a memory that keeps keys, values and images of one conversation for its next question, or None."""
         return None
 
     def forget(self, memory: Any) -> None:
-        """Free what a memory holds, once no request uses it any more; returns at once."""
+        """Free a memory as soon as no request uses it; returns at once."""
 
     def close(self) -> None:
-        """Answer what is queued, end the thread and give back the memory; the engine cannot be used after that."""
+        """Answer the queued requests, end the thread and free the memory; the engine cannot be used afterwards."""
         with self._news:
             self._closed = True
             self._news.notify()
@@ -197,18 +198,18 @@ class Engine:
     # For the engines
 
     def _check(self, sampling: Sampling) -> None:
-        """Raise ValueError for what this engine cannot do."""
+        """Raise ValueError if this engine does not support a sampling."""
         if sampling.num_beams > 1 and not self._BEAMS:
             raise ValueError(
-                f"num_beams is {sampling.num_beams}, but the engine {self._NAME} has no beam search; the engine "
-                "transformers has. Leave it out, or choose that engine."
+                f"num_beams is {sampling.num_beams}, but the engine {self._NAME} has no beam search. Leave it out, or "
+                "use the engine transformers."
             )
 
     def _ends(self) -> set[int]:
         raise NotImplementedError
 
     def _encoded(self, prompt: Prompt, memory: Any = None) -> Prompt:
-        """Make the model's inputs, in the thread that calls."""
+        """Make the model's inputs, in the calling thread."""
         return prompt
 
     def _answer(self, requests: list[Request]) -> None:
@@ -216,7 +217,7 @@ class Engine:
         raise NotImplementedError
 
     def _goes_with(self, requests: list[Request], other: Request) -> bool:
-        """Return whether a waiting request can be answered together with those chosen so far."""
+        """Return whether a waiting request can be batched with the chosen requests."""
         return False
 
     def _literal_texts(self) -> LiteralTexts:
@@ -270,7 +271,7 @@ class Engine:
         )
 
     def _enqueue(self, *requests: Request) -> None:
-        """Put requests at the end of the queue together; they fail at once where the thread has ended."""
+        """Append requests to the queue together; they fail at once if the thread has ended."""
         with self._news:
             for request in requests:
                 request.queued_at = time.perf_counter()
@@ -297,7 +298,7 @@ class Engine:
         try:
             self._work()
         except BaseException:
-            logger.exception("the model's thread has ended; no request is answered any more")
+            logger.exception("the model's thread has ended; no more requests are answered")
         finally:
             with self._news:
                 self._ended = True
@@ -317,14 +318,14 @@ class Engine:
                     if not request.done:
                         request.end(_ended())
             self._measure(requests[0])
-            del requests, request  # nothing of them is kept while this thread waits
+            del requests, request  # do not keep them alive while this thread waits
 
     def _measure(self, request: Request) -> None:
         if request.answer is not None:
             self.batch_seconds += 0.2 * (request.answer.seconds.generate - self.batch_seconds)
 
     def _next(self) -> list[Request]:
-        """Wait for requests and return those to be answered together; none at the end."""
+        """Wait for requests and return the next batch; an empty one at the end."""
         with self._news:
             while not self._queue and not self._closed:
                 while self._forgotten:
@@ -336,7 +337,7 @@ class Engine:
         return requests
 
     def _answer_or_fail(self, requests: list[Request]) -> None:
-        """Answer requests together, and each alone where that fails."""
+        """Answer requests together; if that fails, each alone."""
         error = self._attempt(requests)
         if error is None or len(requests) == 1:
             for request in requests:
@@ -346,7 +347,7 @@ class Engine:
             request.end(None if request.cancelled else self._attempt([request]))
 
     def _attempt(self, requests: list[Request]) -> Exception | None:
-        """Answer requests; return what went wrong."""
+        """Answer requests; return the error, if any."""
         for request in requests:
             request.begin()
         try:
@@ -354,8 +355,8 @@ class Engine:
         except Exception as failure:
             logger.exception("%d requests failed", len(requests))
             if isinstance(failure, _LOST_DEVICE):
-                raise  # what comes after it would fail too
-            failure.__traceback__ = None  # would keep the tensors of the failed batch
+                raise  # later requests would fail too
+            failure.__traceback__ = None  # it would keep the tensors of the failed batch alive
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return failure

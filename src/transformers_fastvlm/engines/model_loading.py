@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading a checkpoint as users ask for it: on which device, in which type, for which size of pictures."""
+"""Load a checkpoint with a chosen device, dtype and image size."""
 
 import os
 from typing import Any
@@ -19,20 +19,20 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_dtype(dtype: str) -> None:
-    """Raise ValueError unless a type is one of `DTYPES`."""
+    """Raise ValueError unless a dtype is one of `DTYPES`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
 
 
 def find_device(name: str, option: str = "device") -> torch.device:
-    """Return the device of a name, having made sure that it is there.
+    """Return the device of a name and check that it is available.
 
     Args:
-        name: "auto" (CUDA, else Apple's GPU, else the CPU) or a device of torch, such as "cuda:1".
-        option: what the user knows the name as, for errors.
+        name: "auto" (CUDA, else Apple's GPU, else the CPU) or a torch device, such as "cuda:1".
+        option: name of the option in error messages.
 
     Raises:
-        ValueError: torch does not know it, or it is not available.
+        ValueError: torch does not know the device, or it is not available.
     """
     if name == "auto":
         mps = torch.backends.mps.is_available()
@@ -52,11 +52,11 @@ def find_device(name: str, option: str = "device") -> torch.device:
 
 
 def image_options(config: Any, size: int | None) -> dict[str, Any]:
-    """Return the image processor's options for another size; AnyRes' grids scale with it, as the model expects.
+    """Return the image processor's options for another size; AnyRes grids scale with the size, as the model expects.
 
     Args:
         config: the `FastVLMConfig`.
-        size: height and width in pixels; None for the checkpoint's own, which needs no options.
+        size: height and width in pixels; None for the checkpoint's size, which needs no options.
     """
     if size is None:
         return {}
@@ -71,17 +71,16 @@ def load_model(model: str, device: torch.device, dtype: str = "auto", size: int 
     """Return a `FastVLMForConditionalGeneration`, ready to answer, and its `FastVLMProcessor`.
 
     Args:
-        model: directory or hub repository, or "tiny"; or the directory of a LoRA adapter (peft's), which is merged into
+        model: directory or hub repository, or "tiny"; or the directory of a LoRA adapter of peft, which is merged into
             the base model that its adapter_config.json names.
-        device: where the model goes; see `find_device`.
-        dtype: "auto" is the checkpoint's own, but float32 where that is float16 and the device a CPU; or one of the
-            other `DTYPES`.
-        size: height and width, in pixels, that pictures are resized to, a multiple of 64; None for the checkpoint's.
+        device: device of the model; see `find_device`.
+        dtype: one of `DTYPES`. "auto" is the checkpoint's dtype, but float32 for a float16 checkpoint on a CPU.
+        size: height and width, in pixels, that images are resized to, a multiple of 64; None for the checkpoint's.
 
     Raises:
-        ImportError: an adapter, but peft is not installed.
-        ValueError: an option that is none of these, files of different checkpoints, a config.json that cannot be right,
-            or an adapter that does not fit its base.
+        ImportError: the model is an adapter, but peft is not installed.
+        ValueError: an invalid option, files of different checkpoints, an invalid config.json, or an adapter that does
+            not fit its base model.
         OSError: there is no such checkpoint, or its files are damaged.
     """
     check_dtype(dtype)
@@ -103,7 +102,7 @@ def load_model(model: str, device: torch.device, dtype: str = "auto", size: int 
         if trained and size is None:  # it may have been trained at another resolution
             loaded.config.vision_config.image_size = processor.image_processor.size["height"]
     loaded = loaded.to(device).eval()
-    # Of a checkpoint's generation_config.json what no tool here could hand on, and a None in a call would not undo.
+    # Drop the settings of generation_config.json that no tool here can pass on and that None in a call cannot undo.
     for name in ("num_beam_groups", "penalty_alpha", "prefill_chunk_size", "early_stopping", "length_penalty"):
         if getattr(loaded.generation_config, name, None) is not None:
             setattr(loaded.generation_config, name, None)
@@ -117,7 +116,7 @@ def load_model(model: str, device: torch.device, dtype: str = "auto", size: int 
 
 
 def _check_vocabulary(name: str, model: Any, processor: Any) -> None:
-    """Raise ValueError where the tokenizer has ids that the model has no embedding for; <image> needs none."""
+    """Raise ValueError if the tokenizer has ids without an embedding in the model; <image> needs none."""
     rows = model.config.text_config.vocab_size
     own = {token: index for token, index in processor.tokenizer.get_vocab().items() if token != IMAGE_TOKEN}
     token, highest = max(own.items(), key=lambda item: item[1])

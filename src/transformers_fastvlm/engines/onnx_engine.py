@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers from the ONNX files that `fastvlm export onnx` writes, by onnxruntime on the CPU."""
+"""The engine over onnxruntime: runs the files of `fastvlm export onnx` on the CPU."""
 
 import json
 import os
@@ -22,22 +22,22 @@ from .row_sampling import RowSampling
 __all__ = ["FILE_SUFFIX", "OnnxEngine", "OnnxModel"]
 
 FILE_SUFFIX = {"float32": "", "float16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
-"""What a precision adds to the names of its files, as in transformers.js."""
+"""Suffix of the file names of each precision, as in transformers.js."""
 
 _EXTRA = 'pip install "transformers-fastvlm[onnx]"'
 
 
 class OnnxModel:
-    """The three graphs of an exported directory, of one precision.
+    """The three graphs of an export in one precision.
 
     Args:
-        directory: written by `fastvlm export onnx`.
-        precision: one that it has; by default float32, or else the only one.
-        threads: of onnxruntime; by default as many as PyTorch has.
-        prepack: whether weights are copied into the order that is fastest; False needs half the memory.
+        directory: directory of `fastvlm export onnx`.
+        precision: one of the export's precisions; by default float32, or the only one.
+        threads: threads of onnxruntime; by default as many as PyTorch uses.
+        prepack: copy the weights into the fastest memory layout; False needs half the memory.
 
     Attributes:
-        precision: the one that was loaded.
+        precision: the loaded precision.
         config: the directory's config.json.
 
     Raises:
@@ -85,7 +85,7 @@ class OnnxModel:
         return self._sessions[part]
 
     def close(self) -> None:
-        """Give back the sessions' memory; the next use loads them again."""
+        """Free the sessions' memory; the next use loads them again."""
         self._sessions.clear()
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
@@ -106,10 +106,10 @@ class OnnxModel:
         Args:
             inputs_embeds: (batch, length, hidden).
             attention_mask: (batch, past + length), 1 for tokens and 0 for padding.
-            past: what the last call returned; None at the start.
+            past: keys and values that the last call returned; None at the start.
 
         Returns:
-            logits (batch, length, vocabulary), and keys and values of all tokens by the names of the graph's inputs.
+            Logits (batch, length, vocabulary), and keys and values of all tokens by the names of the graph's inputs.
         """
         session = self.session("decoder_model_merged")
         batch, length = inputs_embeds.shape[:2]
@@ -141,23 +141,24 @@ class OnnxModel:
 
 
 class OnnxEngine(Engine):
-    """An `Engine` on onnxruntime, with this package's own processor. It answers one request after the other.
+    """An `Engine` on onnxruntime, with this package's processor. It answers one request at a time.
 
     Args:
-        directory: written by `fastvlm export onnx`.
+        directory: directory of `fastvlm export onnx`.
         precision, threads: see `OnnxModel`.
 
     Attributes:
-        model, processor: what it works with.
+        model: the `OnnxModel`.
+        processor: the `FastVLMProcessor`.
 
     Raises:
         FileNotFoundError: no such directory or precision.
         ImportError: onnxruntime is not installed.
-        ValueError: the directory's config.json is not of such an export.
+        ValueError: the directory's config.json is not from such an export.
 
     Example:
         >>> engine = OnnxEngine("fastvlm-onnx", "q4f16")  # doctest: +SKIP
-        >>> question = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]  # doctest: +SKIP
+        >>> question = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]  # doctest: +SKIP
         >>> engine.generate([[{"role": "user", "content": question}]])[0].text  # doctest: +SKIP
     """
 
@@ -174,11 +175,11 @@ class OnnxEngine(Engine):
 
     @property
     def dtype(self) -> str:
-        """The export's precision."""
+        """Precision of the export."""
         return self.model.precision
 
     def close(self) -> None:
-        """Answer what is queued, end the thread and give back the memory."""
+        """Answer the queued requests, end the thread and free the memory."""
         super().close()
         self.model.close()
 
@@ -217,7 +218,7 @@ def _processor(model: OnnxModel) -> FastVLMProcessor:
         )
     text = config.get("text_config", config)
     images = FastVLMImageProcessorPil(size=crop, image_aspect_ratio=config["image_aspect_ratio"])
-    # With a bare configuration the tokenizer's own files name its class.
+    # With an empty configuration, the tokenizer's files determine its class.
     tokenizer = AutoTokenizer.from_pretrained(directory, config=PreTrainedConfig(), padding_side="left")
     kind = "llama" if text["model_type"] in ("llama", "llava_llama") else "qwen2"
     return FastVLMProcessor(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every engine does before the model runs: conversations become prompts, or errors that say what is wrong."""
+"""Turn conversations into prompts, for every engine, with clear errors for invalid ones."""
 
 import copy
 import re
@@ -20,25 +20,25 @@ from .base import Conversation, PromptTooLong
 __all__ = ["LITERAL", "LiteralTexts", "Prompt", "is_utf8", "place_images", "read_prompt"]
 
 LITERAL = f"< {IMAGE_TOKEN.strip('<>')} >"
-"""How `<image>` is written where no image is meant: to the model the token itself is always an image."""
+"""Replacement for `<image>` in plain text: for the model, the token always means an image."""
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
-# Pillow converts these to RGB whatever they hold.
+# Pillow can convert any image of these modes to RGB.
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 @dataclass(kw_only=True)
 class Prompt:
-    """A conversation that was checked and tokenized.
+    """A checked and tokenized conversation.
 
     Args:
-        ids: its tokens, one placeholder an image.
-        image_token_id: the placeholder.
-        image_tokens: of each image.
-        images: decoded, in their order; empty once `inputs` hold them.
-        inputs: of the model, for this prompt alone, where the engine makes them beforehand.
-        seconds: that it took to make all this.
+        ids: token ids, with one placeholder per image.
+        image_token_id: id of the placeholder.
+        image_tokens: number of tokens of each image.
+        images: decoded images, in order; empty after `inputs` is made.
+        inputs: the model's inputs for this prompt alone, if the engine makes them in advance.
+        seconds: time to prepare the prompt.
     """
 
     ids: list[int]
@@ -50,7 +50,7 @@ class Prompt:
 
     @property
     def tokens(self) -> int:
-        """Of texts and images together."""
+        """Number of tokens, texts and images together."""
         return len(self.ids) - len(self.image_tokens) + sum(self.image_tokens)
 
     def expanded(self) -> list[int]:
@@ -73,16 +73,16 @@ def read_prompt(
     Args:
         processor: the checkpoint's `FastVLMProcessor`.
         conversation: messages in Transformers' form, with Pillow images.
-        context: tokens of a conversation and its answer; None for any number.
-        max_images: most images of a conversation; None for any number.
-        literal: encodes texts whose control tokens are text; None where they are what they are.
+        context: maximum tokens of a conversation and its answer; None for no limit.
+        max_images: maximum number of images in a conversation; None for no limit.
+        literal: encodes control tokens as plain text; None keeps them as control tokens.
 
     Raises:
-        PromptTooLong: it fills the context.
-        ValueError: an image without a place, a place without an image, too many images, or an image or a text that
-            cannot be used.
+        PromptTooLong: the conversation fills the context.
+        ValueError: an image without a placeholder, a placeholder without an image, too many images, or an unusable
+            image or text.
     """
-    # Turned here, so that sizes, and with them the numbers of tokens, are those that the image processor sees.
+    # Images are rotated here, so that their sizes and token counts match those in the image processor.
     own = processor.image_processor
     options = ReadOptions(
         do_exif_transpose=getattr(own, "do_exif_transpose", True),
@@ -93,13 +93,13 @@ def read_prompt(
     places = ids.count(processor.image_token_id)
     if places != len(images):
         raise ValueError(
-            f"the text has {places} places for images ({IMAGE_TOKEN}), but there are {len(images)} images. If "
-            f"{IMAGE_TOKEN} is meant literally, write it otherwise, such as {LITERAL}."
+            f"the text has {places} placeholders ({IMAGE_TOKEN}), but there are {len(images)} images. If "
+            f"{IMAGE_TOKEN} is meant as text, write {LITERAL} instead."
         )
     if max_images is not None and len(images) > max_images:
         raise ValueError(
-            f"the conversation has {len(images)} images, but this engine takes {max_images}. Load it with a larger "
-            "max_images."
+            f"the conversation has {len(images)} images, but this engine takes at most {max_images}. Load it with a "
+            "larger max_images."
         )
     counts = processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width) for image in images])
     prompt = Prompt(
@@ -114,10 +114,10 @@ def read_prompt(
 
 
 def place_images(text: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """Return the parts of a user's message: the images where the text says <image>, or first where it never does.
+    """Return the parts of a user's message: images at the <image> placeholders, or first if there are none.
 
     Raises:
-        ValueError: the text says it, but not once for each image.
+        ValueError: the text has placeholders, but not one for each image.
     """
     shown = [{"type": "image", "image": image} for image in images]
     if IMAGE_TOKEN not in text:
@@ -127,7 +127,7 @@ def place_images(text: str, images: Sequence[Image.Image]) -> list[dict[str, Any
         raise ValueError(
             f"the question has {len(rest)} {IMAGE_TOKEN}, but there {'is' if len(images) == 1 else 'are'} "
             f"{len(images)} image{'' if len(images) == 1 else 's'}. Write it once for each image, or leave it out to "
-            f"put the images first; if it is meant literally, write {LITERAL}."
+            f"put the images first; if it is meant as text, write {LITERAL}."
         )
     parts: list[dict[str, Any]] = [{"type": "text", "text": first}]
     for image, words in zip(shown, rest, strict=True):
@@ -136,10 +136,10 @@ def place_images(text: str, images: Sequence[Image.Image]) -> list[dict[str, Any
 
 
 class LiteralTexts:
-    """Encodes conversations in whose texts control tokens, `<image>` included, are text like any other.
+    """Encodes conversations with control tokens in texts, `<image>` included, as plain text.
 
-    Transformers changes the tokenizer's settings for that, so this has a copy of it, for one thread at a time. Before
-    5.23 it cannot, and control tokens stay what they are.
+    Transformers changes the tokenizer's settings for this, so the class uses a copy, in one thread at a time. Before
+    Transformers 5.23 this is not possible, and control tokens keep their meaning.
 
     Args:
         processor: the checkpoint's `FastVLMProcessor`.
@@ -150,7 +150,7 @@ class LiteralTexts:
         self._lock = threading.Lock()
 
     def encode(self, conversation: Conversation) -> list[int]:
-        """Return the tokens of a conversation, one placeholder an image."""
+        """Return the token ids of a conversation, with one placeholder per image."""
         options = {"sanitize_control_tokens": True} if compat.SANITIZES_CONTROL_TOKENS else {}
         with self._lock:
             encoded = self._tokenizer.apply_chat_template(
@@ -166,16 +166,16 @@ class LiteralTexts:
 
 
 def is_utf8(text: str) -> bool:
-    """Return whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
+    """Return whether a text has no lone surrogates, which represent bytes that are not UTF-8."""
     return not _SURROGATES.search(text)
 
 
 def _ids(processor: Any, conversation: Conversation, literal: "LiteralTexts | None") -> list[int]:
     text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
     if not is_utf8(text):
-        raise ValueError("the text has bytes that are not UTF-8. Decode it by the encoding that it is in.")
+        raise ValueError("the text has bytes that are not UTF-8. Decode it with its own encoding.")
     tokenizer = processor.tokenizer
-    # The text may begin with the token that the tokenizer would write before it.
+    # The template may already write the token that the tokenizer would add at the start.
     bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     if literal is None:
         ids: list[int] = tokenizer(text, add_special_tokens=not bos)["input_ids"]
@@ -184,11 +184,11 @@ def _ids(processor: Any, conversation: Conversation, literal: "LiteralTexts | No
 
 
 def _images(message: dict[str, Any], options: ReadOptions) -> Iterator[Image.Image]:
-    """Yield the images of a message, decoded and oriented, of which nothing can turn out unusable later.
+    """Yield the images of a message, decoded, rotated and fully checked.
 
     Raises:
-        ValueError: one is damaged, too large, or of a mode whose values do not fit into 8 bits; or a part is neither
-            text nor an opened image. Names and addresses are for whoever calls to open, by rules of its own.
+        ValueError: an image is damaged, too large, or has a mode whose values do not fit into 8 bits; or a part is
+            neither text nor an opened image. The caller must open paths and addresses, by its own rules.
     """
     content = message.get("content")
     for part in content if isinstance(content, list) else []:

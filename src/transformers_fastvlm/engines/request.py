@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An answer on its way: the one place that knows where an answer ends, and when its text can be said."""
+"""A running request: decides where the answer ends, and when its text can be passed on."""
 
 import logging
 import threading
@@ -20,23 +20,23 @@ logger = logging.getLogger(__name__)
 
 
 class Request:
-    """A prompt, how it is to be answered, and what there is of the answer. Iterate over it for the text as it comes.
+    """A prompt, its sampling options and its answer so far. Iterate over it for the text as it is generated.
 
     Args:
         prompt, sampling, memory, changed: see `Engine.submit`.
         tokenizer: decodes tokens.
         ends: tokens that end an answer.
-        context: most tokens of prompt and answer.
+        context: maximum tokens of prompt and answer.
         on_cancel: called with this request when it is cancelled.
 
     Attributes:
-        pieces: of text, not taken yet; together never more than the answer.
-        tokens: of the answer, so far.
-        cancelled: whether nobody wants the rest.
-        done: whether nothing more will come. Look at it before `pieces` to take the last ones.
-        error: why there is no answer.
-        answer: the whole, when it is done.
-        queued_at, begun_at, first_at, ended_at: `time.perf_counter()` when it came into the queue, at the start of the
+        pieces: pieces of text that were not read yet; together never more than the answer.
+        tokens: number of tokens of the answer so far.
+        cancelled: whether the request was cancelled.
+        done: whether the answer has ended. Read it before `pieces`, so that no last piece is missed.
+        error: the error, if there is no answer.
+        answer: the complete answer, after its end.
+        queued_at, begun_at, first_at, ended_at: `time.perf_counter()` when the request was queued, at the start of the
             model, at the first token and at the end; None before.
         cached_tokens, encoded_images: see `Answer`.
 
@@ -78,7 +78,7 @@ class Request:
         """Yield the answer's text piece by piece.
 
         Raises:
-            Exception: whatever ended the answer.
+            Exception: the error that ended the answer.
         """
         done = False
         while not done:
@@ -90,10 +90,10 @@ class Request:
             raise self.error
 
     def result(self) -> Answer:
-        """Wait for the whole answer, and return it.
+        """Wait for the complete answer and return it.
 
         Raises:
-            Exception: whatever ended the answer.
+            Exception: the error that ended the answer.
         """
         self._wait_for(lambda: self.done)
         if self.answer is None:
@@ -106,18 +106,18 @@ class Request:
         return (self.begun_at or self.ended_at or time.perf_counter()) - self.queued_at
 
     def cancel(self) -> None:
-        """End the answer: at once if it waits, else at the next token. What there is of it stays."""
+        """End the answer: at once if it waits, else at the next token. The text so far is kept."""
         self.cancelled = True
         self._on_cancel(self)
 
     # For engines
 
     def start(self) -> None:
-        """Say that the model begins with it."""
+        """Record that the model starts with this request."""
         self.begun_at = time.perf_counter()
 
     def begin(self) -> None:
-        """Start the answer, or start it again after a failure; what was said is not said twice."""
+        """Start the answer, or restart it after a failure; text that was passed on is not repeated."""
         self.tokens, self.cached_tokens = 0, 0
         self.encoded_images: int | None = None
         self._text = ""
@@ -125,7 +125,7 @@ class Request:
         self._decoding = AnswerText(self._tokenizer, self.sampling.stop)
 
     def take(self, token: int) -> bool:
-        """Take the next token; return whether the answer is at its end."""
+        """Take the next token; return whether the answer has ended."""
         if self._reason is not None or self.cancelled:
             return True
         if self.first_at is None:
@@ -142,7 +142,7 @@ class Request:
         return self._reason is not None
 
     def end(self, error: BaseException | None = None, reason: FinishReason = "length") -> None:
-        """Say that nothing more will come: for an error, for what `take` found, or else for a reason."""
+        """End the request with an error, with the finish reason that `take` found, or else with `reason`."""
         self.ended_at = time.perf_counter()
         if error is None:
             try:
@@ -158,7 +158,7 @@ class Request:
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         with self._news:
-            # With a time-out, since no Ctrl-C gets through to a lock that is waited for on Windows.
+            # With a timeout, because on Windows Ctrl-C does not interrupt a thread that waits for a lock.
             while not self._news.wait_for(condition, _PATIENCE):
                 pass
 
@@ -185,14 +185,14 @@ class Request:
         self._text += piece
         length = min(len(self._said), len(self._text))
         if self._text[:length] != self._said[:length]:
-            raise RuntimeError("the answer alone is not the one that was begun together with others")
+            raise RuntimeError("the answer differs from the text that was already passed on in a batch")
         if len(self._text) > len(self._said):
             self.pieces.append(self._text[len(self._said) :])
             self._said = self._text
             self._tell()
 
     def _tell(self) -> None:
-        """Wake who waits. Where `changed` raises, nobody listens any more; the engine and others go on."""
+        """Wake waiting threads. If `changed` raises, the request is cancelled; all others continue."""
         with self._news:
             self._news.notify_all()
         if self._changed is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing the next token of each row by that row's own temperature, top_p and random numbers."""
+"""Sample the next token of each row with the row's temperature, top_p and random generator."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,13 @@ __all__ = ["RowSampling"]
 
 
 class RowSampling(LogitsProcessor):
-    """Chooses tokens, so that what a row draws depends on its seed and not on the rows beside it.
+    """Samples tokens such that each row depends only on its seed, not on the rest of the batch.
 
-    As a logits processor of greedy decoding it leaves the chosen token alone with a score. Random numbers come from a
-    generator for each row: the state of PyTorch's own is neither used nor changed.
+    It is a logits processor for greedy decoding that leaves a finite score only for the sampled token. Each row has a
+    random generator; PyTorch's global random state is neither used nor changed.
 
     Args:
-        samplings: of each row.
+        samplings: options of each row.
     """
 
     def __init__(self, samplings: Sequence[Sampling]) -> None:
@@ -32,7 +32,7 @@ class RowSampling(LogitsProcessor):
             generator.seed() if one.seed is None else generator.manual_seed(one.seed)
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
-        """Return scores (rows, vocabulary) of which the greatest is the chosen token's."""
+        """Return scores (rows, vocabulary) with the maximum at the chosen token."""
         if not self.rows:
             return scores
         logits = scores[self.rows].float()
@@ -42,12 +42,12 @@ class RowSampling(LogitsProcessor):
         return scores
 
     def _draw(self, logits: Tensor) -> Tensor:
-        """Return the tokens (rows, 1) that are drawn by logits (rows, vocabulary)."""
+        """Return sampled tokens (rows, 1) for logits (rows, vocabulary)."""
         device = logits.device
         probabilities = (logits / self._temperature.to(device)).softmax(-1)
         probabilities, tokens = probabilities.sort(descending=True, stable=True)
         reached = probabilities.cumsum(-1)
-        kept = reached - probabilities < self._top_p.to(device)  # the fewest that reach top_p together
+        kept = reached - probabilities < self._top_p.to(device)  # the smallest set that reaches top_p
         last = kept.sum(-1, keepdim=True).clamp(min=1) - 1
         numbers = torch.stack([torch.rand(1, generator=generator) for generator in self._generators]).to(device)
         place = torch.searchsorted(reached, numbers * reached.gather(-1, last), right=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine over Transformers: its `generate()`, called in this one file."""
+"""The engine over Transformers: the only file of the engines that calls `generate()`."""
 
 import copy
 import gc
@@ -20,40 +20,39 @@ from .row_sampling import RowSampling
 __all__ = ["TransformersEngine"]
 
 KEPT_MEMORIES = 4
-"""Conversations whose keys and values stay in the model's memory; a question in an older one is prefilled anew."""
+"""Number of conversations whose keys and values are kept; older ones are prefilled again at their next question."""
 
 
 class TransformersEngine(Engine):
     """An `Engine` with Transformers' `generate`.
 
-    Requests that wait are answered together, each padded on the left to the longest, each ending by itself and sampling
-    by its own seed. What a row is answered does not depend on the others, but for sums in another order: in half
-    precision two tokens of nearly the same score may change places. A request that is alone reuses what its prompt has
-    in common with the last one of its memory (`PromptCache`). The model's generation configuration says what `Sampling`
-    does not, such as a repetition penalty, and is not changed.
+    Waiting requests are batched, with padding on the left. Each row ends independently and samples with its own seed.
+    A row's answer does not depend on the other rows, except for rounding: in half precision, two tokens with nearly
+    equal scores may swap. A request alone in its batch reuses the common prefix with the last prompt of its memory
+    (`PromptCache`). Options that `Sampling` lacks, such as a repetition penalty, come from the model's generation
+    configuration, which is not changed.
 
     Args:
-        model: directory or hub repository, or "tiny"; or a loaded `FastVLMForConditionalGeneration`, for this engine
-            alone.
-        processor: of a loaded model.
-        dtype: "auto" is the checkpoint's own, but float32 where that is float16 and the device a CPU; or "float32",
-            "bfloat16", "float16".
-        device: "auto" (CUDA, else Apple's GPU, else the CPU) or a device of torch, such as "cuda:1".
+        model: directory or hub repository, or "tiny"; or a loaded `FastVLMForConditionalGeneration`, which only this
+            engine may use.
+        processor: processor of a loaded model.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's dtype, but float32 for a float16 checkpoint
+            on a CPU.
+        device: "auto" (CUDA, else Apple's GPU, else the CPU) or a torch device, such as "cuda:1".
         size: height and width, in pixels, that images are resized to, a multiple of 64; None for the checkpoint's.
-        batch_size: most conversations that run through the model together, and, but for one conversation with more,
-            most images.
+        batch_size: maximum number of conversations in a batch, and of images in a batch of several conversations.
 
     Attributes:
         model: the loaded `FastVLMForConditionalGeneration`.
         processor: its `FastVLMProcessor`.
 
     Raises:
-        ValueError: an option that is none of these, a device that is not there, or files of different checkpoints.
+        ValueError: an invalid option, an unavailable device, or files of different checkpoints.
         OSError: there is no such checkpoint, or its files are damaged.
 
     Example:
         >>> engine = TransformersEngine("apple/FastVLM-0.5B")  # doctest: +SKIP
-        >>> content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]  # doctest: +SKIP
+        >>> content = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]  # doctest: +SKIP
         >>> engine.generate([[{"role": "user", "content": content}]])[0].text  # doctest: +SKIP
     """
 
@@ -78,16 +77,16 @@ class TransformersEngine(Engine):
 
     @property
     def device(self) -> str:
-        """Where the model is."""
+        """Device of the model."""
         return str(self.model.device)
 
     @property
     def dtype(self) -> str:
-        """What the model computes in."""
+        """dtype of the model."""
         return str(self.model.dtype).removeprefix("torch.")
 
     def new_memory(self) -> PromptCache:
-        """See `Engine.new_memory`. The newest `KEPT_MEMORIES` that were used keep what they hold."""
+        """See `Engine.new_memory`. Only the `KEPT_MEMORIES` most recently used memories keep their contents."""
         return PromptCache(self.model, self.processor)
 
     def forget(self, memory: PromptCache) -> None:
@@ -97,7 +96,7 @@ class TransformersEngine(Engine):
             self._news.notify()
 
     def close(self) -> None:
-        """Answer what is queued, end the thread and give back the memory; the engine cannot be used after that."""
+        """Answer the queued requests, end the thread and free the memory; the engine cannot be used afterwards."""
         super().close()
         for memory in (*self._kept, *self._forgotten):
             memory.reset()
@@ -125,7 +124,7 @@ class TransformersEngine(Engine):
         if requests[0].sampling.num_beams > 1 or other.sampling.num_beams > 1:
             return False
         together = [*requests, other]
-        images = sum(len(one.prompt.image_tokens) for one in together)  # encoded at once, so they are bounded
+        images = sum(len(one.prompt.image_tokens) for one in together)  # encoded together, so bounded
         return images <= (self.batch_size or images) or len({id(one.prompt) for one in together}) == 1
 
     def _answer(self, requests: list[Request]) -> None:
@@ -153,7 +152,7 @@ class TransformersEngine(Engine):
                 one.cached_tokens, one.encoded_images = memory.reused_tokens, memory.encoded_images
 
     def _search(self, request: Request, memory: PromptCache, inputs: dict[str, Tensor]) -> None:
-        """Answer by beam search, whose tokens are known at its end. It samples by PyTorch's own random state."""
+        """Answer by beam search, whose tokens are known only at the end. It samples with PyTorch's random state."""
         sampling, config = request.sampling, self._config(request.room)
         config.num_beams, config.do_sample = sampling.num_beams, not sampling.greedy
         if config.do_sample:
@@ -172,7 +171,7 @@ class TransformersEngine(Engine):
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     def _keep(self, memory: PromptCache) -> None:
-        """Make a memory the newest, and empty those that are too many."""
+        """Mark a memory as most recently used, and empty the oldest ones above the limit."""
         self._kept = [one for one in self._kept if one is not memory] + [memory]
         for old in self._kept[:-KEPT_MEMORIES]:
             old.reset()
@@ -184,9 +183,9 @@ class TransformersEngine(Engine):
         return next(pad for pad in pads if pad is not None)
 
     def _config(self, max_new_tokens: int) -> GenerationConfig:
-        """Return a configuration for one greedy call of generate(), the model's but for what is decided here.
+        """Return the model's configuration, changed for one greedy call of generate().
 
-        Nothing of that is None, for which generate() would take the model's value.
+        No changed value is None: for None, generate() would take the model's value.
         """
         config = copy.deepcopy(self.model.generation_config)
         config.max_length, config.max_new_tokens = None, max_new_tokens
@@ -199,7 +198,7 @@ class TransformersEngine(Engine):
 
 
 class _Watch(StoppingCriteria):
-    """Passes each new token on, and ends each row by itself."""
+    """Passes on each new token, and ends rows independently."""
 
     def __init__(self, requests: list[Request]) -> None:
         self.requests = requests
@@ -212,7 +211,7 @@ class _Watch(StoppingCriteria):
 
 
 class _Cancelled(StoppingCriteria):
-    """Ends all rows of a beam search that nobody waits for."""
+    """Ends all rows of a cancelled beam search."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -223,7 +222,7 @@ class _Cancelled(StoppingCriteria):
 
 
 def _together(requests: list[Request], pad_token_id: int) -> dict[str, Tensor]:
-    """Return a batch of prompts, padded on the left; images stand one after the other."""
+    """Return a batch of prompts, padded on the left, with all images concatenated."""
     prompts = [request.prompt.inputs for request in requests]
     length = max(prompt["input_ids"].shape[1] for prompt in prompts)
     ids = torch.full((len(prompts), length), pad_token_id, dtype=torch.long)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine over vLLM: continuous batching, in a process of its own."""
+"""The engine over vLLM: continuous batching in a separate process."""
 
 import itertools
 import os
@@ -23,20 +23,19 @@ _CPU_CACHE_GIB = 2.0
 class VllmEngine(Engine):
     """An `Engine` on vLLM.
 
-    vLLM batches what it is given by itself: requests join and leave at any token, and texts come as they are made. So
-    pass many conversations at once. It runs in a process that is started
-    here: a script needs the guard `if __name__ == "__main__":`. `close()` ends that process, as does the end of this
-    one, however it comes. vLLM's own messages below warnings are left out, warnings go to the standard error output,
-    and it reports no usage to its makers; the environment variables VLLM_LOGGING_LEVEL, VLLM_LOGGING_STREAM and
-    VLLM_NO_USAGE_STATS say otherwise.
+    vLLM batches requests continuously: they join and leave at any token, and texts are streamed. So pass many
+    conversations at once. vLLM runs in a new process, so a script needs the guard `if __name__ == "__main__":`.
+    `close()` ends that process, and so does any end of this one. By default, vLLM logs only warnings and errors, to
+    standard error, and does not report usage statistics; set the environment variables VLLM_LOGGING_LEVEL,
+    VLLM_LOGGING_STREAM and VLLM_NO_USAGE_STATS to change this.
 
     Args:
-        model, dtype, size: as `TransformersEngine` takes them.
-        device: "auto" alone: a build of vLLM has one kind of device.
-        batch_size: most conversations that run together; None for vLLM's own limit.
-        max_images: most images of a conversation, at least 1.
-        max_model_len: most tokens of a conversation with its pictures and the answer; None for the checkpoint's.
-        cache_gib: GiB of memory for keys and values; None for 2 on a CPU, and on a GPU what vLLM finds free. It must
+        model, dtype, size: see `TransformersEngine`.
+        device: only "auto": a build of vLLM supports one kind of device.
+        batch_size: maximum number of conversations in a batch; None for vLLM's limit.
+        max_images: maximum number of images in a conversation, at least 1.
+        max_model_len: maximum tokens of a conversation with its images and the answer; None for the checkpoint's.
+        cache_gib: GiB of memory for keys and values; None for 2 on a CPU, and for the free memory on a GPU. It must
             hold at least one conversation of `max_model_len`.
         **engine_options: further arguments of `vllm.LLM`, such as `tensor_parallel_size`. On a CPU `enforce_eager` is
             True by default, which starts sooner and needs no compiler.
@@ -47,7 +46,7 @@ class VllmEngine(Engine):
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: an option that is none of these, or that vLLM refuses.
+        ValueError: an invalid option, or one that vLLM refuses.
         OSError: there is no such checkpoint, or its files are damaged.
 
     Example:
@@ -105,21 +104,21 @@ class VllmEngine(Engine):
 
     @property
     def context(self) -> int:
-        """Most tokens of a conversation and its answer."""
+        """Maximum tokens of a conversation and its answer."""
         return self._context
 
     @property
     def device(self) -> str:
-        """What this build of vLLM computes on."""
+        """Device of this build of vLLM."""
         return "cpu" if self._on_cpu else "cuda"
 
     @property
     def dtype(self) -> str:
-        """What the model computes in."""
+        """dtype of the model."""
         return str(self.llm.llm_engine.model_config.dtype).removeprefix("torch.")
 
     def close(self) -> None:
-        """Answer what is queued, end vLLM's processes and give back their memory; no engine is left after that."""
+        """Answer the queued requests and end vLLM's processes; the engine cannot be used afterwards."""
         super().close()
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
@@ -146,7 +145,7 @@ class VllmEngine(Engine):
                 request.end(RuntimeError("vLLM has ended"))
 
     def _admit(self, running: dict[str, Request], names: "map[str]") -> bool:
-        """Give vLLM what waits; return whether there is anything to do, having waited for it."""
+        """Wait for requests and pass them to vLLM; return False at the end."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -172,7 +171,7 @@ class VllmEngine(Engine):
                 (rendered,) = self.llm.llm_engine.renderer.render_cmpl([prompt])
                 name = next(names)
                 self.llm.llm_engine.add_request(name, rendered, params)
-            except Exception as error:  # one that vLLM refuses; others go on
+            except Exception as error:  # vLLM refuses this request; the others continue
                 request.end(error)
             else:
                 running[name] = request
@@ -191,7 +190,7 @@ class VllmEngine(Engine):
             self.llm.llm_engine.abort_request([output.request_id])
         reason = completion.finish_reason
         if output.finished and not ended and reason not in ("stop", "length"):
-            request.end(RuntimeError(f"vLLM ended an answer for the reason {reason!r}; its log says why."))
+            request.end(RuntimeError(f"vLLM ended an answer with finish reason {reason!r}; see its log."))
         else:
             request.end(reason="stop" if reason == "stop" else "length")
         self._measure(request)
@@ -205,7 +204,7 @@ class VllmEngine(Engine):
 
 
 def _import_vllm() -> tuple[Any, bool]:
-    """Return vLLM's class, and whether this build of vLLM computes on a CPU."""
+    """Return the class `vllm.LLM`, and whether this build of vLLM is for CPUs."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors in the form that OpenAI's clients understand."""
+"""Errors in the format of OpenAI's API."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ class ApiError(Exception):
     """A request that is refused, or that failed.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         message: the value, what was expected and what to do; the client sees it.
-        code: a short word for programs, such as "model_not_found".
-        param: the field of the request that is meant, such as "messages[0].content".
-        headers: of the response, beside the usual ones.
+        code: machine-readable code, such as "model_not_found".
+        param: the affected field of the request, such as "messages[0].content".
+        headers: additional headers of the response.
     """
 
     def __init__(
@@ -33,6 +33,6 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """What the client gets as JSON."""
+        """JSON body of the response."""
         kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The application: its paths, and the way of a request through them."""
+"""The ASGI application: its paths and the handling of requests."""
 
 import asyncio
 import contextlib
@@ -40,18 +40,18 @@ _BODIES_HELD = 8  # of the largest size, while they are being read
 
 
 class Service:
-    """A model that answers requests, and how many it has taken on.
+    """A model that answers requests, and the state of its active requests.
 
     Args:
-        engine: the model. Whoever made it closes it, after this service.
+        engine: the model. The caller closes it, after this service.
         settings: limits and names.
-        fetcher: where pictures with an address come from; by default allowed hosts of the public internet.
+        fetcher: downloads images; by default from the allowed hosts on the public internet.
 
     Attributes:
-        bodies: those that are being read, for requests that were not taken on yet.
-        active: requests that were taken on and are not over.
-        draining: whether new ones are refused, since the server is about to end.
-        abort: closes a client's connection at once, by its scope.
+        bodies: request bodies that are being read; their requests are not active yet.
+        active: number of accepted requests that have not ended.
+        draining: whether new requests are refused because the server is shutting down.
+        abort: closes a client's connection at once, given its scope.
     """
 
     def __init__(self, engine: Engine, settings: Settings, fetcher: Fetcher | None = None) -> None:
@@ -65,7 +65,7 @@ class Service:
         self.abort: Callable[[Any], None] = lambda scope: None
 
     def model(self) -> dict[str, Any]:
-        """Return what the API says of the model."""
+        """Return the API's description of the model."""
         return {
             "id": self.settings.name,
             "object": "model",
@@ -128,23 +128,23 @@ class Service:
             record.detail = f"images={images} prompt={prompt.tokens} answer={made} queued={waited:.3f}s"
 
     def close(self) -> None:
-        """End the threads, after what was taken on."""
+        """End the threads, after the accepted requests."""
         self.preparation.close()
         self.engine.forget(self._memory)
 
     def _check_room(self) -> None:
-        """Refuse a request where there is no room for it: so memory is bounded, whatever clients send."""
+        """Refuse a request above the limit, so that memory stays bounded for any clients."""
         if self.draining:
-            raise ApiError(503, "The server is about to end; ask another one, or later.", code="shutting_down")
+            raise ApiError(503, "The server is shutting down. Try again later.", code="shutting_down")
         if not self.engine.is_alive:
-            message = "The model's thread has ended; the server's log says why. It has to be started again."
+            message = "The model has failed; see the server's log. The server must be restarted."
             raise ApiError(503, message, code="model_failed")
         if self.active >= self.settings.max_requests:
             batches = math.ceil(self.active / self.settings.batch_size)
             seconds = min(max(1, math.ceil(batches * self.engine.batch_seconds)), _MAX_RETRY_SECONDS)
             raise ApiError(
                 429,
-                f"The server has {self.active} requests, as many as it takes at once. Try again in {seconds} seconds.",
+                f"The server already has {self.active} requests, its limit. Try again in {seconds} seconds.",
                 code="queue_full",
                 headers={"retry-after": str(seconds)},
             )
@@ -158,7 +158,7 @@ def _parse(body: bytes, settings: Settings) -> ChatRequest:
 
 
 def create_app(service: Service) -> Any:
-    """Return the ASGI application of a service, which ends with it."""
+    """Return the ASGI application of a service; its shutdown closes the service."""
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response
     from starlette.exceptions import HTTPException
@@ -190,7 +190,7 @@ def create_app(service: Service) -> Any:
         yield
         await asyncio.to_thread(service.close)
 
-    # No pages of its own, which openapi_url would bring: they would fetch scripts from elsewhere.
+    # No documentation pages (openapi_url): they would load scripts from other hosts.
     app = FastAPI(title="fastvlm serve", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
 
     @app.post("/v1/chat/completions")
@@ -225,7 +225,7 @@ def create_app(service: Service) -> Any:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        message = "The request failed; the server's log says why."
+        message = "The request failed; see the server's log."
         return Refusal(request.headers, ApiError(500, message, code="internal_error"))
 
     return with_log(app)

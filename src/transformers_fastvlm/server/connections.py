@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between the application and its clients: bodies read within limits, clients that leave or stop reading, the log."""
+"""Client connections: request bodies within limits, clients that leave or stop reading, and the request log."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 CLIENT_LEFT = 499
-"""Status in the log of a request whose client left before the end of the answer."""
+"""Status in the log for clients that left before the end of the answer."""
 
 _RECORD = "fastvlm.record"
 _LINGER_SECONDS = 2.0
@@ -47,19 +47,19 @@ logger = logging.getLogger(__name__)
 
 
 class Gone(Exception):
-    """The client left, or takes nothing any more; there is nobody to answer."""
+    """The client left or stopped reading."""
 
 
 @dataclass
 class Record:
-    """What the log says of a request.
+    """Log record of a request.
 
     Attributes:
-        status: of the response, or CLIENT_LEFT.
-        detail: further words, never of the request's content.
-        body_read: whether all of the body was read.
-        is_event_stream: whether the response is one, which has begun.
-        at_end: called once when the request is over.
+        status: status of the response, or CLIENT_LEFT.
+        detail: additional information, never the request's content.
+        body_read: whether the whole body was read.
+        is_event_stream: whether a response with server-sent events has started.
+        at_end: called once when the request has ended.
     """
 
     status: int = CLIENT_LEFT
@@ -110,21 +110,21 @@ def with_log(application: Any) -> Any:
 
 
 def _framing_error(scope: Message) -> ApiError | None:
-    """Return the error for a request whose end two programs can see at two places (RFC 9112, 6.1 and 6.3)."""
+    """Return the error for a request whose end is ambiguous (RFC 9112, 6.1 and 6.3)."""
     names = {name for name, _ in scope["headers"]}
     if b"transfer-encoding" not in names:
         return None
     if b"content-length" in names:
-        message = "The request has Content-Length and Transfer-Encoding; expected one of them."
+        message = "The request has Content-Length and Transfer-Encoding; send only one of them."
     elif scope["http_version"] == "1.0":
-        message = "The request has Transfer-Encoding, which HTTP/1.0 does not know; send Content-Length."
+        message = "The request has Transfer-Encoding, which HTTP/1.0 does not support; send Content-Length."
     else:
         return None
     return ApiError(400, message, code="invalid_framing", headers={"connection": "close"})
 
 
 def check_key(headers: Any, key: str | None) -> None:
-    """Raise ApiError, 401, unless a request brings the key."""
+    """Raise ApiError (401) unless a request has the key."""
     if key is None:
         return
     kind, _, given = headers.get("authorization", "").partition(" ")
@@ -139,7 +139,7 @@ def check_key(headers: Any, key: str | None) -> None:
 
 @dataclass(eq=False)
 class _Reading:
-    """A body that is being read; `timer` is that of the wait for its next piece."""
+    """A body that is being read; `timer` limits the wait for its next piece."""
 
     start: float
     size: int = 0
@@ -151,13 +151,13 @@ class _Reading:
 
 
 class Bodies:
-    """Bodies that are being read; those that came whole with their request's head are none of them.
+    """Request bodies that are being read, except those that arrived together with their head.
 
-    Where they are too many, or hold too many bytes, the slowest of those that had some seconds is ended for the others.
+    If there are too many, or if they hold too many bytes, the slowest one that is older than a few seconds is ended.
 
     Args:
-        count: most of them.
-        size: most bytes that they hold together.
+        count: maximum number of bodies.
+        size: maximum total bytes.
     """
 
     def __init__(self, count: int, size: int) -> None:
@@ -169,7 +169,7 @@ class Bodies:
         """Count a body until the end of the block.
 
         Raises:
-            ApiError: 429, there are too many.
+            ApiError: 429, there are too many bodies.
         """
         if len(self._all) >= self.count:
             self._end_slowest()
@@ -184,7 +184,7 @@ class Bodies:
         """Count bytes of a body.
 
         Raises:
-            ApiError: 429, all bodies together hold too many.
+            ApiError: 429, all bodies together hold too many bytes.
         """
         reading.size += count
         if sum(one.size for one in self._all) > self.size:
@@ -194,7 +194,7 @@ class Bodies:
         now = asyncio.get_running_loop().time()
         old = [one for one in self._all if now - one.start >= _WINDOW_SECONDS and one is not but]
         if not old:
-            message = "The server is reading as many requests as it can. Try again in 5 seconds."
+            message = "The server is reading its maximum number of requests. Try again in 5 seconds."
             raise ApiError(429, message, code="queue_full", headers={"retry-after": "5"})
         slowest = min(old, key=lambda one: one.rate(now))
         slowest.ended = True
@@ -209,8 +209,8 @@ async def read_body(
     """Return a request's body.
 
     Raises:
-        ApiError: 415 for another type than JSON, or a compressed body; 413 for more than `limit` bytes, as soon as that
-            is known; 408 where it does not come in time, or too slowly; 429 where too many bodies are being read.
+        ApiError: 415 for a content type other than JSON, or a compressed body; 413 for more than `limit` bytes, as
+            early as possible; 408 for a late or slow body; 429 if too many bodies are being read.
         Gone: the client left.
     """
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -220,11 +220,11 @@ async def read_body(
         )
     encoding = headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
-        refusal = f"The content encoding is {encoding[:80]!r}; send the JSON as it is, without Content-Encoding."
+        refusal = f"The content encoding is {encoding[:80]!r}; send uncompressed JSON, without Content-Encoding."
         raise ApiError(415, refusal, code="unsupported_media_type")
     too_large = ApiError(
         413,
-        f"The body has more than {limit} bytes, this server's limit. Send fewer or smaller pictures.",
+        f"The body has more than {limit} bytes, this server's limit. Send fewer or smaller images.",
         code="request_too_large",
     )
     length = headers.get("content-length", "")
@@ -244,7 +244,7 @@ async def read_body(
         return record_of(scope).body_read
 
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0):  # what is there already
+        async with asyncio.timeout(0):  # what has arrived already
             if take(await receive()):
                 return bytes(body)
     with bodies.one() as reading:
@@ -253,12 +253,12 @@ async def read_body(
         end, window, held = now + timeout, now + _WINDOW_SECONDS, len(body)
         while True:
             if reading.ended:
-                raise _too_slow("The body came more slowly than those of others, which need its place.")
+                raise _too_slow("The body arrived more slowly than others, and the server is full.")
             if now >= end:
                 raise _too_slow(f"The body did not arrive within {timeout:g} seconds.")
             if now >= window:
                 if len(body) - held < _LEAST_RATE * _WINDOW_SECONDS:
-                    raise _too_slow(f"The body came more slowly than {_LEAST_RATE} bytes a second.")
+                    raise _too_slow(f"The body arrived more slowly than {_LEAST_RATE} bytes per second.")
                 window, held = now + _WINDOW_SECONDS, len(body)
             before = len(body)
             with contextlib.suppress(TimeoutError):
@@ -274,13 +274,13 @@ def _too_slow(message: str) -> ApiError:
 
 
 async def until_gone(receive: Receive) -> None:
-    """Return when the client leaves; what it sends meanwhile is dropped."""
+    """Return when the client leaves; drop what it sends before that."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def unless_gone(leaving: asyncio.Future[None], work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, which is cancelled where the client leaves before.
+    """Return the result of `work`, or cancel it if the client leaves first.
 
     Args:
         leaving: a task of `until_gone`.
@@ -303,7 +303,7 @@ async def unless_gone(leaving: asyncio.Future[None], work: Coroutine[Any, Any, T
 def sender(send: Send, timeout: float, give_up: Callable[[], None]) -> Send:
     """Return a `send` for a client that may stop reading.
 
-    Where it takes nothing for `timeout` seconds, `give_up` is called and Gone raised.
+    If it reads nothing for `timeout` seconds, `give_up` is called and Gone is raised.
     """
 
     async def within(message: Message) -> None:
@@ -318,9 +318,9 @@ def sender(send: Send, timeout: float, give_up: Callable[[], None]) -> Send:
 
 
 async def send_error(scope: Message, headers: Any, receive: Receive, send: Send, error: ApiError) -> None:
-    """Answer with an error; where the body was not read, take a little of it, or the client may not see the answer.
+    """Answer with an error. Read a little of an unread body first, or the client may not see the answer.
 
-    A connection that is closed on a client that still writes is reset, and what it was sent may be lost.
+    Closing a connection while the client still writes resets it, and the response may be lost.
     """
     content = json.dumps(error.body).encode()
     has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
@@ -333,7 +333,7 @@ async def send_error(scope: Message, headers: Any, receive: Receive, send: Send,
     await send({"type": "http.response.start", "status": error.status, "headers": fields})
     await send({"type": "http.response.body", "body": content, "more_body": unread})
     if unread:
-        # Who waits to be asked for the body (Expect: 100-continue) is not asked.
+        # No 100-continue is sent: a client that waits for it sends no body.
         if "expect" not in headers:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LINGER_SECONDS):

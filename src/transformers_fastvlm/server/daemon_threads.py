@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads for work that cannot be interrupted, such as decoding an image, and that nothing has to wait for."""
+"""Threads for work that cannot be interrupted, such as decoding an image; the end of the process does not wait."""
 
 import queue
 import threading
@@ -12,14 +12,13 @@ __all__ = ["DaemonThreads"]
 
 
 class DaemonThreads(Executor):
-    """A few threads that work off a queue.
+    """A few threads with a queue of work.
 
-    Python waits for those of ThreadPoolExecutor at the end of the process, however long that takes; for these it does
-    not.
+    At the end of the process, Python waits for the threads of ThreadPoolExecutor, but not for these.
 
     Args:
-        count: threads; they begin with the first piece of work.
-        name: of each, with a number after it.
+        count: number of threads; they start with the first piece of work.
+        name: name of the threads; a number is appended.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -30,7 +29,7 @@ class DaemonThreads(Executor):
         self._starting = threading.Lock()
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Have a function called by the next thread that is free."""
+        """Queue a function call for the next free thread."""
         with self._starting:
             for thread in self._threads:
                 if thread.ident is None:
@@ -40,7 +39,7 @@ class DaemonThreads(Executor):
         return future
 
     def close(self, seconds: float | None) -> None:
-        """Leave what waits undone, end the threads, and wait for those at work: so long, or to their end."""
+        """Drop waiting work, end the threads, and wait for running ones: for some seconds, or until they end."""
         while not self._queue.empty():
             if (task := self._queue.get()) is not None:
                 task[0].cancel()
@@ -59,4 +58,4 @@ class DaemonThreads(Executor):
                     future.set_result(call())
                 except BaseException as error:
                     future.set_exception(error)
-            del task, future, call  # nothing of it is kept while this thread waits
+            del task, future, call  # do not keep them alive while this thread waits

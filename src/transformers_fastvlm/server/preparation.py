@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a request to the model's inputs, on threads beside the model's."""
+"""Prepare the model's inputs from a request, in threads other than the model's."""
 
 import asyncio
 import math
@@ -30,10 +30,10 @@ _MAX_TEXT_BYTES = 2**20  # of a request's texts together, where the model has no
 
 
 class _Work:
-    """What a thread prepares: until when, and whether anyone still waits for it.
+    """Work of a preparation thread, with its deadline and whether it was cancelled.
 
     Args:
-        begun: called on the thread that takes it.
+        begun: called on the thread that starts the work.
     """
 
     def __init__(self, begun: Callable[[], object]) -> None:
@@ -45,7 +45,7 @@ class _Work:
         self._begun()
 
     def check(self) -> None:
-        """Raise Gone or ApiError where the work is to end; called between two steps of it."""
+        """Raise Gone or ApiError if the work should end; called between its steps."""
         if self.cancelled:
             raise Gone
         if time.monotonic() > self._end:
@@ -54,7 +54,7 @@ class _Work:
     def too_slow(self) -> ApiError:
         """Return the error for a request that was not prepared in time."""
         if self._end == math.inf:
-            message = "The server is reading the images of others, which take long. Try again in 30 seconds."
+            message = "The server is busy with the images of other requests. Try again in 30 seconds."
             return ApiError(503, message, code="images_busy", headers={"retry-after": "30"})
         message = f"Preparing the request took more than {_SECONDS:g} seconds. Send fewer or smaller images."
         return ApiError(400, message, param="messages", code="image_too_slow")
@@ -64,12 +64,12 @@ class Preparation:
     """Makes the model's inputs.
 
     Args:
-        engine: whose prompts they are.
+        engine: the engine that prepares prompts.
         settings: limits.
-        fetcher: where pictures with an address come from.
+        fetcher: downloads images.
 
     Attributes:
-        context: most tokens of a prompt and its answer together; None where the model has no limit.
+        context: maximum tokens of a prompt and its answer together; None for no limit.
     """
 
     def __init__(self, engine: Engine, settings: Settings, fetcher: Fetcher) -> None:
@@ -82,23 +82,23 @@ class Preparation:
         self._fetching = DaemonThreads(_FETCHING, "fetch")
 
     def close(self) -> None:
-        """End the threads; what nobody waits for any more is left undone."""
+        """End the threads; cancelled work is dropped."""
         self._texts.close(None)  # the size of texts is bounded, and so is their time
         for threads in (self._images, self._fetching):
             threads.close(_END_SECONDS)
 
     async def parse(self, function: Any, *arguments: Any) -> Any:
-        """Run something that takes a little time on a thread for it."""
+        """Run a short function on a thread for texts."""
         return await asyncio.get_running_loop().run_in_executor(self._texts, function, *arguments)
 
     async def prompt(self, request: ChatRequest) -> tuple[Prompt, int]:
-        """Return a prompt with the model's inputs, and the most tokens that its answer may have.
+        """Return a prompt with the model's inputs, and the maximum tokens of its answer.
 
-        Cancelling it ends the work before the next image. A decoder cannot be interrupted, but nobody waits for it.
+        Cancellation ends the work before the next image. A decoder cannot be interrupted, but nothing waits for it.
 
         Raises:
-            ApiError: 400 for a picture that cannot be used or takes too long, or a prompt that is too long; 503 where
-                others keep all threads at work.
+            ApiError: 400 for an image that cannot be used or takes too long, or a prompt that is too long; 503 if
+                other requests occupy all threads.
         """
         contents = await self._contents(request)
         threads = self._images if request.pictures else self._texts
@@ -127,10 +127,14 @@ class Preparation:
         # Two rounds: there may be as many others before it in the executor.
         patience = 2 * self.settings.fetch_timeout + 1
         try:
-            # Looking up a name has no time-out of its own; waiting for it has.
+            # DNS lookups have no timeout, so the wait for them has one.
             fetched = dict(zip(remote, await asyncio.wait_for(asyncio.gather(*tasks), patience), strict=True))
         except TimeoutError as error:
-            raise ApiError(400, "The pictures could not be fetched in time.", code="invalid_image_url") from error
+            raise ApiError(
+                400,
+                "The images could not be downloaded in time.",
+                code="invalid_image_url",
+            ) from error
         return [fetched.get(index, b"") for index in range(len(request.pictures))]
 
     def _prepare(self, work: _Work, request: ChatRequest, contents: list[bytes]) -> tuple[Prompt, int]:
@@ -162,14 +166,14 @@ class Preparation:
         return prompt, self._room(request, prompt.tokens)
 
     def _check_texts(self, texts: list[str]) -> None:
-        """Refuse what is certainly too long before it is tokenized, and control tokens where they cannot be text."""
+        """Refuse texts that are certainly too long before tokenization, and control tokens in texts."""
         size = sum(len(text.encode("utf-8")) for text in texts)
         if self.max_prompt is not None and size > self.max_prompt * _BYTES_OF_A_TOKEN:
             raise self._too_long(f"The messages have {size} bytes of text")
         if size > _MAX_TEXT_BYTES:
             raise ApiError(
                 400,
-                f"The messages have {size} bytes of text; this server takes {_MAX_TEXT_BYTES}. Shorten them.",
+                f"The messages have {size} bytes of text; this server accepts {_MAX_TEXT_BYTES}. Shorten them.",
                 param="messages",
                 code="context_length_exceeded",
             )
@@ -178,17 +182,17 @@ class Preparation:
         tokenizer = self.engine.processor.tokenizer
         for token in tokenizer.added_tokens_encoder:
             if token.strip() and any(token in text for text in texts):
-                message = f"A text has {token!r}, which is a control token of the model; write it otherwise."
+                message = f"A text has {token!r}, which is a control token of the model; write it differently."
                 raise ApiError(400, message, param="messages", code="control_token")
 
     def _too_long(self, what: str) -> ApiError:
-        message = f"{what}; this server takes prompts of up to {self.max_prompt} tokens. Shorten the conversation."
+        message = f"{what}; this server accepts prompts of up to {self.max_prompt} tokens. Shorten the conversation."
         return ApiError(400, message, param="messages", code="context_length_exceeded")
 
     def _room(self, request: ChatRequest, tokens: int) -> int:
-        """Return the most tokens of the answer to a prompt of this many."""
+        """Return the maximum tokens of the answer to a prompt with this many tokens."""
         if self.max_prompt is not None and tokens > self.max_prompt:
-            raise self._too_long(f"The prompt has {tokens} tokens, those of images included")
+            raise self._too_long(f"The prompt has {tokens} tokens, images included")
         wanted = request.max_tokens or self.settings.max_answer_tokens
         if self.context is None:
             return wanted
@@ -197,8 +201,8 @@ class Preparation:
             asked = f" and {request.max_tokens} for the answer" if request.max_tokens is not None else ""
             raise ApiError(
                 400,
-                f"The prompt has {tokens} tokens, those of images included,{asked} but the model's context holds "
-                f"{self.context} for both. Shorten the conversation, or ask for a shorter answer.",
+                f"The prompt has {tokens} tokens, images included,{asked} but the model's context is {self.context} "
+                "for both. Shorten the conversation, or request a shorter answer.",
                 param="messages",
                 code="context_length_exceeded",
             )

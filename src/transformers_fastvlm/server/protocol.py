@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat completions of OpenAI's API: what a request may say, and the form of the answers.
+"""OpenAI's chat completions: the validation of requests and the format of answers.
 
-A field that would change the answer and is not supported is refused; null, and values that change nothing, count as
-not given.
+An unsupported field that would change the answer is refused. Null, and values without effect, count as not given.
 """
 
 import json
@@ -20,17 +19,17 @@ from .settings import Settings
 __all__ = ["ChatRequest", "Picture", "chunk", "completion", "parse_chat", "parse_json", "usage"]
 
 MAX_MARKS = 20_000
-"""Most of the characters `[`, `{`, `,` and `:` in a body. Each value of JSON costs one; base64 has none of them."""
+"""Maximum number of the characters `[`, `{`, `,` and `:` in a body: one per JSON value; base64 has none of them."""
 
 MAX_DEPTH = 32
-"""Deepest nesting of lists and objects in a body; a request needs six."""
+"""Maximum nesting of lists and objects in a body; a request needs six levels."""
 
 MAX_DIGITS = 100
-"""Longest number in a body, in characters."""
+"""Maximum characters of a number in a body."""
 
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
-"""Most parts of all messages of a request together."""
+"""Maximum number of parts in all messages of a request together."""
 
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256
@@ -66,7 +65,7 @@ _KINDS = {str: "a text", list: "a list", dict: "an object", bool: "true or false
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that a request names: its address, and the field that it stands in."""
+    """An image of a request: its URL, and the field that has it."""
 
     url: str
     param: str
@@ -74,13 +73,13 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """A request that has the right form.
+    """A valid request.
 
     Attributes:
         messages: each a role ("system", "user" or "assistant") and a list of parts: {"type": "text", "text": …}, or
             {"type": "image"} for the next of `pictures`.
-        max_tokens: None where the request names no limit.
-        temperature: 0 is greedy.
+        max_tokens: None if the request has no limit.
+        temperature: 0 means greedy decoding.
     """
 
     messages: list[dict[str, Any]]
@@ -96,23 +95,23 @@ class ChatRequest:
 
 
 def parse_json(body: bytes) -> Any:
-    """Return what a body says.
+    """Return the JSON value of a body.
 
-    Python's parser holds the interpreter for all of a body, so what would take it long is refused before.
+    Python's parser holds the interpreter lock for the whole body, so slow input is refused first.
 
     Raises:
-        ApiError: 413, more values than a request needs; 400, it is not JSON, or not a form of it that is taken here.
+        ApiError: 413, more values than a request needs; 400, invalid or unaccepted JSON.
     """
     marks = sum(body.count(mark) for mark in (b"[", b"{", b",", b":"))
     if marks > MAX_MARKS:
         raise ApiError(
             413,
-            f"The body has {marks} of the characters [ {{ , and : together; this server takes {MAX_MARKS}. "
+            f"The body has {marks} of the characters [ {{ , and : together; this server accepts {MAX_MARKS}. "
             "Send fewer messages, parts and fields.",
             code="request_too_large",
         )
     try:
-        # A mark of the byte order, which some editors write, is no part of the text.
+        # Some editors write a byte order mark, which is not part of the text.
         found = json.loads(
             body.decode("utf-8-sig"),
             object_pairs_hook=_object,
@@ -137,16 +136,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {_shown(twice)} is there twice in one object; give it once.")
+        raise ValueError(f"an object has the key {_shown(twice)} twice; give it once.")
     return found
 
 
 def _number_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return what reads a number of a kind."""
+    """Return a parser for numbers of a kind."""
 
     def read(text: str) -> Any:
         if len(text) > MAX_DIGITS:
-            message = f"it has a number of {len(text)} characters; this server takes numbers of up to {MAX_DIGITS}."
+            message = f"it has a number of {len(text)} characters; this server accepts up to {MAX_DIGITS}."
             raise ValueError(message)
         number = kind(text)
         if not math.isfinite(number):
@@ -161,7 +160,7 @@ def _no_number(name: str) -> None:
 
 
 def _depth(value: Any) -> int:
-    """Return how deep lists and objects are nested in a value; 0 for one that is neither."""
+    """Return the nesting depth of a value: 0 for one that is neither a list nor an object."""
     depth, level = 0, [value]
     while level := [one for one in level if isinstance(one, dict | list)]:
         depth += 1
@@ -170,7 +169,7 @@ def _depth(value: Any) -> int:
 
 
 def _too_deep() -> ApiError:
-    message = f"The body's JSON is nested too deeply; this server takes {MAX_DEPTH} levels of lists and objects."
+    message = f"The body's JSON is nested too deeply; this server accepts {MAX_DEPTH} levels of lists and objects."
     return ApiError(400, message, code="invalid_json")
 
 
@@ -192,7 +191,7 @@ def parse_chat(body: Any, settings: Settings) -> ChatRequest:
     stream = bool(_take(body, "stream", bool))
     options = _take(body, "stream_options", dict)
     if options is not None and not stream:
-        raise ApiError(400, "stream_options goes with stream: true only; leave it out.", param="stream_options")
+        raise ApiError(400, "stream_options needs stream: true; leave it out.", param="stream_options")
     for key, value in (options or {}).items():
         if key not in ("include_usage", "include_obfuscation") and value is not None:
             raise _unsupported(f"stream_options.{key}")
@@ -213,7 +212,7 @@ def parse_chat(body: Any, settings: Settings) -> ChatRequest:
 
 
 def unknown_model(name: str, settings: Settings) -> ApiError:
-    """Return the error for a model that is not served here."""
+    """Return the error for an unknown model."""
     return ApiError(
         404,
         f"The model {_shown(name)} is not served here; expected {settings.name!r}.",
@@ -246,7 +245,7 @@ def _wrong(param: str, value: Any, expected: str) -> ApiError:
 
 
 def _take(body: Mapping[str, Any], key: str, kind: type, prefix: str = "") -> Any:
-    """Return a field, or None where it is null or not there."""
+    """Return a field, or None if it is null or missing."""
     value = body.get(key)
     # bool is a kind of int in Python.
     if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
@@ -278,7 +277,7 @@ def _temperature(body: Mapping[str, Any]) -> float:
 def _top_p(body: Mapping[str, Any]) -> float:
     value = _number(body, "top_p", 1.0, 0.0, 1.0)
     if value == 0:
-        raise _wrong("top_p", 0, "a number above 0, up to 1. For the likeliest answer set temperature to 0")
+        raise _wrong("top_p", 0, "a number above 0, up to 1. For greedy decoding set temperature to 0")
     return value
 
 
@@ -288,7 +287,7 @@ def _max_tokens(body: Mapping[str, Any], settings: Settings) -> int | None:
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them.", param="max_tokens")
     for key, value in given.items():
         if not 1 <= value <= settings.max_answer_tokens:
-            raise _wrong(key, value, f"1 to {settings.max_answer_tokens}, this server's limit of an answer")
+            raise _wrong(key, value, f"1 to {settings.max_answer_tokens}, this server's limit for an answer")
         return int(value)
     return None
 
@@ -319,7 +318,7 @@ def _messages(messages: list[Any] | None, settings: Settings) -> tuple[list[dict
     if len(pictures) > settings.max_images:
         raise ApiError(
             400,
-            f"The messages have {len(pictures)} images; this server takes {settings.max_images} in a request.",
+            f"The messages have {len(pictures)} images; this server accepts {settings.max_images} per request.",
             param="messages",
             code="too_many_images",
         )
@@ -327,7 +326,7 @@ def _messages(messages: list[Any] | None, settings: Settings) -> tuple[list[dict
 
 
 def _too_many(number: int, what: str, limit: int) -> ApiError:
-    message = f"The request has {number} {what}; this server takes {limit}. Join or leave out some of them."
+    message = f"The request has {number} {what}; this server accepts {limit}. Join or leave out some of them."
     return ApiError(400, message, param="messages", code=f"too_many_{what}")
 
 
@@ -338,7 +337,7 @@ def _message(message: Any, where: str, pictures: list[Picture]) -> dict[str, Any
     if not isinstance(role, str) or role not in _ROLES:
         raise _wrong(f"{where}.role", role, "system, developer, user or assistant")
     for key, value in message.items():
-        # An answer that comes back as a message has fields that say nothing.
+        # An answer that is sent back as a message has fields without effect.
         if key not in {"role", "content"} | _WITHOUT_EFFECT_IN_MESSAGES and value is not None and value != []:
             raise _unsupported(f"{where}.{key}")
     content = message.get("content")
@@ -350,9 +349,7 @@ def _message(message: Any, where: str, pictures: list[Picture]) -> dict[str, Any
     before = len(pictures)
     checked = [_part(part, f"{where}.content[{index}]", pictures) for index, part in enumerate(parts)]
     if len(pictures) > before and role != "user":
-        raise ApiError(
-            400, f"{where} is of role {role} and has an image; images go into the user's messages.", param=where
-        )
+        raise ApiError(400, f"{where} has role {role} and an image; put images into user messages.", param=where)
     return {"role": _ROLES[role], "content": checked}
 
 
@@ -376,7 +373,7 @@ def _part(part: Any, where: str, pictures: list[Picture]) -> dict[str, Any]:
     for key, value in image.items():
         if key not in ("url", "detail") and value is not None:
             raise _unsupported(f"{where}.image_url.{key}")
-    # The size of what the encoder sees is the model's, so the hint has no effect.
+    # The model determines the image size of the encoder, so the hint has no effect.
     if image.get("detail") not in (None, "auto", "low", "high", "original"):
         raise _wrong(f"{where}.image_url.detail", image["detail"], "auto, low or high")
     url = _take(image, "url", str, f"{where}.image_url.")
@@ -387,7 +384,7 @@ def _part(part: Any, where: str, pictures: list[Picture]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """Return the beginning of a value as it may stand in a message, whatever its size."""
+    """Return the beginning of a value, short enough for a message."""
     if isinstance(value, str):
         text = repr(value[:80])
     else:
@@ -400,7 +397,7 @@ def _shown(value: Any) -> str:
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Return the numbers of tokens; those of images are part of the prompt's."""
+    """Return the token counts; the prompt's count includes images."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -409,7 +406,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 def completion(head: Mapping[str, Any], answers: Sequence[tuple[str, str]], tokens: dict[str, int]) -> dict[str, Any]:
-    """Return a whole answer.
+    """Return a complete answer.
 
     Args:
         head: `id`, `created` and `model`.

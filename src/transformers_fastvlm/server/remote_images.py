@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures by http(s) from hosts that were allowed, and from nowhere inside. Redirects are not followed."""
+"""Download images by http(s) from allowed, public hosts only. Redirects are not followed."""
 
 import ipaddress
 from collections.abc import Callable
@@ -38,12 +38,12 @@ def is_public(address: str) -> bool:
 
 
 class Fetcher:
-    """Fetches pictures.
+    """Downloads images.
 
     Args:
-        hosts: allowed ones, as "name" (ports 80 and 443) or "name:port"; see `image_host`.
-        timeout: seconds for all of it.
-        is_allowed: says of the IP address of a host whether it may be connected to.
+        hosts: allowed hosts, as "name" (ports 80 and 443) or "name:port"; see `image_host`.
+        timeout: seconds for the whole download.
+        is_allowed: whether connections to an IP address are allowed.
     """
 
     def __init__(self, hosts: tuple[str, ...], timeout: float, is_allowed: Callable[[str], bool] = is_public) -> None:
@@ -51,33 +51,33 @@ class Fetcher:
         self.timeout, self.is_allowed = timeout, is_allowed
 
     def check(self, picture: Picture) -> None:
-        """Raise ApiError unless the address is well formed and of an allowed host; nothing is looked up."""
+        """Raise ApiError unless the address is well formed and its host is allowed; without a DNS lookup."""
         self._address(picture)
 
     def fetch(self, picture: Picture, budget: Budget) -> bytes:
-        """Return the bytes at a picture's address; blocks.
+        """Return the bytes at an image's address; blocks.
 
         Raises:
-            ApiError: 400, the host is not allowed or not public, does not answer in time, answers something other
-                than 200, or more bytes than are left of `budget`.
+            ApiError: 400, the host is not allowed, is not public, does not answer in time, answers with a status other
+                than 200, or sends more bytes than are left of `budget`.
         """
         host = self._address(picture).host
         try:
             content = fetch(picture.url, self.timeout, budget, self.is_allowed)
         except TooManyBytesError as error:
-            message = f"the fetched pictures have more than {budget.size} bytes together."
+            message = f"the downloaded images have more than {budget.size} bytes together."
             raise refused(picture, message, "image_too_large") from error
         except FetchError as error:
-            message = f"the picture could not be fetched from {host}: {error}."
+            message = f"the image could not be downloaded from {host}: {error}."
             raise refused(picture, message, "invalid_image_url") from error
         if not content:
-            raise refused(picture, "the picture is empty (0 bytes).")
+            raise refused(picture, "the image is empty (0 bytes).")
         return content
 
     def _address(self, picture: Picture) -> Address:
         url = picture.url
         if len(url) > _MAX_ADDRESS or not url.isascii() or any(character <= " " for character in url):
-            message = f"the address is longer than {_MAX_ADDRESS} characters or has others than printable ASCII."
+            message = f"the address is longer than {_MAX_ADDRESS} characters or is not printable ASCII."
             raise refused(picture, message, "invalid_image_url")
         try:
             address = parse_address(url)
@@ -87,8 +87,8 @@ class Fetcher:
         if not ((host, port) in self.hosts or ((host, None) in self.hosts and port in (80, 443))):
             raise refused(
                 picture,
-                f"pictures are not fetched from {host!r}, port {port}; send the picture as data:image/...;base64,... "
-                "(who runs this server may allow hosts with --allow-image-host).",
+                f"images are not downloaded from {host!r}, port {port}; send the image as data:image/...;base64,... "
+                "(the server's operator can allow hosts with --allow-image-host).",
                 "image_host_not_allowed",
             )
         return address

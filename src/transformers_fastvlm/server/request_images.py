@@ -22,17 +22,17 @@ __all__ = ["data_of", "decode", "is_remote"]
 
 
 def refused(picture: Picture, message: str, code: str = "invalid_image") -> ApiError:
-    """Return the error for a picture that cannot be used."""
+    """Return the error for an image that cannot be used."""
     return ApiError(400, f"{picture.param}: {message}", param=picture.param, code=code)
 
 
 def is_remote(picture: Picture) -> bool:
-    """Return whether a picture has an http(s) address."""
+    """Return whether an image has an http(s) address."""
     return picture.url[:8].lower().startswith(("http://", "https://"))
 
 
 def data_of(picture: Picture) -> bytes:
-    """Return the bytes of a picture in a data: URL.
+    """Return the bytes of an image in a data: URL.
 
     Raises:
         ApiError: another kind of URL, or not base64.
@@ -40,14 +40,14 @@ def data_of(picture: Picture) -> bytes:
     if not is_data_url(picture.url):
         shown = picture.url[:40] + "..." * (len(picture.url) > 40)
         raise refused(
-            picture, f"{shown!r} is not a URL of a picture; expected data:image/...;base64,... Files are never read."
+            picture, f"{shown!r} is not a URL of an image; expected data:image/...;base64,... Files are never read."
         )
     try:
         data = from_base64(picture.url)
     except ValueError as error:
-        raise refused(picture, f"the base64 of the picture is broken: {error}.") from error
+        raise refused(picture, f"the base64 of the image is broken: {error}.") from error
     if not data:
-        raise refused(picture, "the picture is empty (0 bytes).")
+        raise refused(picture, "the image is empty (0 bytes).")
     return data
 
 
@@ -57,15 +57,15 @@ def decode(
     options: ReadOptions,
     check: Callable[[], None],
 ) -> list[Any]:
-    """Return the decoded pictures of a request.
+    """Return the decoded images of a request.
 
     Args:
-        pictures, contents: where each comes from, and its bytes.
-        options: how they are read. `max_pixels` is of all together; it is checked before the first is decoded.
-        check: called before each is decoded; raises where the work is to end.
+        pictures, contents: the origin and the bytes of each image.
+        options: options for reading. `max_pixels` limits all images together, and is checked before any is decoded.
+        check: called before each image is decoded; raises if the work should end.
 
     Raises:
-        ApiError: not a picture, damaged, moving, or too many pixels.
+        ApiError: not an image, damaged, animated, or too many pixels.
     """
     opened = [_open(picture, content, options.max_pixels) for picture, content in zip(pictures, contents, strict=True)]
     pixels = sum(image.width * image.height for image in opened)
@@ -73,7 +73,7 @@ def decode(
         sizes = ", ".join(f"{image.width}x{image.height}" for image in opened)
         raise ApiError(
             400,
-            f"The pictures ({sizes}) have {pixels} pixels; this server takes {options.max_pixels} in a request. "
+            f"The images ({sizes}) have {pixels} pixels; this server accepts {options.max_pixels} per request. "
             "Shrink them.",
             param="messages",
             code="image_too_large",
@@ -87,9 +87,9 @@ def decode(
 
 def _open(picture: Picture, content: bytes, max_pixels: int | None) -> Image.Image:
     try:
-        return open_image(io.BytesIO(content), "the picture", max_pixels)
+        return open_image(io.BytesIO(content), "the image", max_pixels)
     except TooManyPixels as error:
-        message = f"the picture has too many pixels; this server takes {max_pixels} in a request. Shrink it."
+        message = f"the image has too many pixels; this server accepts {max_pixels} per request. Shrink it."
         raise refused(picture, message, "image_too_large") from error
     except ValueError as error:
         raise refused(picture, str(error)) from error
@@ -98,7 +98,7 @@ def _open(picture: Picture, content: bytes, max_pixels: int | None) -> Image.Ima
 def _load(picture: Picture, image: Image.Image, options: ReadOptions) -> Image.Image:
     try:
         with image:
-            # A copy of the pixels alone: an opened picture would keep its file in memory beside them.
-            return pil_to_rgb(as_shown(load_stored(image, "the picture", options.max_pixels), options))
+            # Copy only the pixels: an opened image would also keep its file in memory.
+            return pil_to_rgb(as_shown(load_stored(image, "the image", options.max_pixels), options))
     except ValueError as error:
         raise refused(picture, str(error)) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An answer on its way to the client: whole, or as a stream of server-sent events."""
+"""Send an answer to the client: complete, or as a stream of server-sent events."""
 
 import asyncio
 import json
@@ -25,18 +25,18 @@ async def answer(
     leaving: asyncio.Future[None],
     send: Send,
 ) -> None:
-    """Send what the engine answers.
+    """Send the engine's answer.
 
     Args:
-        chat, requests: what was asked, and what was submitted for it: one for each choice, or one for all.
-        model: its name.
-        news: set on each change of a request.
+        chat, requests: the chat request, and its engine requests: one for each choice, or one for all.
+        model: name of the model.
+        news: set at each change of a request.
         leaving: done when the client has left.
-        send: of ASGI.
+        send: ASGI's `send`.
 
     Raises:
         Gone: the client left.
-        ApiError: the answer failed, and nothing of it was sent.
+        ApiError: the answer failed before any of it was sent.
     """
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
     leaving.add_done_callback(lambda _: news.set())
@@ -65,12 +65,12 @@ async def _stream(
     leaving: asyncio.Future[None],
     send: Send,
 ) -> None:
-    """Send pieces as they come. What a slow client has not taken yet is joined, so it is never more than the answer."""
+    """Send pieces as they are generated; for slow clients they are joined, so memory never exceeds the answer."""
     choices = _choices(chat, requests)
     empty = {"usage": None} if chat.include_usage else {}
 
     async def say(*events: dict[str, Any] | str, last: bool = False) -> None:
-        # In ASCII, as json.dumps writes it: some clients end a line at more characters than the format does.
+        # json.dumps writes ASCII: some clients split lines at more characters than the format allows.
         texts = [event if isinstance(event, str) else json.dumps(event) for event in events]
         body = "".join(f"data: {text}\n\n" for text in texts).encode()
         await send({"type": "http.response.body", "body": body, "more_body": not last})
@@ -99,7 +99,7 @@ async def _stream(
         if events:
             await say(*events)
     if (error := _error(requests)) is not None:
-        await say(_failure(error).body, last=True)  # without [DONE]: this is no end of an answer
+        await say(_failure(error).body, last=True)  # without [DONE]: the answer is not complete
         return
     ends = [chunk(head, index, {}, _answer(request)[1]) | empty for index, request in enumerate(choices)]
     tokens = {**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(chat, requests)}
@@ -107,7 +107,7 @@ async def _stream(
 
 
 def _choices(chat: ChatRequest, requests: list[Request]) -> list[Request]:
-    """Return what answers each choice; greedy choices share one."""
+    """Return the request of each choice; greedy choices share one."""
     return requests * chat.n if len(requests) == 1 else requests
 
 
@@ -135,8 +135,7 @@ def _failure(error: BaseException) -> ApiError:
     if type(error).__name__ == "OutOfMemoryError":
         return ApiError(
             503,
-            "The server ran out of memory for this request, or for those answered together with it. Try again, or send "
-            "less.",
+            "The server ran out of memory for this request or others in its batch. Try again, or send less.",
             code="out_of_memory",
         )
-    return ApiError(500, "The answer failed; the server's log says why.", code="internal_error")
+    return ApiError(500, "The answer failed; see the server's log.", code="internal_error")

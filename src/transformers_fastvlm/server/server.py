@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listening, and ending: on the first signal everything that was taken on is answered, on the second nothing is."""
+"""Listen, and shut down: the first signal finishes all accepted requests, the second stops at once."""
 
 import asyncio
 import contextlib
@@ -28,21 +28,21 @@ _LOGGERS = ("transformers_fastvlm.server", "uvicorn.error")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound, so that a port in use shows before a model is loaded.
+    """Return a bound socket, so that a port in use is reported before a model is loaded.
 
     Args:
         host: name or address of this machine.
-        port: 0 for any that is free.
+        port: port; 0 for any free port.
 
     Raises:
-        ImportError: what serving needs is not installed.
-        OSError: there is no such address here, or the port is in use.
+        ImportError: FastAPI or uvicorn is not installed.
+        OSError: this machine does not have the address, or the port is in use.
     """
     _check_installed()
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise OSError(f"--host is {host!r}, which is no name or address of this machine: {error.strerror}.") from error
+        raise OSError(f"--host is {host!r}, not a name or address of this machine: {error.strerror}.") from error
     family, kind, _, _, address = found[0]
     bound = socket.socket(family, kind)
     try:
@@ -60,13 +60,13 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(engine: Engine, settings: Settings, bound: socket.socket, ready: Callable[[str], None]) -> None:
     """Answer requests until a signal (SIGTERM, or Ctrl-C) ends it; a second one ends the process at once.
 
-    While it answers, the process has its log of requests and, since pictures come from strangers, its limit of pixels.
+    While it answers, the process has its log of requests and, since images come from strangers, its limit of pixels.
 
     Args:
-        engine: the model, of which whoever made it closes it.
+        engine: the model; the caller closes it.
         settings: limits and names.
         bound: see `listen`.
-        ready: called with the address when requests are taken.
+        ready: called with the address when the server accepts requests.
 
     Raises:
         ImportError: FastAPI or uvicorn is not installed.
@@ -89,7 +89,7 @@ def server_of(service: Service, bound: socket.socket, ready: Callable[[str], Non
     from .transport import Connection, close_overdue, on_loop_error
 
     class Server(uvicorn.Server):
-        """Goes on listening while it finishes what it has, to tell others so."""
+        """Keeps listening while it finishes its requests, so that new clients get an error."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             asyncio.get_running_loop().set_exception_handler(on_loop_error(self.server_state.connections))
@@ -116,7 +116,7 @@ def server_of(service: Service, bound: socket.socket, ready: Callable[[str], Non
             leftovers.cancel()
 
         async def close_leftovers(self) -> None:
-            # Answers are in buffers by now; who does not take them is not waited for any longer.
+            # All answers are in buffers. Do not wait for clients that have stopped reading.
             await asyncio.sleep(_LAST_BYTES_SECONDS)
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
@@ -155,7 +155,7 @@ def _check_installed() -> None:
 
 @contextlib.contextmanager
 def _logging() -> Any:
-    """Write the log of requests, and what uvicorn warns of, on standard error."""
+    """Write the request log and uvicorn's warnings to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
     loggers = [logging.getLogger(name) for name in _LOGGERS]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the person who runs the server decides; clients can change none of it."""
+"""Settings of the server's operator; clients cannot change them."""
 
 import ipaddress
 import re
@@ -16,7 +16,7 @@ def image_host(text: str) -> tuple[str, int | None]:
     """Return the name, and the port or None, of a host such as "name", "name:port", "::1" or "[::1]:port".
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a host.
     """
     name, port = text.strip().lower(), ""
     if name.startswith("["):
@@ -51,22 +51,22 @@ class Settings(ReadOptions):
     """Limits and names of a server, and how images are read; see `ReadOptions`.
 
     Args:
-        name: what clients call the model.
+        name: name of the model for clients.
         api_key: what clients must send as `Authorization: Bearer KEY`, white space around it left out; None to ask for
             nothing.
-        image_hosts: hosts, as "name" or "name:port", from which pictures may be fetched.
-        max_body_bytes: of a request's body, and of all the pictures together that a request has fetched.
-        max_images: pictures in a request.
-        max_pixels: of all pictures of a request together.
-        max_prompt_tokens: tokens of a prompt, those of pictures included; None for the model's context.
-        max_answer_tokens: of one answer; also where a request names no limit.
-        batch_size: requests that are answered together at most, and answers to one request.
-        queue: requests that may be in the server beside those; more are answered 429.
-        client_timeout: seconds that a client has for sending its request, and for taking each piece of the answer.
-        fetch_timeout: seconds for fetching one picture.
+        image_hosts: hosts, as "name" or "name:port", from which images may be fetched.
+        max_body_bytes: maximum bytes of a request's body, and of all images downloaded for a request.
+        max_images: maximum number of images in a request.
+        max_pixels: maximum total pixels of a request's images.
+        max_prompt_tokens: maximum tokens of a prompt, images included; None for the model's context.
+        max_answer_tokens: maximum tokens of an answer; also the default for requests without a limit.
+        batch_size: maximum number of requests in a batch, and of answers to one request.
+        queue: maximum number of other requests in the server; further ones get status 429.
+        client_timeout: seconds for a client to send its request, and to read each piece of the answer.
+        fetch_timeout: seconds to download one image.
 
     Raises:
-        ValueError: a number below 1 (`queue`: below 0), an empty name or key, an address in place of a host.
+        ValueError: a number below 1 (`queue`: below 0), an empty name or key, or an address instead of a host.
     """
 
     name: str
@@ -96,9 +96,9 @@ class Settings(ReadOptions):
         for host in self.image_hosts:
             image_host(host)
         if not self.name:
-            raise ValueError("name is empty; expected what clients are to call the model.")
+            raise ValueError("name is empty; expected the model's name for clients.")
         if self.api_key is not None:
-            # Files with secrets often end with a line break, and a header's value is stripped.
+            # Secret files often end with a line break, and header values are stripped.
             key = self.api_key.strip()
             if not key or not key.isascii() or not key.isprintable():
                 raise ValueError(
@@ -108,5 +108,5 @@ class Settings(ReadOptions):
 
     @property
     def max_requests(self) -> int:
-        """Requests that are in the server at once: being read, waiting and being answered."""
+        """Maximum number of requests in the server: being read, waiting and being answered."""
         return self.batch_size + self.queue

@@ -40,11 +40,11 @@ class Connection(H11Protocol):
         self._is_stalled = False
 
     def waits_since(self) -> float | None:
-        """Return when it began to wait for the head of a request; None while a request is answered."""
+        """Return the start of its wait for the head of a request; None while a request is answered."""
         return self._since if self.cycle is None or self.cycle.response_complete else None
 
     def stalled_since(self) -> float | None:
-        """Return when its client stopped to take what is sent; None while it takes it."""
+        """Return when its client stopped reading; None while it reads."""
         return self._stalled_since if self._is_stalled else None
 
     def connection_made(self, transport: Any) -> None:
@@ -128,7 +128,7 @@ def on_loop_error(connections: set[Connection]) -> Any:
 
 
 def _oldest(connections: Iterable[Connection], since: Callable[[Connection], float | None]) -> list[Connection]:
-    """Return those for which `since` tells a time, the oldest first."""
+    """Return the connections for which `since` returns a time, the oldest first."""
     return sorted((one for one in connections if since(one) is not None), key=lambda one: since(one) or 0.0)
 
 
