@@ -231,7 +231,7 @@ def test_sampling_differs_between_rows_and_comes_again_in_any_batch(run, photos,
 
 
 def test_subtitles_need_videos(run, photos) -> None:
-    with pytest.raises(ValueError, match="subtitles, which need one video and nothing else"):
+    with pytest.raises(ValueError, match="is a subtitle file, which needs one video as the only input"):
         run(output="out.srt")
     with pytest.raises(ValueError, match="the inputs have no video"):
         run(subtitles="captions")

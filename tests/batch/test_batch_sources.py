@@ -104,7 +104,7 @@ def test_unreadable_pictures_are_found_when_they_are_opened(folder: Path) -> Non
     os.symlink(folder / "gone", folder / "sub" / "deep" / "link.png")
     damaged, cut, empty, fine, link = widths(requests_of(folder))[:5]
     assert "not an image" in damaged and "truncated" in cut and "empty" in empty and fine == 14
-    assert "does not exist" in link
+    assert "no longer exists" in link
 
 
 def test_turned_only_if_asked(folder: Path) -> None:
@@ -317,7 +317,7 @@ def test_what_is_no_regular_file_is_refused(folder: Path) -> None:
 )
 def test_a_misspelt_column_stops_at_once(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
-    with pytest.raises(ValueError, match=r"has no column 'image'; it has 'img', 'q'\. Name that .* --image-column"):
+    with pytest.raises(ValueError, match=r"has no column 'image'; it has 'img', 'q'\. Set the images' column with --image-column"):
         requests_of(folder / name, prompt="{q}")
     with pytest.raises(ValueError, match=r"has no column 'question'; it has 'img', 'q'\.$"):
         requests_of(folder / name, prompt="{question}", image_column="img")

@@ -75,7 +75,7 @@ class Malicious:
 )
 def test_code_in_a_pickle_does_not_run(tmp_path: Path, save):
     save(stage_one() | {"model.mm_projector.0.bias": Malicious(tmp_path / "ran")}, tmp_path / "mm_projector.bin")
-    with pytest.raises(ValueError, match="refused"):
+    with pytest.raises(ValueError, match="could run code"):
         load_projector(tmp_path / "mm_projector.bin")
     assert not (tmp_path / "ran").exists()
 

@@ -137,7 +137,7 @@ def test_weights_that_are_not_here(checkpoint, tmp_path, run, monkeypatch: pytes
         raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", unreachable)
-    with pytest.raises(UserError, match="headers cannot be fetched"):
+    with pytest.raises(UserError, match="headers cannot be downloaded"):
         info._tensors("someone/model", tmp_path, native=False)
 
 

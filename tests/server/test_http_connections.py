@@ -167,7 +167,7 @@ def test_a_body_below_the_least_rate_is_given_up(
             assert time.monotonic() < end
             connection.sendall(b"{")
         answer = received(connection)
-        assert answer.startswith(b"HTTP/1.1 408 ") and b"more slowly than 1000 bytes a second" in answer
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"more slowly than 1000 bytes per second" in answer
 
 
 @pytest.mark.parametrize(

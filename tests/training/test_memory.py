@@ -2,6 +2,10 @@
 """The memory that is told before a run against the memory that a step takes, counted tensor by tensor."""
 
 import contextlib
+import os
+import subprocess
+import sys
+import textwrap
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +143,30 @@ def test_checkpointing_and_freezing_take_less(
     frozen = estimate_memory(model, batch)
     assert frozen.peak < 0.5 * whole.peak
     assert estimate_memory(model, batch, gradient_checkpointing=True).peak < frozen.peak
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_process_forked_after_an_estimate_can_train() -> None:
+    """As accelerate's notebook_launcher does it; in a process whose first backward pass is that of the estimate."""
+    code = """
+        import os, torch
+        from transformers import AutoModelForImageTextToText
+        from transformers_fastvlm.checkpoints import tiny_checkpoint
+        from transformers_fastvlm.training.memory import estimate_memory
+
+        model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint())
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        estimate_memory(model, {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})
+        child = os.fork()
+        if not child:
+            model(input_ids=ids, labels=ids).loss.backward()
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
+    assert done.stdout.strip() == "7", done.stderr[-2000:]
 
 
 def test_sizes_are_readable() -> None:

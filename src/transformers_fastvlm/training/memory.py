@@ -98,6 +98,9 @@ def estimate_memory(
     state = _STATE_BYTES.get(optimizer)
     states = 2 * gradients if state is None else int(state * sum(parameter.numel() for parameter in learning))
     weights = sum(tensor.nbytes for group in (model.parameters(), model.buffers()) for tensor in group)
+    # Autograd starts its threads at the first backward pass. FakeTensorMode pretends to have a CUDA device: a thread
+    # would be started for it even without a GPU, and a process forked later could not train.
+    torch.zeros((), requires_grad=True).backward()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin = _without_data(model, mode).train()
     with mode, _quiet():
