@@ -71,7 +71,7 @@ def test_rows_in_order(path: Path) -> None:
     [
         (
             {"prompt": "Who?"},
-            r"of a run with prompt 'What\?', not 'Who\?'\. Repeat the original command, or .* --restart",
+            r"belongs to a run with prompt 'What\?', not 'Who\?'\. Repeat the original command, or .* --restart",
         ),
         ({"seed": 4, "model": "b"}, "model 'a', not 'b'; seed None, not 4"),
         ({"stop": ()}, r"stop \['x'\], not \[\]"),

@@ -223,7 +223,13 @@ def test_jsonl_and_json(folder: Path) -> None:
         requests = requests_of(folder / name, prompt="{q} {n}")
         found = widths(requests)
         assert found[0] == 11 and requests[0].question == "one 3"
-        messages = ("'q' of the prompt is empty", "an image is 7", "holds a list", "'image' is empty", "surrogate")
+        messages = (
+            "'q' of the prompt is empty",
+            "an image is 7",
+            "of the prompt is a list",
+            "'image' is empty",
+            "surrogate",
+        )
         messages += ("is not valid",)
         assert all(message in error for message, error in zip(messages, found[1:], strict=False)), found
         assert "expected an object" in found[7]
@@ -317,7 +323,9 @@ def test_what_is_no_regular_file_is_refused(folder: Path) -> None:
 )
 def test_a_misspelt_column_stops_at_once(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
-    with pytest.raises(ValueError, match=r"has no column 'image'; it has 'img', 'q'\. Set the images' column with --image-column"):
+    with pytest.raises(
+        ValueError, match=r"has no column 'image'; it has 'img', 'q'\. Set the images' column with --image-column"
+    ):
         requests_of(folder / name, prompt="{q}")
     with pytest.raises(ValueError, match=r"has no column 'question'; it has 'img', 'q'\.$"):
         requests_of(folder / name, prompt="{question}", image_column="img")

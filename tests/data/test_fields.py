@@ -161,7 +161,7 @@ def test_two_columns_of_one_schema(folder: Path, row: Row, images: int) -> None:
 
 
 def test_no_answer_is_not_the_answer_nan(folder: Path) -> None:
-    with pytest.raises(SampleError, match="has no answer, but nan"):
+    with pytest.raises(SampleError, match="the answer is nan"):
         read_own_data(write(folder, {"question": "Colour?", "answer": float("nan")}), "exact")
 
 

@@ -277,7 +277,7 @@ def test_a_visitor_who_leaves_frees_everything(answerer: Answerer, picture: str)
     answerer.engine.close()  # what was asked of it before is done
     assert visitor.reply.stopped and len(tokenizer(visitor.reply.text)["input_ids"]) < 200
     assert visitor.messages == visitor.shown == [] and len(visitors) == 0
-    assert visitor.memory._cache.get_seq_length() == 0 and visitor.memory._pictures == []
+    assert visitor.memory._cache.get_seq_length() == 0 and visitor.memory._images == []
 
 
 def test_visitors(answerer: Answerer) -> None:
@@ -348,7 +348,7 @@ def test_frames_are_data_only(frame: Any) -> None:
 
 
 def test_a_damaged_frame(picture: str) -> None:
-    with pytest.raises(UnusableInput, match="A picture of the camera cannot be read"):
+    with pytest.raises(UnusableInput, match="An image of the camera cannot be read"):
         page_images.read_frame({"url": "data:image/png;base64,iVBORw0KGgo="})
 
 
