@@ -20,6 +20,10 @@ from transformers_fastvlm import FastVLMProcessor
 # Tiny models are slower on many threads than on one, above all if test processes run in parallel.
 torch.set_num_threads(1)
 
+# The first backward pass starts autograd's threads. After torch.compile, which pretends to have a CUDA device, there
+# would be one for it, and processes that tests fork could not train.
+torch.zeros((), requires_grad=True).backward()
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

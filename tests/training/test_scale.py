@@ -148,7 +148,7 @@ def test_adapters_on_two_processes(how: str, written: Callable[..., Path], tmp_p
 def test_the_configurations_say_what_they_are_for() -> None:
     assert list(list_launch_configs()) == ["ddp", "fsdp2", "zero2", "zero3"]
     assert list_launch_configs()["fsdp2"] == "FSDP2: weights, gradients and optimizer sharded over the devices"
-    with pytest.raises(FileNotFoundError, match=r"no configuration 'fsdp'; did you mean 'fsdp2'\? .* are ddp, fsdp2"):
+    with pytest.raises(FileNotFoundError, match=r"no configuration 'fsdp'; did you mean 'fsdp2'\? .* has ddp, fsdp2"):
         launch_config("fsdp")
     printed = CliRunner().invoke(app, ["train", "--launch-config", "fsdp2"])
     assert printed.stdout.splitlines() == [str(launch_config("fsdp2"))] and launch_config("fsdp2").is_file()
