@@ -406,8 +406,8 @@ def test_forged_requests(visit: Callable[..., Any], page: tuple[Page, str], tmp_
     secret = tmp_path / "secret.png"
     Image.new("RGB", (8, 8)).save(secret)
     for path, reason in (
-        ("http://127.0.0.1:9/x.png", "addresses are not fetched"),
-        ("ftp://example.invalid/x.png", "addresses are not fetched"),
+        ("http://127.0.0.1:9/x.png", "addresses are not downloaded"),
+        ("ftp://example.invalid/x.png", "addresses are not downloaded"),
         (str(secret), ""),
     ):
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
