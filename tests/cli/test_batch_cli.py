@@ -183,3 +183,21 @@ def test_sigterm_stops_and_says_how_to_go_on(run, model, photos, tmp_path, monke
     assert signal.getsignal(signal.SIGTERM) == before
     assert run(*words).stderr.startswith(f"3 rows in {out} (2 of them from earlier runs")
     assert len(rows_of(out)) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on the size of files stands for the disk")
+def test_a_full_disk_is_the_machines_fault_and_names_the_file(run, tmp_path: Path) -> None:
+    import resource
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        said = run(
+            "batch", tmp_path / "a.png", "-m", "tiny", "-p", "What?", "-o", tmp_path / "out.jsonl", code=1
+        ).stderr
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in said and "out.jsonl" in said
+    run("batch", tmp_path / "a.png", "-m", "tiny", "-p", "What?", "-o", tmp_path / "out.jsonl")
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1

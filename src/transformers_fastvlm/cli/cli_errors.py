@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from .. import register
+from ..storage.atomic_files import DISK_FULL
 
 __all__ = ["UserError", "escaped", "notice", "one_line", "reports_errors"]
 
@@ -48,7 +49,8 @@ def notice(message: str) -> None:
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Register FastVLM, run a verb, and turn its exceptions into one line and an exit code, unless `debug` is set.
 
-    The package raises ValueError and OSError for input that it cannot use: these give exit code 2, all others 1.
+    The package raises ValueError and OSError for input that it cannot use: these give exit code 2, but a full disk and
+    all other errors give 1.
 
     Registration imports torch, so it waits until a verb runs: no help text needs torch.
     """
@@ -65,7 +67,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             if kwargs.get("debug"):
                 raise
             notice(f"fastvlm: {one_line(error)}")
-            raise typer.Exit(INPUT_ERROR) from error
+            is_full = isinstance(error, OSError) and error.errno in DISK_FULL
+            raise typer.Exit(FAILURE if is_full else INPUT_ERROR) from error
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.Abort):

@@ -5,6 +5,7 @@ Permissions follow the user's umask.
 """
 
 import contextlib
+import errno
 import filecmp
 import os
 import secrets
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
+    "DISK_FULL",
+    "naming",
     "new_directory",
     "partial_of",
     "publish_directory",
@@ -26,6 +29,19 @@ __all__ = [
 ]
 
 _PARTIAL = ".partial"
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+"""Error numbers of a write without space: the disk, the user's quota or the largest file size is reached."""
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Add a path to an error about space in the block; the system names no file when a write fails."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def partial_of(path: str | os.PathLike[str]) -> Path:
@@ -63,7 +79,7 @@ def replacing(
     real, partial = Path(os.path.realpath(path)), partial_of(path)
     try:
         partial.unlink(missing_ok=True)  # left by a killed process; a link is removed, not followed
-        with open(partial, "xb") as file:
+        with naming(path), open(partial, "xb") as file:
             yield file
             file.flush()
             if sync:
@@ -103,7 +119,8 @@ def new_directory(out: Path) -> Iterator[Path]:
     partial = final.parent / f".{final.name}.incomplete-{secrets.token_hex(6)}"
     partial.mkdir()
     try:
-        yield partial
+        with naming(out):
+            yield partial
         publish_directory(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .atomic_files import sync_directory
+from .atomic_files import naming, sync_directory
 
 __all__ = ["JournalError", "JournalFile", "json_line"]
 
@@ -66,9 +66,10 @@ class JournalFile:
     def append_line(self, value: Any) -> None:
         """Write a line and sync it to disk."""
         line = memoryview(json_line(value))
-        while line:
-            line = line[os.write(self._file, line) :]
-        os.fsync(self._file)
+        with naming(self.path):
+            while line:
+                line = line[os.write(self._file, line) :]
+            os.fsync(self._file)
 
     def lines(self) -> Iterator[Any]:
         """Yield the batches, one at a time; do not append while iterating."""
