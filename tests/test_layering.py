@@ -67,7 +67,7 @@ DEPENDENCIES_OF_UNIT = {
 
 LONGEST = 600
 # The encoder is best read in one file; code of modeling_fastvlm.py that is not part of the model belongs elsewhere.
-LONG_FILES = {"modeling_fastvithd.py", "modeling_fastvlm.py"}
+LONG_FILES = {"modeling_fastvithd.py"}
 
 RANK = {unit: rank for rank, layer in enumerate(reversed(LAYERS)) for unit in layer}
 
