@@ -91,7 +91,7 @@ def expect(what: str, found: object, expected: object) -> None:
 def check_wheel(wheel: Path) -> None:
     """Compare the wheel's metadata and files with what the package promises."""
     sources = REPOSITORY / "src" / NAME
-    kept = {".py", ".css", ".jinja", ".typed", ".json", ".yaml", ".txt", ".md", ".safetensors"}
+    kept = {".py", ".css", ".jinja", ".typed", ".json", ".yaml", ".txt", ".md", ".mplstyle", ".safetensors"}
     expected = {
         f"{NAME}/{file.relative_to(sources).as_posix()}" for file in sources.rglob("*") if file.suffix in kept
     } | {f"{NAME}/py.typed", f"{NAME}_entry.py"}
