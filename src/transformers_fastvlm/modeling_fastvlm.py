@@ -489,7 +489,7 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> FastVLMCausalLMOutputWithPast:
-        """Predict tokens.
+        """Predict tokens. All other arguments are those of `FastVLMModel.forward`.
 
         Args:
             labels: (batch, length), target ids, -100 for positions without a loss; shifted internally. Placeholders
@@ -497,9 +497,7 @@ class FastVLMForConditionalGeneration(FastVLMPreTrainedModel, GenerationMixin):
             logits_to_keep: number of last positions to compute logits for, 0 for all; or positions, (positions,) for
                 all rows or (batch, positions) for each; or a boolean mask (batch, length), which gives logits
                 (true positions, vocab_size).
-            input_ids, pixel_values, attention_mask, position_ids, cache, inputs_embeds, image_sizes, num_tiles,
-                mm_encoder_outputs, past_key_values, kwargs: see `FastVLMModel.forward`; `num_items_in_batch` is passed
-                to the loss.
+            kwargs: as for `FastVLMModel.forward`; `num_items_in_batch` is passed to the loss.
 
         Raises:
             ValueError: see `FastVLMModel.forward`.
