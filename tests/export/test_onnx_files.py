@@ -91,7 +91,7 @@ def test_inputs_and_outputs(precision: str) -> None:
 
 @pytest.mark.parametrize(("precision", "level"), [("q8", 4), ("q4", 4), ("q4f16", 0)])
 def test_quantized_multiplications_round_float32_activations(precision: str, level: int) -> None:
-    """onnxruntime's kernels without this are an order of magnitude slower; float16 activations have none."""
+    """onnxruntime's kernels without this are slower; float16 activations have none."""
     graph = onnx.load(tiny_export().directory / "onnx" / f"decoder_model_merged{FILE_SUFFIX[precision]}.onnx").graph
     nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
     levels = {next((a.i for a in node.attribute if a.name == "accuracy_level"), 0) for node in nodes}

@@ -9,8 +9,7 @@
 
 Quantization is asymmetric in blocks and symmetric in rows and channels, and rounds to nearest. Activations keep their
 dtype, but onnxruntime rounds those of q8 and q4 matrices to 8 bits a block inside the multiplication: its CPU kernels
-for float32 activations are slower, for 8-bit weights by more than ten times. The rest (biases, norms, depthwise
-kernels) is small and keeps its precision.
+for float32 activations are slower. The rest (biases, norms, depthwise kernels) is small and keeps its precision.
 """
 
 from collections.abc import Callable
