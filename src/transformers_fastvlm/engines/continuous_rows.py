@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that join and leave at any token, on the paged cache and the scheduler of Transformers."""
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from .. import compat
+from ..generation_fastvlm import NeverThePlaceholder, check_scores
+from ..inference.image_table import ImageTable
+from .request import Request
+from .row_sampling import choose_tokens
+
+__all__ = ["ContinuousRows"]
+
+PAGE_TOKENS = 16
+"""Tokens of a page of the cache. Prompts share a common beginning page by page."""
+
+STEP_TOKENS = 512
+"""Maximum tokens of a step. A longer prompt takes several steps, between which the other rows get their tokens."""
+
+
+class ContinuousRows:
+    """The running requests of a model, each a row that gets its next token in each step.
+
+    Transformers' scheduler and paged cache do the work, but not its manager's thread: the model runs in the caller's
+    thread only. Prompts that begin with the same tokens and images share the pages of this beginning, also with rows
+    that have left.
+
+    Args:
+        model: a `FastVLMForConditionalGeneration`.
+        images: its images.
+        config: generation configuration; gives the processors of scores that `Sampling` lacks.
+        rows: maximum number of rows.
+        tokens: number of tokens that the cache has room for; halved as long as the device's memory is too small.
+
+    Attributes:
+        tokens: as above.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no memory for a cache.
+    """
+
+    def __init__(self, model: Any, images: ImageTable, config: GenerationConfig, *, rows: int, tokens: int) -> None:
+        self.model, self.images, self.config, self.rows = model, images, config, rows
+        self.tokens = max(tokens // PAGE_TOKENS, 1) * PAGE_TOKENS
+        self._numbers = itertools.count()
+        self._running: dict[str, _Row] = {}
+        self._forward = _WithImages(model, images)
+        # In a list that is emptied before the interpreter ends: the processor's destructor needs PyTorch.
+        self._parts: list[Any] = []
+        weakref.finalize(self, self._parts.clear)
+        self._open()
+
+    @property
+    def running(self) -> list[Request]:
+        """Requests that have a row."""
+        return [row.request for row in self._running.values()]
+
+    @property
+    def stale(self) -> bool:
+        """Whether the cache may hold another image under the ids of a new one; `clear` drops it."""
+        return self._round != self.images.rounds
+
+    def add(self, request: Request) -> None:
+        """Give a request a row; its images must be encoded."""
+        name = str(next(self._numbers))
+        request.cached_tokens = request.prompt.tokens  # minus those that the steps compute
+        self._running[name] = _Row(request)
+        if self._own_processors:
+            self._running[name].process_by(self.model, self.config)
+        manager, _ = self._parts
+        manager.add_request(request.prompt.inputs["ids"], request_id=name, max_new_tokens=None, eos_token_id=-1)
+
+    def remove(self, request: Request) -> None:
+        """Take a request's row away; its pages are free in the next step."""
+        (name,) = (name for name, row in self._running.items() if row.request is request)
+        del self._running[name]
+        manager, _ = self._parts
+        manager.cancel_request(name)
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Request, Exception | None]]:
+        """Run one step of the model. Each row whose prompt is complete gets its next token.
+
+        Returns:
+            The requests that have ended, with the error of those that failed. They have no row any more.
+
+        Raises:
+            Exception: the step failed, and with it all rows: call `clear`.
+        """
+        _, processor = self._parts
+        if not processor.prepare_next_batch():
+            return []
+        states = processor.inputs_and_outputs.requests_in_batch
+        for one in states:
+            request = self._running[one.state.request_id].request
+            if not request.tokens:
+                request.cached_tokens -= one.query_length
+        self._choose.begin([self._running[one.state.request_id] for one in states if one.has_new_token])
+        processor._generation_step(self._forward)
+        processor.update_batch()
+        for request, _ in self._choose.ended:
+            self.remove(request)
+        return self._choose.ended
+
+    def clear(self) -> list[Request]:
+        """Take all rows away and drop the cache; return the requests that had a row."""
+        left = self.running
+        self.close()
+        self._open()
+        return left
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._running.clear()
+        self._parts.clear()
+
+    def _open(self) -> None:
+        self._round = self.images.rounds
+        processors = self.model._get_logits_processor(self.config)
+        shared = [one for one in processors if isinstance(one, NeverThePlaceholder)]
+        self._own_processors = len(shared) < len(processors)
+        self._choose = _Choose()
+        while True:
+            try:
+                self._parts += compat.open_pages(
+                    self.model,
+                    LogitsProcessorList([*shared, self._choose]),
+                    page_tokens=PAGE_TOKENS,
+                    num_blocks=self.tokens // PAGE_TOKENS,
+                    max_batch_tokens=min(STEP_TOKENS, self.tokens),
+                    max_requests_per_batch=self.rows,
+                )
+                return
+            except torch.OutOfMemoryError:
+                if self.tokens <= STEP_TOKENS:
+                    raise
+                self.tokens = self.tokens // 2 // PAGE_TOKENS * PAGE_TOKENS
+
+
+class _WithImages:
+    """The model for Transformers' continuous batching, whose token ids include those of images."""
+
+    def __init__(self, model: Any, images: ImageTable) -> None:
+        self.model, self.images = model, images
+
+    def _supports_logits_to_keep(self) -> bool:
+        return True
+
+    def __call__(self, input_ids: Tensor, **inputs: Any) -> Any:
+        embeds = self.images.embed(input_ids, self.model.get_input_embeddings())
+        return self.model(inputs_embeds=embeds, **inputs)
+
+
+class _Row:
+    """A request with a row.
+
+    Attributes:
+        request: as above.
+        tokens: its tokens, prompt included, if processors need them.
+        processors: those of the generation configuration that depend on the row's tokens, such as a repetition penalty.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tokens: list[int] = []
+        self.processors: LogitsProcessorList | None = None
+
+    def process_by(self, model: Any, config: GenerationConfig) -> None:
+        """Make the processors of a generation configuration for this row."""
+        self.tokens = self.request.prompt.expanded()
+        self.processors = model._get_logits_processor(config, input_ids_seq_length=len(self.tokens))
+
+    def process(self, scores: Tensor) -> Tensor:
+        """Return the row's processed scores (1, vocabulary)."""
+        if self.processors is None:
+            return scores
+        processed: Tensor = self.processors(torch.tensor([self.tokens], device=scores.device), scores)
+        return processed
+
+    def take(self, token: int) -> tuple[bool, Exception | None]:
+        """Pass on the token; return whether the row has ended, and its error."""
+        self.tokens.append(token)
+        error = self.request.chooser.error
+        return error is not None or self.request.take(token), error
+
+
+class _Choose(LogitsProcessor):
+    """Chooses the next token of each row, and passes it on to the row's request.
+
+    Attributes:
+        ended: requests that ended in this step, with the error of those that failed.
+    """
+
+    supports_continuous_batching = True
+
+    def __init__(self) -> None:
+        self._rows: list[_Row] = []
+        self.ended: list[tuple[Request, Exception | None]] = []
+
+    def begin(self, rows: list[_Row]) -> None:
+        """Begin a step, in which these rows get a token, in this order."""
+        self._rows, self.ended = rows, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores (rows, vocabulary) with the maximum at the chosen tokens."""
+        if any(row.processors is not None for row in self._rows):
+            scores = torch.cat([row.process(own) for row, own in zip(self._rows, scores.split(1), strict=True)])
+        for row, own in zip(self._rows, scores, strict=True):
+            if not row.request.tokens:
+                _check_first(row.request, own)
+        tokens = choose_tokens([row.request.chooser for row in self._rows], scores)
+        for row, token in zip(self._rows, tokens, strict=True):
+            ended, error = row.take(token)
+            if ended:
+                self.ended.append((row.request, error))
+        return scores.scatter(-1, torch.tensor(tokens, device=scores.device)[:, None], torch.inf)
+
+
+def _check_first(request: Request, scores: Tensor) -> None:
+    """Let a request fail whose first scores (vocabulary,) are NaN."""
+    try:
+        check_scores(scores[None, None])
+    except ValueError as error:
+        request.chooser.error, request.chooser.ended = error, True
