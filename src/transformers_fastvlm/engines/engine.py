@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
+from .answer_schema import Schema
 from .base import GREEDY, Answer, Conversation, PromptTooLong, Sampling
+from .grammars import Grammars
 from .prompts import LiteralTexts, Prompt, read_prompt
 from .request import Request
+from .row_sampling import RowChooser
 
 __all__ = ["Engine"]
 
@@ -48,6 +51,7 @@ class Engine:
         self.processor, self.batch_size, self._max_images = processor, batch_size, max_images
         self._tokenizer = copy.deepcopy(processor.tokenizer)  # decodes while others encode with the processor's
         self._literal: LiteralTexts | None = None
+        self._grammars: Grammars | None = None
         self._queue: deque[Request] = deque()
         self._forgotten: deque[Any] = deque()
         self._news = threading.Condition()
@@ -96,8 +100,9 @@ class Engine:
 
         Raises:
             ValueError: a conversation has an image without a placeholder, a placeholder without an image, an unusable
-                image, or fills the model's context; or this engine does not support `sampling`. No conversation is
-                answered then.
+                image, or fills the model's context; or this engine does not support `sampling`, or cannot hold its
+                schema. No conversation is answered then.
+            ImportError: the package that holds answers to a schema is not installed.
         """
         samplings = _each(sampling, len(conversations))
         for one in set(samplings):
@@ -204,6 +209,38 @@ class Engine:
                 f"num_beams is {sampling.num_beams}, but the engine {self._NAME} has no beam search. Leave it out, or "
                 "use the engine transformers."
             )
+        if sampling.num_beams > 1 and sampling.changes_scores:
+            raise ValueError(
+                "beam search follows no schema, and has no logit_bias, penalties or logprobs; leave num_beams at 1."
+            )
+        for token, _ in sampling.logit_bias:
+            if not 0 <= token < self._vocabulary():
+                raise ValueError(
+                    f"logit_bias has token {token}; expected a token id from 0 to {self._vocabulary() - 1}."
+                )
+        if sampling.schema is not None:
+            self._check_schema(sampling.schema)
+
+    def _check_schema(self, schema: Schema) -> None:
+        """Raise ValueError if a schema cannot be held, and ImportError if a package for it is not installed."""
+        self._compiled().matcher(schema)
+
+    def _vocabulary(self) -> int:
+        """Return the number of the model's logits."""
+        raise NotImplementedError
+
+    def _compiled(self) -> Grammars:
+        with self._news:
+            if self._grammars is None:
+                self._grammars = Grammars(self.processor.tokenizer, self._ends(), self._vocabulary())
+        return self._grammars
+
+    def _chooser(self, request: Request) -> RowChooser:
+        """Return a new chooser for a request, which is also the request's."""
+        schema = request.sampling.schema
+        matcher = None if schema is None else self._compiled().matcher(schema)
+        request.chooser = RowChooser(request.sampling, matcher, self._ends())
+        return request.chooser
 
     def _ends(self) -> set[int]:
         raise NotImplementedError

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose the next token of each row by the row's own options and state, whatever other rows run beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from .base import Sampling
+from .grammars import Matcher
 
 __all__ = ["RowChooser", "RowSampling", "choose_tokens"]
 
@@ -17,24 +18,32 @@ class RowChooser:
 
     Args:
         sampling: the row's options.
+        matcher: holds the answer to `sampling.schema`; None for free text.
+        ends: tokens that end an answer.
 
     Attributes:
         sampling: as above.
         generator: the row's random numbers, None for greedy decoding. PyTorch's global random state is neither used
             nor changed.
         ended: whether the row has ended. It then draws no numbers and takes no tokens; an engine sets it when an
-            answer ends for another reason than its last token.
+            answer ends for a reason that the chooser does not know, such as its length.
+        complete: whether the answer is whole by its schema, and nothing can follow. The row has ended then.
         error: why no token could be chosen for this row; the row has ended then, and others continue.
+        logprobs: logprob of the last token, and the most probable tokens with theirs; None if not asked for.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, matcher: Matcher | None = None, ends: Collection[int] = ()) -> None:
+        self.sampling, self.matcher, self._ends = sampling, matcher, ends
         self.generator: torch.Generator | None = None
         if not sampling.greedy:
             self.generator = torch.Generator()
             self.generator.seed() if sampling.seed is None else self.generator.manual_seed(sampling.seed)
-        self.ended = False
-        self.error: Exception | None = None
+        self.ended = self.complete = False
+        self.error: ValueError | None = None
+        self.logprobs: tuple[float, list[tuple[int, float]]] | None = None
+        self._added = dict(sampling.logit_bias)
+        self._taken: set[int] = set()
+        self._plain = sampling.greedy and not sampling.changes_scores
 
     @property
     def draws(self) -> bool:
@@ -43,11 +52,43 @@ class RowChooser:
 
     @property
     def plain(self) -> bool:
-        """Whether the next token is simply the one with the highest score."""
-        return not self.draws
+        """Whether the next token is simply the one with the highest score, and nothing else is asked for."""
+        return self._plain or self.ended
+
+    def change(self, scores: Tensor) -> None:
+        """Change the row's scores (vocabulary,) in place: biases, penalties and the schema."""
+        if self._added:
+            tokens = torch.tensor(list(self._added), device=scores.device)
+            scores[tokens] += torch.tensor(list(self._added.values()), dtype=scores.dtype, device=scores.device)
+        if self.matcher is None:
+            return
+        try:
+            allowed = torch.from_numpy(self.matcher.allowed()[: len(scores)])
+        except ValueError as error:
+            self._fail(error)
+        else:
+            scores.masked_fill_(~allowed.to(scores.device), -torch.inf)
 
     def take(self, token: int) -> None:
         """Take the token that was chosen for this row."""
+        sampling = self.sampling
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            before = 0.0 if token in self._taken else sampling.presence_penalty
+            self._added[token] = self._added.get(token, 0.0) - before - sampling.frequency_penalty
+            self._taken.add(token)
+        if token in self._ends:
+            self.ended = True
+        elif self.matcher is not None:
+            try:
+                self.matcher.take(token)
+            except ValueError as error:
+                self._fail(error)
+            else:
+                self.complete = self.matcher.complete
+                self.ended = self.ended or self.complete
+
+    def _fail(self, error: ValueError) -> None:
+        self.error, self.ended = ValueError(f"the answer cannot follow its schema: {error}"), True
 
 
 def choose_tokens(choosers: Sequence[RowChooser], scores: Tensor) -> list[int]:
@@ -60,15 +101,35 @@ def choose_tokens(choosers: Sequence[RowChooser], scores: Tensor) -> list[int]:
         choosers: one of each row.
         scores: the model's logits (rows, vocabulary); not changed.
     """
+    raw = scores
+    changing = [row for row, chooser in enumerate(choosers) if not chooser.ended and chooser.sampling.changes_scores]
+    if changing:
+        scores = raw.float() if raw.dtype != torch.float32 else raw.clone()
+        for row in changing:
+            choosers[row].change(scores[row])
     tokens = scores.argmax(-1)
     drawing = [row for row, chooser in enumerate(choosers) if chooser.draws]
     if drawing:
         tokens[drawing] = _draw([choosers[row] for row in drawing], scores[drawing].float())
+    _note_logprobs(choosers, raw, tokens)
     chosen: list[int] = tokens.tolist()
     for chooser, token in zip(choosers, chosen, strict=True):
         if not chooser.ended:
             chooser.take(token)
     return chosen
+
+
+def _note_logprobs(choosers: Sequence[RowChooser], scores: Tensor, tokens: Tensor) -> None:
+    """Give the choosers that ask for it the logprobs of the chosen `tokens` (rows,) and of the most probable ones."""
+    rows = [row for row, chooser in enumerate(choosers) if not chooser.ended and chooser.sampling.logprobs is not None]
+    if not rows:
+        return
+    logprobs = scores[rows].float().log_softmax(-1)
+    of_chosen = logprobs.gather(-1, tokens[rows][:, None])[:, 0].tolist()
+    wanted = [choosers[row].sampling.logprobs or 0 for row in rows]
+    values, ids = logprobs.topk(min(max(wanted), logprobs.shape[-1]))
+    for row, own, number, top, top_ids in zip(rows, of_chosen, wanted, values.tolist(), ids.tolist(), strict=True):
+        choosers[row].logprobs = own, list(zip(top_ids[:number], top[:number], strict=True))
 
 
 def _draw(choosers: list[RowChooser], logits: Tensor) -> Tensor:

@@ -109,6 +109,9 @@ class TransformersEngine(Engine):
     def _ends(self) -> set[int]:
         return end_tokens(self.model.generation_config.eos_token_id)
 
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
     def _encoded(self, prompt: Prompt, memory: PromptCache | None = None) -> Prompt:
         ids = torch.tensor([prompt.expanded()])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -140,7 +143,7 @@ class TransformersEngine(Engine):
         if first.sampling.num_beams > 1:
             self._search(first, memory or self.new_memory(), inputs)
         else:
-            choosers = [RowChooser(one.sampling) for one in requests]
+            choosers = [self._chooser(one) for one in requests]
             options = {
                 "generation_config": self._config(max(one.room for one in requests)),
                 "logits_processor": LogitsProcessorList([RowSampling(choosers)]),

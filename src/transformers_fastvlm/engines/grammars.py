@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hold an answer to a schema, token by token, with llguidance."""
+
+import functools
+import json
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from .._optional import needs
+from .answer_schema import Schema
+
+__all__ = ["Grammars", "Matcher"]
+
+_KEPT = 32  # compiled schemas
+# These hold whatever a schema says under "x-guidance". With flexible white space, a weak model fills its limit with
+# blanks; with lenient, unknown keywords would be ignored.
+_JSON_OPTIONS: Any = {
+    "whitespace_flexible": False,
+    "whitespace_pattern": None,
+    "lenient": False,
+    "coerce_one_of": False,
+}
+
+
+class Grammars:
+    """The schemas of one model, compiled once each; the most recently used are kept. Thread-safe.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        ends: tokens that end an answer.
+        vocabulary: number of the model's logits.
+
+    Raises:
+        ImportError: llguidance is not installed.
+    """
+
+    def __init__(self, tokenizer: Any, ends: Collection[int], vocabulary: int) -> None:
+        with needs("llguidance", "An answer that follows a schema", 'pip install "transformers-fastvlm[schema]"'):
+            import llguidance
+            import llguidance.hf
+        self._library, self._ends = llguidance, sorted(ends)
+        size = max(vocabulary, len(tokenizer))
+        self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=self._ends or None)
+        self._texts = np.zeros(size, bool)
+        self._texts[: len(tokenizer)] = True
+        self._texts[[*tokenizer.added_tokens_decoder]] = False
+        self._compiled = functools.lru_cache(maxsize=_KEPT)(self._compile)
+
+    def matcher(self, schema: Schema) -> "Matcher":
+        """Return a matcher at the beginning of an answer.
+
+        Raises:
+            ValueError: the schema cannot be held, and why.
+        """
+        return Matcher(self._compiled(schema).deep_copy(), self._ends, self._texts)
+
+    def _compile(self, schema: Schema) -> Any:
+        library = self._library.LLMatcher
+        try:
+            if schema.kind == "json":
+                grammar = library.grammar_from_json_schema(schema.text, overrides=_JSON_OPTIONS)
+            elif schema.kind == "regex":
+                grammar = library.grammar_from_regex(schema.text)
+            else:
+                choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in schema.value)
+                grammar = library.grammar_from_lark(f"start: {choices}")
+            limits = self._library.LLParserLimits(verbose_errors=False)
+            compiled = library(self._tokenizer, grammar, log_level=0, limits=limits)
+            Matcher(compiled, self._ends, self._texts).allowed()
+        except ValueError as error:
+            name = {"json": "JSON schema", "regex": "regular expression", "choices": "list of choices"}[schema.kind]
+            raise ValueError(f"the {name} cannot be held: {error}") from error
+        compiled.reset()
+        return compiled
+
+
+class Matcher:
+    """The place of one answer in its grammar.
+
+    Attributes:
+        complete: whether the answer is whole and nothing can follow.
+    """
+
+    def __init__(self, matcher: Any, ends: list[int], texts: "np.ndarray[Any, Any]") -> None:
+        self._matcher, self._ends, self._texts = matcher, ends, texts
+        self.complete = False
+
+    def allowed(self) -> "np.ndarray[Any, Any]":
+        """Return whether each token may come next, (vocabulary,): end tokens where the answer is whole, else text.
+
+        Raises:
+            ValueError: the grammar has become too complex, or nothing can follow.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._raise_error()
+        allowed = np.unpackbits(bits, bitorder="little", count=len(self._texts)).view(bool) & self._texts
+        allowed[self._ends] = self._matcher.is_accepting()
+        if not allowed.any():
+            raise ValueError("no token of the model can continue the answer.")
+        return allowed
+
+    def take(self, token: int) -> None:
+        """Take the next token, which is not an end token.
+
+        Raises:
+            ValueError: the token is not allowed.
+        """
+        self._matcher.consume_token(token)
+        self._raise_error()
+        self.complete = self._matcher.is_stopped()
+
+    def _raise_error(self) -> None:
+        if self._matcher.is_error():
+            raise ValueError(_reason(self._matcher.get_error()))
+
+
+def _reason(error: str) -> str:
+    """Return llguidance's message on one line, without its own marks."""
+    text = " ".join(error.replace("<non-verbose/>", "").split())
+    return "no text follows it." if text.startswith("NoExtension") else f"{text.rstrip('.')}."
