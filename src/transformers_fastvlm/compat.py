@@ -4,8 +4,9 @@
 Each item names the version after which it can be deleted.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -192,11 +193,31 @@ def open_pages(model: Any, processors: LogitsProcessorList, *, page_tokens: int,
     return manager, processor
 
 
+def pages_fit(model: Any) -> bool:
+    """Return whether Transformers can page the cache of the language model."""
+    config = model.config.get_text_config()
+    attention = model.config._attn_implementation or ""
+    kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+    return kinds <= {"full_attention", "sliding_attention"} and (attention in ("eager", "sdpa") or "flash" in attention)
+
+
 def close_pages(model: Any) -> None:
     """Restore the language model's attention after `open_pages`."""
     attention = model.config._attn_implementation
     if model.get_decoder().config._attn_implementation != attention:
         model.get_decoder().set_attn_implementation(attention)
+
+
+@contextlib.contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Restore the language model's attention for a while."""
+    paged = model.get_decoder().config._attn_implementation
+    close_pages(model)
+    try:
+        yield
+    finally:
+        if model.get_decoder().config._attn_implementation != paged:
+            model.get_decoder().set_attn_implementation(paged)
 
 
 def forget_renamings(model: Any) -> None:

@@ -13,7 +13,7 @@ from .. import compat
 from ..generation_fastvlm import NeverThePlaceholder, check_scores
 from ..inference.image_table import ImageTable
 from .request import Request
-from .row_sampling import choose_tokens
+from .row_sampling import RowChooser, choose_tokens
 
 __all__ = ["ContinuousRows"]
 
@@ -66,6 +66,16 @@ class ContinuousRows:
         """Whether the cache may hold another image under the ids of a new one; `clear` drops it."""
         return self._round != self.images.rounds
 
+    def computes_beginning_of(self, request: Request) -> bool:
+        """Whether the next step computes much of a prompt's beginning, which the prompt can share afterwards."""
+        ids = request.prompt.inputs["ids"]
+        for one in self.running:
+            if not one.tokens:
+                pairs = zip(ids, one.prompt.inputs["ids"], strict=False)
+                if sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) > len(ids) / 2:
+                    return True
+        return False
+
     def add(self, request: Request) -> None:
         """Give a request a row; its images must be encoded."""
         name = str(next(self._numbers))
@@ -84,11 +94,11 @@ class ContinuousRows:
         manager.cancel_request(name)
 
     @torch.no_grad()
-    def step(self) -> list[tuple[Request, Exception | None]]:
+    def step(self) -> list[Request]:
         """Run one step of the model. Each row whose prompt is complete gets its next token.
 
         Returns:
-            The requests that have ended, with the error of those that failed. They have no row any more.
+            The requests that have ended or failed. They have no row any more.
 
         Raises:
             Exception: the step failed, and with it all rows: call `clear`.
@@ -104,7 +114,7 @@ class ContinuousRows:
         self._choose.begin([self._running[one.state.request_id] for one in states if one.has_new_token])
         processor._generation_step(self._forward)
         processor.update_batch()
-        for request, _ in self._choose.ended:
+        for request in self._choose.ended:
             self.remove(request)
         return self._choose.ended
 
@@ -183,25 +193,19 @@ class _Row:
         processed: Tensor = self.processors(torch.tensor([self.tokens], device=scores.device), scores)
         return processed
 
-    def take(self, token: int) -> tuple[bool, Exception | None]:
-        """Pass on the token; return whether the row has ended, and its error."""
-        self.tokens.append(token)
-        error = self.request.chooser.error
-        return error is not None or self.request.take(token), error
-
 
 class _Choose(LogitsProcessor):
     """Chooses the next token of each row, and passes it on to the row's request.
 
     Attributes:
-        ended: requests that ended in this step, with the error of those that failed.
+        ended: requests that ended or failed in this step.
     """
 
     supports_continuous_batching = True
 
     def __init__(self) -> None:
         self._rows: list[_Row] = []
-        self.ended: list[tuple[Request, Exception | None]] = []
+        self.ended: list[Request] = []
 
     def begin(self, rows: list[_Row]) -> None:
         """Begin a step, in which these rows get a token, in this order."""
@@ -211,20 +215,27 @@ class _Choose(LogitsProcessor):
         """Return scores (rows, vocabulary) with the maximum at the chosen tokens."""
         if any(row.processors is not None for row in self._rows):
             scores = torch.cat([row.process(own) for row, own in zip(self._rows, scores.split(1), strict=True)])
-        for row, own in zip(self._rows, scores, strict=True):
+        choosers = [_chooser(row.request) for row in self._rows]
+        for row, chooser, own in zip(self._rows, choosers, scores, strict=True):
             if not row.request.tokens:
-                _check_first(row.request, own)
-        tokens = choose_tokens([row.request.chooser for row in self._rows], scores)
+                _check_first(chooser, own)
+        tokens = choose_tokens(choosers, scores)
         for row, token in zip(self._rows, tokens, strict=True):
-            ended, error = row.take(token)
-            if ended:
-                self.ended.append((row.request, error))
+            row.tokens.append(token)
+            if row.request.take(token):
+                self.ended.append(row.request)
         return scores.scatter(-1, torch.tensor(tokens, device=scores.device)[:, None], torch.inf)
 
 
-def _check_first(request: Request, scores: Tensor) -> None:
-    """Let a request fail whose first scores (vocabulary,) are NaN."""
+def _chooser(request: Request) -> RowChooser:
+    if request.chooser is None:
+        raise RuntimeError("a request has no chooser.")
+    return request.chooser
+
+
+def _check_first(chooser: RowChooser, scores: Tensor) -> None:
+    """Let a row fail whose first scores (vocabulary,) are NaN."""
     try:
         check_scores(scores[None, None])
     except ValueError as error:
-        request.chooser.error, request.chooser.ended = error, True
+        chooser.error, chooser.ended = error, True

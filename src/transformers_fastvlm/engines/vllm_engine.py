@@ -128,9 +128,6 @@ class VllmEngine(Engine):
     def _ends(self) -> set[int]:
         return self._end_tokens
 
-    def _goes_with(self, requests: list[Request], other: Request) -> bool:
-        return True
-
     def _work(self) -> None:
         running: dict[str, Request] = {}
         names = map(str, itertools.count())

@@ -30,6 +30,8 @@ KEPT_TOKENS = 64 * SLOT
 
 
 class _Model(Protocol):
+    device: torch.device
+
     def get_image_features(self, pixel_values: Tensor, **options: Any) -> Any: ...
 
 
@@ -45,6 +47,27 @@ class StoredImage:
     def __init__(self, ids: range, inputs: dict[str, Tensor]) -> None:
         self.ids, self.inputs = ids, inputs
         self.features: Tensor | None = None
+        self._counted = False
+
+    @property
+    def encoded(self) -> bool:
+        """Whether its features are there."""
+        return self.features is not None
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """Names of its inputs; only images of one kind can be encoded together."""
+        return tuple(self.inputs)
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels to encode."""
+        return self.inputs["pixel_values"][:, 0].numel() if self.inputs else 0
+
+    def count_once(self) -> bool:
+        """Return whether this is the first call: who needed the image first had it encoded."""
+        self._counted, before = True, self._counted
+        return not before
 
 
 class ImageTable:
@@ -112,12 +135,14 @@ class ImageTable:
 
         Args:
             model: a `FastVLMForConditionalGeneration`.
-            images: all with tiles (AnyRes), or all without.
+            images: of one `kind`.
         """
         images = [image for image in dict.fromkeys(images) if image.features is None]
         if not images:
             return
-        inputs = {name: torch.cat([image.inputs[name] for image in images]) for name in images[0].inputs}
+        inputs = {
+            name: torch.cat([image.inputs[name] for image in images]).to(model.device) for name in images[0].inputs
+        }
         features = model.get_image_features(**inputs, return_dict=True).pooler_output
         for image, own in zip(images, features, strict=True):
             if len(own) != len(image.ids):
@@ -127,7 +152,7 @@ class ImageTable:
             image.inputs = {}
 
     def embed(self, input_ids: Tensor, embedding: nn.Module) -> Tensor:
-        """Return the embeddings (1, length, hidden_size) of token ids (1, length) with virtual ids of encoded images."""
+        """Return embeddings (1, length, hidden_size) of token ids (1, length), those of encoded images included."""
         virtual = input_ids >= FIRST_ID
         embeds: Tensor = embedding(input_ids.masked_fill(virtual, 0))
         places = virtual[0].nonzero()[:, 0]
