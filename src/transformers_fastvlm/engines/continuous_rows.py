@@ -90,8 +90,10 @@ class ContinuousRows:
         """Take a request's row away; its pages are free in the next step."""
         (name,) = (name for name, row in self._running.items() if row.request is request)
         del self._running[name]
-        manager, _ = self._parts
+        manager, processor = self._parts
         manager.cancel_request(name)
+        # A full cache blocks new rows until one ends, which the scheduler does not take a cancelled one for.
+        processor.scheduler.block_new_requests = False
 
     @torch.no_grad()
     def step(self) -> list[Request]:
@@ -105,7 +107,7 @@ class ContinuousRows:
         """
         _, processor = self._parts
         if not processor.prepare_next_batch():
-            return []
+            raise RuntimeError(f"no row of {len(self._running)} fits into the cache of {self.tokens} tokens.")
         states = processor.inputs_and_outputs.requests_in_batch
         for one in states:
             request = self._running[one.state.request_id].request
@@ -212,30 +214,25 @@ class _Choose(LogitsProcessor):
         self._rows, self.ended = rows, []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (rows, vocabulary) with the maximum at the chosen tokens."""
+        """Return scores (rows, vocabulary) with the maximum at the chosen tokens.
+
+        There may be more rows, of prompts that are not complete yet; their tokens are not used.
+        """
+        own = scores[: len(self._rows)]
         if any(row.processors is not None for row in self._rows):
-            scores = torch.cat([row.process(own) for row, own in zip(self._rows, scores.split(1), strict=True)])
-        choosers = [_chooser(row.request) for row in self._rows]
-        for row, chooser, own in zip(self._rows, choosers, scores, strict=True):
-            if not row.request.tokens:
-                _check_first(chooser, own)
-        tokens = choose_tokens(choosers, scores)
+            own = torch.cat([row.process(one) for row, one in zip(self._rows, own.split(1), strict=True)])
+        if not all(row.request.tokens for row in self._rows):
+            check_scores(own[:, None])  # of all rows: attention spreads NaN from one row to the others
+        tokens = choose_tokens([_chooser(row.request) for row in self._rows], own)
         for row, token in zip(self._rows, tokens, strict=True):
             row.tokens.append(token)
             if row.request.take(token):
                 self.ended.append(row.request)
-        return scores.scatter(-1, torch.tensor(tokens, device=scores.device)[:, None], torch.inf)
+        chosen = torch.tensor(tokens, dtype=torch.long, device=scores.device)[:, None]
+        return torch.cat([own.scatter(-1, chosen, torch.inf), scores[len(tokens) :]])
 
 
 def _chooser(request: Request) -> RowChooser:
     if request.chooser is None:
         raise RuntimeError("a request has no chooser.")
     return request.chooser
-
-
-def _check_first(chooser: RowChooser, scores: Tensor) -> None:
-    """Let a row fail whose first scores (vocabulary,) are NaN."""
-    try:
-        check_scores(scores[None, None])
-    except ValueError as error:
-        chooser.error, chooser.ended = error, True

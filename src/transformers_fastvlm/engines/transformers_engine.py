@@ -238,9 +238,9 @@ class TransformersEngine(Engine):
         try:
             ended = rows.step()
         except Exception as failure:
-            left = rows.clear()
-            logger.exception("a step of %d requests failed", len(left))
+            logger.exception("a step of %d requests failed", len(rows.running))
             self._recover(failure)
+            left = rows.clear()
             if len(left) == 1:
                 left[0].end(failure)
             else:
