@@ -248,7 +248,9 @@ def test_a_cancelled_row_is_given_up_within_a_token(endless, mixed) -> None:
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_an_image_that_cannot_be_encoded_is_its_request_s_own_failure(engine, mixed, caplog: Any, streams: bool) -> None:
+def test_an_image_that_cannot_be_encoded_is_its_request_s_own_failure(
+    engine, mixed, caplog: Any, streams: bool
+) -> None:
     bad = engine.prepare(mixed[0])
     (image,) = bad.inputs["images"]
     image.inputs = {name: value[..., :3] for name, value in image.inputs.items()}
@@ -270,7 +272,7 @@ def test_a_step_that_fails_is_tried_again_row_by_row(engine, mixed, steps, monke
     step = ContinuousRows.step
 
     def fails(self: ContinuousRows) -> list[Request]:
-        if len(self.running) == 3 and requests[0].tokens == 5 or self.running == [requests[2]]:
+        if (len(self.running) == 3 and requests[0].tokens == 5) or self.running == [requests[2]]:
             raise MemoryError("in the middle")
         return step(self)
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine over Transformers: answers of rows together beside those of each alone, options, and refusals."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -24,6 +23,8 @@ from transformers_fastvlm.engines import (
     VllmEngine,
     load_engine,
 )
+from transformers_fastvlm.engines.continuous_rows import ContinuousRows
+from transformers_fastvlm.inference.image_table import FIRST_ID
 
 SHORT = Sampling(max_new_tokens=8)
 
@@ -66,7 +67,9 @@ def test_inputs_are_those_of_the_processor(checkpoint, mixed, name: str) -> None
         )
         prompt = engine.prepare(conversation, literal=literal)
         stored = prompt.inputs["images"]
-        tables = {one: [image.inputs[one] for image in dict.fromkeys(stored)] for one in (stored[0].kind if stored else ())}
+        tables = {
+            one: [image.inputs[one] for image in dict.fromkeys(stored)] for one in (stored[0].kind if stored else ())
+        }
         ids = torch.tensor([prompt.inputs["ids"]])
         assert torch.equal(ids.masked_fill(ids >= FIRST_ID, engine.model.config.image_token_id), expected["input_ids"])
         assert set(tables) | {"input_ids", "attention_mask"} == expected.keys()
@@ -78,9 +81,7 @@ def test_longest_first(engine, mixed, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that an out-of-memory error appears at once."""
     begun: list[int] = []
     add = ContinuousRows.add
-    monkeypatch.setattr(
-        ContinuousRows, "add", lambda self, one: (begun.append(one.prompt.tokens), add(self, one))[1]
-    )
+    monkeypatch.setattr(ContinuousRows, "add", lambda self, one: (begun.append(one.prompt.tokens), add(self, one))[1])
     engine.generate(mixed, SHORT)
     assert begun == sorted(begun, reverse=True) and len(begun) == len(mixed)
 
