@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from .answer_schema import Schema
 from .base import GREEDY, Answer, Conversation, PromptTooLong, Sampling
 from .grammars import Grammars
 from .prompts import LiteralTexts, Prompt, read_prompt
@@ -106,7 +105,7 @@ class Engine:
         """
         samplings = _each(sampling, len(conversations))
         for one in set(samplings):
-            self._check(one)
+            self.check(one)
         several = len(conversations) > 1
         prompts = [
             self._read(conversation, where=f"Conversation {index}: " if several else "")
@@ -139,7 +138,7 @@ class Engine:
         Raises:
             ValueError: as `generate`.
         """
-        self._check(sampling)
+        self.check(sampling)
         (request,) = self.submit(self.prepare(conversation, memory=memory), sampling, memory=memory)
         return request
 
@@ -179,10 +178,29 @@ class Engine:
             ValueError: this engine does not support a sampling.
         """
         for sampling in samplings:
-            self._check(sampling)
+            self.check(sampling)
         requests = [self._request(prompt, sampling, memory, changed) for sampling in samplings]
         self._enqueue(*requests)
         return requests
+
+    def check(self, sampling: Sampling) -> None:
+        """Check that this engine can answer with a sampling, before there is a conversation.
+
+        Raises:
+            ValueError: it lacks an option, or cannot hold the schema.
+            ImportError: the package that holds answers to a schema is not installed.
+        """
+        if sampling.num_beams > 1 and not self._BEAMS:
+            raise ValueError(
+                f"num_beams is {sampling.num_beams}, but the engine {self._NAME} has no beam search. Leave it out, or "
+                "use the engine transformers."
+            )
+        last = self._vocabulary() - 1 if sampling.logit_bias else 0
+        for token, _ in sampling.logit_bias:
+            if not 0 <= token <= last:
+                raise ValueError(f"logit_bias has token {token}; expected a token id from 0 to {last}.")
+        if sampling.schema is not None:
+            self._compiled().matcher(sampling.schema)
 
     def new_memory(self) -> Any:
         """Return a memory that keeps keys, values and images of one conversation for its next question, or None."""
@@ -201,29 +219,6 @@ class Engine:
         self._thread = None
 
     # For the engines
-
-    def _check(self, sampling: Sampling) -> None:
-        """Raise ValueError if this engine does not support a sampling."""
-        if sampling.num_beams > 1 and not self._BEAMS:
-            raise ValueError(
-                f"num_beams is {sampling.num_beams}, but the engine {self._NAME} has no beam search. Leave it out, or "
-                "use the engine transformers."
-            )
-        if sampling.num_beams > 1 and sampling.changes_scores:
-            raise ValueError(
-                "beam search follows no schema, and has no logit_bias, penalties or logprobs; leave num_beams at 1."
-            )
-        for token, _ in sampling.logit_bias:
-            if not 0 <= token < self._vocabulary():
-                raise ValueError(
-                    f"logit_bias has token {token}; expected a token id from 0 to {self._vocabulary() - 1}."
-                )
-        if sampling.schema is not None:
-            self._check_schema(sampling.schema)
-
-    def _check_schema(self, schema: Schema) -> None:
-        """Raise ValueError if a schema cannot be held, and ImportError if a package for it is not installed."""
-        self._compiled().matcher(schema)
 
     def _vocabulary(self) -> int:
         """Return the number of the model's logits."""
