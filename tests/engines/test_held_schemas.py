@@ -157,7 +157,7 @@ def test_a_failing_row_of_an_engine_takes_no_other_with_it(engine, monkeypatch: 
     def chooser(request: Any) -> RowChooser:
         made = plain(request)
         if request.sampling.schema is not None:
-            made.change = lambda scores: made._fail(ValueError("on purpose"))  # type: ignore[method-assign]
+            made.allowed = lambda: made._fail(ValueError("on purpose"))  # type: ignore[method-assign]
         return made
 
     monkeypatch.setattr(engine, "_chooser", chooser)
