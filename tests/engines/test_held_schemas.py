@@ -126,6 +126,7 @@ def test_any_object(engine) -> None:
         (Schema.json({"enum": []}), "Unsatisfiable schema"),
         (Schema.json({"type": "integer", "minimum": 3, "maximum": 2}), "Unsatisfiable schema"),
         (Schema.json('{"items":' * 200 + "{}" + "}" * 200), "recursion limit exceeded"),
+        (Schema.json({"properties": {str(number): {} for number in range(4500)}}), "too big"),
         (Schema.regex("("), "regular expression cannot be held: at 1(8): invalid regex"),
         (Schema.regex(r"(a)\1"), "backreferences are not supported"),
     ],
