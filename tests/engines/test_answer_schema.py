@@ -40,6 +40,8 @@ def engine():
         (lambda: Schema.choices(["a", "b", "a"]), "'a' is given twice"),
         (lambda: Sampling(schema={"type": "object"}), r"schema is a dict; expected Schema\.json"),  # type: ignore[arg-type]
         (lambda: Sampling(schema=Schema.json_object(), stop=("}",)), "stop and schema"),
+        (lambda: Sampling(num_beams=2, schema=Schema.json_object()), "beam search follows no schema"),
+        (lambda: Sampling(num_beams=2, logprobs=1), "beam search follows no schema"),
         (lambda: Sampling(presence_penalty=2.5), "presence_penalty is 2.5; expected a number from -2 to 2"),
         (lambda: Sampling(frequency_penalty=float("nan")), "frequency_penalty is nan"),
         (lambda: Sampling(logprobs=21), "logprobs is 21; expected a whole number from 0 to 20"),
@@ -57,15 +59,6 @@ def test_a_schema_keeps_the_order_of_its_fields_and_samplings_stay_hashable() ->
     assert list(schema.value["properties"]) == ["b", "a"]
     assert len({Sampling(schema=schema), Sampling(schema=Schema.json(schema.value)), Sampling()}) == 2
     assert Schema.json(True).value == {}
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [Sampling(num_beams=2, schema=Schema.json_object()), Sampling(num_beams=2, logprobs=1)],
-)
-def test_beam_search_has_none_of_them(engine, sampling: Sampling) -> None:
-    with pytest.raises(ValueError, match="beam search follows no schema"):
-        engine.generate([ask("Hi")], sampling)
 
 
 def test_a_schema_without_its_package(engine, monkeypatch: pytest.MonkeyPatch) -> None:

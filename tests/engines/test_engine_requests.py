@@ -248,9 +248,7 @@ def test_a_cancelled_row_is_given_up_within_a_token(endless, mixed) -> None:
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_an_image_that_cannot_be_encoded_is_its_request_s_own_failure(
-    engine, mixed, caplog: Any, streams: bool
-) -> None:
+def test_an_image_that_cannot_be_encoded_fails_its_request_only(engine, mixed, caplog: Any, streams: bool) -> None:
     bad = engine.prepare(mixed[0])
     (image,) = bad.inputs["images"]
     image.inputs = {name: value[..., :3] for name, value in image.inputs.items()}

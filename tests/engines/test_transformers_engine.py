@@ -67,11 +67,11 @@ def test_inputs_are_those_of_the_processor(checkpoint, mixed, name: str) -> None
         )
         prompt = engine.prepare(conversation, literal=literal)
         stored = prompt.inputs["images"]
-        tables = {
-            one: [image.inputs[one] for image in dict.fromkeys(stored)] for one in (stored[0].kind if stored else ())
-        }
+        kind = stored[0].kind if stored else ()
+        tables = {one: [image.inputs[one] for image in stored] for one in kind}
         ids = torch.tensor([prompt.inputs["ids"]])
-        assert torch.equal(ids.masked_fill(ids >= FIRST_ID, engine.model.config.image_token_id), expected["input_ids"])
+        placeholders = ids.masked_fill(ids >= FIRST_ID, engine.model.config.image_token_id)
+        assert torch.equal(placeholders, expected["input_ids"])
         assert set(tables) | {"input_ids", "attention_mask"} == expected.keys()
         assert all(torch.equal(torch.cat(parts), expected[key]) for key, parts in tables.items())
         assert prompt.tokens == expected["input_ids"].shape[1] and prompt.images == []

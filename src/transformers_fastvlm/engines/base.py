@@ -128,6 +128,10 @@ class Sampling:
                 raise ValueError(f"logit_bias of token {token} is {bias}; expected a number from -100 to 100.")
 
     def _check_schema(self) -> None:
+        if self.num_beams > 1 and self.changes_scores:
+            raise ValueError(
+                "beam search follows no schema, and has no logit_bias, penalties or logprobs; leave num_beams at 1."
+            )
         if self.schema is None:
             return
         if not isinstance(self.schema, Schema):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from .answer_schema import Schema
 from .base import GREEDY, Answer, Conversation, PromptTooLong, Sampling
 from .grammars import Grammars
 from .prompts import LiteralTexts, Prompt, read_prompt
@@ -51,6 +50,7 @@ class Engine:
         self._tokenizer = copy.deepcopy(processor.tokenizer)  # decodes while others encode with the processor's
         self._literal: LiteralTexts | None = None
         self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()  # they take a second for a large vocabulary, and the queue must not wait
         self._queue: deque[Request] = deque()
         self._news = threading.Condition()
         self._closed = self._ended = False
@@ -104,7 +104,7 @@ class Engine:
         """
         samplings = _each(sampling, len(conversations))
         for one in set(samplings):
-            self._check(one)
+            self.check(one)
         several = len(conversations) > 1
         prompts = [
             self._read(conversation, where=f"Conversation {index}: " if several else "")
@@ -134,7 +134,7 @@ class Engine:
         Raises:
             ValueError: as `generate`.
         """
-        self._check(sampling)
+        self.check(sampling)
         (request,) = self.submit(self.prepare(conversation), sampling)
         return request
 
@@ -171,10 +171,29 @@ class Engine:
             ValueError: this engine does not support a sampling.
         """
         for sampling in samplings:
-            self._check(sampling)
+            self.check(sampling)
         requests = [self._request(prompt, sampling, changed) for sampling in samplings]
         self._enqueue(*requests)
         return requests
+
+    def check(self, sampling: Sampling) -> None:
+        """Check that this engine can answer with a sampling, before there is a conversation.
+
+        Raises:
+            ValueError: it lacks an option, or cannot hold the schema.
+            ImportError: the package that holds answers to a schema is not installed.
+        """
+        if sampling.num_beams > 1 and not self._BEAMS:
+            raise ValueError(
+                f"num_beams is {sampling.num_beams}, but the engine {self._NAME} has no beam search. Leave it out, or "
+                "use the engine transformers."
+            )
+        last = self._vocabulary() - 1 if sampling.logit_bias else 0
+        for token, _ in sampling.logit_bias:
+            if not 0 <= token <= last:
+                raise ValueError(f"logit_bias has token {token}; expected a token id from 0 to {last}.")
+        if sampling.schema is not None:
+            self._compiled().matcher(sampling.schema)
 
     def close(self) -> None:
         """Answer the queued requests, end the thread and free the memory; the engine cannot be used afterwards."""
@@ -187,35 +206,12 @@ class Engine:
 
     # For the engines
 
-    def _check(self, sampling: Sampling) -> None:
-        """Raise ValueError if this engine does not support a sampling."""
-        if sampling.num_beams > 1 and not self._BEAMS:
-            raise ValueError(
-                f"num_beams is {sampling.num_beams}, but the engine {self._NAME} has no beam search. Leave it out, or "
-                "use the engine transformers."
-            )
-        if sampling.num_beams > 1 and sampling.changes_scores:
-            raise ValueError(
-                "beam search follows no schema, and has no logit_bias, penalties or logprobs; leave num_beams at 1."
-            )
-        for token, _ in sampling.logit_bias:
-            if not 0 <= token < self._vocabulary():
-                raise ValueError(
-                    f"logit_bias has token {token}; expected a token id from 0 to {self._vocabulary() - 1}."
-                )
-        if sampling.schema is not None:
-            self._check_schema(sampling.schema)
-
-    def _check_schema(self, schema: Schema) -> None:
-        """Raise ValueError if a schema cannot be held, and ImportError if a package for it is not installed."""
-        self._compiled().matcher(schema)
-
     def _vocabulary(self) -> int:
         """Return the number of the model's logits."""
         raise NotImplementedError
 
     def _compiled(self) -> Grammars:
-        with self._news:
+        with self._grammars_lock:
             if self._grammars is None:
                 self._grammars = Grammars(self.processor.tokenizer, self._ends(), self._vocabulary())
         return self._grammars

@@ -14,6 +14,7 @@ from .answer_schema import Schema
 __all__ = ["Grammars", "Matcher"]
 
 _KEPT = 32  # compiled schemas
+_MOST_SYMBOLS = 20_000  # of a grammar; the time to compile an object grows with the square of its properties
 # These hold whatever a schema says under "x-guidance". With flexible white space, a weak model fills its limit with
 # blanks; with lenient, unknown keywords would be ignored.
 _JSON_OPTIONS: Any = {
@@ -43,9 +44,9 @@ class Grammars:
         self._library, self._ends = llguidance, sorted(ends)
         size = max(vocabulary, len(tokenizer))
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=self._ends or None)
-        self._texts = np.zeros(size, bool)
-        self._texts[: len(tokenizer)] = True
-        self._texts[[*tokenizer.added_tokens_decoder]] = False
+        added = [*tokenizer.added_tokens_decoder]
+        self._texts = _packed(size, [token for token in range(len(tokenizer)) if token not in set(added)])
+        self._end_bits = _packed(size, self._ends)
         self._compiled = functools.lru_cache(maxsize=_KEPT)(self._compile)
 
     def matcher(self, schema: Schema) -> "Matcher":
@@ -54,7 +55,7 @@ class Grammars:
         Raises:
             ValueError: the schema cannot be held, and why.
         """
-        return Matcher(self._compiled(schema).deep_copy(), self._ends, self._texts)
+        return Matcher(self._compiled(schema).deep_copy(), self._texts, self._end_bits)
 
     def _compile(self, schema: Schema) -> Any:
         library = self._library.LLMatcher
@@ -66,9 +67,9 @@ class Grammars:
             else:
                 choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in schema.value)
                 grammar = library.grammar_from_lark(f"start: {choices}")
-            limits = self._library.LLParserLimits(verbose_errors=False)
+            limits = self._library.LLParserLimits(verbose_errors=False, max_grammar_size=_MOST_SYMBOLS)
             compiled = library(self._tokenizer, grammar, log_level=0, limits=limits)
-            Matcher(compiled, self._ends, self._texts).allowed()
+            Matcher(compiled, self._texts, self._end_bits).allowed()
         except ValueError as error:
             name = {"json": "JSON schema", "regex": "regular expression", "choices": "list of choices"}[schema.kind]
             raise ValueError(f"the {name} cannot be held: {error}") from error
@@ -83,20 +84,22 @@ class Matcher:
         complete: whether the answer is whole and nothing can follow.
     """
 
-    def __init__(self, matcher: Any, ends: list[int], texts: "np.ndarray[Any, Any]") -> None:
-        self._matcher, self._ends, self._texts = matcher, ends, texts
+    def __init__(self, matcher: Any, texts: "np.ndarray[Any, Any]", ends: "np.ndarray[Any, Any]") -> None:
+        self._matcher, self._texts, self._ends = matcher, texts, ends
         self.complete = False
 
     def allowed(self) -> "np.ndarray[Any, Any]":
-        """Return whether each token may come next, (vocabulary,): end tokens where the answer is whole, else text.
+        """Return a bit for each token that may come next: end tokens where the answer is whole, and text.
+
+        The bits are bytes, (vocabulary / 8 rounded up,), the lowest bit of a byte first.
 
         Raises:
             ValueError: the grammar has become too complex, or nothing can follow.
         """
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: len(self._texts)] & self._texts
         self._raise_error()
-        allowed = np.unpackbits(bits, bitorder="little", count=len(self._texts)).view(bool) & self._texts
-        allowed[self._ends] = self._matcher.is_accepting()
+        if self._matcher.is_accepting():
+            allowed |= self._ends
         if not allowed.any():
             raise ValueError("no token of the model can continue the answer.")
         return allowed
@@ -114,6 +117,13 @@ class Matcher:
     def _raise_error(self) -> None:
         if self._matcher.is_error():
             raise ValueError(_reason(self._matcher.get_error()))
+
+
+def _packed(size: int, tokens: Collection[int]) -> "np.ndarray[Any, Any]":
+    """Return `size` bits, as bytes, that are set for some tokens."""
+    chosen = np.zeros(size, bool)
+    chosen[list(tokens)] = True
+    return np.packbits(chosen, bitorder="little")
 
 
 def _reason(error: str) -> str:

@@ -2,7 +2,9 @@
 """Choose the next token of each row by the row's own options and state, whatever other rows run beside it."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
@@ -39,7 +41,7 @@ class RowChooser:
             self.generator = torch.Generator()
             self.generator.seed() if sampling.seed is None else self.generator.manual_seed(sampling.seed)
         self.ended = self.complete = False
-        self.error: ValueError | None = None
+        self.error: Exception | None = None
         self.logprobs: tuple[float, list[tuple[int, float]]] | None = None
         self._added = dict(sampling.logit_bias)
         self._taken: set[int] = set()
@@ -55,19 +57,24 @@ class RowChooser:
         """Whether the next token is simply the one with the highest score, and nothing else is asked for."""
         return self._plain or self.ended
 
-    def change(self, scores: Tensor) -> None:
-        """Change the row's scores (vocabulary,) in place: biases, penalties and the schema."""
+    @property
+    def changes(self) -> bool:
+        """Whether biases, penalties or a schema change the row's scores."""
+        return not self.ended and (self.matcher is not None or bool(self._added))
+
+    def add(self, scores: Tensor) -> None:
+        """Add biases and penalties to the row's scores (vocabulary,) in place."""
         if self._added:
             tokens = torch.tensor(list(self._added), device=scores.device)
             scores[tokens] += torch.tensor(list(self._added.values()), dtype=scores.dtype, device=scores.device)
-        if self.matcher is None:
-            return
+
+    def allowed(self) -> Any:
+        """Return the bits of the tokens that the schema allows, see `Matcher`; None without one, or if it fails."""
         try:
-            allowed = torch.from_numpy(self.matcher.allowed()[: len(scores)])
+            return None if self.matcher is None else self.matcher.allowed()
         except ValueError as error:
             self._fail(error)
-        else:
-            scores.masked_fill_(~allowed.to(scores.device), -torch.inf)
+            return None
 
     def take(self, token: int) -> None:
         """Take the token that was chosen for this row."""
@@ -102,11 +109,12 @@ def choose_tokens(choosers: Sequence[RowChooser], scores: Tensor) -> list[int]:
         scores: the model's logits (rows, vocabulary); not changed.
     """
     raw = scores
-    changing = [row for row, chooser in enumerate(choosers) if not chooser.ended and chooser.sampling.changes_scores]
+    changing = [row for row, chooser in enumerate(choosers) if chooser.changes]
     if changing:
         scores = raw.float() if raw.dtype != torch.float32 else raw.clone()
         for row in changing:
-            choosers[row].change(scores[row])
+            choosers[row].add(scores[row])
+        _hold(choosers, changing, scores)
     tokens = scores.argmax(-1)
     drawing = [row for row, chooser in enumerate(choosers) if chooser.draws]
     if drawing:
@@ -117,6 +125,20 @@ def choose_tokens(choosers: Sequence[RowChooser], scores: Tensor) -> list[int]:
         if not chooser.ended:
             chooser.take(token)
     return chosen
+
+
+def _hold(choosers: Sequence[RowChooser], rows: list[int], scores: Tensor) -> None:
+    """Leave some rows of `scores` (rows, vocabulary) only the tokens that their schemas allow, in place."""
+    bits = {row: allowed for row in rows if (allowed := choosers[row].allowed()) is not None}
+    if not bits:
+        return
+    size = scores.shape[-1]
+    allowed = torch.from_numpy(np.unpackbits(np.stack([*bits.values()]), axis=-1, count=size, bitorder="little"))
+    forbidden = allowed.to(scores.device) == 0
+    if len(bits) == len(scores):
+        scores.masked_fill_(forbidden, -torch.inf)
+    else:
+        scores[list(bits)] = scores[list(bits)].masked_fill(forbidden, -torch.inf)
 
 
 def _note_logprobs(choosers: Sequence[RowChooser], scores: Tensor, tokens: Tensor) -> None:
