@@ -5,12 +5,13 @@
         [--out benchmarks/results/structured_answers.json]
 
 Asks one question about each of a number of scenes that no training has seen, under each of the five schemas of
-tests/schema_cases.py: greedily, and every second one at temperature 2. An answer fits if its finish reason is "stop" and if it
-is what the schema says, checked by hand.
+tests/schema_cases.py: greedily, and every second one at temperature 2. An answer fits if its finish reason is "stop"
+and if it is what the schema says, checked by hand.
 
 For the cost, a batch of questions without images is answered under each schema, and again without one with as many
 tokens in each row; nothing else ends an answer then, as the model has no end token. The two take turns. Images are
-left out since their encoding, which takes the same time in both, would hide the cost. Medians of the rounds.
+left out since their encoding, which takes the same time in both, would hide the cost. Medians of the rounds;
+`of_processor_seconds` is the ratio to read on a machine that others use too.
 """
 
 import sys

@@ -99,17 +99,17 @@ def test_a_run_is_resumed_with_its_own_schema_only(run, fails, form: Path, tmp_p
 
     output = tmp_path / "out.jsonl"
     words = ("batch", IMAGES, *QUESTION, "-o", output, "--batch-size", 1)
-    plain = TransformersEngine.generate
+    plain = TransformersEngine.prepare
     calls = []
 
-    def interrupted(self: Any, *args: Any) -> Any:
+    def interrupted(self: Any, *args: Any, **options: Any) -> Any:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        return plain(self, *args)
+        return plain(self, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TransformersEngine, "generate", interrupted)
+        patch.setattr(TransformersEngine, "prepare", interrupted)
         run(*words, "--schema", form, code=130)
     assert "belongs to a run with a schema of answers" in fails(*words)
     assert "belongs to a run with another schema of answers" in fails(*words, "--choices", "a,b")

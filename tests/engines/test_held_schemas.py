@@ -172,13 +172,12 @@ def test_a_failing_row_of_an_engine_takes_no_other_with_it(engine, monkeypatch: 
 
 def test_several_answers_of_one_prompt_and_the_next_question_of_a_conversation(engine, images) -> None:
     schema, fits = SCHEMAS["object"]
-    memory = engine.new_memory()
-    prompt = engine.prepare(ask("How many stars?", images[0]), memory=memory)
+    prompt = engine.prepare(ask("How many stars?", images[0]))
     samplings = [Sampling(max_new_tokens=ROOM, temperature=1.0, seed=seed, schema=schema) for seed in (1, 2, 3)]
-    for request in engine.submit(prompt, *samplings, memory=memory):
+    for request in engine.submit(prompt, *samplings):
         assert fits(request.result().text)
-    again = engine.stream(ask("How many stars?", images[0]), samplings[0], memory=memory).result()
-    assert fits(again.text) and again.cached_tokens > 0
+    again = engine.stream(ask("How many stars?", images[0]), samplings[0]).result()
+    assert fits(again.text)
 
 
 @pytest.mark.parametrize("checkpoint_name", ["llama", "qwen2_anyres"])

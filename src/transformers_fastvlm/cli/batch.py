@@ -92,8 +92,6 @@ def batch(
         fastvlm batch photos -o captions.jsonl -p "Describe the image."
 
         fastvlm batch rows.csv -o out.parquet -p "{question}" --image-column file
-
-        fastvlm batch photos -o signs.parquet -p "Describe the sign." --schema sign.json
     """
     from ..batch import BatchOptions, Interrupted, run_batch
     from .asking import check_model, engine_settings, load, sampling_of, schema_of

@@ -67,8 +67,6 @@ def generate(
         fastvlm generate street.jpg -p "What number is on the sign?"
 
         fastvlm generate a.jpg b.jpg -p "Compare the images." --json
-
-        fastvlm generate street.jpg -p "Is there a sign?" --choices yes,no
     """
     from ..images.read_options import ReadOptions
     from .asking import answer, engine_settings, load, sampling_of, schema_of
