@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..engines.base import MIN_TEMPERATURE, Answer, Conversation, Sampling
-from .cli_errors import UserError, notice
+from .cli_errors import UserError, notice, warn
 from .model_sources import check_loadable, licence_notice, read_config
 from .options import DtypeName, EngineName
 
@@ -130,4 +130,4 @@ def remark(answer: Answer, sampling: Sampling) -> None:
     tokens = answer.completion_tokens
     full = "the model's context is full."
     why = "--max-new-tokens allows longer ones." if tokens == sampling.max_new_tokens else full
-    notice(f"fastvlm: the answer was cut after {tokens} tokens; {why}")
+    warn(f"fastvlm: the answer was cut after {tokens} tokens; {why}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .cli_errors import UserError, notice, one_line, reports_errors
+from .cli_errors import UserError, notice, one_line, reports_errors, warn
 from .cli_images import STDIN, question, read_picture, read_pictures
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def chat(
     do_exif_transpose: options.ExifTranspose = True,
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Talk about images in several turns.
@@ -79,7 +80,7 @@ def chat(
             except (UserError, OSError, ValueError) as error:
                 if not interactive or debug or isinstance(error, BrokenPipeError):
                     raise
-                notice(f"fastvlm: {one_line(error)}")
+                warn(f"fastvlm: {one_line(error)}")
 
 
 def _next_line(interactive: bool) -> str | None:
@@ -127,7 +128,7 @@ class _Conversation:
         elif command == "/image":
             self._add(rest.strip())
         elif command == "/help":
-            notice(_HELP)
+            warn(_HELP)
         elif command.startswith("/") and "/" not in command[1:]:
             raise UserError(f"unknown command {command!r}; /help lists the commands.")
         elif line:

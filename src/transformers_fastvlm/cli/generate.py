@@ -52,6 +52,7 @@ def generate(
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
     as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Answer one question about images.
