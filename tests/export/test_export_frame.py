@@ -159,6 +159,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "expected one of onnx" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore")  # of the targets' packages
 @pytest.mark.parametrize(
     ("target", "options"),
     [
