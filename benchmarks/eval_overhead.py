@@ -88,13 +88,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     data = write_scenes(folder, options.scenes)
     engines.load_engine = timed_load
-    OwnData.pictures = clocks["pictures"].around(OwnData.pictures)
+    OwnData.open_images = clocks["pictures"].around(OwnData.open_images)
     chosen = EvaluationOptions(
         data=data,
         max_new_tokens=16,
         batch_size=options.batch_size,
         engine_options={"dtype": options.dtype, "device": "cpu"},
-        pictures=False,
+        images=False,
         time_first_token=False,
     )
     clocks["whole"].start()

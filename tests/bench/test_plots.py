@@ -97,6 +97,8 @@ def test_accuracies_only_of_what_was_measured_at_the_model_cards_resolution() ->
     assert mean_accuracy("0.5B") == pytest.approx(65.8, abs=0.05)
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(1.716, "1.72 s"), (11.0, "11.0 s"), (12.94, "12.9 s"), (243.6, "244 s")])
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(1.716, "1.72 s"), (11.0, "11.0 s"), (12.94, "12.9 s"), (243.6, "244 s")]
+)
 def test_times_of_one_size_have_the_same_digits(seconds: float, shown: str) -> None:
     assert _seconds(seconds) == shown

@@ -108,7 +108,13 @@ def _accuracy(record: dict[str, Any]) -> Any:
     series: dict[str, list[tuple[float, float, str]]] = {}
     for result in record["results"]:
         if result["source"] in SIZES and result["resolution"] == MODEL_CARD_SIDE and result["kind"] != "other":
-            kind = "native fast_vlm" if result["kind"] == "native" else "this package, fused" if result["fused"] else "this package"
+            kind = (
+                "native fast_vlm"
+                if result["kind"] == "native"
+                else "this package, fused"
+                if result["fused"]
+                else "this package"
+            )
             time = result["seconds"]["first_token"]["median"]
             point = (time, mean_accuracy(result["source"]), result["source"])
             series.setdefault(_series(kind, result), []).append(point)
@@ -141,7 +147,9 @@ def _seconds(seconds: float) -> str:
 def _label(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
     names = {"fastvlm": "this package, ", NATIVE: "native fast_vlm, "}
     name = result["model"].removesuffix(" native") if result["kind"] == NATIVE else result["model"]
-    label = names.get(result["kind"], "") + name + ("" if result["resolution"] is None else f"\n{result['resolution']} px")
+    label = (
+        names.get(result["kind"], "") + name + ("" if result["resolution"] is None else f"\n{result['resolution']} px")
+    )
     if len({other["dtype"] for other in results}) > 1:
         label += f", {result['dtype']}"
     if len({other["batch"] for other in results}) > 1:

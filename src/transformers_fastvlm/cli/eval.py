@@ -121,7 +121,7 @@ def evaluate(
                 engine=engine.value,
                 engine_options=chosen,
                 batch_size=batch_size,
-                pictures=page,
+                images=page,
                 time_first_token=first_token,
             ),
             progress=show,
