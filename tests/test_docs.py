@@ -162,3 +162,9 @@ def test_github_files_are_yaml_and_name_targets_that_exist(file: Path) -> None:
             word for line in job.get("strategy", {}).get("matrix", {}).get("target", []) for word in line.split()
         }
     assert called - targets == set()
+
+
+def test_changes_are_told_in_three_lines() -> None:
+    bullets = re.findall(r"^- .*(?:\n  .*)*", read("CHANGELOG.md"), flags=re.M)
+    assert len(bullets) > 50
+    assert [bullet for bullet in bullets if bullet.count("\n") > 2] == []
