@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overhead of lmms-eval beside the model's time, in an evaluation of the embedded tiny model on scenes.
+"""Overhead of lmms-eval compared with the model's time, in an evaluation of the tiny model on drawn scenes.
 
     python benchmarks/eval_overhead.py [--scenes 500] [--batch-size 16] [--dtype float32] [--out RESULTS.json]
 
@@ -9,9 +9,9 @@ time of each part: `engine` is all calls of the engine, preprocessing included, 
 reading the questions to the written results: lmms-eval, the journal, scoring, writing. Loading and freeing the model
 and importing lmms-eval are excluded.
 
-Processor seconds cover all threads; other programs disturb them least. A separate thread opens images beside the
-model, so in wall time `harness_and_pictures` is the rest after loading and the engine: the harness, and waiting for
-images. PyTorch has one thread. Needs the extra `eval`.
+CPU seconds cover all threads; other programs disturb them least. A separate thread opens images beside the model, so
+in wall time `harness_and_pictures` is the rest after loading and the engine: the harness, and waiting for images.
+PyTorch has one thread. Needs the extra `eval`.
 """
 
 import argparse

@@ -73,7 +73,7 @@ def bench(
 
     Examples:
 
-        fastvlm bench 0.5B --size 512,1024 --against native --output bench.json
+        fastvlm bench 0.5B --size 512,1024 --against native -o bench.json
 
         fastvlm bench --encoders --size 512 --plots plots
     """

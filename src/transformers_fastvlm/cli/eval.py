@@ -84,9 +84,9 @@ def evaluate(
 
     Examples:
 
-        fastvlm eval apple/FastVLM-0.5B --tasks chartqa,docvqa_val --output results
+        fastvlm eval apple/FastVLM-0.5B --tasks chartqa,docvqa_val -o results
 
-        fastvlm eval apple/FastVLM-0.5B --data questions.jsonl --output results
+        fastvlm eval apple/FastVLM-0.5B --data questions.jsonl -o results
     """
     from ..evaluation.eval_run import EvaluationOptions
     from ..evaluation.eval_run import evaluate as run_evaluation

@@ -70,7 +70,7 @@ def eval_encoder(
 
         fastvlm eval-encoder tiny images --method probe,knn
 
-        fastvlm eval-encoder apple/FastVLM-0.5B images --output encoder.json
+        fastvlm eval-encoder apple/FastVLM-0.5B images -o encoder.json
     """
     if aspect not in (None, "pad", "square"):
         raise UserError(f"--aspect is {aspect!r}; expected pad or square.")

@@ -58,7 +58,7 @@ def eval_report(
 
         fastvlm eval-report results --card 0.5B
 
-        fastvlm eval-report results/mine results/int8 --card 0.5B --output report
+        fastvlm eval-report results/mine results/int8 --card 0.5B -o report
     """
     from ..checkpoints.published import published_size
     from ..evaluation.eval_plots import plot_points, write_plot

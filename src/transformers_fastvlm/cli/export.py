@@ -46,7 +46,7 @@ def export(
         bool | None,
         typer.Option(
             "--external-data/--no-external-data",
-            help="onnx: weights in separate files beside the graphs. Default: only for graphs above 2 GB.",
+            help="onnx: weights in separate files beside the graphs. Default: only for graphs above 1.5 GB.",
         ),
     ] = None,
     quiet: options.Quiet = False,

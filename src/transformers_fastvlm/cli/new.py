@@ -46,7 +46,7 @@ def new(
 
         fastvlm new OUT --vision tiny --language-model tiny
 
-        fastvlm new OUT --vision apple/FastVLM-0.5B --language-model Qwen/Qwen3-0.6B
+        fastvlm new OUT --vision tiny --language-model Qwen/Qwen3-0.6B
     """
     from ..storage.atomic_files import require_new
     from ..training import describe_parts, new_model, save_model

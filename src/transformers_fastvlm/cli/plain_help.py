@@ -4,6 +4,7 @@
 They also accept earlier names of options, which no help shows.
 """
 
+import re
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -28,6 +29,10 @@ class PlainCommand(TyperCommand):
             if earlier not in named and name in named:
                 parser.add_option(named[name], [earlier], named[name].name, nargs=1)
         return parser
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the words of the usage line, without the braces that Typer puts around arguments."""
+        return [re.sub(r"^\{(.+)\}(\.\.\.)?$", r"\1\2", piece) for piece in super().collect_usage_pieces(ctx)]
 
 
 class PlainGroup(TyperGroup):
