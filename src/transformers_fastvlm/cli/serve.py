@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .cli_errors import UserError, notice, reports_errors
+from .cli_errors import UserError, reports_errors, warn
 
 __all__ = ["serve"]
 
@@ -81,6 +81,7 @@ def serve(
         typer.Option(min=0.1, help="Seconds for a client to send its request, and to read each piece of the answer."),
     ] = 60.0,
     fetch_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to download an image.")] = 10.0,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Serve OpenAI's chat completions over HTTP, with images.
@@ -118,9 +119,9 @@ def serve(
         chosen["max_images"] = max_images
     with listen(host, port) as bound, contextlib.closing(load(engine, model, chosen, batch_size)) as loaded:
         if settings.api_key is None and not ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
-            notice(f"fastvlm: no key is set, so anyone who reaches this machine can use the model; set {_KEY}.")
+            warn(f"fastvlm: no key is set, so anyone who reaches this machine can use the model; set {_KEY}.")
 
         def ready(url: str) -> None:
-            notice(f"fastvlm: {settings.name} ({loaded.device}, {loaded.dtype}) answers at {url}/v1; Ctrl-C stops it.")
+            warn(f"fastvlm: {settings.name} ({loaded.device}, {loaded.dtype}) answers at {url}/v1; Ctrl-C stops it.")
 
         run(loaded, settings, bound, ready)
