@@ -129,6 +129,59 @@ def test_a_conversation_with_two_pictures(
     assert answered.choices[0].message.content == again
 
 
+def test_a_system_text_in_parts_is_the_joined_text(client: Any, questions: list[Question]) -> None:
+    image, text = questions[3]
+    parts = [{"type": "text", "text": piece} for piece in ("Answer in ", "one word", ".")]
+    both = [
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "system", "content": content}, shows(data_url(image), text)]
+        )
+        for content in (parts, "Answer in one word.")
+    ]
+    assert both[0].choices == both[1].choices and both[0].usage == both[1].usage
+
+
+@pytest.mark.parametrize("words", [1, 2, 5])
+def test_a_last_message_of_the_assistant_is_continued(
+    client: Any, questions: list[Question], expected: list[str], words: int
+) -> None:
+    """A greedy answer goes on as it was, and the blank before its next word is part of it."""
+    (image, text), whole = questions[3], expected[3]
+    cut = len(" ".join(whole.split(" ")[:words]))
+    said = {
+        "role": "assistant",
+        "content": [{"type": "text", "text": whole[:3]}, {"type": "text", "text": whole[3:cut]}],
+    }
+    chat = {"model": "tiny", "messages": [shows(data_url(image), text), said]}
+    answered = client.chat.completions.create(**chat).choices[0]
+    streamed = client.chat.completions.create(**chat, stream=True, extra_body={"continue_final_message": True})
+    pieces = [chunk.choices[0].delta.content or "" for chunk in streamed]
+    assert answered.message.content == "".join(pieces) == whole[cut:]
+    assert answered.finish_reason == "stop"
+
+
+def test_a_literal_placeholder_in_a_text_to_continue_is_text(client: Any, questions: list[Question]) -> None:
+    from transformers_fastvlm import compat
+
+    said = {"role": "assistant", "content": "It says <image> and"}
+    options = {"model": "tiny", "messages": [shows(data_url(questions[3][0]), "What is it?"), said], "max_tokens": 3}
+    if compat.SANITIZES_CONTROL_TOKENS:
+        assert client.chat.completions.create(**options).choices[0].message.content is not None
+    else:
+        with pytest.raises(openai.BadRequestError, match="control token"):
+            client.chat.completions.create(**options)
+
+
+@pytest.mark.parametrize("kind", ["", "image/png", "image/png;name=a.png", "application/octet-stream", "image/jpeg"])
+def test_a_data_address_may_have_any_media_type(
+    client: Any, questions: list[Question], expected: list[str], kind: str
+) -> None:
+    image, text = questions[4]
+    url = f"data:{kind};base64,{data_url(image).partition(',')[2]}"
+    answered = client.chat.completions.create(model="tiny", messages=[shows(url, text)])
+    assert answered.choices[0].message.content == expected[4]
+
+
 def test_stop_and_length_end_an_answer(client: Any, questions: list[Question], expected: list[str]) -> None:
     question, text = questions[3], expected[3]
     stop = text[5:9]

@@ -154,7 +154,7 @@ def test_a_picture_that_is_not_taken(server: Running, url: str, part: str) -> No
         (400, asks(generation_config={"max_length": 1}), "generation_config is not supported"),
         (400, asks(frequency_penalty=0.5), "frequency_penalty is not supported"),
         (400, messages("a", "tool"), "system, developer, user or assistant"),
-        (400, messages("a", "assistant"), "last message is not the user's"),
+        (400, messages("a", "system"), "last message has role system"),
         (400, messages([shows(picture(), "a")["content"][0]], "system"), "put images into user messages"),
         (400, messages([{"type": "video", "video": "a.mp4"}]), "text or image_url"),
         (400, messages([{"type": "image", "path": "/etc/passwd"}]), "text or image_url"),

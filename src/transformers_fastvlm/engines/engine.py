@@ -138,20 +138,23 @@ class Engine:
         (request,) = self.submit(self.prepare(conversation, memory=memory), sampling, memory=memory)
         return request
 
-    def prepare(self, conversation: Conversation, *, memory: Any = None, literal: bool = False) -> Prompt:
+    def prepare(
+        self, conversation: Conversation, *, memory: Any = None, literal: bool = False, continue_last: bool = False
+    ) -> Prompt:
         """Check a conversation, decode its images and make the model's inputs, in the calling thread.
 
         Args:
             conversation: see `Conversation`.
             memory: see `new_memory`; images in it are not processed again.
             literal: treat control tokens in texts, `<image>` included, as plain text.
+            continue_last: continue the last message, which is the assistant's, instead of answering it.
 
         Raises:
             PromptTooLong: the conversation fills the model's context.
             ValueError: as `generate`.
         """
         start = time.perf_counter()
-        prompt = self._encoded(self._read(conversation, literal=literal), memory)
+        prompt = self._encoded(self._read(conversation, literal=literal, continue_last=continue_last), memory)
         prompt.seconds = time.perf_counter() - start
         return prompt
 
@@ -237,7 +240,9 @@ class Engine:
                 groups.append([request])
         return groups
 
-    def _read(self, conversation: Conversation, *, literal: bool = False, where: str = "") -> Prompt:
+    def _read(
+        self, conversation: Conversation, *, literal: bool = False, continue_last: bool = False, where: str = ""
+    ) -> Prompt:
         try:
             return read_prompt(
                 self.processor,
@@ -245,6 +250,7 @@ class Engine:
                 context=self.context,
                 max_images=self._max_images,
                 literal=self._literal_texts() if literal else None,
+                continue_last=continue_last,
             )
         except PromptTooLong as error:
             error.args = (f"{where}{error}",)

@@ -122,7 +122,7 @@ class Request:
         self.encoded_images: int | None = None
         self._text = ""
         self._reason: FinishReason | None = None
-        self._decoding = AnswerText(self._tokenizer, self.sampling.stop)
+        self._decoding = AnswerText(self._tokenizer, self.sampling.stop, continues=self.prompt.continues)
 
     def take(self, token: int) -> bool:
         """Take the next token; return whether the answer has ended."""

@@ -27,8 +27,9 @@ from .connections import (
     until_gone,
     with_log,
 )
+from .json_bodies import parse_json
 from .preparation import Preparation
-from .protocol import ChatRequest, parse_chat, parse_json, unknown_model
+from .protocol import ChatRequest, parse_chat, unknown_model
 from .remote_images import Fetcher
 from .responses import answer
 from .settings import Settings

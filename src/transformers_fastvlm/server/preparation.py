@@ -157,7 +157,7 @@ class Preparation:
         ]
         work.check()
         try:
-            prompt = self.engine.prepare(conversation, literal=True)
+            prompt = self.engine.prepare(conversation, literal=True, continue_last=request.continues)
         except PromptTooLong as error:
             self._room(request, error.tokens)
             raise

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..engines import Request
 from .api_errors import ApiError
+from .completions import chunk, completion, usage
 from .connections import Gone, Send
-from .protocol import ChatRequest, chunk, completion, usage
+from .protocol import ChatRequest
 
 __all__ = ["answer"]
 
