@@ -51,8 +51,8 @@ def is_idle(server: Running) -> bool:
 
 
 def rows(server: Running) -> int:
-    """Return how many requests wait in the engine."""
-    return len(server.service.engine._queue)
+    """Return how many requests wait for the model."""
+    return int(server.service.waiting)
 
 
 def test_a_client_that_leaves_frees_its_work(slow: Running) -> None:

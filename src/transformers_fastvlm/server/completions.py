@@ -1,42 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
 """The JSON of answers, in the form of OpenAI's chat completions."""
 
-from collections.abc import Mapping, Sequence
+import time
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["chunk", "completion", "usage"]
+from ..engines import Answer
+from .protocol import ChatRequest
+
+__all__ = ["ChatForm"]
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Return the token counts; the prompt's count includes images."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def completion(head: Mapping[str, Any], answers: Sequence[tuple[str, str]], tokens: dict[str, int]) -> dict[str, Any]:
-    """Return a complete answer.
+class ChatForm:
+    """Writes the answers to one request.
 
     Args:
-        head: `id`, `created` and `model`.
-        answers: text and finish_reason of each choice.
-        tokens: see `usage`.
+        chat: the request.
+        model: name of the model.
+
+    Attributes:
+        id: of the answer.
     """
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": reason,
-        }
-        for index, (text, reason) in enumerate(answers)
-    ]
-    return {**head, "object": "chat.completion", "choices": choices, "usage": tokens}
+
+    def __init__(self, chat: ChatRequest, model: str) -> None:
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._chat = chat
+        self._head = {"id": self.id, "created": int(time.time()), "model": model}
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the body of a response that is not streamed; `answers` are those of all choices."""
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": answer.finish_reason,
+            }
+            for index, answer in enumerate(answers)
+        ]
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": _usage(answers)}
+
+    def first(self) -> list[Any]:
+        """Return the events that begin a stream: JSON values or texts."""
+        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self._chat.n)]
+
+    def piece(self, index: int, text: str) -> list[Any]:
+        """Return the events for a new piece of a choice's text."""
+        return [self._chunk(index, {"content": text})]
+
+    def last(self, answers: Sequence[Answer]) -> list[Any]:
+        """Return the events that end a stream."""
+        ends = [self._chunk(index, {}, answer.finish_reason) for index, answer in enumerate(answers)]
+        if self._chat.include_usage:
+            ends.append({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(answers)})
+        return [*ends, "[DONE]"]
+
+    def _chunk(self, index: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        usage = {"usage": None} if self._chat.include_usage else {}
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **usage}
 
 
-def chunk(head: Mapping[str, Any], index: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
-    """Return a piece of a streamed answer, for the choice of this index."""
-    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-    return {**head, "object": "chat.completion.chunk", "choices": [choice]}
+def _usage(answers: Sequence[Answer]) -> dict[str, int]:
+    """Return the token counts; the prompt's count includes images."""
+    prompt, completion = answers[0].prompt_tokens, sum(answer.completion_tokens for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

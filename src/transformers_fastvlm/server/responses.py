@@ -1,115 +1,167 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Send an answer to the client: complete, or as a stream of server-sent events."""
+"""Send answers to the client: complete, or as a stream of server-sent events."""
 
 import asyncio
 import json
-import time
-import uuid
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from ..engines import Request
+from ..engines import Answer, Request
 from .api_errors import ApiError
-from .completions import chunk, completion, usage
-from .connections import Gone, Send
-from .protocol import ChatRequest
+from .connections import Gone, Leaving
+from .request_log import Send
 
-__all__ = ["answer"]
+__all__ = ["EventStream", "Form", "answer", "wait_for_turn"]
 
 _PING_SECONDS = 15.0
 
 
+class Form(Protocol):
+    """The JSON of an API for one request; see `ChatForm`."""
+
+    id: str
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the body of a response that is not streamed; `answers` are those of all choices."""
+
+    def first(self) -> list[Any]:
+        """Return the events that begin a stream: JSON values or texts."""
+
+    def piece(self, index: int, text: str) -> list[Any]:
+        """Return the events for a new piece of a choice's text."""
+
+    def last(self, answers: Sequence[Answer]) -> list[Any]:
+        """Return the events that end a stream."""
+
+
+class EventStream:
+    """A response of server-sent events.
+
+    Attributes:
+        has_begun: whether anything was sent.
+    """
+
+    def __init__(self, form: Form, send: Send) -> None:
+        self._form, self._send = form, send
+        self.has_begun = False
+
+    async def begin(self) -> None:
+        """Send the head and the first events, once."""
+        if self.has_begun:
+            return
+        self.has_begun = True
+        fields = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),  # for nginx
+        ]
+        await self._send({"type": "http.response.start", "status": 200, "headers": fields})
+        await self.say(self._form.first())
+
+    async def say(self, events: Sequence[Any], last: bool = False) -> None:
+        """Send events: JSON values, or texts as they are."""
+        body = "".join(_event(event) for event in events).encode()
+        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+
+    async def ping(self) -> None:
+        """Send a comment, which keeps the connection open."""
+        await self.begin()
+        await self._send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+
+    async def fail(self, error: ApiError) -> None:
+        """End with an error."""
+        await self.say([error.body], last=True)
+
+
+def _event(event: Any) -> str:
+    # json.dumps writes ASCII: some clients split lines at more characters than the format allows.
+    return f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
+
+
+async def wait_for_turn(
+    given: asyncio.Future[None], leaving: Leaving, events: EventStream | None, settle: Callable[[], None]
+) -> None:
+    """Wait until the model may begin with a request.
+
+    Args:
+        given: done then.
+        leaving: see `Leaving`.
+        events: the stream, if the answer is streamed: it gets comments while it waits.
+        settle: called before anything is sent.
+
+    Raises:
+        Gone: the client left.
+        ApiError: the request is refused.
+    """
+    both: set[asyncio.Future[Any]] = {given, leaving}
+    while not given.done():
+        await asyncio.wait(both, timeout=_PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done():
+            raise leaving.result() or Gone
+        if not given.done() and events is not None:
+            settle()
+            await events.ping()
+
+
 async def answer(
-    chat: ChatRequest,
-    requests: list[Request],
-    model: str,
+    form: Form,
+    choices: list[Request],
     news: asyncio.Event,
-    leaving: asyncio.Future[None],
+    leaving: Leaving,
+    events: EventStream | None,
     send: Send,
 ) -> None:
     """Send the engine's answer.
 
     Args:
-        chat, requests: the chat request, and its engine requests: one for each choice, or one for all.
-        model: name of the model.
+        form: how it is written.
+        choices: the engine's request for each choice; choices of one text may share one.
         news: set at each change of a request.
         leaving: done when the client has left.
+        events: the stream, if the answer is streamed.
         send: ASGI's `send`.
 
     Raises:
         Gone: the client left.
-        ApiError: the answer failed before any of it was sent.
+        ApiError: the answer failed.
     """
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
     leaving.add_done_callback(lambda _: news.set())
-    if chat.stream:
-        await _stream(chat, requests, head, news, leaving, send)
+    if events is not None:
+        await _stream(form, choices, news, leaving, events)
         return
-    while not all(request.done for request in requests):
+    while not all(request.done for request in choices):
         await news.wait()
         news.clear()
         if leaving.done():
             raise Gone
-    if (error := _error(requests)) is not None:
-        raise _failure(error)
-    answers = [_answer(request) for request in _choices(chat, requests)]
-    body = json.dumps(completion(head, answers, _usage(chat, requests))).encode()
+    body = json.dumps(form.whole(_answers(choices))).encode()
     fields = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": fields})
     await send({"type": "http.response.body", "body": body})
 
 
 async def _stream(
-    chat: ChatRequest,
-    requests: list[Request],
-    head: dict[str, Any],
-    news: asyncio.Event,
-    leaving: asyncio.Future[None],
-    send: Send,
+    form: Form, choices: list[Request], news: asyncio.Event, leaving: Leaving, events: EventStream
 ) -> None:
     """Send pieces as they are generated; for slow clients they are joined, so memory never exceeds the answer."""
-    choices = _choices(chat, requests)
-    empty = {"usage": None} if chat.include_usage else {}
-
-    async def say(*events: dict[str, Any] | str, last: bool = False) -> None:
-        # json.dumps writes ASCII: some clients split lines at more characters than the format allows.
-        texts = [event if isinstance(event, str) else json.dumps(event) for event in events]
-        body = "".join(f"data: {text}\n\n" for text in texts).encode()
-        await send({"type": "http.response.body", "body": body, "more_body": not last})
-
-    fields = [
-        (b"content-type", b"text/event-stream; charset=utf-8"),
-        (b"cache-control", b"no-cache"),
-        (b"x-accel-buffering", b"no"),  # for nginx
-    ]
-    await send({"type": "http.response.start", "status": 200, "headers": fields})
-    await say(*[chunk(head, index, {"role": "assistant", "content": ""}) | empty for index in range(chat.n)])
+    await events.begin()
     done = False
     while not done:
         try:
             await asyncio.wait_for(news.wait(), _PING_SECONDS)
         except TimeoutError:
-            await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+            await events.ping()
             continue
         news.clear()
         if leaving.done():
             raise Gone
-        done = all(request.done for request in requests)  # before the pieces, so that the last ones are taken
-        texts = {id(request): _taken(request) for request in requests}
-        new = [(index, text) for index, request in enumerate(choices) if (text := texts[id(request)])]
-        events = [chunk(head, index, {"content": text}) | empty for index, text in new]
-        if events:
-            await say(*events)
-    if (error := _error(requests)) is not None:
-        await say(_failure(error).body, last=True)  # without [DONE]: the answer is not complete
-        return
-    ends = [chunk(head, index, {}, _answer(request)[1]) | empty for index, request in enumerate(choices)]
-    tokens = {**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(chat, requests)}
-    await say(*ends, *([tokens] if chat.include_usage else []), "[DONE]", last=True)
-
-
-def _choices(chat: ChatRequest, requests: list[Request]) -> list[Request]:
-    """Return the request of each choice; greedy choices share one."""
-    return requests * chat.n if len(requests) == 1 else requests
+        done = all(request.done for request in choices)  # before the pieces, so that the last ones are taken
+        texts = {request: _taken(request) for request in dict.fromkeys(choices)}
+        new = [(index, text) for index, request in enumerate(choices) if (text := texts[request])]
+        said = [event for index, text in new for event in form.piece(index, text)]
+        if said:
+            await events.say(said)
+    await events.say(form.last(_answers(choices)), last=True)
 
 
 def _taken(request: Request) -> str:
@@ -119,17 +171,16 @@ def _taken(request: Request) -> str:
     return "".join(pieces)
 
 
-def _answer(request: Request) -> tuple[str, str]:
-    answered = request.result()
-    return answered.text, answered.finish_reason
+def _answers(choices: list[Request]) -> list[Answer]:
+    """Return all answers.
 
-
-def _error(requests: list[Request]) -> BaseException | None:
-    return next((request.error for request in requests if request.error is not None), None)
-
-
-def _usage(chat: ChatRequest, requests: list[Request]) -> dict[str, int]:
-    return usage(requests[0].prompt.tokens, sum(request.tokens for request in _choices(chat, requests)))
+    Raises:
+        ApiError: one failed.
+    """
+    for request in choices:
+        if request.error is not None:
+            raise _failure(request.error)
+    return [request.result() for request in choices]
 
 
 def _failure(error: BaseException) -> ApiError:
