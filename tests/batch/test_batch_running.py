@@ -45,6 +45,9 @@ class Watched:
         self.asked.append(len(conversations))
         return self.engine.generate(conversations, sampling)
 
+    def check(self, sampling: Sampling) -> None:
+        self.engine.check(sampling)
+
     def close(self) -> None:
         self.closed += 1
 

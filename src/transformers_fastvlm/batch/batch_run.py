@@ -12,6 +12,7 @@ from ..checkpoints.checkpoint_identity import checkpoint_identity
 from ..engines.base import Answer, Conversation, Sampling
 from ..engines.engine import Engine
 from ..images.decoding import FIRST_OF_SEVERAL
+from .answer_fields import field_types, with_fields
 from .batch_journal import BatchJournal
 from .batch_rows import Report, counted, row_of
 from .opening import Opened, opened_ahead
@@ -91,7 +92,7 @@ def run_batch(
     if options.batch_size < 1:
         raise ValueError(f"batch_size is {options.batch_size}; expected 1 or more.")
     found = find_sources(inputs, options)
-    outputs = outputs_for(out, found, subtitles)
+    outputs = outputs_for(out, found, subtitles, field_types(options.sampling.schema))
     outputs.refuse_inputs(found.read_files())
     there = outputs.states()
     if there and not restart and not outputs.journal.exists():
@@ -143,6 +144,7 @@ def _answer_all(
         for batch in opened_ahead(batches, options.system):
             if engine is None:
                 engine = load()
+                engine.check(options.sampling)
             journal.append(_answer(batch, engine, options.sampling), [one.state for one in batch])
             progress(journal.rows, total)
     finally:
@@ -159,6 +161,8 @@ def _answer(batch: Sequence[Opened], engine: Engine, sampling: Sampling) -> list
         result = one.error if one.conversation is None else next(results)
         answered, error = (result, None) if isinstance(result, Answer) else (None, result)
         row = {"index": one.index, **row_of(one.request, answered, error)}
+        if sampling.schema is not None:
+            row = with_fields(row, sampling.schema)
         rows.append({**row, FIRST_OF_SEVERAL: True} if answered and one.is_first else row)
     return rows
 

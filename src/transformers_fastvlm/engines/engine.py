@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from .base import GREEDY, Answer, Conversation, PromptTooLong, Sampling
+from .grammars import Grammars
 from .prompts import LiteralTexts, Prompt, read_prompt
 from .request import Request
+from .row_sampling import RowChooser
 
 __all__ = ["Engine"]
 
@@ -48,6 +50,7 @@ class Engine:
         self.processor, self.batch_size, self._max_images = processor, batch_size, max_images
         self._tokenizer = copy.deepcopy(processor.tokenizer)  # decodes while others encode with the processor's
         self._literal: LiteralTexts | None = None
+        self._grammars: Grammars | None = None
         self._queue: deque[Request] = deque()
         self._forgotten: deque[Any] = deque()
         self._news = threading.Condition()
@@ -96,12 +99,13 @@ class Engine:
 
         Raises:
             ValueError: a conversation has an image without a placeholder, a placeholder without an image, an unusable
-                image, or fills the model's context; or this engine does not support `sampling`. No conversation is
-                answered then.
+                image, or fills the model's context; or this engine does not support `sampling`, or cannot hold its
+                schema. No conversation is answered then.
+            ImportError: the package that holds answers to a schema is not installed.
         """
         samplings = _each(sampling, len(conversations))
         for one in set(samplings):
-            self._check(one)
+            self.check(one)
         several = len(conversations) > 1
         prompts = [
             self._read(conversation, where=f"Conversation {index}: " if several else "")
@@ -134,7 +138,7 @@ class Engine:
         Raises:
             ValueError: as `generate`.
         """
-        self._check(sampling)
+        self.check(sampling)
         (request,) = self.submit(self.prepare(conversation, memory=memory), sampling, memory=memory)
         return request
 
@@ -177,10 +181,29 @@ class Engine:
             ValueError: this engine does not support a sampling.
         """
         for sampling in samplings:
-            self._check(sampling)
+            self.check(sampling)
         requests = [self._request(prompt, sampling, memory, changed) for sampling in samplings]
         self._enqueue(*requests)
         return requests
+
+    def check(self, sampling: Sampling) -> None:
+        """Check that this engine can answer with a sampling, before there is a conversation.
+
+        Raises:
+            ValueError: it lacks an option, or cannot hold the schema.
+            ImportError: the package that holds answers to a schema is not installed.
+        """
+        if sampling.num_beams > 1 and not self._BEAMS:
+            raise ValueError(
+                f"num_beams is {sampling.num_beams}, but the engine {self._NAME} has no beam search. Leave it out, or "
+                "use the engine transformers."
+            )
+        last = self._vocabulary() - 1 if sampling.logit_bias else 0
+        for token, _ in sampling.logit_bias:
+            if not 0 <= token <= last:
+                raise ValueError(f"logit_bias has token {token}; expected a token id from 0 to {last}.")
+        if sampling.schema is not None:
+            self._compiled().matcher(sampling.schema)
 
     def new_memory(self) -> Any:
         """Return a memory that keeps keys, values and images of one conversation for its next question, or None."""
@@ -200,13 +223,22 @@ class Engine:
 
     # For the engines
 
-    def _check(self, sampling: Sampling) -> None:
-        """Raise ValueError if this engine does not support a sampling."""
-        if sampling.num_beams > 1 and not self._BEAMS:
-            raise ValueError(
-                f"num_beams is {sampling.num_beams}, but the engine {self._NAME} has no beam search. Leave it out, or "
-                "use the engine transformers."
-            )
+    def _vocabulary(self) -> int:
+        """Return the number of the model's logits."""
+        raise NotImplementedError
+
+    def _compiled(self) -> Grammars:
+        with self._news:
+            if self._grammars is None:
+                self._grammars = Grammars(self.processor.tokenizer, self._ends(), self._vocabulary())
+        return self._grammars
+
+    def _chooser(self, request: Request) -> RowChooser:
+        """Return a new chooser for a request, which is also the request's."""
+        schema = request.sampling.schema
+        matcher = None if schema is None else self._compiled().matcher(schema)
+        request.chooser = RowChooser(request.sampling, matcher, self._ends())
+        return request.chooser
 
     def _ends(self) -> set[int]:
         raise NotImplementedError

@@ -15,7 +15,7 @@ from .engine import Engine
 from .model_loading import find_device, load_model
 from .prompts import Prompt
 from .request import Request
-from .row_sampling import RowSampling
+from .row_sampling import RowChooser, RowSampling
 
 __all__ = ["TransformersEngine"]
 
@@ -109,6 +109,9 @@ class TransformersEngine(Engine):
     def _ends(self) -> set[int]:
         return end_tokens(self.model.generation_config.eos_token_id)
 
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
     def _encoded(self, prompt: Prompt, memory: PromptCache | None = None) -> Prompt:
         ids = torch.tensor([prompt.expanded()])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -140,10 +143,11 @@ class TransformersEngine(Engine):
         if first.sampling.num_beams > 1:
             self._search(first, memory or self.new_memory(), inputs)
         else:
+            choosers = [self._chooser(one) for one in requests]
             options = {
                 "generation_config": self._config(max(one.room for one in requests)),
-                "logits_processor": LogitsProcessorList([RowSampling([one.sampling for one in requests])]),
-                "stopping_criteria": StoppingCriteriaList([_Watch(requests)]),
+                "logits_processor": LogitsProcessorList([RowSampling(choosers)]),
+                "stopping_criteria": StoppingCriteriaList([_Watch(requests, choosers)]),
             }
             (self.model if memory is None else memory).generate(**inputs, **options)
         for one in requests:
@@ -200,13 +204,15 @@ class TransformersEngine(Engine):
 class _Watch(StoppingCriteria):
     """Passes on each new token, and ends rows independently."""
 
-    def __init__(self, requests: list[Request]) -> None:
-        self.requests = requests
+    def __init__(self, requests: list[Request], choosers: list[RowChooser]) -> None:
+        self.requests, self.choosers = requests, choosers
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         """Return for each row whether it is at its end, (rows,)."""
         tokens = input_ids[:, -1].tolist()
         ended = [request.take(token) for request, token in zip(self.requests, tokens, strict=True)]
+        for chooser, end in zip(self.choosers, ended, strict=True):
+            chooser.ended = chooser.ended or end
         return torch.tensor(ended, device=input_ids.device)
 
 
