@@ -196,6 +196,62 @@ def test_stop_and_length_end_an_answer(client: Any, questions: list[Question], e
         assert text.startswith(short.choices[0].message.content)
 
 
+SHAPES = {
+    "type": "object",
+    "properties": {"shape": {"enum": ["star", "square", "circle"]}, "count": {"type": "integer", "maximum": 9}},
+    "required": ["shape", "count"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_follows_a_schema(client: Any, questions: list[Question], stream: bool) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "shapes", "strict": True, "schema": SHAPES}}
+    for temperature in (0, 1.5):
+        answered = ask(client, *questions[3], response_format=form, temperature=temperature, seed=3, stream=stream)
+        if stream:
+            choices = [chunk.choices[0] for chunk in answered]
+            text, reason = "".join(one.delta.content or "" for one in choices), choices[-1].finish_reason
+        else:
+            text, reason = answered.choices[0].message.content, answered.choices[0].finish_reason
+        found = json.loads(text)
+        assert reason == "stop" and set(found) == {"shape", "count"}
+        assert found["shape"] in ("star", "square", "circle") and found["count"] <= 9
+
+
+def test_json_that_is_cut_says_so(client: Any, questions: list[Question]) -> None:
+    cut = ask(client, *questions[3], response_format={"type": "json_object"}, max_tokens=1).choices[0]
+    assert cut.finish_reason == "length" and cut.message.content.startswith("{")
+
+
+def test_probabilities_of_tokens(client: Any, questions: list[Question], expected: list[str]) -> None:
+    whole = ask(client, *questions[3], logprobs=True, top_logprobs=3)
+    tokens = whole.choices[0].logprobs.content
+    assert whole.choices[0].message.content == expected[3] and len(tokens) == whole.usage.completion_tokens
+    assert "".join(one.token for one in tokens).strip().startswith(expected[3])
+    for one in tokens:
+        assert one.logprob <= 0 and len(one.top_logprobs) == 3
+        assert one.top_logprobs[0].token == one.token and bytes(one.bytes).decode() == one.token  # greedy
+    chunks = list(ask(client, *questions[3], logprobs=True, top_logprobs=3, stream=True))
+    streamed = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
+    assert [one.token for one in streamed] == [one.token for one in tokens]
+    without = ask(client, *questions[3], logprobs=True).choices[0].logprobs.content
+    assert [one.token for one in without] == [one.token for one in tokens] and not without[0].top_logprobs
+    assert ask(client, *questions[3]).choices[0].logprobs is None
+
+
+def test_biases_and_penalties_change_the_answer(client: Any, server: Running, questions: list[Question]) -> None:
+    tokenizer = server.service.engine.processor.tokenizer
+    whole = ask(client, *questions[3], logprobs=True)
+    first = tokenizer.encode(whole.choices[0].logprobs.content[0].token)[0]
+    banned = ask(client, *questions[3], logit_bias={str(first): -100}, logprobs=True)
+    assert banned.choices[0].logprobs.content[0].token != whole.choices[0].logprobs.content[0].token
+    options = {"temperature": 2.0, "seed": 5, "max_tokens": 40}
+    penalties = ({}, {"presence_penalty": 2.0}, {"frequency_penalty": -2.0})
+    texts = [ask(client, *questions[4], **options, **fields).choices[0].message.content for fields in penalties]
+    assert len(set(texts)) == 3
+
+
 def test_sampling_follows_the_seed(client: Any, questions: list[Question]) -> None:
     def sample(seed: int | None) -> list[str]:
         answers = ask(client, *questions[4], n=4, temperature=2.0, top_p=0.99, seed=seed, max_tokens=16).choices

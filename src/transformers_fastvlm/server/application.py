@@ -133,6 +133,7 @@ class Service:
         chat: ChatRequest = await unless_over(leaving, self.preparation.parse(_parse, body, self.settings))
         del body
         record.images = len(chat.pictures)
+        await unless_over(leaving, self.preparation.parse(_check, self.engine, chat))
         self.admission.ensure(place, images=record.images)
         prompt, max_tokens = await unless_over(leaving, self.preparation.prompt(chat, place))
         chat = dataclasses.replace(chat, messages=[], pictures=())  # the prompt holds all of it
@@ -215,6 +216,16 @@ class Service:
         place.leave()
 
 
+def _check(engine: Engine, chat: ChatRequest) -> None:
+    """Refuse a request that the engine cannot answer, before its images are decoded."""
+    try:
+        engine.check(_samplings(chat, 1)[0])
+    except (ValueError, ImportError) as error:
+        param = "response_format" if chat.schema is not None else None
+        code = "invalid_schema" if chat.schema is not None else "invalid_value"
+        raise ApiError(400, f"{error}", param=param, code=code) from error
+
+
 def _samplings(chat: ChatRequest, max_tokens: int) -> list[Sampling]:
     """Return the options of each answer; greedy ones are one, since they are equal."""
     sampling = Sampling(
@@ -223,6 +234,11 @@ def _samplings(chat: ChatRequest, max_tokens: int) -> list[Sampling]:
         top_p=chat.top_p,
         seed=None if chat.seed is None else chat.seed % (MAX_SEED + 1),
         stop=chat.stop,
+        presence_penalty=chat.presence_penalty,
+        frequency_penalty=chat.frequency_penalty,
+        logit_bias=chat.logit_bias,
+        logprobs=chat.logprobs,
+        schema=chat.schema,
     )
     return [sampling.of_row(index) for index in range(1 if chat.temperature == 0 else chat.n)]
 

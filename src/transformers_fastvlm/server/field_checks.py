@@ -94,13 +94,13 @@ def whole(body: Mapping[str, Any], key: str, low: int, high: int) -> int | None:
     return value
 
 
-def number(body: Mapping[str, Any], key: str, default: float, low: float, high: float) -> float:
+def number(body: Mapping[str, Any], key: str, default: float, low: float, high: float, prefix: str = "") -> float:
     """Return a field that is a number from `low` to `high`, or the default if it is null or missing."""
     value = body.get(key)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise wrong(key, value, f"a number from {low:g} to {high:g}")
+        raise wrong(prefix + key, value, f"a number from {low:g} to {high:g}")
     return float(value)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..engines.base import MIN_TEMPERATURE
+from ..engines import Schema
+from ..engines.base import MAX_BIASES, MAX_LOGPROBS, MIN_TEMPERATURE
 from ..engines.prompts import is_utf8
 from .api_errors import ApiError
 from .field_checks import (
@@ -34,6 +35,7 @@ MAX_PARTS = 1000
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256
 MAX_SEED = 2**63 - 1
+MAX_TOKEN_DIGITS = 9
 
 _TOOLS = "calls no tools"
 _TEXT = "answers with text only"
@@ -50,6 +52,12 @@ FIELDS: dict[str, str | Refused] = {
     "seed": TAKEN,
     "n": TAKEN,
     "stop": TAKEN,
+    "frequency_penalty": TAKEN,
+    "presence_penalty": TAKEN,
+    "logit_bias": TAKEN,
+    "logprobs": TAKEN,
+    "top_logprobs": TAKEN,
+    "response_format": TAKEN,
     # Names of vLLM and Transformers, for a last message of the assistant.
     "add_generation_prompt": TAKEN,
     "continue_final_message": TAKEN,
@@ -66,12 +74,6 @@ FIELDS: dict[str, str | Refused] = {
     # Hints for models that reason.
     "reasoning_effort": IGNORED,
     "verbosity": IGNORED,
-    "frequency_penalty": Refused("has no penalties", (0,)),
-    "presence_penalty": Refused("has no penalties", (0,)),
-    "logit_bias": Refused("changes no scores", ({},)),
-    "logprobs": Refused("returns no probabilities", (False,)),
-    "top_logprobs": Refused("returns no probabilities", (0,)),
-    "response_format": Refused(_TEXT, ({"type": "text"},)),
     "audio": Refused(_TEXT),
     "modalities": Refused(_TEXT, (["text"],)),
     "moderation": Refused("checks no contents"),
@@ -124,6 +126,8 @@ class ChatRequest:
         continues: whether the answer continues the last message, which is the assistant's and has one text.
         max_tokens: None if the request has no limit.
         temperature: 0 means greedy decoding.
+        logprobs: number of the most probable tokens to report at each place; None for no probabilities.
+        schema: the form of the answer; None for free text.
     """
 
     messages: list[dict[str, Any]]
@@ -137,6 +141,11 @@ class ChatRequest:
     seed: int | None
     n: int
     stop: tuple[str, ...]
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    logprobs: int | None
+    schema: Schema | None
 
 
 def parse_chat(body: Any, settings: Settings) -> ChatRequest:
@@ -167,6 +176,11 @@ def parse_chat(body: Any, settings: Settings) -> ChatRequest:
         seed=whole(body, "seed", -MAX_SEED - 1, MAX_SEED),
         n=whole(body, "n", 1, settings.batch_size) or 1,
         stop=_stops(body),
+        presence_penalty=number(body, "presence_penalty", 0.0, -2.0, 2.0),
+        frequency_penalty=number(body, "frequency_penalty", 0.0, -2.0, 2.0),
+        logit_bias=_biases(body),
+        logprobs=_logprobs(body),
+        schema=_schema(body),
     )
 
 
@@ -229,6 +243,54 @@ def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:
     if not good or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
         raise wrong("stop", value, f"a text, or a list of up to {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} characters")
     return tuple(stops)
+
+
+def _biases(body: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
+    biases = take(body, "logit_bias", dict) or {}
+    if len(biases) > MAX_BIASES:
+        raise ApiError(
+            400, f"logit_bias has {len(biases)} tokens; this server accepts {MAX_BIASES}.", param="logit_bias"
+        )
+    for token in biases:
+        if not (token.isascii() and token.isdigit() and len(token) <= MAX_TOKEN_DIGITS):
+            raise wrong("logit_bias", token, 'ids of tokens, such as {"50": -100}')
+    return tuple((int(token), number(biases, token, 0.0, -100.0, 100.0, "logit_bias.")) for token in biases)
+
+
+def _logprobs(body: Mapping[str, Any]) -> int | None:
+    top = whole(body, "top_logprobs", 0, MAX_LOGPROBS)
+    if take(body, "logprobs", bool):
+        return top or 0
+    if top:
+        raise ApiError(400, "top_logprobs needs logprobs: true; leave it out.", param="top_logprobs")
+    return None
+
+
+def _schema(body: Mapping[str, Any]) -> Schema | None:
+    given = take(body, "response_format", dict)
+    kind = "text" if given is None else given.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise wrong("response_format.type", kind, "text, json_object or json_schema")
+    if given is None or kind == "text":
+        return None
+    if _stops(body):
+        message = "stop and response_format are both given, and a stop text could cut the JSON; leave stop out."
+        raise ApiError(400, message, param="stop")
+    prefix = "response_format."
+    refuse_others(given, {"type": TAKEN, "json_schema": TAKEN if kind == "json_schema" else Refused("")}, prefix)
+    if kind == "json_object":
+        return Schema.json_object()
+    named = take(given, "json_schema", dict, prefix)
+    if named is None:
+        raise missing("response_format.json_schema")
+    prefix += "json_schema."
+    refuse_others(named, {"name": IGNORED, "description": IGNORED, "strict": IGNORED, "schema": TAKEN}, prefix)
+    if (schema := take(named, "schema", dict, prefix)) is None:
+        raise missing(prefix + "schema")
+    try:
+        return Schema.json(schema)
+    except ValueError as error:
+        raise ApiError(400, f"{prefix}schema: {error}", param=prefix + "schema", code="invalid_schema") from error
 
 
 def _messages(messages: list[Any] | None, settings: Settings) -> tuple[list[dict[str, Any]], tuple[Picture, ...]]:

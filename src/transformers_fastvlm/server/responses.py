@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from ..engines import Answer, Request
+from ..engines import Answer, Request, TokenLogprob
 from .api_errors import ApiError
 from .connections import Gone, Leaving
 from .request_log import Send
@@ -27,8 +27,8 @@ class Form(Protocol):
     def first(self) -> list[Any]:
         """Return the events that begin a stream: JSON values or texts."""
 
-    def piece(self, index: int, text: str) -> list[Any]:
-        """Return the events for a new piece of a choice's text."""
+    def piece(self, index: int, text: str, tokens: Sequence[TokenLogprob]) -> list[Any]:
+        """Return the events for a new piece of a choice's text, and the tokens that came with it, if asked for."""
 
     def last(self, answers: Sequence[Answer]) -> list[Any]:
         """Return the events that end a stream."""
@@ -145,7 +145,7 @@ async def _stream(
 ) -> None:
     """Send pieces as they are generated; for slow clients they are joined, so memory never exceeds the answer."""
     await events.begin()
-    done = False
+    done, told = False, [0] * len(choices)
     while not done:
         try:
             await asyncio.wait_for(news.wait(), _PING_SECONDS)
@@ -157,8 +157,12 @@ async def _stream(
             raise Gone
         done = all(request.done for request in choices)  # before the pieces, so that the last ones are taken
         texts = {request: _taken(request) for request in dict.fromkeys(choices)}
-        new = [(index, text) for index, request in enumerate(choices) if (text := texts[request])]
-        said = [event for index, text in new for event in form.piece(index, text)]
+        said: list[Any] = []
+        for index, request in enumerate(choices):
+            tokens = request.logprobs[told[index] :] if texts[request] or done else []
+            told[index] += len(tokens)
+            if texts[request] or tokens:
+                said += form.piece(index, texts[request], tokens)
         if said:
             await events.say(said)
     await events.say(form.last(_answers(choices)), last=True)
@@ -179,11 +183,13 @@ def _answers(choices: list[Request]) -> list[Answer]:
     """
     for request in choices:
         if request.error is not None:
-            raise _failure(request.error)
+            raise _failure(request, request.error)
     return [request.result() for request in choices]
 
 
-def _failure(error: BaseException) -> ApiError:
+def _failure(request: Request, error: BaseException) -> ApiError:
+    if request.sampling.schema is not None and isinstance(error, ValueError):
+        return ApiError(400, f"{error}", param="response_format", code="invalid_schema")
     if type(error).__name__ == "OutOfMemoryError":
         return ApiError(
             503,
