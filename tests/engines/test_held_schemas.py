@@ -126,6 +126,7 @@ def test_any_object(engine) -> None:
         (Schema.json({"enum": []}), "Unsatisfiable schema"),
         (Schema.json({"type": "integer", "minimum": 3, "maximum": 2}), "Unsatisfiable schema"),
         (Schema.json('{"items":' * 200 + "{}" + "}" * 200), "recursion limit exceeded"),
+        (Schema.json({"properties": {str(number): {} for number in range(4500)}}), "too big"),
         (Schema.regex("("), "regular expression cannot be held: at 1(8): invalid regex"),
         (Schema.regex(r"(a)\1"), "backreferences are not supported"),
     ],
@@ -178,3 +179,15 @@ def test_several_answers_of_one_prompt_and_the_next_question_of_a_conversation(e
         assert fits(request.result().text)
     again = engine.stream(ask("How many stars?", images[0]), samplings[0], memory=memory).result()
     assert fits(again.text) and again.cached_tokens > 0
+
+
+@pytest.mark.parametrize("checkpoint_name", ["llama", "qwen2_anyres"])
+def test_other_tokenizers(checkpoint, images, checkpoint_name: str) -> None:
+    """Models of random weights: SentencePiece's pieces, and the vocabulary of Apple's tokenizer."""
+    engine = TransformersEngine(str(checkpoint(checkpoint_name)), dtype="float32", device="cpu")
+    for name, (schema, fits) in SCHEMAS.items():
+        samplings = [Sampling(max_new_tokens=250, temperature=2.0, seed=seed, schema=schema) for seed in range(4)]
+        answers = engine.generate([ask("Describe it.", images[0])] * 4, samplings)
+        failed = [answer.text for answer in answers if answer.finish_reason != "stop" or not fits(answer.text)]
+        assert failed == [], name
+    engine.close()

@@ -51,6 +51,7 @@ class Engine:
         self._tokenizer = copy.deepcopy(processor.tokenizer)  # decodes while others encode with the processor's
         self._literal: LiteralTexts | None = None
         self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()  # they take a second for a large vocabulary, and the queue must not wait
         self._queue: deque[Request] = deque()
         self._forgotten: deque[Any] = deque()
         self._news = threading.Condition()
@@ -228,7 +229,7 @@ class Engine:
         raise NotImplementedError
 
     def _compiled(self) -> Grammars:
-        with self._news:
+        with self._grammars_lock:
             if self._grammars is None:
                 self._grammars = Grammars(self.processor.tokenizer, self._ends(), self._vocabulary())
         return self._grammars

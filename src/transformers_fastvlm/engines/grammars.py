@@ -14,6 +14,7 @@ from .answer_schema import Schema
 __all__ = ["Grammars", "Matcher"]
 
 _KEPT = 32  # compiled schemas
+_MOST_SYMBOLS = 20_000  # of a grammar; the time to compile an object grows with the square of its properties
 # These hold whatever a schema says under "x-guidance". With flexible white space, a weak model fills its limit with
 # blanks; with lenient, unknown keywords would be ignored.
 _JSON_OPTIONS: Any = {
@@ -66,7 +67,7 @@ class Grammars:
             else:
                 choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in schema.value)
                 grammar = library.grammar_from_lark(f"start: {choices}")
-            limits = self._library.LLParserLimits(verbose_errors=False)
+            limits = self._library.LLParserLimits(verbose_errors=False, max_grammar_size=_MOST_SYMBOLS)
             compiled = library(self._tokenizer, grammar, log_level=0, limits=limits)
             Matcher(compiled, self._texts, self._end_bits).allowed()
         except ValueError as error:

@@ -41,7 +41,7 @@ class RowChooser:
             self.generator = torch.Generator()
             self.generator.seed() if sampling.seed is None else self.generator.manual_seed(sampling.seed)
         self.ended = self.complete = False
-        self.error: ValueError | None = None
+        self.error: Exception | None = None
         self.logprobs: tuple[float, list[tuple[int, float]]] | None = None
         self._added = dict(sampling.logit_bias)
         self._taken: set[int] = set()
