@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -173,16 +174,20 @@ class Service:
         requests: list[Request] = []
 
         def advanced() -> None:
-            keep(sum(not request.done for request in requests))  # a client that reads slowly delays nobody
+            if requests:
+                keep(sum(not request.done for request in requests))  # a client that reads slowly delays nobody
             news.set()
 
         def changed() -> None:
             loop.call_soon_threadsafe(advanced)
 
+        submit = functools.partial(self.engine.submit, prompt, *samplings, memory=self._memory, changed=changed)
         try:
-            requests += self.engine.submit(prompt, *samplings, memory=self._memory, changed=changed)
+            # A schema is compiled, which takes its time; the loop does not wait for it.
+            requests += submit() if chat.schema is None else await self.preparation.parse(submit)
         except ValueError as error:
             raise ApiError(400, str(error)) from error
+        advanced()
         self._rows += requests
         try:
             choices = requests * chat.n if len(requests) == 1 else requests  # greedy choices share one
