@@ -13,6 +13,7 @@ from typing import Any
 from ..engines import Engine, Prompt, Request, Sampling
 from ..engines.base import MAX_SEED
 from .admission import Admission, Place
+from .answer_sending import EventStream, Form, answer, wait_for_turn
 from .api_errors import ApiError
 from .completions import ChatForm
 from .connections import (
@@ -33,7 +34,7 @@ from .preparation import Preparation
 from .protocol import ChatRequest, parse_chat, unknown_model
 from .remote_images import Fetcher
 from .request_log import CLIENT_LEFT, Record, Send, log, record_of, with_record
-from .responses import EventStream, answer, wait_for_turn
+from .response_objects import ResponseForm, parse_response
 from .server_metrics import Metrics
 from .settings import Settings
 
@@ -106,8 +107,8 @@ class Service:
             "max_model_len": self.preparation.context,
         }
 
-    async def chat(self, scope: Any, headers: Any, receive: Any, send: Any) -> None:
-        """Answer a request for a chat completion.
+    async def answer(self, api: "Api", scope: Any, headers: Any, receive: Any, send: Any) -> None:
+        """Answer a request of an API.
 
         Raises:
             ApiError: it is refused, or failed before anything was sent.
@@ -126,12 +127,15 @@ class Service:
         record.at_end = lambda: self._let_go(place)
         leaving = asyncio.ensure_future(until_over(receive, place.refused))
         try:
-            await self._answer(body, place, leaving, sender(send, timeout, lambda: self.abort(scope)), record)
+            to_client = sender(send, timeout, lambda: self.abort(scope))
+            await self._answer(api, body, place, leaving, to_client, record)
         finally:
             leaving.cancel()
 
-    async def _answer(self, body: bytes, place: Place, leaving: Leaving, send: Send, record: Record) -> None:
-        chat: ChatRequest = await unless_over(leaving, self.preparation.parse(_parse, body, self.settings))
+    async def _answer(
+        self, api: "Api", body: bytes, place: Place, leaving: Leaving, send: Send, record: Record
+    ) -> None:
+        chat: ChatRequest = await unless_over(leaving, self.preparation.parse(_parse, api, body, self.settings))
         del body
         record.images = len(chat.pictures)
         await unless_over(leaving, self.preparation.parse(_check, self.engine, chat))
@@ -141,7 +145,7 @@ class Service:
         place.replace(_size(prompt))
         record.took("prepare")
         record.prompt_tokens = prompt.tokens
-        form = ChatForm(chat, self.settings.name)
+        form = api.form(chat, self.settings.name)
         record.id = form.id
         samplings = _samplings(chat, max_tokens)
         events = EventStream(form, send) if chat.stream else None
@@ -161,7 +165,7 @@ class Service:
     async def _generate(
         self,
         chat: ChatRequest,
-        form: ChatForm,
+        form: Form,
         prompt: Prompt,
         samplings: Sequence[Sampling],
         keep: Callable[[int], None],
@@ -274,8 +278,20 @@ def _note(record: Record, requests: Sequence[Request]) -> None:
     record.seconds["generate"] = max(ended) - min(begun)
 
 
-def _parse(body: bytes, settings: Settings) -> ChatRequest:
-    return parse_chat(parse_json(body), settings)
+@dataclasses.dataclass(frozen=True)
+class Api:
+    """One of OpenAI's APIs: how a request is read, and how its answer is written."""
+
+    parse: Callable[[Any, Settings], ChatRequest]
+    form: Callable[[ChatRequest, str], Form]
+
+
+_CHAT = Api(parse_chat, ChatForm)
+_RESPONSES = Api(parse_response, ResponseForm)
+
+
+def _parse(api: Api, body: bytes, settings: Settings) -> ChatRequest:
+    return api.parse(parse_json(body), settings)
 
 
 def create_app(service: Service) -> Any:
@@ -296,13 +312,17 @@ def create_app(service: Service) -> Any:
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             await send_error(scope, self._received, receive, send, self._error)
 
-    class Chat(Response):
+    class Answered(Response):
         """Reads a request, and sends the answer or an error."""
+
+        def __init__(self, api: Api) -> None:
+            super().__init__()
+            self._api = api
 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             headers = Headers(scope=scope)
             try:
-                await service.chat(scope, headers, receive, send)
+                await service.answer(self._api, scope, headers, receive, send)
             except ApiError as error:
                 await send_error(scope, headers, receive, send, error)
             except Gone:
@@ -318,7 +338,11 @@ def create_app(service: Service) -> Any:
 
     @app.post("/v1/chat/completions")
     async def chat_completions() -> Response:
-        return Chat()
+        return Answered(_CHAT)
+
+    @app.post("/v1/responses")
+    async def responses() -> Response:
+        return Answered(_RESPONSES)
 
     @app.get("/v1/models")
     async def models(request: HttpRequest) -> dict[str, Any]:

@@ -26,7 +26,18 @@ from .field_checks import (
 )
 from .settings import Settings
 
-__all__ = ["FIELDS", "ChatRequest", "Picture", "parse_chat"]
+__all__ = [
+    "FIELDS",
+    "ChatRequest",
+    "Picture",
+    "check_model",
+    "parse_chat",
+    "parse_messages",
+    "schema_of",
+    "temperature_of",
+    "top_p_of",
+    "unknown_model",
+]
 
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
@@ -134,18 +145,18 @@ class ChatRequest:
     pictures: tuple[Picture, ...]
     continues: bool
     stream: bool
-    include_usage: bool
+    include_usage: bool = False
     max_tokens: int | None
     temperature: float
     top_p: float
-    seed: int | None
-    n: int
-    stop: tuple[str, ...]
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: tuple[tuple[int, float], ...]
-    logprobs: int | None
-    schema: Schema | None
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    schema: Schema | None = None
 
 
 def parse_chat(body: Any, settings: Settings) -> ChatRequest:
@@ -158,7 +169,7 @@ def parse_chat(body: Any, settings: Settings) -> ChatRequest:
         raise ApiError(400, f"The body is {shown(body)}; expected an object with model and messages.")
     refuse_others(body, FIELDS)
     check_model(body, settings)
-    messages, pictures = _messages(take(body, "messages", list), settings)
+    messages, pictures = parse_messages(take(body, "messages", list), settings)
     stream = bool(take(body, "stream", bool))
     options = take(body, "stream_options", dict)
     if options is not None and not stream:
@@ -171,8 +182,8 @@ def parse_chat(body: Any, settings: Settings) -> ChatRequest:
         stream=stream,
         include_usage=bool(take(options or {}, "include_usage", bool, "stream_options.")),
         max_tokens=_max_tokens(body, settings),
-        temperature=_temperature(body),
-        top_p=_top_p(body),
+        temperature=temperature_of(body),
+        top_p=top_p_of(body),
         seed=whole(body, "seed", -MAX_SEED - 1, MAX_SEED),
         n=whole(body, "n", 1, settings.batch_size) or 1,
         stop=_stops(body),
@@ -213,12 +224,14 @@ def _continues(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> bool:
     return continues
 
 
-def _temperature(body: Mapping[str, Any]) -> float:
+def temperature_of(body: Mapping[str, Any]) -> float:
+    """Return the temperature; 0 for greedy decoding."""
     value = number(body, "temperature", 0.0, 0.0, 2.0)
     return value if value >= MIN_TEMPERATURE else 0.0
 
 
-def _top_p(body: Mapping[str, Any]) -> float:
+def top_p_of(body: Mapping[str, Any]) -> float:
+    """Return top_p, above 0."""
     value = number(body, "top_p", 1.0, 0.0, 1.0)
     if value == 0:
         raise wrong("top_p", 0, "a number above 0, up to 1. For greedy decoding set temperature to 0")
@@ -267,35 +280,53 @@ def _logprobs(body: Mapping[str, Any]) -> int | None:
 
 
 def _schema(body: Mapping[str, Any]) -> Schema | None:
-    given = take(body, "response_format", dict)
-    kind = "text" if given is None else given.get("type")
+    given = take(body, "response_format", dict) or {}
+    if given.get("type") == "json_schema":
+        refuse_others(given, {"type": TAKEN, "json_schema": TAKEN}, "response_format.")
+        if (named := take(given, "json_schema", dict, "response_format.")) is None:
+            raise missing("response_format.json_schema")
+        return schema_of({"type": "json_schema", **named}, "response_format.json_schema.", body)
+    return schema_of(given, "response_format.", body)
+
+
+def schema_of(given: Mapping[str, Any], prefix: str, body: Mapping[str, Any]) -> Schema | None:
+    """Return the form that an answer must have, or None for free text.
+
+    Args:
+        given: its type, and for "json_schema" a name, which has no effect, and the schema.
+        prefix: of the fields of `given` in errors.
+        body: the request.
+    """
+    kind = given.get("type", "text")
     if kind not in ("text", "json_object", "json_schema"):
-        raise wrong("response_format.type", kind, "text, json_object or json_schema")
-    if given is None or kind == "text":
+        raise wrong(f"{prefix}type", kind, "text, json_object or json_schema")
+    names = {"name": IGNORED, "description": IGNORED, "strict": IGNORED, "schema": TAKEN}
+    refuse_others(given, {"type": TAKEN} | (names if kind == "json_schema" else {}), prefix)
+    if kind == "text":
         return None
     if _stops(body):
-        message = "stop and response_format are both given, and a stop text could cut the JSON; leave stop out."
+        message = "stop and a form of the answer are both given, and a stop text could cut the JSON; leave stop out."
         raise ApiError(400, message, param="stop")
-    prefix = "response_format."
-    refuse_others(given, {"type": TAKEN, "json_schema": TAKEN if kind == "json_schema" else Refused("")}, prefix)
     if kind == "json_object":
         return Schema.json_object()
-    named = take(given, "json_schema", dict, prefix)
-    if named is None:
-        raise missing("response_format.json_schema")
-    prefix += "json_schema."
-    refuse_others(named, {"name": IGNORED, "description": IGNORED, "strict": IGNORED, "schema": TAKEN}, prefix)
-    if (schema := take(named, "schema", dict, prefix)) is None:
-        raise missing(prefix + "schema")
+    if (schema := take(given, "schema", dict, prefix)) is None:
+        raise missing(f"{prefix}schema")
     try:
         return Schema.json(schema)
     except ValueError as error:
-        raise ApiError(400, f"{prefix}schema: {error}", param=prefix + "schema", code="invalid_schema") from error
+        raise ApiError(400, f"{prefix}schema: {error}", param=f"{prefix}schema", code="invalid_schema") from error
 
 
-def _messages(messages: list[Any] | None, settings: Settings) -> tuple[list[dict[str, Any]], tuple[Picture, ...]]:
+def parse_messages(
+    messages: list[Any] | None, settings: Settings, name: str = "messages"
+) -> tuple[list[dict[str, Any]], tuple[Picture, ...]]:
+    """Check the messages of a request; `name` is the field that has them.
+
+    Returns:
+        `ChatRequest.messages` and `ChatRequest.pictures`.
+    """
     if not messages:
-        raise missing("messages")
+        raise missing(name)
     if len(messages) > MAX_MESSAGES:
         raise _too_many(len(messages), "messages", MAX_MESSAGES)
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
@@ -303,10 +334,10 @@ def _messages(messages: list[Any] | None, settings: Settings) -> tuple[list[dict
     if parts > MAX_PARTS:
         raise _too_many(parts, "parts", MAX_PARTS)
     pictures: list[Picture] = []
-    checked = [_message(message, f"messages[{index}]", pictures) for index, message in enumerate(messages)]
+    checked = [_message(message, f"{name}[{index}]", pictures) for index, message in enumerate(messages)]
     if checked[-1]["role"] == "system":
         message = "The last message has role system; expected a user's to answer, or an assistant's to continue."
-        raise ApiError(400, message, param=f"messages[{len(checked) - 1}]")
+        raise ApiError(400, message, param=f"{name}[{len(checked) - 1}]")
     if checked[-1]["role"] == "assistant":
         text = "".join(part["text"] for part in checked[-1]["content"])
         checked[-1]["content"] = [{"type": "text", "text": text}]

@@ -17,7 +17,7 @@ Send = Callable[[Message], Awaitable[None]]
 CLIENT_LEFT = 499
 """Status in the log for clients that left before the end of the answer."""
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/models", "/health", "/metrics")
+ENDPOINTS = ("/v1/chat/completions", "/v1/responses", "/v1/models", "/health", "/metrics")
 
 _RECORD = "fastvlm.record"
 _SHOWN_PATH = 200

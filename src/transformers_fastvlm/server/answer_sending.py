@@ -74,8 +74,11 @@ class EventStream:
 
 
 def _event(event: Any) -> str:
+    if isinstance(event, str):
+        return f"data: {event}\n\n"
+    name = f"event: {event['type']}\n" if "type" in event else ""
     # json.dumps writes ASCII: some clients split lines at more characters than the format allows.
-    return f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
+    return f"{name}data: {json.dumps(event)}\n\n"
 
 
 async def wait_for_turn(
