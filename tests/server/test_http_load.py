@@ -222,7 +222,9 @@ FAILS = 666
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the system does not tell a process's memory so")
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.soak)])
-def test_requests_that_leave_or_fail_cost_others_nothing(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_leave_or_fail_cost_others_nothing(
+    count: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Of many requests 10 % leave early, 5 % are malformed and 2 % fail; the others are answered as they are alone."""
     take = EngineRequest.take
 
@@ -232,8 +234,8 @@ def test_requests_that_leave_or_fail_cost_others_nothing(count: int, monkeypatch
         return take(request, token)
 
     monkeypatch.setattr(EngineRequest, "take", take_or_fail)
-    # A traceback for each failure says nothing here.
-    monkeypatch.setattr(logging.getLogger("transformers_fastvlm.engines"), "disabled", True)
+    # Records of the log keep the traceback of a failure, and with it the tensors of its batch.
+    caplog.set_level(logging.CRITICAL, "transformers_fastvlm.engines")
     rows = SceneDataset(5, seed=3)
     pairs = [(row["images"][0], row["messages"][0]["content"].removeprefix("<image>\n")) for row in rows]
     bodies = [{"model": "tiny", "messages": [shows(data_url(image), text)], "max_tokens": 24} for image, text in pairs]
