@@ -133,16 +133,15 @@ def answer(
     engine: "Engine",
     conversation: Conversation,
     sampling: Sampling,
-    memory: Any = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Answer:
     """Return the answer to a conversation. Ctrl-C stops it and keeps the text so far.
 
     Args:
-        engine, conversation, sampling, memory: see `Engine.stream`.
+        engine, conversation, sampling: see `Engine.stream`.
         say: called with each piece of the answer as it is generated.
     """
-    request: Request = engine.stream(conversation, sampling, memory=memory)
+    request: Request = engine.stream(conversation, sampling)
     try:
         for piece in request:
             say(piece)

@@ -189,14 +189,13 @@ class OnnxEngine(Engine):
     def _vocabulary(self) -> int:
         return int(self.model.config.get("text_config", self.model.config)["vocab_size"])
 
-    def _encoded(self, prompt: Prompt, memory: Any = None) -> Prompt:
+    def _encoded(self, prompt: Prompt) -> Prompt:
         if prompt.images:
             prompt.inputs = dict(self.processor.image_processor(prompt.images, return_tensors="np"))
             prompt.images = []
         return prompt
 
-    def _answer(self, requests: list[Request]) -> None:
-        (request,) = requests
+    def _answer(self, request: Request) -> None:
         ids = np.array([request.prompt.expanded()])
         pixels = request.prompt.inputs.get("pixel_values")
         embeds = self.model.merge(ids, None if pixels is None else self.model.image_features(np.asarray(pixels)))

@@ -13,9 +13,10 @@ from .base import Answer, FinishReason, Sampling, Seconds, TokenLogprob
 from .prompts import Prompt
 from .row_sampling import RowChooser
 
-__all__ = ["Request"]
+__all__ = ["PATIENCE", "Request"]
 
-_PATIENCE = 0.2  # seconds
+PATIENCE = 0.2
+"""Seconds between two looks of a waiting thread: on Windows, Ctrl-C does not interrupt one that waits for a lock."""
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Request:
     """A prompt, its sampling options and its answer so far. Iterate over it for the text as it is generated.
 
     Args:
-        prompt, sampling, memory, changed: see `Engine.submit`.
+        prompt, sampling, changed: see `Engine.submit`.
         tokenizer: decodes tokens.
         ends: tokens that end an answer.
         context: maximum tokens of prompt and answer.
@@ -59,11 +60,10 @@ class Request:
         tokenizer: Any,
         ends: Collection[int],
         context: int | None = None,
-        memory: Any = None,
         changed: Callable[[], None] | None = None,
         on_cancel: Callable[["Request"], None] = lambda request: None,
     ) -> None:
-        self.prompt, self.sampling, self.memory = prompt, sampling, memory
+        self.prompt, self.sampling = prompt, sampling
         self.room = min(sampling.max_new_tokens, context - prompt.tokens if context else sampling.max_new_tokens)
         self._tokenizer, self._ends, self._changed, self._on_cancel = tokenizer, ends, changed, on_cancel
         self._news = threading.Condition()
@@ -75,6 +75,7 @@ class Request:
         self.cancelled = self.done = False
         self.error: BaseException | None = None
         self.answer: Answer | None = None
+        self.when_done: Callable[[], None] | None = None
         self._said = ""
         self.begin()
 
@@ -170,11 +171,12 @@ class Request:
             self.answer = self._whole(self._reason or ("cancelled" if self.cancelled else reason))
         self.error, self.done = error, True
         self._tell()
+        if self.when_done is not None:
+            self.when_done()
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         with self._news:
-            # With a timeout, because on Windows Ctrl-C does not interrupt a thread that waits for a lock.
-            while not self._news.wait_for(condition, _PATIENCE):
+            while not self._news.wait_for(condition, PATIENCE):
                 pass
 
     def _whole(self, reason: FinishReason) -> Answer:

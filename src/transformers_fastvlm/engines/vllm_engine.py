@@ -134,9 +134,6 @@ class VllmEngine(Engine):
     def _vocabulary(self) -> int:
         return int(self.llm.llm_engine.model_config.get_vocab_size())
 
-    def _goes_with(self, requests: list[Request], other: Request) -> bool:
-        return True
-
     def _work(self) -> None:
         running: dict[str, Request] = {}
         names = map(str, itertools.count())

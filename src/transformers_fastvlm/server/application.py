@@ -67,7 +67,6 @@ class Service:
         self.engine, self.settings = engine, settings
         self.fetcher = fetcher or Fetcher(settings.image_hosts, settings.fetch_timeout)
         self.preparation = Preparation(engine, settings, self.fetcher)
-        self._memory = engine.new_memory()
         self.bodies = Bodies(settings.max_requests, _BODIES_HELD * settings.max_body_bytes)
         self.admission = Admission(
             settings.max_requests, settings.max_held_bytes, settings.max_held_images, self._retry_seconds
@@ -185,7 +184,7 @@ class Service:
         def changed() -> None:
             loop.call_soon_threadsafe(advanced)
 
-        submit = functools.partial(self.engine.submit, prompt, *samplings, memory=self._memory, changed=changed)
+        submit = functools.partial(self.engine.submit, prompt, *samplings, changed=changed)
         try:
             # A schema is compiled, which takes its time; the loop does not wait for it.
             requests += submit() if chat.schema is None else await self.preparation.parse(submit)
@@ -206,7 +205,6 @@ class Service:
     def close(self) -> None:
         """End the threads, after the accepted requests."""
         self.preparation.close()
-        self.engine.forget(self._memory)
 
     def _check_alive(self) -> None:
         if self.draining:
