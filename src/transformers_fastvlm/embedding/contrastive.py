@@ -30,9 +30,7 @@ def contrastive_loss(first: Tensor, second: Tensor, scale: Tensor | float, group
         ValueError: the shapes differ.
     """
     if first.shape != second.shape or first.ndim != 2:
-        raise ValueError(
-            f"the vectors are {tuple(first.shape)} and {tuple(second.shape)}; expected two equal shapes."
-        )
+        raise ValueError(f"the vectors are {tuple(first.shape)} and {tuple(second.shape)}; expected two equal shapes.")
     scores = scale * first @ second.T
     rows = torch.arange(len(scores), device=scores.device)
     if groups is not None:
