@@ -214,7 +214,7 @@ class Embedder:
         conversation = self._conversation(one)
         prompt = read_prompt(self.processor, conversation, context=None)
         if self.pooling == "encoder":
-            if len(prompt.images) != 1 or isinstance(one, str | tuple):
+            if len(prompt.images) != 1 or any(map(_has_text, conversation)):
                 raise ValueError("expected an image alone: with pooling 'encoder' only images have a vector.")
             return prompt
         limit = self.processor.context_length
@@ -239,3 +239,8 @@ class Embedder:
         content = [{"type": "text", "text": text}] if image is None else place_images(text, [image])
         before = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*before, {"role": "user", "content": content}]
+
+
+def _has_text(message: dict[str, Any]) -> bool:
+    content = message["content"]
+    return bool(content) if isinstance(content, str) else any(part.get("text") for part in content)
