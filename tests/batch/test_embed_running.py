@@ -88,11 +88,7 @@ def test_tables(run: Any, loaded: Embedder, scenes: Path, tmp_path: Path) -> Non
     pairs = [(image, f"It {line['says']}") for image, line in zip(images, lines, strict=True)]
     cases: list[tuple[str, dict[str, Any], list[Any]]] = [
         ("rows.jsonl", {}, images),
-        (
-            "rows.jsonl",
-            {"prompt": "It {says}"},
-            [(image, f"It {line['says']}") for image, line in zip(images, lines, strict=True)],
-        ),
+        ("rows.jsonl", {"prompt": "It {says}"}, pairs),
         ("rows.jsonl", {"prompt": "{says}", "image_column": None}, [line["says"] for line in lines]),
         ("rows.csv", {"prompt": "{says}", "image_column": None}, [line["says"] for line in lines]),
     ]
