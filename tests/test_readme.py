@@ -11,9 +11,9 @@ them, in a folder of their own, with these substitutions and no others:
 - every image that a block names, such as "photo.jpg", is there: of examples/images where it has one of that name, else
   a golden image of the same file type. The folder "photos" has some.
 
-The commands of `RUN` run too, in such a folder. Other commands have runs of their own (`make demo`, the tests of their
-verbs). `# prints: TEXT` at the end of a line of Python, or on the line after a command, is compared with what is
-printed; so is a block of `text` that follows a block of Python.
+The commands of `RUN` run too, in such a folder; those marked with PACKAGE, where that is installed. Other commands have
+runs of their own (`make demo`, the tests of their verbs). `# prints: TEXT` at the end of a line of Python, or on the
+line after a command, is compared with what is printed; so is a block of `text` that follows a block of Python.
 """
 
 import configparser
@@ -188,7 +188,7 @@ def test_commands_run(page: Path, checkpoint: Callable[[str], Path], folder: Cal
     shell = [block for block in blocks(text) if block.language == "bash"]
     where = folder("\n".join(block.code for block in shell))
     for block in shell:
-        lines = block.code.replace("\\\n", " ").splitlines()
+        lines = block.code.replace("\\\n", " ").splitlines() if block.needs is None or runs_here(block) else []
         for line, after in zip(lines, [*lines[1:], ""], strict=True):
             words = shlex.split(line, comments=True)
             if words[:1] != ["fastvlm"] or words[1] not in RUN or "cuda" in words:

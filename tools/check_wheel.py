@@ -31,6 +31,7 @@ EXTRAS = {
     "torchvision",
     "training",
     "quantization",
+    "schema",
     "serving",
     "demo",
     "batch",

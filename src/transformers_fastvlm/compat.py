@@ -4,15 +4,16 @@
 Each item names the version after which it can be deleted.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import GenerationMixin, ProcessorMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, ProcessorMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -151,6 +152,72 @@ def encode_and_expand_images(
         expanded = [image for group in groups for _ in range(expand_size) for image in group]
         features = torch.stack(expanded) if isinstance(features, Tensor) and expanded else expanded
     return model_kwargs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+
+
+def open_pages(model: Any, processors: LogitsProcessorList, *, page_tokens: int, **options: Any) -> tuple[Any, Any]:
+    """Return the manager and the batch processor of Transformers' continuous batching; the manager is not started.
+
+    PyTorch's random state is left as it is, and so is the attention of the encoder. The language model's attention may
+    be another afterwards; `close_pages` restores it.
+
+    Args:
+        model: a `FastVLMForConditionalGeneration`.
+        processors: processors of scores, called with (rows,) token ids and (rows, vocabulary) scores.
+        page_tokens: tokens of a page.
+        **options: of `ContinuousBatchingConfig`.
+    """
+    # Here, since these modules are slow to import and only engines need them.
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+
+    taken = _takes(ContinuousBatchingConfig)
+    options |= {"page_size" if "page_size" in taken else "block_size": page_tokens}  # < 5.17: block_size
+    if "auto_switch_to_flash" in taken:  # from 5.19 on
+        options["auto_switch_to_flash"] = False
+    config = ContinuousBatchingConfig(
+        max_blocks_per_request=0,
+        use_async_batching=False,  # an answer's end is known before the next step
+        use_cuda_graph=False,  # tokens are chosen by Python code
+        **options,
+    )
+    before = model.config._attn_implementation
+    manager = ContinuousBatchingManager(model, GenerationConfig(eos_token_id=-1), config)
+    manager.logit_processor = ContinuousBatchingLogitsProcessorList(processors)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        processor = manager._create_batch_processor()
+    paged = model.config._attn_implementation
+    if paged != before:
+        model.set_attn_implementation(before)
+        model.get_decoder().set_attn_implementation(paged)
+    return manager, processor
+
+
+def pages_fit(model: Any) -> bool:
+    """Return whether Transformers can page the cache of the language model."""
+    config = model.config.get_text_config()
+    attention = model.config._attn_implementation or ""
+    kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+    return kinds <= {"full_attention", "sliding_attention"} and (attention in ("eager", "sdpa") or "flash" in attention)
+
+
+def close_pages(model: Any) -> None:
+    """Restore the language model's attention after `open_pages`."""
+    attention = model.config._attn_implementation
+    if model.get_decoder().config._attn_implementation != attention:
+        model.get_decoder().set_attn_implementation(attention)
+
+
+@contextlib.contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Restore the language model's attention for a while."""
+    paged = model.get_decoder().config._attn_implementation
+    close_pages(model)
+    try:
+        yield
+    finally:
+        if model.get_decoder().config._attn_implementation != paged:
+            model.get_decoder().set_attn_implementation(paged)
 
 
 def forget_renamings(model: Any) -> None:

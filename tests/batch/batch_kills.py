@@ -26,7 +26,7 @@ class Kept:
     """An engine that outlives a run, to be forked again."""
 
     def __init__(self, engine: TransformersEngine) -> None:
-        self.generate = engine.generate
+        self.stream, self.check = engine.stream, engine.check
 
     def close(self) -> None:
         pass

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 
 from transformers_fastvlm.batch import COLUMNS, BatchOptions, Interrupted, JournalError, Report, run_batch
-from transformers_fastvlm.engines import Answer, Conversation, Sampling, TransformersEngine
+from transformers_fastvlm.engines import Conversation, Request, Sampling, TransformersEngine
 
 PROMPT = "What is it?"
 SHORT = Sampling(max_new_tokens=4)
@@ -31,19 +30,22 @@ def loaded(model) -> TransformersEngine:
 
 
 class Watched:
-    """The engine, which counts what it is asked, and may be interrupted at a call."""
+    """The engine, which counts what it is asked, and may be interrupted at a question."""
 
     def __init__(self, engine: TransformersEngine) -> None:
         self.engine = engine
-        self.asked: list[int] = []
+        self.asked = 0
         self.interrupt_at: int | None = None
         self.closed = 0
 
-    def generate(self, conversations: Sequence[Conversation], sampling: Sequence[Sampling]) -> list[Answer]:
-        if len(self.asked) == self.interrupt_at:
+    def stream(self, conversation: Conversation, sampling: Sampling) -> Request:
+        if self.asked == self.interrupt_at:
             raise KeyboardInterrupt
-        self.asked.append(len(conversations))
-        return self.engine.generate(conversations, sampling)
+        self.asked += 1
+        return self.engine.stream(conversation, sampling)
+
+    def check(self, sampling: Sampling) -> None:
+        self.engine.check(sampling)
 
     def close(self) -> None:
         self.closed += 1
@@ -91,7 +93,7 @@ def test_answers(run, engine, loaded, photos, tmp_path) -> None:
     steps: list[tuple[int, int | None]] = []
     report = run(system="Be brief.", progress=lambda done, total: steps.append((done, total)))
     assert (report.rows, report.errors, report.resumed_rows) == (8, 0, 0)
-    assert steps == [(0, 8), (3, 8), (6, 8), (8, 8)] and engine.asked == [3, 3, 2] and engine.closed == 1
+    assert steps == [(0, 8), (3, 8), (6, 8), (8, 8)] and engine.asked == 8 and engine.closed == 1
     rows = rows_of(tmp_path / "out.jsonl")
     files = sorted(photos.iterdir())
     assert [row["source"] for row in rows] == [str(file) for file in files]
@@ -115,7 +117,7 @@ def test_tables_come_out_in_their_order(run, engine, photos, tmp_path) -> None:
     assert [(row["row"], row["image"], row["question"]) for row in found] == [
         (index, row["image"], row["q"] + "Say it.") for index, row in enumerate(rows)
     ]
-    assert all(row["answer"] is not None for row in found) and len(engine.asked) == 4
+    assert all(row["answer"] is not None for row in found) and engine.asked == 10
 
 
 def test_errors_stop_nothing(run, engine, photos, tmp_path) -> None:
@@ -147,31 +149,30 @@ def test_errors_stop_nothing(run, engine, photos, tmp_path) -> None:
     assert report.errors == 6
     assert [place for place, _ in report.examples] == [f"{photos / 'rows.jsonl'}, row {n}" for n in (1, 2, 3, 4, 6, 7)]
     assert all((row["answer"] is None) == (row["error"] is not None) for row in rows_of(tmp_path / "filled.jsonl"))
-    assert 1 in engine.asked  # the others of a batch with a row that the engine refuses
 
 
 def test_all_unreadable(run, engine, photos, tmp_path) -> None:
     for file in photos.iterdir():
         file.write_bytes(b"")
     report = run()
-    assert (report.rows, report.errors, engine.asked) == (8, 8, [])
+    assert (report.rows, report.errors, engine.asked) == (8, 8, 0)
 
 
 def test_goes_on_after_an_interruption(run, engine, photos, tmp_path) -> None:
     run(output="whole.jsonl")
-    engine.asked, engine.interrupt_at = [], 1
+    engine.asked, engine.interrupt_at = 0, 6  # of the third batch, while the second runs
     with pytest.raises(Interrupted, match="stopped after 3 rows") as error:
         run()
     assert error.value.rows == 3 and not (tmp_path / "out.jsonl").exists()
-    engine.asked, engine.interrupt_at = [], None
+    engine.asked, engine.interrupt_at = 0, None
     assert run().resumed_rows == 3
-    assert engine.asked == [3, 2]
+    assert engine.asked == 5
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_another_run_is_refused_and_named(run, engine, photos, tmp_path, copy_of_model) -> None:
     def stopped(**options: Any) -> None:
-        engine.asked, engine.interrupt_at = [], 1
+        engine.asked, engine.interrupt_at = 0, 6  # of the third batch, while the second runs
         with pytest.raises(Interrupted):
             run(**options)
         engine.interrupt_at = None
@@ -196,9 +197,9 @@ def test_another_run_is_refused_and_named(run, engine, photos, tmp_path, copy_of
     (photos / "08.png").write_bytes((photos / "07.png").read_bytes())
     with pytest.raises(JournalError, match=r"8 files or rows of .*photos, which now has 9"):
         run(about=about)
-    engine.asked = []
+    engine.asked = 0
     assert run(about=about, restart=True).rows == 9
-    assert engine.asked == [3, 3, 3]
+    assert engine.asked == 9
 
 
 @pytest.fixture
@@ -214,7 +215,7 @@ def test_does_not_overwrite(run, engine, photos, tmp_path) -> None:
         match=r"exists already, .*new images, use another output.*again, use --restart",
     ):
         run()
-    assert out.read_text() == "mine" and engine.asked == []
+    assert out.read_text() == "mine" and engine.asked == 0
     assert run(restart=True).rows == 8
     assert len(rows_of(out)) == 8
 
@@ -282,7 +283,7 @@ def test_an_output_that_is_an_input_is_refused(run, engine, photos, tmp_path) ->
         with pytest.raises(ValueError, match="would be written, but it is the input"):
             run(tmp_path / name, output="new.jsonl", restart=True)
         (tmp_path / name).unlink()
-    assert table.read_bytes() == before and engine.asked == []
+    assert table.read_bytes() == before and engine.asked == 0
     assert not list(tmp_path.glob("**/*.journal"))
 
 
@@ -303,7 +304,7 @@ def test_an_output_that_appears_is_not_replaced(run, engine, photos, tmp_path, a
         run()
     assert out.read_text() == "mine"
     out.unlink()
-    assert (run().resumed_rows, engine.asked) == (8, [3, 3, 2])
+    assert (run().resumed_rows, engine.asked) == (8, 8)
     assert len(rows_of(out)) == 8
 
 
@@ -318,7 +319,7 @@ def test_killed_after_publishing_ends_as_if_not(run, engine, photos, tmp_path, m
 
 def test_what_restart_may_replace_is_kept_over_a_stop(run, engine, photos, tmp_path) -> None:
     (tmp_path / "out.jsonl").write_text("old")
-    engine.interrupt_at = 1
+    engine.interrupt_at = 6
     with pytest.raises(Interrupted):
         run(restart=True)
     engine.interrupt_at = None
@@ -332,14 +333,14 @@ def test_a_journal_without_a_batch_allows_nothing(run, engine, photos, tmp_path)
     (tmp_path / "out.jsonl.journal").touch()
     with pytest.raises(FileExistsError, match="exists already"):
         run()
-    assert (tmp_path / "out.jsonl").read_text() == "mine" and engine.asked == []
+    assert (tmp_path / "out.jsonl").read_text() == "mine" and engine.asked == 0
 
 
 def test_a_link_is_written_through(run, engine, photos, tmp_path) -> None:
     (tmp_path / "disk").mkdir()
     link = tmp_path / "out.jsonl"
     link.symlink_to(tmp_path / "disk" / "real.jsonl")
-    engine.interrupt_at = 1
+    engine.interrupt_at = 6
     with pytest.raises(Interrupted) as stopped:
         run()
     assert stopped.value.journal == tmp_path / "disk" / "real.jsonl.journal"
@@ -360,10 +361,13 @@ def test_pictures_that_changed_are_noticed(run, engine, photos, tmp_path, kind: 
     if kind == "a table":
         source = photos / "rows.jsonl"
         source.write_text("".join(f'{{"image": "{number:02}.png"}}\n' for number in range(8)))
-    engine.interrupt_at = 2
+
+    def stop(done: int, total: int | None) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
     with pytest.raises(Interrupted):
-        run(source)
-    engine.interrupt_at = None
+        run(source, progress=stop)
     asked, later = photos / "01.png", photos / "07.png"
     for file in (asked,) if change != "none" else (later,):
         size = file.stat().st_size

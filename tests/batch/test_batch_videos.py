@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -114,12 +115,13 @@ def test_a_folder_with_films_and_pictures(tmp_path: Path) -> None:
 class Reader:
     """Answers with the number of the frame that it is shown, which the pixels say."""
 
-    def generate(self, conversations: Any, sampling: Any) -> list[Answer]:
-        pictures = [part["image"] for chat in conversations for part in chat[-1]["content"] if part["type"] == "image"]
-        return [
-            Answer(text=f"frame {number_of(picture)}", finish_reason="stop", prompt_tokens=1, completion_tokens=1)
-            for picture in pictures
-        ]
+    def stream(self, conversation: Any, sampling: Any) -> Any:
+        (image,) = (part["image"] for part in conversation[-1]["content"] if part["type"] == "image")
+        answer = Answer(text=f"frame {number_of(image)}", finish_reason="stop", prompt_tokens=1, completion_tokens=1)
+        return SimpleNamespace(result=lambda: answer)
+
+    def check(self, sampling: Any) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -86,7 +86,7 @@ def test_a_picture_is_encoded_and_prefilled_once(checkpoint, golden, run, monkey
 
     @functools.wraps(feed)
     def counted_feed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        fed.append(kwargs["input_ids"].shape[1])
+        fed.append(kwargs["inputs_embeds"].shape[1])
         return feed(self, *args, **kwargs)
 
     monkeypatch.setattr(FastViTHDModel, "forward", counted_encode)
@@ -123,9 +123,6 @@ class Engine:
     """Says yes, or fails."""
 
     error: Exception | None = None
-
-    def new_memory(self) -> None:
-        return None
 
     def stream(self, *_: Any, **__: Any) -> Any:
         if self.error is not None:

@@ -18,7 +18,8 @@ from transformers_fastvlm.demo import Page, page_images
 from transformers_fastvlm.demo.answering import Answerer, UnusableInput
 from transformers_fastvlm.demo.presets import scene_examples
 from transformers_fastvlm.demo.visitors import Visitors, summary, turn
-from transformers_fastvlm.engines import Request, TransformersEngine, transformers_engine
+from transformers_fastvlm.engines import TransformersEngine
+from transformers_fastvlm.engines.continuous_rows import ContinuousRows
 
 
 @pytest.fixture(scope="module")
@@ -100,33 +101,30 @@ def test_a_second_question_computes_only_what_is_new(answerer: Answerer, parts: 
 
     visitor = run(talk())
     assert visitor.messages[-1]["content"] == expected(parts, visitor.messages[:-1])
-    assert visitor.reply.encoded_images == 0 and visitor.memory.prefilled_tokens < 40 < visitor.memory.reused_tokens
+    request: Any = visitor.reply._request
+    assert visitor.reply.encoded_images == 0 and 40 < request.cached_tokens > request.prompt.tokens - 50
     assert "nothing encoded again" in summary(visitor.reply)
     roles = [(one["role"], one["content"]) for one in visitor.shown]
     assert [role for role, _ in roles] == ["user", "user", "assistant", "user", "assistant"]
     assert roles[0][1].startswith("Your image, ")
 
 
-def test_answers_come_one_at_a_time_and_in_order(
-    answerer: Answerer, picture: str, monkeypatch: pytest.MonkeyPatch
+def test_answers_of_several_visitors_run_beside_each_other(
+    answerer: Answerer, parts: tuple[Any, Any], picture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running: list[Any] = []
-    engine = answerer.engine
-    generate = engine._answer
+    running: list[int] = []
+    step = ContinuousRows.step
+    monkeypatch.setattr(ContinuousRows, "step", lambda self: (running.append(len(self.running)), step(self))[1])
+    messages = [asks("What?", picture)]
+    answerer.engine.batch_size = answerer.max_new_tokens = 60
 
-    def watched(requests: list[Request]) -> None:
-        running.append(("begin", len(requests), requests[0].sampling.max_new_tokens))
-        generate(requests)
-        running.append("end")
-
-    monkeypatch.setattr(engine, "_answer", watched)
-
-    async def ask() -> None:
-        replies = [answerer.ask([asks("What?", picture)], None, tokens) for tokens in (3, 1, 2)]
+    async def ask() -> list[str]:
+        replies = [answerer.ask(messages) for _ in range(3)]
         await asyncio.gather(*map(texts, replies))
+        return [reply.text for reply in replies]
 
-    run(ask())
-    assert running == [("begin", 1, 3), "end", ("begin", 1, 1), "end", ("begin", 1, 2), "end"]
+    assert len(set(run(ask()))) == 1
+    assert max(running) > 1
 
 
 def test_stop_keeps_what_there_is(answerer: Answerer, picture: str) -> None:
@@ -194,7 +192,7 @@ def test_a_placeholder_in_the_text_is_an_error(answerer: Answerer) -> None:
 def test_what_the_model_raises_reaches_the_one_who_asked(
     answerer: Answerer, picture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answerer.engine, "_answer", lambda requests: 1 / 0)
+    monkeypatch.setattr(ContinuousRows, "step", lambda rows: 1 / 0)
 
     async def ask() -> Any:
         visitor = Visitors(answerer).come("a")
@@ -205,26 +203,6 @@ def test_what_the_model_raises_reaches_the_one_who_asked(
 
     visitor = run(ask())
     assert visitor.messages == visitor.shown == [] and not visitor.waits
-
-
-def test_old_conversations_leave_the_models_memory(
-    answerer: Answerer, picture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transformers_engine, "KEPT_MEMORIES", 1)
-
-    async def ask() -> Any:
-        visitors = [Visitors(answerer).come(name) for name in "ab"]
-        for visitor in visitors:
-            async for _ in turn(answerer, visitor, "What is it?", [picture], show):
-                pass
-        held = [visitor.memory._cache.get_seq_length() for visitor in visitors]
-        async for _ in turn(answerer, visitors[0], "And now?", [], show):
-            pass
-        return held, visitors[0]
-
-    held, visitor = run(ask())
-    assert held[0] == 0 < held[1]
-    assert visitor.reply.encoded_images == 1 and len(visitor.messages) == 4
 
 
 def test_a_new_picture_starts_over_and_an_error_changes_nothing(
@@ -277,7 +255,6 @@ def test_a_visitor_who_leaves_frees_everything(answerer: Answerer, picture: str)
     answerer.engine.close()  # what was asked of it before is done
     assert visitor.reply.stopped and len(tokenizer(visitor.reply.text)["input_ids"]) < 200
     assert visitor.messages == visitor.shown == [] and len(visitors) == 0
-    assert visitor.memory._cache.get_seq_length() == 0 and visitor.memory._images == []
 
 
 def test_visitors(answerer: Answerer) -> None:

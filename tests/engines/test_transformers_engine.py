@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine over Transformers: answers of rows together beside those of each alone, options, and refusals."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -24,6 +23,8 @@ from transformers_fastvlm.engines import (
     VllmEngine,
     load_engine,
 )
+from transformers_fastvlm.engines.continuous_rows import ContinuousRows
+from transformers_fastvlm.inference.image_table import FIRST_ID
 
 SHORT = Sampling(max_new_tokens=8)
 
@@ -64,27 +65,25 @@ def test_inputs_are_those_of_the_processor(checkpoint, mixed, name: str) -> None
         expected = engine.processor.apply_chat_template(
             conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
         )
-        for memory in (None, engine.new_memory()):
-            prompt = engine.prepare(conversation, literal=literal, memory=memory)
-            assert prompt.inputs.keys() == expected.keys()
-            assert all(torch.equal(prompt.inputs[key], value) for key, value in expected.items())
-            assert prompt.tokens == expected["input_ids"].shape[1] and prompt.images == []
+        prompt = engine.prepare(conversation, literal=literal)
+        stored = prompt.inputs["images"]
+        kind = stored[0].kind if stored else ()
+        tables = {one: [image.inputs[one] for image in stored] for one in kind}
+        ids = torch.tensor([prompt.inputs["ids"]])
+        placeholders = ids.masked_fill(ids >= FIRST_ID, engine.model.config.image_token_id)
+        assert torch.equal(placeholders, expected["input_ids"])
+        assert set(tables) | {"input_ids", "attention_mask"} == expected.keys()
+        assert all(torch.equal(torch.cat(parts), expected[key]) for key, parts in tables.items())
+        assert prompt.tokens == expected["input_ids"].shape[1] and prompt.images == []
 
 
-def test_longest_first_in_batches_of_the_size(engine, mixed, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
-    whole = engine.model.generate
-
-    def generate(**inputs: Any) -> Any:
-        mask = inputs["attention_mask"]
-        assert bool(mask[:, -1].all()) and bool((mask.diff(dim=1) >= 0).all())  # padded on the left
-        shapes.append((len(mask), int(mask.sum(-1).min()), mask.shape[1]))
-        return whole(**inputs)
-
-    monkeypatch.setattr(engine.model, "generate", generate)
+def test_longest_first(engine, mixed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an out-of-memory error appears at once."""
+    begun: list[int] = []
+    add = ContinuousRows.add
+    monkeypatch.setattr(ContinuousRows, "add", lambda self, one: (begun.append(one.prompt.tokens), add(self, one))[1])
     engine.generate(mixed, SHORT)
-    assert [rows for rows, _, _ in shapes] == [2, 3, 2]  # no more than three images either
-    assert all(shortest >= longest for (_, shortest, _), (_, _, longest) in itertools.pairwise(shapes))
+    assert begun == sorted(begun, reverse=True) and len(begun) == len(mixed)
 
 
 def test_ends_where_a_text_says(engine, images) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`OnnxEngine`: several images, sampling, stops, and what it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ pytest.importorskip("onnxscript", reason="the export to ONNX is an extra")
 
 from onnx_cases import conversation, scenes, tiny_export, tiny_model
 
-from transformers_fastvlm.engines import OnnxEngine, Sampling, load_engine
+from schema_cases import SCHEMAS
+from transformers_fastvlm.engines import OnnxEngine, Sampling, TransformersEngine, load_engine
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,34 @@ def test_length_and_stop(engine: OnnxEngine) -> None:
     assert (cut.finish_reason, cut.completion_tokens) == ("length", 1)
     stopped = engine.generate([conversation(picture, question)], Sampling(stop=(whole.text[1:],)))[0]
     assert (stopped.finish_reason, stopped.text) == ("stop", whole.text[:1].strip())
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_answers_follow_a_schema(engine: OnnxEngine, name: str) -> None:
+    pytest.importorskip("llguidance", reason="answers that follow a schema need llguidance, of the extra schema")
+    schema, fits = SCHEMAS[name]
+    questions = [conversation(picture, question) for picture, question, _ in scenes(3)]
+    sampling = Sampling(max_new_tokens=160, temperature=1.5, seed=1, schema=schema)
+    for answer in [
+        *engine.generate(questions, sampling),
+        *engine.generate(questions, replace(sampling, temperature=0)),
+    ]:
+        assert answer.finish_reason == "stop" and fits(answer.text), answer.text
+
+
+def test_biases_penalties_and_logprobs_are_those_of_pytorch(engine: OnnxEngine) -> None:
+    picture, question, _ = scenes(1)[0]
+    other = TransformersEngine(*tiny_model())
+    for sampling in (
+        Sampling(max_new_tokens=8, logprobs=2),
+        Sampling(max_new_tokens=8, logit_bias=((40, 5.0),), frequency_penalty=1.5, presence_penalty=1.0),
+    ):
+        (found,), (expected,) = (one.generate([conversation(picture, question)], sampling) for one in (engine, other))
+        assert found == expected
+        for noted, right in zip(found.logprobs or (), expected.logprobs or (), strict=True):
+            assert (noted.token, noted.text) == (right.token, right.text)
+            assert noted.logprob == pytest.approx(right.logprob, abs=1e-3)
+    other.close()
 
 
 def test_what_is_refused(engine: OnnxEngine, tmp_path: Path) -> None:

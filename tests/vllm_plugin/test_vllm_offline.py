@@ -12,9 +12,10 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: make tes
 import psutil
 from vllm_running import ENVIRONMENT, MAX_NEW_TOKENS, Peer, asked, exact, mixed_batch, pictures_of, scene_questions
 
+from schema_cases import SCHEMAS
 from transformers_fastvlm.batch import BatchOptions, run_batch
 from transformers_fastvlm.checkpoints import tiny_checkpoint
-from transformers_fastvlm.engines import Sampling, TransformersEngine, load_engine
+from transformers_fastvlm.engines import Sampling, Schema, TransformersEngine, load_engine
 
 # vLLM's own imports and processes warn.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -174,6 +175,44 @@ def test_engine_refuses(engine: Any, make: Any, message: str) -> None:
     with pytest.raises(ValueError, match="top_p is 2"):
         engine.generate([good], Sampling(top_p=2.0))
     assert engine.generate([good], Sampling(max_new_tokens=1))
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_answers_follow_a_schema(engine: Any, name: str) -> None:
+    conversations, _ = scene_questions(6)
+    schema, fits = SCHEMAS[name]
+    samplings = [Sampling(max_new_tokens=160, temperature=1.5 * (row % 2), schema=schema) for row in range(6)]
+    for answer in engine.generate(conversations, samplings):
+        assert answer.finish_reason == "stop"
+        assert fits(answer.text), answer.text
+
+
+def test_a_schema_that_is_cut_or_cannot_be_held(engine: Any) -> None:
+    (answer,) = engine.generate([asked("Hi")], Sampling(max_new_tokens=3, schema=Schema.regex("[0-9]{9}")))
+    assert answer.finish_reason == "length"
+    with pytest.raises(ValueError, match="JSON schema cannot be held: Unimplemented keys"):
+        engine.generate([asked("Hi")], Sampling(schema=Schema.json({"not": {}})))
+
+
+def test_options_of_a_row_are_those_of_transformers(engine: Any) -> None:
+    """Biases, penalties and logprobs, greedily."""
+    conversations, _ = scene_questions(3)
+    samplings = [
+        Sampling(max_new_tokens=8, logprobs=3),
+        Sampling(max_new_tokens=8, logit_bias=((40, 5.0), (41, -100.0)), presence_penalty=1.0, logprobs=0),
+        Sampling(max_new_tokens=8, frequency_penalty=1.5, logprobs=1),
+    ]
+    answers = engine.generate(conversations, samplings)
+    other = TransformersEngine(str(tiny_checkpoint()), dtype="float32", device="cpu")
+    expected = other.generate(conversations, samplings)
+    other.close()
+    assert answers == expected
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert answer.logprobs is not None and wanted.logprobs is not None
+        for noted, right in zip(answer.logprobs, wanted.logprobs, strict=True):
+            assert (noted.token, noted.text) == (right.token, right.text)
+            assert noted.logprob == pytest.approx(right.logprob, abs=1e-3)
+            assert [one.token for one in noted.top] == [one.token for one in right.top]
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
             yield from _input_differences(was, is_now)
         elif name == "model_files":
             yield "other files of the model under the same name"
+        elif name == "schema":
+            yield "another schema of answers" if was and is_now else f"{'a' if was else 'no'} schema of answers"
         else:
             yield f"{name} {was!r}, not {is_now!r}"
 

@@ -3,14 +3,17 @@
 
 import dataclasses
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..engines.base import Answer, Conversation, Sampling
+from ..engines.base import Answer, Sampling
 from ..engines.engine import Engine
+from ..engines.request import Request as EngineRequest
 from ..images.decoding import FIRST_OF_SEVERAL
+from .answer_fields import field_types, with_fields
 from .batch_journal import BatchJournal
 from .batch_rows import Report, row_of
 from .opening import Opened, opened_ahead
@@ -78,7 +81,7 @@ def run_batch(
     if options.batch_size < 1:
         raise ValueError(f"batch_size is {options.batch_size}; expected 1 or more.")
     found = find_sources(inputs, options)
-    outputs = outputs_for(out, found, subtitles)
+    outputs = outputs_for(out, found, subtitles, field_types(options.sampling.schema))
     outputs.refuse_inputs(found.read_files())
     with resumable(outputs, _identity(found, options, about), restart) as journal:
         resumed = journal.rows
@@ -110,37 +113,57 @@ def _answer_all(
     batches = plan(found, options.batch_size)
     skip_done(batches, journal)
     engine: Engine | None = None
+    running: deque[tuple[Sequence[Opened], list[EngineRequest | str]]] = deque()
+
+    def finish() -> None:
+        batch, asked = running.popleft()
+        journal.append(_rows(batch, asked, options.sampling), [one.state for one in batch])
+        progress(journal.rows, total)
+
     try:
         for batch in opened_ahead(batches, options.system):
             if engine is None:
                 engine = load()
-            journal.append(_answer(batch, engine, options.sampling), [one.state for one in batch])
-            progress(journal.rows, total)
+                engine.check(options.sampling)
+            running.append((batch, [_ask(one, engine, options.sampling) for one in batch]))
+            if len(running) > 1:  # the next batch fills the places of the answers that end early
+                finish()
+        while running:
+            finish()
+    except BaseException:
+        for request in (one for _, asked in running for one in asked if not isinstance(one, str)):
+            request.cancel()
+        raise
     finally:
         if engine is not None:
             engine.close()
 
 
-def _answer(batch: Sequence[Opened], engine: Engine, sampling: Sampling) -> list[dict[str, Any]]:
-    """Return the row of each request of a batch, with its number as `index`; the number is added to the seed."""
-    asked = [(one.conversation, sampling.of_row(one.index)) for one in batch if one.conversation is not None]
-    results = iter(_generate(engine, asked))
+def _ask(one: Opened, engine: Engine, sampling: Sampling) -> EngineRequest | str:
+    """Ask an engine; the row's number is added to the seed. Returns the error if the conversation is refused."""
+    if one.conversation is None:
+        return one.error or ""
+    try:
+        return engine.stream(one.conversation, sampling.of_row(one.index))
+    except ValueError as error:
+        return str(error)
+
+
+def _rows(batch: Sequence[Opened], asked: Sequence[EngineRequest | str], sampling: Sampling) -> list[dict[str, Any]]:
+    """Return the row of each request of a batch, with its number as `index`."""
     rows = []
-    for one in batch:
-        result = one.error if one.conversation is None else next(results)
+    for one, request in zip(batch, asked, strict=True):
+        result = request if isinstance(request, str) else _result(request)
         answered, error = (result, None) if isinstance(result, Answer) else (None, result)
         row = {"index": one.index, **row_of(one.request, answered, error)}
+        if sampling.schema is not None:
+            row = with_fields(row, sampling.schema)
         rows.append({**row, FIRST_OF_SEVERAL: True} if answered and one.is_first else row)
     return rows
 
 
-def _generate(engine: Engine, asked: Sequence[tuple[Conversation, Sampling]]) -> list[Answer | str]:
-    """Return the answer to each conversation, or the error."""
-    if not asked:
-        return []
+def _result(request: EngineRequest) -> Answer | str:
     try:
-        return list(engine.generate([conversation for conversation, _ in asked], [sampling for _, sampling in asked]))
+        return request.result()
     except ValueError as error:
-        if len(asked) == 1:
-            return [str(error)]
-    return [result for one in asked for result in _generate(engine, [one])]
+        return str(error)

@@ -11,6 +11,7 @@ from typing import Any
 from .._optional import needs
 from ..storage.atomic_files import partial_of, replacing, state_of
 from ..storage.journal_file import json_line
+from .answer_fields import FIELDS, FieldType, column_values
 from .batch_rows import COLUMNS
 from .requests import EXTRA, printable
 from .sources import Inputs
@@ -51,13 +52,14 @@ class Outputs:
     Args:
         rows: file of all rows, or, if it ends in .srt, the subtitles of the only video.
         captions: file of subtitles of each video, by the video's name in the rows.
+        fields: type of each field of the answers, which are columns of a table.
 
     Attributes:
         journal: the run's journal, beside `rows` or beside its target if `rows` is a link.
     """
 
-    def __init__(self, rows: Path, captions: Mapping[str, Path]) -> None:
-        self.rows, self.captions = rows, captions
+    def __init__(self, rows: Path, captions: Mapping[str, Path], fields: Mapping[str, FieldType] | None = None) -> None:
+        self.rows, self.captions, self.fields = rows, captions, fields or {}
         self._files = list(dict.fromkeys([rows, *captions.values()]))
         real = Path(os.path.realpath(rows))
         self.journal = real.with_name(real.name + ".journal")
@@ -103,7 +105,7 @@ class Outputs:
         if self.rows.suffix.lower() == ".srt":
             deque(noted(), maxlen=0)
         else:
-            write_rows(self.rows, noted(), replaces.get(str(self.rows)))
+            write_rows(self.rows, noted(), replaces.get(str(self.rows)), self.fields)
         for name, path in self.captions.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, (replaces.get(str(path)),)) as file:
@@ -111,11 +113,16 @@ class Outputs:
                     file.write(block.encode("utf-8", "backslashreplace"))
 
 
-def outputs_for(rows: Path, found: Inputs, folder: str | os.PathLike[str] | None) -> Outputs:
+def outputs_for(
+    rows: Path,
+    found: Inputs,
+    folder: str | os.PathLike[str] | None,
+    fields: Mapping[str, FieldType] | None = None,
+) -> Outputs:
     """Return the files that a run over inputs writes.
 
     Args:
-        rows: see `Outputs`.
+        rows, fields: see `Outputs`.
         found: the inputs.
         folder: folder for the subtitles of videos; None for none.
 
@@ -132,28 +139,34 @@ def outputs_for(rows: Path, found: Inputs, folder: str | os.PathLike[str] | None
             )
         return Outputs(rows, {printable(videos[0]): rows})
     if folder is None:
-        return Outputs(rows, {})
+        return Outputs(rows, {}, fields)
     files = {printable(video): Path(folder) / f"{Path(video).stem}.srt" for video in videos}
     if not files:
         raise ValueError("--srt writes the captions of videos, but the inputs have no video.")
     if len(set(files.values())) < len(videos):
         raise ValueError("two videos have the same name, and so would their subtitles. Run them separately.")
-    return Outputs(rows, files)
+    return Outputs(rows, files, fields)
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any = None) -> None:
+def write_rows(
+    path: Path,
+    rows: Iterable[Mapping[str, Any]],
+    replaces: Any = None,
+    fields: Mapping[str, FieldType] | None = None,
+) -> None:
     """Write rows as JSONL or Parquet, by the suffix.
 
     Args:
         path: path of the file.
-        rows: rows with the keys `COLUMNS`, in that order.
+        rows: rows with the keys `COLUMNS`, in that order, and `FIELDS` if the answers follow a JSON schema.
         replaces: state of an existing file that may be replaced, see `state_of`; None if there was none.
+        fields: type of each field of the answers; Parquet has a column for each.
 
     Raises:
         FileExistsError: another file with other contents exists; it is not changed.
     """
     if path.suffix.lower() == ".parquet":
-        _write_parquet(path, rows, replaces)
+        _write_parquet(path, rows, replaces, fields or {})
         return
     with replacing(path, (replaces,)) as file:
         for row in rows:
@@ -188,12 +201,16 @@ def _clock(seconds: float) -> str:
     return f"{hours:02}:{minutes:02}:{rest // 1000:02},{rest % 1000:03}"
 
 
-def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any) -> None:
+def _write_parquet(
+    path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any, fields: Mapping[str, FieldType]
+) -> None:
     pa, pq = require_pyarrow()
     text, number, real = pa.string(), pa.int64(), pa.float64()
     types = {"row": number, "time": real, "prompt_tokens": number, "completion_tokens": number}
-    schema = pa.schema([(name, types.get(name, text)) for name in COLUMNS])
-    remaining = iter(rows)
+    kinds = {"string": text, "integer": number, "number": real, "boolean": pa.bool_(), "json": text}
+    columns = [(name, types.get(name, text)) for name in COLUMNS]
+    schema = pa.schema([*columns, *((f"{FIELDS}.{name}", kinds[kind]) for name, kind in fields.items())])
+    remaining = ({**row, **column_values(row.get(FIELDS), fields)} for row in rows)
     with replacing(path, (replaces,)) as file, pq.ParquetWriter(file, schema) as writer:
         while part := list(itertools.islice(remaining, _ROWS_A_PART)):
             writer.write_table(pa.Table.from_pylist(part, schema=schema))

@@ -2,8 +2,10 @@
 """Load an engine and ask it questions, for every verb that answers."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engines.answer_schema import Schema
 from ..engines.base import MIN_TEMPERATURE, Answer, Conversation, Sampling
 from .cli_errors import UserError, notice
 from .model_sources import check_loadable, licence_notice, read_config
@@ -12,11 +14,16 @@ from .options import DtypeName, EngineName
 if TYPE_CHECKING:
     from ..engines import Engine, Request
 
-__all__ = ["answer", "check_model", "engine_settings", "load", "remark", "sampling_of"]
+__all__ = ["answer", "check_model", "engine_settings", "load", "remark", "sampling_of", "schema_of"]
 
 
 def sampling_of(
-    max_new_tokens: int, temperature: float, top_p: float | None = None, seed: int | None = None, num_beams: int = 1
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float | None = None,
+    seed: int | None = None,
+    num_beams: int = 1,
+    schema: Schema | None = None,
 ) -> Sampling:
     """Return the `Sampling` for a verb's options.
 
@@ -37,7 +44,30 @@ def sampling_of(
         top_p=1.0 if top_p is None else top_p,
         seed=seed,
         num_beams=num_beams,
+        schema=schema,
     )
+
+
+def schema_of(file: Path | None, choices: str | None, regex: str | None) -> Schema | None:
+    """Return the `Schema` for a verb's options.
+
+    Raises:
+        UserError: more than one of them is given, or one has no schema.
+        OSError: the file cannot be read.
+    """
+    given = [
+        name for name, value in (("--schema", file), ("--choices", choices), ("--regex", regex)) if value is not None
+    ]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are both given; an answer follows one of them.")
+    try:
+        if file is not None:
+            return Schema.json(file.read_text(encoding="utf-8"))
+        if choices is not None:
+            return Schema.choices([choice.strip() for choice in choices.split(",")])
+        return None if regex is None else Schema.regex(regex)
+    except ValueError as error:  # UnicodeDecodeError too
+        raise UserError(f"{given[0]}{'' if file is None else f' {file}'}: {error}") from error
 
 
 def engine_settings(
@@ -103,16 +133,15 @@ def answer(
     engine: "Engine",
     conversation: Conversation,
     sampling: Sampling,
-    memory: Any = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Answer:
     """Return the answer to a conversation. Ctrl-C stops it and keeps the text so far.
 
     Args:
-        engine, conversation, sampling, memory: see `Engine.stream`.
+        engine, conversation, sampling: see `Engine.stream`.
         say: called with each piece of the answer as it is generated.
     """
-    request: Request = engine.stream(conversation, sampling, memory=memory)
+    request: Request = engine.stream(conversation, sampling)
     try:
         for piece in request:
             say(piece)
@@ -130,4 +159,5 @@ def remark(answer: Answer, sampling: Sampling) -> None:
     tokens = answer.completion_tokens
     full = "the model's context is full."
     why = "--max-new-tokens allows longer ones." if tokens == sampling.max_new_tokens else full
-    notice(f"fastvlm: the answer was cut after {tokens} tokens; {why}")
+    whole = "" if sampling.schema is None else " before it was whole by its schema"
+    notice(f"fastvlm: the answer was cut after {tokens} tokens{whole}; {why}")

@@ -74,6 +74,9 @@ def batch(
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = None,
     seed: options.Seed = None,
+    schema: options.SchemaFile = None,
+    choices: options.Choices = None,
+    regex: options.Regex = None,
     do_exif_transpose: options.ExifTranspose = True,
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
@@ -89,11 +92,14 @@ def batch(
         fastvlm batch photos -o captions.jsonl -p "Describe the image."
 
         fastvlm batch rows.csv -o out.parquet -p "{question}" --image-column file
+
+        fastvlm batch photos -o signs.parquet -p "Describe the sign." --schema sign.json
     """
     from ..batch import BatchOptions, Interrupted, run_batch
-    from .asking import check_model, engine_settings, load, sampling_of
+    from .asking import check_model, engine_settings, load, sampling_of, schema_of
 
-    sampling = sampling_of(max_new_tokens, temperature, top_p, seed)
+    form = schema_of(schema, choices, regex)
+    sampling = sampling_of(max_new_tokens, temperature, top_p, seed, schema=form)
     settings = engine_settings(engine, precision, device, dtype, size)
     check_model(engine, model)
 

@@ -106,7 +106,6 @@ class _Conversation:
     ) -> None:
         self.engine, self.sampling, self.system, self.first = engine, sampling, system, pictures
         self.reading = reading
-        self.memory = engine.new_memory()
         self.clear()
 
     def clear(self) -> None:
@@ -149,7 +148,7 @@ class _Conversation:
             raise UserError("the prompt is not UTF-8; convert it, or set the terminal to UTF-8.")
 
         messages = [*self.messages, {"role": "user", "content": question(text, self.pictures)}]
-        answered = answer(self.engine, messages, self.sampling, self.memory, lambda piece: typer.echo(piece, nl=False))
+        answered = answer(self.engine, messages, self.sampling, lambda piece: typer.echo(piece, nl=False))
         typer.echo()
         remark(answered, self.sampling)
         # A question that failed does not become part of the conversation.

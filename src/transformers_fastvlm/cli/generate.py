@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .cli_errors import INTERRUPTED, reports_errors
+from .cli_errors import FAILURE, INTERRUPTED, reports_errors
 from .cli_images import question, read_pictures
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ def generate(
     top_p: options.TopP = None,
     num_beams: options.NumBeams = 1,
     seed: options.Seed = None,
+    schema: options.SchemaFile = None,
+    choices: options.Choices = None,
+    regex: options.Regex = None,
     do_exif_transpose: options.ExifTranspose = True,
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
@@ -64,12 +67,14 @@ def generate(
         fastvlm generate street.jpg -p "What number is on the sign?"
 
         fastvlm generate a.jpg b.jpg -p "Compare the images." --json
+
+        fastvlm generate street.jpg -p "Is there a sign?" --choices yes,no
     """
     from ..images.read_options import ReadOptions
-    from .asking import answer, engine_settings, load, sampling_of
+    from .asking import answer, engine_settings, load, sampling_of, schema_of
 
     names = images or []
-    sampling = sampling_of(max_new_tokens, temperature, top_p, seed, num_beams)
+    sampling = sampling_of(max_new_tokens, temperature, top_p, seed, num_beams, schema_of(schema, choices, regex))
     settings = engine_settings(engine, precision, device, dtype, size)
     reading = ReadOptions(do_exif_transpose=do_exif_transpose, alpha_background=alpha_background, max_pixels=max_pixels)
     message = question(prompt, read_pictures(names, reading))
@@ -117,6 +122,7 @@ def generate(
             "top_p": top_p,
             "num_beams": num_beams,
             "seed": seed,
+            "schema": None if sampling.schema is None else {sampling.schema.kind: sampling.schema.value},
         },
     }
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
@@ -130,3 +136,5 @@ def _end(answered: "Answer", sampling: "Sampling") -> None:
     remark(answered, sampling)
     if answered.finish_reason == "cancelled":
         raise typer.Exit(INTERRUPTED)
+    if answered.finish_reason == "length" and sampling.schema is not None:
+        raise typer.Exit(FAILURE)

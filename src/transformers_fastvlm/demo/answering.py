@@ -124,7 +124,6 @@ class Answerer:
     def ask(
         self,
         messages: list[dict[str, Any]],
-        memory: Any = None,
         max_new_tokens: int | None = None,
         started: float | None = None,
     ) -> Reply:
@@ -132,33 +131,32 @@ class Answerer:
 
         Args:
             messages: see `transformers_fastvlm.engines.Conversation`, the last one the user's.
-            memory: of the engine; None remembers nothing.
             max_new_tokens: longest answer; None for the page's.
             started: `time.perf_counter()` when the question came; None for now.
         """
         reply = Reply(started)
         sampling = Sampling(max_new_tokens=max_new_tokens or self.max_new_tokens, temperature=self.temperature)
-        self._thread.submit(self._begin, reply, messages, memory, sampling)
+        self._thread.submit(self._begin, reply, messages, sampling)
         return reply
 
     def close(self) -> None:
         """Accept no more questions."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _begin(self, reply: Reply, messages: list[dict[str, Any]], memory: Any, sampling: Sampling) -> None:
+    def _begin(self, reply: Reply, messages: list[dict[str, Any]], sampling: Sampling) -> None:
         try:
             if reply.stopped:
                 reply.end()
                 return
-            prompt = self._prompt(messages, memory)
-            (request,) = self.engine.submit(prompt, sampling, memory=memory, changed=reply.tell)
+            prompt = self._prompt(messages)
+            (request,) = self.engine.submit(prompt, sampling, changed=reply.tell)
             reply.begin(request)
         except Exception as error:
             reply.end(error)
 
-    def _prompt(self, messages: list[dict[str, Any]], memory: Any) -> Any:
+    def _prompt(self, messages: list[dict[str, Any]]) -> Any:
         try:
-            return self.engine.prepare(messages, memory=memory)
+            return self.engine.prepare(messages)
         except PromptTooLong as error:
             raise UnusableInput(
                 f"The conversation has become too long: with this question it has {error.tokens} tokens, and the model "

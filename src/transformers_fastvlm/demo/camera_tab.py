@@ -73,7 +73,7 @@ def camera_tab(answerer: Answerer, visitors: Visitors, presets: Sequence[Preset]
             text = {"type": "text", "text": question.strip() or presets[0].question}
             messages = [{"role": "user", "content": [{"type": "image", "image": picture}, text]}]
             opening = [] if system is None else [{"role": "system", "content": system}]
-            visitor.caption = reply = answerer.ask([*opening, *messages], None, CAPTION_TOKENS, started)
+            visitor.caption = reply = answerer.ask([*opening, *messages], CAPTION_TOKENS, started)
             async for _ in reply:
                 pass
         except Exception as error:

@@ -28,14 +28,12 @@ class Visitor:
     """One visitor's conversation.
 
     Attributes:
-        memory: the engine's memory of it.
         messages: the conversation for the model, images included.
         shown: the conversation for the page.
         reply: the latest answer in the conversation.
         caption: the latest answer about a camera frame.
     """
 
-    memory: Any
     messages: list[dict[str, Any]] = field(default_factory=list)
     shown: list[dict[str, Any]] = field(default_factory=list)
     reply: Reply | None = None
@@ -78,7 +76,7 @@ class Visitors:
     def come(self, session: str) -> Visitor:
         """Start a conversation; it replaces an earlier one of the same page."""
         self.leave(session)
-        visitor = self._known[session] = Visitor(self._answerer.engine.new_memory())
+        visitor = self._known[session] = Visitor()
         while len(self._known) > self._most:
             self.leave(next(iter(self._known)))
         return visitor
@@ -104,7 +102,6 @@ class Visitors:
         visitor.start_over()
         if visitor.caption is not None:
             visitor.caption.stop()
-        self._answerer.engine.forget(visitor.memory)
 
 
 async def turn(
@@ -140,7 +137,7 @@ async def turn(
     shown = [] if pictures else list(shown_before)
     shown += [{"role": "user", "content": one} for one in (*small, question)]
     opening = [] if system is None else [{"role": "system", "content": system}]
-    reply = visitor.reply = answerer.ask([*opening, *messages], visitor.memory)
+    reply = visitor.reply = answerer.ask([*opening, *messages])
     visitor.shown = shown
     yield
     try:

@@ -5,7 +5,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .base import Answer, Conversation, PromptTooLong, Sampling
+    from .answer_schema import Schema
+    from .base import Answer, Conversation, PromptTooLong, Sampling, TokenLogprob
     from .engine import Engine
     from .onnx_engine import OnnxEngine
     from .prompts import Prompt
@@ -22,6 +23,8 @@ _MODULE_OF = {
     "PromptTooLong": "base",
     "Request": "request",
     "Sampling": "base",
+    "Schema": "answer_schema",
+    "TokenLogprob": "base",
     "TransformersEngine": "transformers_engine",
     "VllmEngine": "vllm_engine",
 }
@@ -41,6 +44,8 @@ __all__ = [
     "PromptTooLong",
     "Request",
     "Sampling",
+    "Schema",
+    "TokenLogprob",
     "TransformersEngine",
     "VllmEngine",
     "load_engine",

@@ -4,7 +4,10 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from .answer_schema import Schema
+
 __all__ = [
+    "MAX_LOGPROBS",
     "MAX_SEED",
     "MAX_TEMPERATURE",
     "MIN_TEMPERATURE",
@@ -15,6 +18,7 @@ __all__ = [
     "PromptTooLong",
     "Sampling",
     "Seconds",
+    "TokenLogprob",
     "end_tokens",
 ]
 
@@ -23,6 +27,12 @@ MIN_TEMPERATURE = 1e-4
 
 MAX_TEMPERATURE = 2.0
 """The maximum of OpenAI's API; answers become noise well below it."""
+
+MAX_LOGPROBS = 20
+"""The maximum of alternatives to a token, as in OpenAI's API."""
+
+MAX_BIASES = 1024
+"""The maximum number of tokens with a bias."""
 
 MAX_SEED = 2**64 - 1
 """The maximum of PyTorch's generators."""
@@ -63,9 +73,15 @@ class Sampling:
             random numbers each time. The caller's random state is neither used nor changed.
         stop: texts at which an answer ends; they are not part of it.
         num_beams: beams of beam search; above 1 only for the engine transformers.
+        schema: form that the answer must have; None for free text. An answer with finish reason "length" may end
+            before it is whole.
+        logit_bias: token ids, each with a number from -100 to 100 that is added to its score; at most 1,024.
+        presence_penalty: from -2 to 2; subtracted from the score of each token that the answer already has.
+        frequency_penalty: from -2 to 2; subtracted once for each time that the answer already has the token.
+        logprobs: number of the most probable tokens, 0 to 20, to report at each token of the answer; None for none.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or two cannot be combined.
     """
 
     max_new_tokens: int = 512
@@ -74,6 +90,11 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     num_beams: int = 1
+    schema: Schema | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams"):
@@ -91,6 +112,41 @@ class Sampling:
             raise ValueError(
                 "stop has an empty text, which would end every answer; expected texts of one or more characters."
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number from -2 to 2.")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs is {self.logprobs}; expected a whole number from 0 to {MAX_LOGPROBS}.")
+        self._check_biases()
+        self._check_schema()
+
+    def _check_biases(self) -> None:
+        if len(self.logit_bias) > MAX_BIASES:
+            raise ValueError(f"logit_bias has {len(self.logit_bias):,} tokens; expected at most {MAX_BIASES:,}.")
+        for token, bias in self.logit_bias:
+            if not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias of token {token} is {bias}; expected a number from -100 to 100.")
+
+    def _check_schema(self) -> None:
+        if self.num_beams > 1 and self.changes_scores:
+            raise ValueError(
+                "beam search follows no schema, and has no logit_bias, penalties or logprobs; leave num_beams at 1."
+            )
+        if self.schema is None:
+            return
+        if not isinstance(self.schema, Schema):
+            raise ValueError(
+                f"schema is a {type(self.schema).__name__}; expected Schema.json(...), Schema.regex(...) or "
+                "Schema.choices(...)."
+            )
+        if self.stop:
+            raise ValueError("stop and schema are both given, and a stop text could cut the answer; leave stop out.")
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether biases, penalties or a schema change the model's scores, or logprobs report them."""
+        changes = self.schema or self.logit_bias or self.presence_penalty or self.frequency_penalty
+        return bool(changes) or self.logprobs is not None
 
     @property
     def greedy(self) -> bool:
@@ -122,6 +178,24 @@ class Seconds:
     generate: float = 0.0
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer, and how probable the model thought it.
+
+    Attributes:
+        token: its id.
+        text: its text; a part of a character that takes several tokens is "\ufffd".
+        logprob: the natural logarithm of its probability by the model's scores as they are: before temperature, top_p,
+            biases, penalties and schema.
+        top: the most probable tokens at this place, the first one first, without a `top` of their own.
+    """
+
+    token: int
+    text: str
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """One answer. Two answers are equal if text, finish reason and token counts are equal.
@@ -135,6 +209,7 @@ class Answer:
         cached_tokens: tokens of the prompt that were reused from the cache.
         encoded_images: number of images encoded for this answer; None if the engine does not report it.
         seconds: durations.
+        logprobs: one for each of `completion_tokens`, if `Sampling.logprobs` asked for them, else None.
     """
 
     text: str
@@ -145,6 +220,7 @@ class Answer:
     cached_tokens: int = field(default=0, compare=False)
     encoded_images: int | None = field(default=None, compare=False)
     seconds: Seconds = field(default=Seconds(), compare=False)
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, compare=False)
 
 
 def end_tokens(ids: int | list[int] | None) -> set[int]:

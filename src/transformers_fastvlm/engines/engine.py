@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from .base import GREEDY, Answer, Conversation, PromptTooLong, Sampling
+from .grammars import Grammars
 from .prompts import LiteralTexts, Prompt, read_prompt
-from .request import Request
+from .request import PATIENCE, Request
+from .row_sampling import RowChooser
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "ended_engine"]
 
 # Error of the device, such as a failed assertion in a kernel: the device is unusable afterwards.
 _LOST_DEVICE = getattr(torch, "AcceleratorError", ())
@@ -26,12 +28,11 @@ logger = logging.getLogger(__name__)
 class Engine:
     """A model that answers conversations. Its methods are thread-safe.
 
-    The model runs in a separate thread, which the first request starts. If a batch of requests fails, each request is
-    answered alone, so that one bad request does not fail the others.
+    The model runs in a separate thread, which the first request starts. A request that fails takes no other with it.
 
     Args:
         processor: the checkpoint's `FastVLMProcessor`.
-        batch_size: maximum number of requests that are answered together; None for no limit.
+        batch_size: maximum number of requests that are answered at the same time; None for no limit.
         max_images: maximum number of images in a conversation; None for no limit.
 
     Attributes:
@@ -48,8 +49,9 @@ class Engine:
         self.processor, self.batch_size, self._max_images = processor, batch_size, max_images
         self._tokenizer = copy.deepcopy(processor.tokenizer)  # decodes while others encode with the processor's
         self._literal: LiteralTexts | None = None
+        self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()  # they take a second for a large vocabulary, and the queue must not wait
         self._queue: deque[Request] = deque()
-        self._forgotten: deque[Any] = deque()
         self._news = threading.Condition()
         self._closed = self._ended = False
         self._thread: threading.Thread | None = None
@@ -96,36 +98,34 @@ class Engine:
 
         Raises:
             ValueError: a conversation has an image without a placeholder, a placeholder without an image, an unusable
-                image, or fills the model's context; or this engine does not support `sampling`. No conversation is
-                answered then.
+                image, or fills the model's context; or this engine does not support `sampling`, or cannot hold its
+                schema. No conversation is answered then.
+            ImportError: the package that holds answers to a schema is not installed.
         """
         samplings = _each(sampling, len(conversations))
         for one in set(samplings):
-            self._check(one)
+            self.check(one)
         several = len(conversations) > 1
         prompts = [
             self._read(conversation, where=f"Conversation {index}: " if several else "")
             for index, conversation in enumerate(conversations)
         ]
-        order = sorted(range(len(prompts)), key=lambda index: -prompts[index].tokens)
-        requests = {index: self._request(prompts[index], samplings[index]) for index in order}
-        running: list[list[Request]] = []
+        waiting = threading.Semaphore(2 * self.batch_size if self.batch_size else len(prompts))
+        requests: dict[int, Request] = {}
         try:
-            for group in self._groups(list(requests.values())):
-                for request in group:
-                    self._encoded(request.prompt)
-                for request in running.pop(0) if len(running) > 1 else ():
-                    request.result()
-                    request.prompt.inputs = {}  # so that only few groups keep pixel values in memory
-                self._enqueue(*group)
-                running.append(group)
+            for index in sorted(range(len(prompts)), key=lambda index: -prompts[index].tokens):
+                while not waiting.acquire(timeout=PATIENCE):  # so that only few prompts keep pixel values in memory
+                    pass
+                requests[index] = self._request(self._encoded(prompts[index]), samplings[index])
+                requests[index].when_done = waiting.release
+                self._enqueue(requests[index])
             return [requests[index].result() for index in range(len(prompts))]
         except BaseException:
             for request in requests.values():
                 request.cancel()
             raise
 
-    def stream(self, conversation: Conversation, sampling: Sampling = GREEDY, *, memory: Any = None) -> Request:
+    def stream(self, conversation: Conversation, sampling: Sampling = GREEDY) -> Request:
         """Start to answer a conversation: `prepare` and `submit` in one call.
 
         Returns:
@@ -134,16 +134,15 @@ class Engine:
         Raises:
             ValueError: as `generate`.
         """
-        self._check(sampling)
-        (request,) = self.submit(self.prepare(conversation, memory=memory), sampling, memory=memory)
+        self.check(sampling)
+        (request,) = self.submit(self.prepare(conversation), sampling)
         return request
 
-    def prepare(self, conversation: Conversation, *, memory: Any = None, literal: bool = False) -> Prompt:
+    def prepare(self, conversation: Conversation, *, literal: bool = False) -> Prompt:
         """Check a conversation, decode its images and make the model's inputs, in the calling thread.
 
         Args:
             conversation: see `Conversation`.
-            memory: see `new_memory`; images in it are not processed again.
             literal: treat control tokens in texts, `<image>` included, as plain text.
 
         Raises:
@@ -151,7 +150,7 @@ class Engine:
             ValueError: as `generate`.
         """
         start = time.perf_counter()
-        prompt = self._encoded(self._read(conversation, literal=literal), memory)
+        prompt = self._encoded(self._read(conversation, literal=literal))
         prompt.seconds = time.perf_counter() - start
         return prompt
 
@@ -159,7 +158,6 @@ class Engine:
         self,
         prompt: Prompt,
         *samplings: Sampling,
-        memory: Any = None,
         changed: Callable[[], None] | None = None,
     ) -> list[Request]:
         """Queue a prompt, once for each sampling. It may be batched with other requests.
@@ -167,24 +165,35 @@ class Engine:
         Args:
             prompt: from `prepare`; several requests may share it.
             *samplings: options of each answer.
-            memory: see `new_memory`; used if the batch has only this prompt.
             changed: called on the engine's thread at each new text and at the end.
 
         Raises:
             ValueError: this engine does not support a sampling.
         """
         for sampling in samplings:
-            self._check(sampling)
-        requests = [self._request(prompt, sampling, memory, changed) for sampling in samplings]
+            self.check(sampling)
+        requests = [self._request(prompt, sampling, changed) for sampling in samplings]
         self._enqueue(*requests)
         return requests
 
-    def new_memory(self) -> Any:
-        """Return a memory that keeps keys, values and images of one conversation for its next question, or None."""
-        return None
+    def check(self, sampling: Sampling) -> None:
+        """Check that this engine can answer with a sampling, before there is a conversation.
 
-    def forget(self, memory: Any) -> None:
-        """Free a memory as soon as no request uses it; returns at once."""
+        Raises:
+            ValueError: it lacks an option, or cannot hold the schema.
+            ImportError: the package that holds answers to a schema is not installed.
+        """
+        if sampling.num_beams > 1 and not self._BEAMS:
+            raise ValueError(
+                f"num_beams is {sampling.num_beams}, but the engine {self._NAME} has no beam search. Leave it out, or "
+                "use the engine transformers."
+            )
+        last = self._vocabulary() - 1 if sampling.logit_bias else 0
+        for token, _ in sampling.logit_bias:
+            if not 0 <= token <= last:
+                raise ValueError(f"logit_bias has token {token}; expected a token id from 0 to {last}.")
+        if sampling.schema is not None:
+            self._compiled().matcher(sampling.schema)
 
     def close(self) -> None:
         """Answer the queued requests, end the thread and free the memory; the engine cannot be used afterwards."""
@@ -197,28 +206,33 @@ class Engine:
 
     # For the engines
 
-    def _check(self, sampling: Sampling) -> None:
-        """Raise ValueError if this engine does not support a sampling."""
-        if sampling.num_beams > 1 and not self._BEAMS:
-            raise ValueError(
-                f"num_beams is {sampling.num_beams}, but the engine {self._NAME} has no beam search. Leave it out, or "
-                "use the engine transformers."
-            )
+    def _vocabulary(self) -> int:
+        """Return the number of the model's logits."""
+        raise NotImplementedError
+
+    def _compiled(self) -> Grammars:
+        with self._grammars_lock:
+            if self._grammars is None:
+                self._grammars = Grammars(self.processor.tokenizer, self._ends(), self._vocabulary())
+        return self._grammars
+
+    def _chooser(self, request: Request) -> RowChooser:
+        """Return a new chooser for a request, which is also the request's."""
+        schema = request.sampling.schema
+        matcher = None if schema is None else self._compiled().matcher(schema)
+        request.chooser = RowChooser(request.sampling, matcher, self._ends())
+        return request.chooser
 
     def _ends(self) -> set[int]:
         raise NotImplementedError
 
-    def _encoded(self, prompt: Prompt, memory: Any = None) -> Prompt:
+    def _encoded(self, prompt: Prompt) -> Prompt:
         """Make the model's inputs, in the calling thread."""
         return prompt
 
-    def _answer(self, requests: list[Request]) -> None:
-        """Answer requests on the engine's thread; `Request.take` gets each token."""
+    def _answer(self, request: Request) -> None:
+        """Answer a request on the engine's thread; `Request.take` gets each token."""
         raise NotImplementedError
-
-    def _goes_with(self, requests: list[Request], other: Request) -> bool:
-        """Return whether a waiting request can be batched with the chosen requests."""
-        return False
 
     def _literal_texts(self) -> LiteralTexts:
         with self._news:
@@ -227,15 +241,6 @@ class Engine:
         return self._literal
 
     # The queue
-
-    def _groups(self, requests: list[Request]) -> list[list[Request]]:
-        groups: list[list[Request]] = []
-        for request in requests:
-            if groups and len(groups[-1]) != self.batch_size and self._goes_with(groups[-1], request):
-                groups[-1].append(request)
-            else:
-                groups.append([request])
-        return groups
 
     def _read(self, conversation: Conversation, *, literal: bool = False, where: str = "") -> Prompt:
         try:
@@ -256,7 +261,6 @@ class Engine:
         self,
         prompt: Prompt,
         sampling: Sampling,
-        memory: Any = None,
         changed: Callable[[], None] | None = None,
     ) -> Request:
         return Request(
@@ -265,7 +269,6 @@ class Engine:
             tokenizer=self._tokenizer,
             ends=self._ends(),
             context=self.context,
-            memory=memory,
             changed=changed,
             on_cancel=self._leave,
         )
@@ -283,7 +286,7 @@ class Engine:
                 self._news.notify()
                 return
         for request in requests:
-            request.end(_ended())
+            request.end(ended_engine())
 
     def _leave(self, request: Request) -> None:
         with self._news:
@@ -305,65 +308,51 @@ class Engine:
                 left = list(self._queue)
                 self._queue.clear()
             for request in left:
-                request.end(_ended())
+                request.end(ended_engine())
 
     def _work(self) -> None:
-        while requests := self._next():
-            for request in requests:
-                request.start()
-            try:
-                self._answer_or_fail(requests)
-            finally:
-                for request in requests:
-                    if not request.done:
-                        request.end(_ended())
-            self._measure(requests[0])
-            del requests, request  # do not keep them alive while this thread waits
+        while request := self._next():
+            request.start()
+            self._answer_alone(request)
+            del request  # do not keep it alive while this thread waits
+
+    def _next(self) -> Request | None:
+        """Wait for a request and take it out of the queue; return None at the end."""
+        with self._news:
+            while not self._queue and not self._closed:
+                self._news.wait()
+            return self._queue.popleft() if self._queue else None
+
+    def _answer_alone(self, request: Request) -> None:
+        request.begin()
+        try:
+            self._answer(request)
+        except Exception as failure:
+            logger.exception("a request failed")
+            request.end(failure)
+            self._recover(failure)
+        except BaseException:
+            request.end(ended_engine())
+            raise
+        else:
+            request.end()
+        self._measure(request)
 
     def _measure(self, request: Request) -> None:
         if request.answer is not None:
             self.batch_seconds += 0.2 * (request.answer.seconds.generate - self.batch_seconds)
 
-    def _next(self) -> list[Request]:
-        """Wait for requests and return the next batch; an empty one at the end."""
-        with self._news:
-            while not self._queue and not self._closed:
-                while self._forgotten:
-                    self._forgotten.popleft().reset()
-                self._news.wait()
-            requests = self._groups(list(self._queue))[0] if self._queue else []
-            for request in requests:
-                self._queue.remove(request)
-        return requests
-
-    def _answer_or_fail(self, requests: list[Request]) -> None:
-        """Answer requests together; if that fails, each alone."""
-        error = self._attempt(requests)
-        if error is None or len(requests) == 1:
-            for request in requests:
-                request.end(error)
-            return
-        for request in requests:
-            request.end(None if request.cancelled else self._attempt([request]))
-
-    def _attempt(self, requests: list[Request]) -> Exception | None:
-        """Answer requests; return the error, if any."""
-        for request in requests:
-            request.begin()
-        try:
-            self._answer(requests)
-        except Exception as failure:
-            logger.exception("%d requests failed", len(requests))
-            if isinstance(failure, _LOST_DEVICE):
-                raise  # later requests would fail too
-            failure.__traceback__ = None  # it would keep the tensors of the failed batch alive
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            return failure
-        return None
+    def _recover(self, failure: Exception) -> None:
+        """Free what a failed step of the model holds; raise the error if later requests would fail too."""
+        if isinstance(failure, _LOST_DEVICE):
+            raise failure
+        failure.__traceback__ = None  # it would keep the step's tensors alive
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-def _ended() -> RuntimeError:
+def ended_engine() -> RuntimeError:
+    """Return the error of requests that the model's thread leaves unanswered."""
     return RuntimeError("the model's thread has ended")
 
 

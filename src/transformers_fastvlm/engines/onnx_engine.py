@@ -17,7 +17,7 @@ from .base import end_tokens
 from .engine import Engine
 from .prompts import Prompt
 from .request import Request
-from .row_sampling import RowSampling
+from .row_sampling import choose_tokens
 
 __all__ = ["FILE_SUFFIX", "OnnxEngine", "OnnxModel"]
 
@@ -186,20 +186,22 @@ class OnnxEngine(Engine):
     def _ends(self) -> set[int]:
         return self._end_tokens
 
-    def _encoded(self, prompt: Prompt, memory: Any = None) -> Prompt:
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get("text_config", self.model.config)["vocab_size"])
+
+    def _encoded(self, prompt: Prompt) -> Prompt:
         if prompt.images:
             prompt.inputs = dict(self.processor.image_processor(prompt.images, return_tensors="np"))
             prompt.images = []
         return prompt
 
-    def _answer(self, requests: list[Request]) -> None:
-        (request,) = requests
+    def _answer(self, request: Request) -> None:
         ids = np.array([request.prompt.expanded()])
         pixels = request.prompt.inputs.get("pixel_values")
         embeds = self.model.merge(ids, None if pixels is None else self.model.image_features(np.asarray(pixels)))
-        mask, choose = np.ones_like(ids), RowSampling([request.sampling])
+        mask, choosers = np.ones_like(ids), [self._chooser(request)]
         logits, past = self.model.decode(embeds, mask)
-        while not request.take(token := int(choose(None, torch.from_numpy(logits[:, -1])).argmax())):
+        while not request.take(token := choose_tokens(choosers, torch.from_numpy(logits[:, -1]))[0]):
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
             logits, past = self.model.decode(self.model.embeddings(np.array([[token]])), mask, past)
 

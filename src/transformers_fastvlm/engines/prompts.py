@@ -53,10 +53,14 @@ class Prompt:
         """Number of tokens, texts and images together."""
         return len(self.ids) - len(self.image_tokens) + sum(self.image_tokens)
 
-    def expanded(self) -> list[int]:
-        """Return the tokens with one placeholder for each token of an image."""
-        counts = iter(self.image_tokens)
-        repeated = ([token] * (next(counts) if token == self.image_token_id else 1) for token in self.ids)
+    def expanded(self, images: Sequence[Sequence[int]] | None = None) -> list[int]:
+        """Return the tokens with those of each image in place of its placeholder.
+
+        Args:
+            images: tokens of each image; None for the placeholder, repeated.
+        """
+        given = iter(images or [[self.image_token_id] * count for count in self.image_tokens])
+        repeated = (next(given) if token == self.image_token_id else (token,) for token in self.ids)
         return [token for tokens in repeated for token in tokens]
 
 

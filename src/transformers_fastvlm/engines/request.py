@@ -5,16 +5,18 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from .answer_text import AnswerText
-from .base import Answer, FinishReason, Sampling, Seconds
+from .base import Answer, FinishReason, Sampling, Seconds, TokenLogprob
 from .prompts import Prompt
+from .row_sampling import RowChooser
 
-__all__ = ["Request"]
+__all__ = ["PATIENCE", "Request"]
 
-_PATIENCE = 0.2  # seconds
+PATIENCE = 0.2
+"""Seconds between two looks of a waiting thread: on Windows, Ctrl-C does not interrupt one that waits for a lock."""
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ class Request:
     """A prompt, its sampling options and its answer so far. Iterate over it for the text as it is generated.
 
     Args:
-        prompt, sampling, memory, changed: see `Engine.submit`.
+        prompt, sampling, changed: see `Engine.submit`.
         tokenizer: decodes tokens.
         ends: tokens that end an answer.
         context: maximum tokens of prompt and answer.
@@ -39,6 +41,9 @@ class Request:
         queued_at, begun_at, first_at, ended_at: `time.perf_counter()` when the request was queued, at the start of the
             model, at the first token and at the end; None before.
         cached_tokens, encoded_images: see `Answer`.
+        logprobs: see `Answer`, so far.
+        chooser: chooses the tokens, if the engine does not do this itself. It knows where an answer is whole by its
+            schema, and why it could not go on.
 
     Example:
         >>> request = engine.stream(conversation)  # doctest: +SKIP
@@ -55,11 +60,10 @@ class Request:
         tokenizer: Any,
         ends: Collection[int],
         context: int | None = None,
-        memory: Any = None,
         changed: Callable[[], None] | None = None,
         on_cancel: Callable[["Request"], None] = lambda request: None,
     ) -> None:
-        self.prompt, self.sampling, self.memory = prompt, sampling, memory
+        self.prompt, self.sampling = prompt, sampling
         self.room = min(sampling.max_new_tokens, context - prompt.tokens if context else sampling.max_new_tokens)
         self._tokenizer, self._ends, self._changed, self._on_cancel = tokenizer, ends, changed, on_cancel
         self._news = threading.Condition()
@@ -71,6 +75,7 @@ class Request:
         self.cancelled = self.done = False
         self.error: BaseException | None = None
         self.answer: Answer | None = None
+        self.when_done: Callable[[], None] | None = None
         self._said = ""
         self.begin()
 
@@ -123,27 +128,38 @@ class Request:
         self._text = ""
         self._reason: FinishReason | None = None
         self._decoding = AnswerText(self._tokenizer, self.sampling.stop)
+        self.chooser: RowChooser | None = None
+        self.logprobs: list[TokenLogprob] = []
 
     def take(self, token: int) -> bool:
         """Take the next token; return whether the answer has ended."""
-        if self._reason is not None or self.cancelled:
+        if self._reason is not None or self.cancelled or (self.chooser and self.chooser.error):
             return True
         if self.first_at is None:
             self.first_at = time.perf_counter()
         self.tokens += 1
+        if self.chooser and self.chooser.logprobs is not None:
+            self.note_logprob(token, *self.chooser.logprobs)
         if token in self._ends:
             self._reason = "stop"
         else:
             self._say(self._decoding.add(token))
-            if self._decoding.stopped:
+            if self._decoding.stopped or (self.chooser and self.chooser.complete):
                 self._reason = "stop"
             elif self.tokens >= self.room:
                 self._reason = "length"
         return self._reason is not None
 
+    def note_logprob(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> None:
+        """Note how probable a token of the answer was, and the most probable tokens in its place."""
+        others = tuple(TokenLogprob(other, self._text_of(other), value) for other, value in top)
+        self.logprobs.append(TokenLogprob(token, self._text_of(token), logprob, others))
+
     def end(self, error: BaseException | None = None, reason: FinishReason = "length") -> None:
         """End the request with an error, with the finish reason that `take` found, or else with `reason`."""
         self.ended_at = time.perf_counter()
+        if error is None and self.chooser:
+            error = self.chooser.error
         if error is None:
             try:
                 self._say(self._decoding.finish())
@@ -155,11 +171,12 @@ class Request:
             self.answer = self._whole(self._reason or ("cancelled" if self.cancelled else reason))
         self.error, self.done = error, True
         self._tell()
+        if self.when_done is not None:
+            self.when_done()
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         with self._news:
-            # With a timeout, because on Windows Ctrl-C does not interrupt a thread that waits for a lock.
-            while not self._news.wait_for(condition, _PATIENCE):
+            while not self._news.wait_for(condition, PATIENCE):
                 pass
 
     def _whole(self, reason: FinishReason) -> Answer:
@@ -179,7 +196,11 @@ class Request:
                 first_token=None if self.first_at is None or self.sampling.num_beams > 1 else self.first_at - begun,
                 generate=ended - begun,
             ),
+            logprobs=None if self.sampling.logprobs is None else tuple(self.logprobs),
         )
+
+    def _text_of(self, token: int) -> str:
+        return str(self._tokenizer.decode([token]))
 
     def _say(self, piece: str) -> None:
         self._text += piece

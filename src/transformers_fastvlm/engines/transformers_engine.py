@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine over Transformers: the only file of the engines that calls `generate()`."""
+"""The engine over Transformers: its continuous batching, or `generate()` where that cannot be used."""
 
 import copy
 import gc
+import hashlib
+import logging
+from collections import deque
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from .. import compat
 from ..inference import PromptCache
+from ..inference.image_table import ImageTable, StoredImage
 from .base import end_tokens
-from .engine import Engine
+from .continuous_rows import ContinuousRows
+from .engine import Engine, ended_engine
 from .model_loading import find_device, load_model
 from .prompts import Prompt
 from .request import Request
@@ -19,18 +26,35 @@ from .row_sampling import RowSampling
 
 __all__ = ["TransformersEngine"]
 
-KEPT_MEMORIES = 4
-"""Number of conversations whose keys and values are kept; older ones are prefilled again at their next question."""
+ROW_TOKENS = 1024
+"""Tokens that the cache has room for, for each row on average."""
+
+MAX_PIXELS = 1 << 20
+"""Pixels of images that are encoded together, at least one image: more would let the running rows wait for long."""
+
+GPU_PIXELS = 16 << 20
+"""The same on a GPU, if no row is running."""
+
+MAX_TOKENS = 32768
+"""Tokens that the cache has room for at most, unless all rows need more; a longer conversation is answered alone."""
+
+logger = logging.getLogger(__name__)
 
 
 class TransformersEngine(Engine):
-    """An `Engine` with Transformers' `generate`.
+    """An `Engine` with Transformers' continuous batching.
 
-    Waiting requests are batched, with padding on the left. Each row ends independently and samples with its own seed.
-    A row's answer does not depend on the other rows, except for rounding: in half precision, two tokens with nearly
-    equal scores may swap. A request alone in its batch reuses the common prefix with the last prompt of its memory
-    (`PromptCache`). Options that `Sampling` lacks, such as a repetition penalty, come from the model's generation
-    configuration, which is not changed.
+    Each request has a row of its own: it joins the others as soon as a row is free, gets one token in each step of the
+    model, and leaves when its answer ends. Waiting requests get their rows in order. Between two steps at most one
+    image is encoded, unless no row is running. A row's answer does not depend on the other rows, except for rounding:
+    in half precision, two tokens with nearly equal scores may swap. Prompts that begin with the same tokens and images,
+    such as the questions of a conversation, compute this beginning only once.
+
+    Three kinds of requests are answered alone by `generate()`, while the others wait: beam search, conversations that
+    are longer than the cache, and all requests if Transformers cannot page the language model's cache.
+
+    Options that `Sampling` lacks, such as a repetition penalty, come from the model's generation configuration, which
+    is not changed.
 
     Args:
         model: directory or hub repository, or "tiny"; or a loaded `FastVLMForConditionalGeneration`, which only this
@@ -40,7 +64,7 @@ class TransformersEngine(Engine):
             on a CPU.
         device: "auto" (CUDA, else Apple's GPU, else the CPU) or a torch device, such as "cuda:1".
         size: height and width, in pixels, that images are resized to, a multiple of 64; None for the checkpoint's.
-        batch_size: maximum number of conversations in a batch, and of images in a batch of several conversations.
+        batch_size: maximum number of rows, and of images that are encoded together.
 
     Attributes:
         model: the loaded `FastVLMForConditionalGeneration`.
@@ -72,8 +96,13 @@ class TransformersEngine(Engine):
         if processor is None:
             model, processor = load_model(model, find_device(device), dtype, size)
         super().__init__(processor, batch_size)
+        self.batch_size: int = batch_size
         self.model = model
-        self._kept: list[PromptCache] = []
+        self._images = ImageTable()
+        self._rows: ContinuousRows | None = None
+        self._paged = True
+        self._suspects: deque[Request] = deque()  # of a failed step; each is tried again alone
+        self._alone = PromptCache(model, processor)
 
     @property
     def device(self) -> str:
@@ -85,23 +114,14 @@ class TransformersEngine(Engine):
         """dtype of the model."""
         return str(self.model.dtype).removeprefix("torch.")
 
-    def new_memory(self) -> PromptCache:
-        """See `Engine.new_memory`. Only the `KEPT_MEMORIES` most recently used memories keep their contents."""
-        return PromptCache(self.model, self.processor)
-
-    def forget(self, memory: PromptCache) -> None:
-        """See `Engine.forget`."""
-        with self._news:
-            self._forgotten.append(memory)
-            self._news.notify()
-
     def close(self) -> None:
         """Answer the queued requests, end the thread and free the memory; the engine cannot be used afterwards."""
         super().close()
-        for memory in (*self._kept, *self._forgotten):
-            memory.reset()
-        self._kept.clear()
-        self.model = self.processor = None
+        if self._rows is not None:
+            self._rows.close()
+            compat.close_pages(self.model)
+        self._alone.reset()
+        self._rows = self.model = self.processor = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -109,49 +129,201 @@ class TransformersEngine(Engine):
     def _ends(self) -> set[int]:
         return end_tokens(self.model.generation_config.eos_token_id)
 
-    def _encoded(self, prompt: Prompt, memory: PromptCache | None = None) -> Prompt:
-        ids = torch.tensor([prompt.expanded()])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if prompt.images:
-            processing = self.processor.image_processor if memory is None else memory.process_images
-            inputs |= processing(prompt.images, return_tensors="pt")
-        prompt.inputs, prompt.images = inputs, []
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def _encoded(self, prompt: Prompt) -> Prompt:
+        stored = [self._store(image, n) for image, n in zip(prompt.images, prompt.image_tokens, strict=True)]
+        prompt.inputs = {"ids": prompt.expanded([image.ids for image in stored]), "images": stored}
+        prompt.images = []
         return prompt
+
+    def _store(self, image: Image.Image, tokens: int) -> StoredImage:
+        """Return the image as the table has it, or process it and add it to the table."""
+        digest = hashlib.blake2b(repr((image.mode, image.size, image.getpalette(), image.info)).encode())
+        digest.update(image.tobytes())
+        return self._images.find(digest.digest()) or self._images.add(
+            digest.digest(), tokens, dict(self.processor.image_processor([image], return_tensors="pt"))
+        )
 
     # In the model's thread
 
-    def _goes_with(self, requests: list[Request], other: Request) -> bool:
-        if requests[0].sampling.num_beams > 1 or other.sampling.num_beams > 1:
-            return False
-        together = [*requests, other]
-        images = sum(len(one.prompt.image_tokens) for one in together)  # encoded together, so bounded
-        return images <= (self.batch_size or images) or len({id(one.prompt) for one in together}) == 1
+    def _work(self) -> None:
+        try:
+            while self._wait():
+                if (rows := self._open_rows()) is None:
+                    self._next_alone()
+                else:
+                    self._end_cancelled(rows)
+                    self._admit(rows)
+                    self._step(rows)
+        finally:
+            for request in (*self._suspects, *(self._rows.running if self._rows else ())):
+                request.end(ended_engine())
 
-    def _answer(self, requests: list[Request]) -> None:
-        first = requests[0]
-        memory, inputs = first.memory, self._on_device(first.prompt.inputs)
-        if len({id(one.prompt) for one in requests}) > 1:
-            memory, inputs = None, self._on_device(_together(requests, self._pad()))
-        elif len(requests) > 1:  # several answers to one prompt, which is prefilled once
-            memory = memory or self.new_memory()
-            inputs |= {name: inputs[name].expand(len(requests), -1) for name in ("input_ids", "attention_mask")}
-        if memory is not None:
-            self._keep(memory)
-        if first.sampling.num_beams > 1:
-            self._search(first, memory or self.new_memory(), inputs)
-        else:
-            options = {
-                "generation_config": self._config(max(one.room for one in requests)),
-                "logits_processor": LogitsProcessorList([RowSampling([one.sampling for one in requests])]),
-                "stopping_criteria": StoppingCriteriaList([_Watch(requests)]),
-            }
-            (self.model if memory is None else memory).generate(**inputs, **options)
-        for one in requests:
-            one.encoded_images = len(one.prompt.image_tokens)
-            if memory is not None:
-                one.cached_tokens, one.encoded_images = memory.reused_tokens, memory.encoded_images
+    def _wait(self) -> bool:
+        """Wait for something to do; return False at the end."""
+        busy = bool(self._suspects or (self._rows and self._rows.running))
+        with self._news:
+            while not self._queue and not busy and not self._closed:
+                self._news.wait()
+            return bool(self._queue) or busy
 
-    def _search(self, request: Request, memory: PromptCache, inputs: dict[str, Tensor]) -> None:
+    def _end_cancelled(self, rows: ContinuousRows) -> None:
+        for request in rows.running:
+            if request.cancelled:
+                rows.remove(request)
+                request.end()
+
+    def _admit(self, rows: ContinuousRows) -> None:
+        """Give waiting requests their rows, in the order of the queue."""
+        if self._suspects:
+            if not rows.running:
+                self._begin(self._suspects.popleft(), rows)
+            return
+        encoded = False
+        while request := self._first():
+            running = len(rows.running)
+            if request.sampling.num_beams > 1 or request.prompt.tokens + request.room > rows.tokens:
+                if not running:
+                    self._next_alone()
+                return
+            if running == self.batch_size or (rows.stale and running) or rows.computes_beginning_of(request):
+                return
+            if rows.stale:
+                rows.clear()
+            if not all(image.encoded for image in request.prompt.inputs["images"]):
+                if encoded and running:
+                    return  # the others get a token first
+                self._encode(alone=not running)
+                encoded = True
+            elif self._leave_queue(request):
+                self._begin(request, rows)
+
+    def _next_alone(self) -> None:
+        request = self._first()
+        if request is not None and self._leave_queue(request):
+            request.start()
+            self._answer_alone(request)
+
+    def _first(self) -> Request | None:
+        with self._news:
+            return self._queue[0] if self._queue else None
+
+    def _leave_queue(self, request: Request) -> bool:
+        """Take a request out of the queue; return False if it is not there, since it was cancelled."""
+        with self._news:
+            if request not in self._queue:
+                return False
+            self._queue.remove(request)
+        return True
+
+    def _begin(self, request: Request, rows: ContinuousRows) -> None:
+        """Give a request a row."""
+        if request.begun_at is None:
+            request.start()
+        request.begin()
+        try:
+            self._chooser(request)
+        except ValueError as error:
+            request.end(error)
+            return
+        request.encoded_images = sum(image.count_once() for image in request.prompt.inputs["images"])
+        rows.add(request)
+
+    def _step(self, rows: ContinuousRows) -> None:
+        """Run one step of the model. If it fails, each of its requests is tried again alone."""
+        if not rows.running:
+            return
+        try:
+            ended = rows.step()
+        except Exception as failure:
+            logger.exception("a step of %d requests failed", len(rows.running))
+            self._recover(failure)
+            left = rows.clear()
+            if len(left) == 1:
+                left[0].end(failure)
+            else:
+                self._suspects += left
+            return
+        for request in ended:
+            request.end()
+            self._measure(request)
+
+    def _encode(self, alone: bool) -> None:
+        """Encode images of the first waiting requests together; the requests of those that fail end.
+
+        Args:
+            alone: whether no row waits for its next token meanwhile.
+        """
+        with self._news:
+            waiting = list(self._queue)[: self.batch_size]
+        limit = GPU_PIXELS if alone and self.model.device.type != "cpu" else MAX_PIXELS
+        group: list[StoredImage] = []
+        for image in dict.fromkeys(image for one in waiting for image in one.prompt.inputs["images"]):
+            if image.encoded:
+                continue
+            if group and (image.kind != group[0].kind or sum(one.pixels for one in group) + image.pixels > limit):
+                break
+            group.append(image)
+        for request in waiting:
+            if request.begun_at is None and any(image in group for image in request.prompt.inputs["images"]):
+                request.start()
+        try:
+            self._images.encode(self.model, group)
+        except Exception as failure:
+            self._recover(failure)
+            for image in group:
+                self._encode_or_fail(image, waiting)
+
+    def _encode_or_fail(self, image: StoredImage, waiting: list[Request]) -> None:
+        try:
+            self._images.encode(self.model, [image])
+        except Exception as failure:
+            logger.exception("an image cannot be encoded")
+            self._recover(failure)
+            for request in waiting:
+                if image in request.prompt.inputs["images"] and self._leave_queue(request):
+                    request.end(failure)
+
+    def _open_rows(self) -> ContinuousRows | None:
+        """Return the rows; None if every request is answered alone."""
+        if self._rows is None and self._paged:
+            if compat.pages_fit(self.model):
+                context = min(self.context or MAX_TOKENS, MAX_TOKENS)
+                tokens = max(ROW_TOKENS * self.batch_size, context)
+                self._rows = ContinuousRows(
+                    self.model, self._images, self._config(1), rows=self.batch_size, tokens=tokens
+                )
+            else:
+                self._paged = False
+                kind = type(self.model.get_decoder()).__name__
+                logger.warning("Transformers has no paged cache for %s: requests are answered one by one", kind)
+        return self._rows
+
+    def _answer(self, request: Request) -> None:
+        """Answer a request by generate()."""
+        images = request.prompt.inputs["images"]
+        for image in images:
+            self._images.encode(self.model, [image])
+        ids = torch.tensor([request.prompt.expanded()], device=self.model.device)
+        inputs: dict[str, Any] = {"input_ids": ids, "image_features": [image.features for image in images]}
+        with compat.plain_attention(self.model):
+            if request.sampling.num_beams > 1:
+                self._search(request, inputs)
+            else:
+                processors = LogitsProcessorList([RowSampling([self._chooser(request)])])
+                criteria = StoppingCriteriaList([_Watch(request)])
+                self._alone.generate(
+                    **inputs,
+                    generation_config=self._config(request.room),
+                    logits_processor=processors,
+                    stopping_criteria=criteria,
+                )
+        request.cached_tokens = self._alone.reused_tokens
+        request.encoded_images = sum(image.count_once() for image in images)
+
+    def _search(self, request: Request, inputs: dict[str, Any]) -> None:
         """Answer by beam search, whose tokens are known only at the end. It samples with PyTorch's random state."""
         sampling, config = request.sampling, self._config(request.room)
         config.num_beams, config.do_sample = sampling.num_beams, not sampling.greedy
@@ -162,20 +334,10 @@ class TransformersEngine(Engine):
             if not sampling.greedy:
                 torch.seed() if sampling.seed is None else torch.manual_seed(sampling.seed)
             criteria = StoppingCriteriaList([_Cancelled(request)])
-            output = memory.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+            output = self._alone.generate(**inputs, generation_config=config, stopping_criteria=criteria)
         for token in output[0, inputs["input_ids"].shape[1] :].tolist():
             if request.take(token):
                 break
-
-    def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self.model.device) for name, value in inputs.items()}
-
-    def _keep(self, memory: PromptCache) -> None:
-        """Mark a memory as most recently used, and empty the oldest ones above the limit."""
-        self._kept = [one for one in self._kept if one is not memory] + [memory]
-        for old in self._kept[:-KEPT_MEMORIES]:
-            old.reset()
-        self._kept = self._kept[-KEPT_MEMORIES:]
 
     def _pad(self) -> int:
         config = self.model.generation_config
@@ -198,16 +360,14 @@ class TransformersEngine(Engine):
 
 
 class _Watch(StoppingCriteria):
-    """Passes on each new token, and ends rows independently."""
+    """Passes on each new token, and ends the answer."""
 
-    def __init__(self, requests: list[Request]) -> None:
-        self.requests = requests
+    def __init__(self, request: Request) -> None:
+        self.request = request
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         """Return for each row whether it is at its end, (rows,)."""
-        tokens = input_ids[:, -1].tolist()
-        ended = [request.take(token) for request, token in zip(self.requests, tokens, strict=True)]
-        return torch.tensor(ended, device=input_ids.device)
+        return torch.tensor([self.request.take(int(input_ids[0, -1]))], device=input_ids.device)
 
 
 class _Cancelled(StoppingCriteria):
@@ -219,21 +379,3 @@ class _Cancelled(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         """Return for each row whether it is at its end, (rows,)."""
         return torch.full((len(input_ids),), self.request.cancelled, device=input_ids.device)
-
-
-def _together(requests: list[Request], pad_token_id: int) -> dict[str, Tensor]:
-    """Return a batch of prompts, padded on the left, with all images concatenated."""
-    prompts = [request.prompt.inputs for request in requests]
-    length = max(prompt["input_ids"].shape[1] for prompt in prompts)
-    ids = torch.full((len(prompts), length), pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        own = prompt["input_ids"][0]
-        ids[row, length - len(own) :] = own
-        mask[row, length - len(own) :] = 1
-    batch = {"input_ids": ids, "attention_mask": mask}
-    for name in ("pixel_values", "image_sizes", "num_tiles"):
-        parts = [prompt[name] for prompt in prompts if name in prompt]
-        if parts:
-            batch[name] = torch.cat(parts)
-    return batch

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from ..checkpoints.embedded import resolve_model
 from ..vllm_plugin import END_WITH_PARENT
+from .answer_schema import Schema
 from .base import end_tokens
 from .engine import Engine
 from .model_loading import check_dtype, image_options
@@ -87,6 +88,8 @@ class VllmEngine(Engine):
         super().__init__(AutoProcessor.from_pretrained(model, **images), None, max_images)
         self._end_tokens = _end_tokens(model, config)
         options: dict[str, Any] = {"dtype": dtype, "limit_mm_per_prompt": {"image": max_images}}
+        # The library that holds answers in the other engines, so that they hold the same schemas.
+        options["structured_outputs_config"] = {"backend": "guidance", "disable_any_whitespace": True}
         if images:
             options["mm_processor_kwargs"] = images
         if batch_size is not None:
@@ -128,8 +131,8 @@ class VllmEngine(Engine):
     def _ends(self) -> set[int]:
         return self._end_tokens
 
-    def _goes_with(self, requests: list[Request], other: Request) -> bool:
-        return True
+    def _vocabulary(self) -> int:
+        return int(self.llm.llm_engine.model_config.get_vocab_size())
 
     def _work(self) -> None:
         running: dict[str, Request] = {}
@@ -164,6 +167,11 @@ class VllmEngine(Engine):
                 temperature=0.0 if chosen.greedy else chosen.temperature,
                 top_p=chosen.top_p,
                 seed=None if chosen.seed is None else chosen.seed % 2**63,
+                logit_bias=dict(chosen.logit_bias) or None,
+                presence_penalty=chosen.presence_penalty,
+                frequency_penalty=chosen.frequency_penalty,
+                logprobs=chosen.logprobs,
+                structured_outputs=None if chosen.schema is None else _structured(chosen.schema),
                 output_kind=RequestOutputKind.DELTA,
             )
             request.start()
@@ -182,7 +190,15 @@ class VllmEngine(Engine):
         if request is None:
             return
         completion = output.outputs[0]
-        ended = any(request.take(token) for token in completion.token_ids)
+        ended = False
+        for place, token in enumerate(completion.token_ids):
+            if completion.logprobs:
+                ranked = sorted(completion.logprobs[place].items(), key=lambda one: one[1].rank)
+                others = [(other, found.logprob) for other, found in ranked[: request.sampling.logprobs]]
+                request.note_logprob(token, completion.logprobs[place][token].logprob, others)
+            ended = request.take(token)
+            if ended:
+                break
         if not ended and not output.finished:
             return
         del running[output.request_id]
@@ -201,6 +217,16 @@ class VllmEngine(Engine):
             self.llm.llm_engine.abort_request(gone)
         for name in gone:
             running.pop(name).end()
+
+
+def _structured(schema: Schema) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if schema.kind == "json":
+        return StructuredOutputsParams(json=schema.text)
+    if schema.kind == "regex":
+        return StructuredOutputsParams(regex=schema.text)
+    return StructuredOutputsParams(choice=schema.value)
 
 
 def _import_vllm() -> tuple[Any, bool]:

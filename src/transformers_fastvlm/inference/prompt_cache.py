@@ -4,6 +4,7 @@
 import copy
 import itertools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ __all__ = ["PromptCache"]
 _ASSISTED = "assisted decoding runs the whole prompt through the model, including cached tokens. Call model.generate."
 _NOT_TAKEN = {
     **dict.fromkeys(compat.CACHE_NAMES, "PromptCache keeps its own cache. Omit it, or call model.generate."),
-    "mm_encoder_outputs": "PromptCache encodes the images itself. Pass pixel_values.",
+    "mm_encoder_outputs": "PromptCache compares images. Pass pixel_values or image_features.",
     "inputs_embeds": "embeddings cannot be compared with an earlier prompt. Pass input_ids.",
     "cache_implementation": "only a dynamic cache can be cropped to a common beginning. Omit it, or call "
     "model.generate, which prefills the whole prompt.",
@@ -151,6 +152,7 @@ class PromptCache:
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         num_tiles: Tensor | None = None,
+        image_features: Sequence[Tensor] | None = None,
         **options: Any,
     ) -> Any:
         """Return what `model.generate` returns for the same arguments.
@@ -159,6 +161,8 @@ class PromptCache:
             input_ids: (1, length), the whole prompt; or (rows, length) with identical rows, for several answers.
             attention_mask: of the same shape, all ones; or None.
             pixel_values, image_sizes, num_tiles: all images of the prompt, as returned by the processor.
+            image_features: instead of pixel values, the features of all images, each (tokens, hidden_size). The same
+                tensor means the same image.
             **options: of `model.generate`: sampling, beams, `streamer`, `max_new_tokens` and so on. The prompt is
                 prefilled once, also with beams or several returned sequences.
 
@@ -167,13 +171,14 @@ class PromptCache:
                 PromptCache does not support.
         """
         with self._answering:
-            return self._generate(input_ids, attention_mask, (pixel_values, image_sizes, num_tiles), options)
+            self._check(input_ids, attention_mask, options)
+            if image_features is None:
+                images = self._remember(pixel_values, image_sizes, num_tiles)
+            else:
+                images = self._remember_features(image_features)
+            return self._generate(input_ids, images, options)
 
-    def _generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None, images_given: Any, options: dict[str, Any]
-    ) -> Any:
-        self._check(input_ids, attention_mask, options)
-        images = self._remember(*images_given)
+    def _generate(self, input_ids: Tensor, images: list[_CachedImage], options: dict[str, Any]) -> Any:
         prompt, spans = self._keys_of(input_ids[0].tolist(), images)
         start = self._cut_back(prompt, spans)
         rest = [image for image, (first, _) in zip(images, spans, strict=True) if first >= start]
@@ -271,6 +276,17 @@ class PromptCache:
         self.encoded_images = len(new)
         others = [one for one in self._images if one not in found]
         self._images = [*others[-self.max_images :], *dict.fromkeys(found)]
+        return found
+
+    def _remember_features(self, image_features: Sequence[Tensor]) -> list[_CachedImage]:
+        """Return the prompt's images in order, which are encoded already."""
+        known = {id(image.features): image for image in self._images}
+        for features in image_features:
+            if id(features) not in known:
+                known[id(features)] = _CachedImage(torch.empty(0), None, next(self._next_key), features)
+        found = [known[id(features)] for features in image_features]
+        others = [image for image in self._images if image not in found]
+        self._images, self.encoded_images = [*others[-self.max_images :], *dict.fromkeys(found)], 0
         return found
 
     def _keys_of(self, tokens: list[int], images: list[_CachedImage]) -> tuple[list[int], list[tuple[int, int]]]:

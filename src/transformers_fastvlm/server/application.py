@@ -58,7 +58,6 @@ class Service:
         self.engine, self.settings = engine, settings
         self.fetcher = fetcher or Fetcher(settings.image_hosts, settings.fetch_timeout)
         self.preparation = Preparation(engine, settings, self.fetcher)
-        self._memory = engine.new_memory()
         self.bodies = Bodies(settings.max_requests, _BODIES_HELD * settings.max_body_bytes)
         self.active, self.draining = 0, False
         self.created = int(time.time())
@@ -114,7 +113,7 @@ class Service:
         )
         samplings = [sampling.of_row(index) for index in range(1 if chat.temperature == 0 else chat.n)]
         try:
-            requests = self.engine.submit(prompt, *samplings, memory=self._memory, changed=changed)
+            requests = self.engine.submit(prompt, *samplings, changed=changed)
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         try:
@@ -130,7 +129,6 @@ class Service:
     def close(self) -> None:
         """End the threads, after the accepted requests."""
         self.preparation.close()
-        self.engine.forget(self._memory)
 
     def _check_room(self) -> None:
         """Refuse a request above the limit, so that memory stays bounded for any clients."""
