@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("batch", "bench", "demo", "evaluation", "export", "server", "training"),
+    ("embedding",),
     ("data", "engines"),
     ("vllm_plugin",),
     ("",),

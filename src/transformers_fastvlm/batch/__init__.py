@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a question about many images: the input is files, folders, tables and videos, the output one file of answers.
+"""Ask a question about many images, or make their vectors: from files, folders, tables and videos to one file.
 
 Example:
     >>> from transformers_fastvlm.engines import load_engine
@@ -12,7 +12,21 @@ Example:
 
 from ..storage.journal_file import JournalError
 from .batch_rows import COLUMNS, Report
-from .batch_run import BatchOptions, Interrupted, run_batch
+from .batch_run import BatchOptions, run_batch
+from .embed_run import EmbedOptions, run_embed
 from .requests import SourceOptions
+from .resuming import Interrupted
+from .vector_outputs import VECTOR_COLUMNS
 
-__all__ = ["COLUMNS", "BatchOptions", "Interrupted", "JournalError", "Report", "SourceOptions", "run_batch"]
+__all__ = [
+    "COLUMNS",
+    "VECTOR_COLUMNS",
+    "BatchOptions",
+    "EmbedOptions",
+    "Interrupted",
+    "JournalError",
+    "Report",
+    "SourceOptions",
+    "run_batch",
+    "run_embed",
+]

@@ -60,7 +60,7 @@ class Report:
         """Pass on rows and count them; keys that only the journal needs are removed."""
         for row in rows:
             self.rows += 1
-            self.cut += row["finish_reason"] == "length"
+            self.cut += row.get("finish_reason") == "length"
             self.first_only += row.pop(FIRST_OF_SEVERAL, False)
             self.errors += row["error"] is not None
             if row["error"] is not None and self.errors <= _EXAMPLES:

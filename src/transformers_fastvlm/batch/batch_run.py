@@ -4,39 +4,26 @@
 import dataclasses
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint_identity import checkpoint_identity
 from ..engines.base import Answer, Sampling
 from ..engines.engine import Engine
 from ..engines.request import Request as EngineRequest
 from ..images.decoding import FIRST_OF_SEVERAL
 from .answer_fields import field_types, with_fields
 from .batch_journal import BatchJournal
-from .batch_rows import Report, counted, row_of
+from .batch_rows import Report, row_of
 from .opening import Opened, opened_ahead
 from .outputs import outputs_for, require_format
 from .planning import plan, skip_done
 from .requests import SourceOptions
+from .resuming import Interrupted, identity_of, resumable
 from .sources import Inputs, find_sources
 
 __all__ = ["BatchOptions", "Interrupted", "run_batch"]
-
-
-class Interrupted(Exception):
-    """The user stopped the run; the finished rows are in the journal.
-
-    Attributes:
-        rows: number of finished rows.
-        journal: the journal's file.
-    """
-
-    def __init__(self, rows: int, journal: Path) -> None:
-        super().__init__(f"stopped after {counted(rows, 'row')}.")
-        self.rows, self.journal = rows, journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +83,7 @@ def run_batch(
     found = find_sources(inputs, options)
     outputs = outputs_for(out, found, subtitles, field_types(options.sampling.schema))
     outputs.refuse_inputs(found.read_files())
-    there = outputs.states()
-    if there and not restart and not outputs.journal.exists():
-        raise _exists(there)
-    with BatchJournal(outputs.journal, _identity(found, options, about), restart, there) as journal:
-        if there and not restart and not journal.batches:
-            raise _exists(there)  # the journal's run had finished nothing
+    with resumable(outputs, _identity(found, options, about), restart) as journal:
         resumed = journal.rows
         try:
             _answer_all(found, load, options, journal, progress)
@@ -110,24 +92,13 @@ def run_batch(
         beside = tuple(path for path in outputs.captions.values() if path != out)
         report = Report(output=out, resumed_rows=resumed, left_out=found.left_out, subtitles=beside)
         outputs.write(report.over(journal.in_order()), options.every, journal.replaces or {})
-        journal.remove()
     return report
-
-
-def _exists(there: Iterable[str]) -> FileExistsError:
-    return FileExistsError(
-        f"{next(iter(there))!r} exists already, and a finished output is never extended. For new images, use another "
-        "output, and merge the files afterwards. To answer everything again, use --restart."
-    )
 
 
 def _identity(found: Inputs, options: BatchOptions, about: dict[str, Any]) -> dict[str, Any]:
     """Return the identity of a run, which must not change when it is resumed."""
     values = dataclasses.asdict(options)
-    identity = {**about, **values.pop("sampling"), **values, "inputs": found.identity()}
-    if (model := about.get("model")) is not None:
-        identity["model_files"] = checkpoint_identity(str(model))
-    return identity
+    return identity_of(found, about, {**values.pop("sampling"), **values})
 
 
 def _answer_all(

@@ -57,16 +57,15 @@ def opened_ahead(batches: Iterable[Batch], system: str | None) -> Iterator[list[
 
 def _open(index: int, request: Request, system: str | None) -> Opened:
     state = request.file_state()
-    if request.error is not None or request.question is None or request.open_image is None:
-        missing = "question" if request.question is None else "image"
-        return Opened(index, request, state, error=request.error or f"there is no {missing}.")
+    if request.error is not None or request.question is None:
+        return Opened(index, request, state, error=request.error or "there is no question.")
     try:
-        image = request.open_image()
-        content = place_images(request.question, [image])
+        images = [] if request.open_image is None else [request.open_image()]
+        content = place_images(request.question, images)
     except Exception as error:  # a damaged file must not end the run, and decoders raise any exception
         if is_machine_fault(error):
             raise
         return Opened(index, request, state, error=reason_of(error))
     before = [] if system is None else [{"role": "system", "content": system}]
     conversation: Conversation = [*before, {"role": "user", "content": content}]
-    return Opened(index, request, state, conversation, is_first=FIRST_OF_SEVERAL in image.info)
+    return Opened(index, request, state, conversation, is_first=any(FIRST_OF_SEVERAL in image.info for image in images))

@@ -4,7 +4,7 @@
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,26 @@ from .batch_rows import COLUMNS
 from .requests import EXTRA, printable
 from .sources import Inputs
 
-__all__ = ["FORMATS", "Outputs", "outputs_for", "require_format", "subtitles", "write_rows"]
+__all__ = ["FORMATS", "Outputs", "outputs_for", "require_format", "require_pyarrow", "subtitles", "write_rows"]
 
 FORMATS = (".jsonl", ".parquet", ".srt")
 _ROWS_A_PART = 8192
 
 
-def require_format(path: Path) -> None:
+def require_format(path: Path, formats: Sequence[str] = FORMATS) -> None:
     """Check that an output can be written.
 
+    Args:
+        path: path of the output.
+        formats: the suffixes that it may have.
+
     Raises:
-        ValueError: its suffix is not one of `FORMATS`, or it is a folder.
+        ValueError: its suffix is not one of them, or it is a folder.
         FileNotFoundError: its folder does not exist.
         ImportError: the package that writes it is not installed.
     """
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"the output is {str(path)!r}; expected a name that ends in {', '.join(FORMATS)}.")
+    if path.suffix.lower() not in formats:
+        raise ValueError(f"the output is {str(path)!r}; expected a name that ends in {', '.join(formats)}.")
     if path.is_dir():
         raise ValueError(f"the output {str(path)!r} is a folder; expected the name of a file.")
     if path.exists() and not path.is_file():
@@ -39,7 +43,7 @@ def require_format(path: Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the output's folder {str(path.parent)!r} does not exist; create it first.")
     if path.suffix.lower() == ".parquet":
-        _pyarrow()
+        require_pyarrow()
 
 
 class Outputs:
@@ -200,7 +204,7 @@ def _clock(seconds: float) -> str:
 def _write_parquet(
     path: Path, rows: Iterable[Mapping[str, Any]], replaces: Any, fields: Mapping[str, FieldType]
 ) -> None:
-    pa, pq = _pyarrow()
+    pa, pq = require_pyarrow()
     text, number, real = pa.string(), pa.int64(), pa.float64()
     types = {"row": number, "time": real, "prompt_tokens": number, "completion_tokens": number}
     kinds = {"string": text, "integer": number, "number": real, "boolean": pa.bool_(), "json": text}
@@ -212,7 +216,12 @@ def _write_parquet(
             writer.write_table(pa.Table.from_pylist(part, schema=schema))
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def require_pyarrow() -> tuple[Any, Any]:
+    """Return the modules `pyarrow` and `pyarrow.parquet`.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+    """
     with needs("pyarrow", "Parquet", EXTRA):
         import pyarrow as pa
         import pyarrow.parquet as pq

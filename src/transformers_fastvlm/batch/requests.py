@@ -27,15 +27,18 @@ class SourceOptions(ReadOptions):
 
     Args:
         prompt: the question; `{column}` is replaced by a table's value.
-        image_column: a table's column of images: paths, or in Parquet also the bytes of files.
+        image_column: a table's column of images: paths, or in Parquet also the bytes of files; None for requests
+            without an image.
         image_folder: folder that a table's paths are relative to and may not leave; None for the table's folder.
         every: seconds between a video's frames.
+        text_files: read .txt files, each line of which is a question without an image.
     """
 
     prompt: str
-    image_column: str = "image"
+    image_column: str | None = "image"
     image_folder: str | None = None
     every: float = 5.0
+    text_files: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class Request:
     Attributes:
         source: file of the image, or the table that names it.
         question: the filled prompt; None after an error.
-        open_image: opens the image; None if there is none.
+        open_image: opens the image; None for a question without one.
         row: row of a table, from 0.
         image: name of the image in the table.
         file: path of the image's file, if it has one.

@@ -15,6 +15,7 @@ from ..images.read_options import ReadOptions
 from ..storage.digests import joined
 from .requests import PromptTemplate, Request, SourceOptions, printable
 from .table_sources import TableSource, open_table
+from .text_sources import TEXTS, TextSource
 from .video_frames import count_frames, require_av, video_requests
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class FileSource:
                 yield Request(source=printable(file), question=self.options.prompt, open_image=opened, file=file)
 
 
-Source: TypeAlias = FileSource | TableSource
+Source: TypeAlias = FileSource | TableSource | TextSource
 """An input of the user: its requests in a fixed order, their number, and its identity."""
 
 
@@ -144,6 +145,8 @@ def find_sources(inputs: Sequence[str], options: SourceOptions) -> Inputs:
             raise ValueError(f"{name!r} is not a regular file; expected a file or a folder.")
         elif name.lower().endswith(TABLES):
             sources.append(open_table(name, options))
+        elif options.text_files and name.lower().endswith(TEXTS):
+            sources.append(TextSource(name, options))
         else:
             sources.append(FileSource(name, [name], options))
     found = Inputs(tuple(sources), left_out)

@@ -67,7 +67,8 @@ class TableSource:
         source = printable(self.name)
         if isinstance(row, str):
             return Request(source=source, row=index, question=None, error=row)
-        image = row.get(self.options.image_column)
+        column = self.options.image_column
+        image = None if column is None else row.get(column)
         if isinstance(image, list | tuple) and len(image) == 1:
             image = image[0]
         label = image if isinstance(image, str) else image.get("path") if isinstance(image, Mapping) else None
@@ -80,18 +81,25 @@ class TableSource:
             if not is_utf8(filled):
                 raise ValueError("the question has a lone surrogate (half a character). Write the file again.")
             question = filled
-            if is_absent(image) or image == "":
-                raise ValueError(f"column {self.options.image_column!r} is empty in this row; expected an image.")
+            if column is not None and (is_absent(image) or image == ""):
+                raise ValueError(f"column {column!r} is empty in this row; expected an image.")
         except ValueError as error:
             return Request(source=source, row=index, image=label, question=question, error=str(error))
+        if column is None:
+            return Request(source=source, row=index, question=question)
         if isinstance(image, bytes):
             image = {"bytes": image, "path": None}
         opened = functools.partial(self._images.open, image)
         file = self._images.path_of(image)
         return Request(source=source, row=index, image=label, file=file, question=question, open_image=opened)
 
+    def _used(self) -> tuple[str, ...]:
+        """Return the columns that requests need."""
+        image = self.options.image_column
+        return tuple(dict.fromkeys((*([] if image is None else [image]), *self._prompt.columns)))
+
     def _check_columns(self, columns: Sequence[str]) -> None:
-        for column in (self.options.image_column, *self._prompt.columns):
+        for column in self._used():
             if column not in columns:
                 advice = " Set the images' column with --image-column." if column == self.options.image_column else ""
                 raise ValueError(f"{self.name} has no column {column!r}; it has {listed(columns)}.{advice}")
@@ -193,7 +201,7 @@ class JsonSource(TableSource):
 
     def _check_keys(self) -> None:
         """Refuse columns that no row has; in a valid table, the first row has all."""
-        missing = {self.options.image_column, *self._prompt.columns}
+        missing = set(self._used())
         first: list[str] = []
         for row in self._values():
             if isinstance(row, str):
@@ -235,7 +243,7 @@ class ParquetSource(TableSource):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = list(dict.fromkeys((self.options.image_column, *self._prompt.columns)))
+        columns = list(self._used())
         done = 0
         try:
             with pq.ParquetFile(self.name) as file:

@@ -20,6 +20,7 @@ from . import (
     convert,
     data,
     demo,
+    embed,
     env,
     eval,
     eval_encoder,
@@ -47,7 +48,13 @@ app = typer.Typer(
 
 
 _GROUPS: dict[str, dict[str, Any]] = {
-    "Ask": {"generate": generate.generate, "chat": chat.chat, "batch": batch.batch, "demo": demo.demo},
+    "Ask": {
+        "generate": generate.generate,
+        "chat": chat.chat,
+        "batch": batch.batch,
+        "embed": embed.embed,
+        "demo": demo.demo,
+    },
     "Train": {"train": train.train, "data": data.app, "merge": merge.merge, "new": new.new},
     "Measure": {
         "eval": eval.evaluate,
