@@ -137,10 +137,10 @@ BENCH_GPU = PYTHONPATH=src $(GPU_PYTHON) -m transformers_fastvlm bench --device 
 bench-gpu: ## compare speed with other models on a CUDA machine, in GPU_PYTHON; writes benchmarks/results/gpu*.json
 	$(BENCH_GPU) 0.5B 1.5B 7B --size 256,512,768,1024,1536,2048 --dtype bfloat16,float16 --fuse \
 		--image-backend torchvision --against native,llava-onevision-0.5b \
-		--out benchmarks/results/gpu.json --plots benchmarks/results/gpu
-	$(BENCH_GPU) 0.5B --size 1024 --batch 1,32 --dtype bfloat16 --fuse --compile --against native \
-		--image-backend torchvision --out benchmarks/results/gpu_compiled.json
-	$(BENCH_GPU) --encoders --dtype bfloat16 --batch 1,32 --fuse --out benchmarks/results/gpu_encoders.json
+		--output benchmarks/results/gpu.json --plots benchmarks/results/gpu
+	$(BENCH_GPU) 0.5B --size 1024 --batch-size 1,32 --dtype bfloat16 --fuse --compile --against native \
+		--image-backend torchvision --output benchmarks/results/gpu_compiled.json
+	$(BENCH_GPU) --encoders --dtype bfloat16 --batch-size 1,32 --fuse --output benchmarks/results/gpu_encoders.json
 
 .PHONY: soak
 soak: .venv/installed-dev .venvs/serving/installed .venvs/vllm/installed .venvs/export/installed tests/export/javascript/node_modules/installed .venvs/eval/installed .venvs/eval-vllm/installed ## run the long tests: kills at many moments, large data, load

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers a second of the batch engine over Transformers: images 16 at a time beside one at a time.
+"""Answers per second of the batch engine over Transformers: 16 images at a time compared with one at a time.
 
     python benchmarks/batch_throughput.py [--model tiny] [--pictures 64] [--batch-sizes 1 16] [--rounds 5]
         [--threads N] [--device cpu|cuda] [--dtype float32] [--out benchmarks/results/batch_throughput.json]
 
-One loaded model answers the same questions about drawn scenes with each batch size in turns, greedily: the scenes' own
-questions, whose answers are a word or a number, and "Describe the picture.", whose answers are a sentence. A figure is
-the number of images over the median time of a turn; `processor` counts the time that the process computed, the one
-to compare on a machine that others use too. Ratios are to the first batch size.
+One model answers the same questions about drawn scenes with each batch size in turns, by greedy decoding: short
+questions, answered by a word or a number, and "Describe the picture.", answered by a sentence. A figure is the number
+of images divided by the median time of a turn. `processor` is CPU time; compare it on a shared machine. Ratios are to
+the first batch size.
 """
 
 import argparse

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens a second of decoding: this package beside Transformers' own `fast_vlm`, and weights of 8 and 4 bits.
+"""Decoding in tokens per second: this package, Transformers' own `fast_vlm`, and 8- and 4-bit weights.
 
     python benchmarks/decode_speed.py [--preset 0.5b] [--steps 4] [--rounds 5] [--loads 4] [--threads N]
         [--device cpu|cuda] [--groups bfloat16 float32 quantized] [--out benchmarks/results/decode_speed.json]
 
-All have the same random weights of the preset's shape and continue one prompt of random tokens, a token at a time,
-the likeliest each. The models of a group are in memory together and decode in turns. Where weights come to lie in
-memory makes a difference of some per cent, so all are written and loaded again, several times. A figure is one over the
-median time of a step; `processor` counts the time that the process computed, the one to compare on a machine that
-others use too. `milliseconds_of_operations` says what one more step of each spent its time on. Needs timm for the port
-and torchao for the quantized models.
+All have the same random weights of the preset's shape and continue one prompt of random tokens by greedy decoding.
+The models of a group are in memory together and decode in turns. The position of weights in memory changes times by a
+few percent, so all are written and loaded several times. A figure is one divided by the median time of a step.
+`processor` is CPU time; compare it on a shared machine. `milliseconds_of_operations` is the profile of one more step.
+Needs timm for the native model and torchao for the quantized models.
 """
 
 import argparse

@@ -3,12 +3,12 @@
 
     python benchmarks/encoder_speed.py --dtype float32 --size 1024 --out benchmarks/results/encoder_speed_float32.json
 
-All three have the same random weights, on which speed does not depend, and run in turn in one process on the CPU.
-Times are of the process's own CPU time with one thread, so that other processes disturb them less, and of the wall
-clock with more; both are written. The GEMM rate is measured between the runs, as the best of float32 and
-the encoder's dtype. `time_over_products` is the encoder's time divided by the time of its 487 GFLOP (at 1024 x 1024
-pixels; proportional to pixels) at the median of that rate. `milliseconds_of_operations` says what one more run of each
-spent its time on; for the native model only in float32, since other dtypes can take minutes. Needs timm.
+All three have the same random weights and run in turns in one process on the CPU. With one thread the times are CPU
+time, which other processes disturb less, with more threads wall time; both are written. The GEMM rate is measured
+between the runs, as the best of float32 and the encoder's dtype. `time_over_products` is the encoder's time divided
+by the time of its 487 GFLOP (at 1024 x 1024 pixels; proportional to pixels) at the median of that rate.
+`milliseconds_of_operations` is the profile of one more run, for the native model only in float32, since other dtypes
+can take minutes. Needs timm.
 """
 
 import copy

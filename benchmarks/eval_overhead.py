@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overhead of lmms-eval beside the model's time, in an evaluation of the embedded tiny model on scenes.
+"""Overhead of lmms-eval compared with the model's time, in an evaluation of the tiny model on drawn scenes.
 
     python benchmarks/eval_overhead.py [--scenes 500] [--batch-size 16] [--dtype float32] [--out RESULTS.json]
 
@@ -9,9 +9,9 @@ time of each part: `engine` is all calls of the engine, preprocessing included, 
 reading the questions to the written results: lmms-eval, the journal, scoring, writing. Loading and freeing the model
 and importing lmms-eval are excluded.
 
-Processor seconds cover all threads; other programs disturb them least. A separate thread opens images beside the
-model, so in wall time `harness_and_pictures` is the rest after loading and the engine: the harness, and waiting for
-images. PyTorch has one thread. Needs the extra `eval`.
+CPU seconds cover all threads; other programs disturb them least. A separate thread opens images beside the model, so
+in wall time `harness_and_pictures` is the rest after loading and the engine: the harness, and waiting for images.
+PyTorch has one thread. Needs the extra `eval`.
 """
 
 import argparse
@@ -88,13 +88,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     data = write_scenes(folder, options.scenes)
     engines.load_engine = timed_load
-    OwnData.pictures = clocks["pictures"].around(OwnData.pictures)
+    OwnData.open_images = clocks["pictures"].around(OwnData.open_images)
     chosen = EvaluationOptions(
         data=data,
         max_new_tokens=16,
         batch_size=options.batch_size,
         engine_options={"dtype": options.dtype, "device": "cpu"},
-        pictures=False,
+        images=False,
         time_first_token=False,
     )
     clocks["whole"].start()

@@ -4,14 +4,14 @@
     python benchmarks/export_accuracy.py [--scenes 500] [--node FOLDER] [--node-scenes 200]
         [--out benchmarks/results/export_accuracy.json]
 
-Exports the model, asks one question about each scene of a series that no training uses, greedily, and counts the
-answers that equal the right one letter for letter: in PyTorch float32, and in onnxruntime in each precision, all with
-this package's preprocessing. Each precision is also compared with PyTorch: by the difference in points, and by the
-number of answers that are other ones, right or wrong.
+Exports the model, asks one question about each scene of a series that no training uses, by greedy decoding, and
+counts exact answers: in PyTorch float32, and in onnxruntime in each precision, all with this package's preprocessing.
+Each precision is also compared with PyTorch: by the difference in points, and by the number of changed answers, right
+or wrong.
 
-With FOLDER, in which `npm ci --ignore-scripts` was run (tests/export/javascript is one), the float32 files also answer
-in transformers.js on Node, about square and about oblong images: from this package's pixel values, and from the
-image, prepared by transformers.js itself. `grey_levels` is the mean distance between the two, of 255.
+With FOLDER, in which `npm ci --ignore-scripts` was run (tests/export/javascript is one), the float32 files also
+answer in transformers.js on Node, about square and about oblong images: from this package's pixel values, and from
+the image, prepared by transformers.js itself. `grey_levels` is the mean distance between the two, of 255.
 """
 
 import json

@@ -3,14 +3,14 @@
 
     python benchmarks/export_accuracy_mlx.py [--scenes 500] [--out benchmarks/results/export_accuracy_mlx.json]
 
-Two series of questions, each about one scene, answered greedily and compared letter for letter:
+Two series of questions, each about one scene, with greedy decoding and exact match:
 
 - Every precision of the target `mlx`, from this package's pixel values, on images of any shape.
 - The preprocessing of mlx-vlm (float32) and of `native` (float32, with Pillow and with torchvision), from the files of
   the export, on square and on oblong images.
 
-It needs `pip install "transformers-fastvlm[mlx,bench,torchvision]"`. MLX is slow on a CPU: the results are written anew
-after every few scenes and say how many they are about, so that a run can be stopped.
+It needs `pip install "transformers-fastvlm[mlx,bench,torchvision]"`. MLX is slow on a CPU: results are written after
+every few scenes, with their number, so that a run can be stopped.
 """
 
 import argparse

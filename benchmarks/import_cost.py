@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processor time of importing the package: in a new process, and where Transformers is loaded already.
+"""CPU time of importing the package: in a new process, and with Transformers loaded already.
 
     python benchmarks/import_cost.py [--runs 5] [--out benchmarks/results/import_cost.json]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder with its projector in onnxruntime beside PyTorch (this package's, fused), float32, on the CPU.
+"""Encoder and projector in onnxruntime compared with this package in PyTorch (fused), in float32 on the CPU.
 
     python benchmarks/onnx_encoder.py [--size 1024] [--batch 1] [--repetitions 9] [--threads N]
         [--note TEXT] [--out benchmarks/results/onnx_encoder.json]

@@ -4,9 +4,9 @@
     python benchmarks/preprocessing.py [--width 4000] [--height 3000] [--size 1024] [--repetitions 9] [--threads N]
         [--batches 1 8] [--torchvision] [--note TEXT] [--out benchmarks/results/preprocessing.json]
 
-The image is drawn by `transformers_fastvlm.bench.make_photo`, the same on every machine. The steps are
-measured in turns, each by wall and by processor time; on a machine that others use too, processor time is the one to
-look at. `whole` is what the image processor does with a path, `decoded` with an image that is in memory already.
+The image is drawn by `transformers_fastvlm.bench.make_photo`, the same on every machine. The steps are measured in
+turns, each by wall and CPU time; compare CPU time on a shared machine. `whole` is the image processor with a path,
+`decoded` with an image in memory.
 """
 
 import argparse

@@ -5,9 +5,9 @@
         [--threads N] [--device cpu|cuda] [--out benchmarks/results/second_question.json]
 
 A model of the preset's shape with random weights answers through `PromptCache`: a first question about an image, a
-second one in the same conversation, and one of its own about the same image. Time runs from the messages, the
-image decoded, to the first token; `processor_seconds` is the time that the process computed, the one to compare on
-a machine that others use too. Every round starts with an empty cache; medians of the rounds.
+second one in the same conversation, and an independent one about the same image. Time runs from the messages, with
+the image decoded, to the first token. `processor_seconds` is CPU time; compare it on a shared machine. Every round
+starts with an empty cache; figures are medians of the rounds.
 """
 
 import argparse

@@ -3,14 +3,14 @@
 
     python benchmarks/tiny_accuracy.py MODEL [--scenes 2000] [--variants float32 fused ...] [--out RESULTS.json]
 
-Asks one question about each scene of a series that no training uses, greedily, and counts the answers that equal the
-right one letter for letter: over all kinds of questions and shapes of images in float32, after fuse(), in bfloat16
-and float16, and with weights of 8 and 4 bits; then, in float32, square and oblong images apart, the oblong ones also
-cropped to their centre instead of padded. Each variant but the first is also compared with float32: by the difference
-in points, and by the number of changed answers, right or wrong.
+Asks one question about each scene of a series that no training uses, by greedy decoding, and counts exact answers:
+over all kinds of questions and shapes of images in float32, after fuse(), in bfloat16 and float16, and with weights
+of 8 and 4 bits; then, in float32, square and oblong images apart, the oblong ones also cropped to their centre
+instead of padded. Each variant but the first is also compared with float32: by the difference in points, and by the
+number of changed answers, right or wrong.
 
-All variants see the same batches: each is drawn and preprocessed once. The quantized language models
-have the bfloat16 encoder, so its features are computed once for them all. They need torchao and are made as
+All variants see the same batches: each is drawn and preprocessed once. The quantized language models have the
+bfloat16 encoder, so its features are computed once for them all. They need torchao and are made as
 docs/quantization.md says, on a CPU in 4 bits with groups of 32, which divide the widths of the tiny model.
 """
 

@@ -5,11 +5,10 @@
         [--dtype bfloat16 float32] [--checkpointing off on] [--steps 3] [--warmup 1] [--rounds 1] [--threads N]
         [--native-steps N] [--device cpu|cuda] [--out benchmarks/results/train_throughput.json]
 
-Both train the same model from the same random weights: all
-parameters, by plain `Trainer` with AdamW, on one batch of random pixels and tokens. Each implementation trains in a
-process of its own, in turns, which reports the time of each step and its peak memory. `processor_seconds` is the time
-that the process computed; on a machine that others use too it is the one to compare. Needs timm and accelerate; peak
-memory on a CPU (VmHWM) is read from Linux.
+Both train all parameters of the same model from the same random weights, by plain `Trainer` with AdamW, on one batch
+of random pixels and tokens. Each implementation runs in a separate process, in turns, and reports the time of each
+step and its peak memory. `processor_seconds` is CPU time; compare it on a shared machine. Needs timm and accelerate;
+peak memory on a CPU (VmHWM) needs Linux.
 """
 
 import argparse

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens a second under vLLM as a ratio to those of Transformers' `generate`, for many requests at once on one CPU.
+"""Tokens per second under vLLM, relative to Transformers' `generate`, for many requests at once on one CPU.
 
     .venvs/vllm/bin/python benchmarks/vllm_throughput.py [--model DIRECTORY] [--requests 32] [--rounds 5]
         [--dtype float32] [--threads N] [--out benchmarks/results/vllm_throughput.json]
 
-Runs in vLLM's environment, so that both sides have its PyTorch and its Transformers. The requests of a round are
-images of their own, one half to be described and the other half with a question, answered greedily: by vLLM, which
-gets all at once; by `generate` one after another; and by `generate` in one padded batch, rows of like length together.
-Time runs from Pillow images and messages to texts and covers image processing on all sides. The three take turns in
-every round, with another first each time; no image is seen twice, so nothing comes from a cache. Ratios are those of
-the median rates; answers are compared, and the number of those that differ is part of the result.
+Runs in vLLM's environment, so that both sides have its PyTorch and its Transformers. Each request of a round has a
+new image, so nothing comes from a cache; half ask for a description, half a question, with greedy decoding. They are
+answered by vLLM, which gets all at once; by `generate` one after another; and by `generate` in one padded batch, rows
+of similar length together. The three take turns in every round. Time runs from Pillow images and messages to texts.
+Ratios are of median rates; the number of differing answers is part of the result.
 """
 
 import argparse

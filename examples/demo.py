@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer questions about pictures, offline, with the small model that comes with the package.
+"""Answer questions about images, offline, with the small model that ships with the package.
 
     python examples/demo.py [--image FILE --question TEXT] [--model CHECKPOINT] [--out demo_output.png]
 
-Asks `fastvlm generate` about four bundled pictures, or about one of yours, prints questions and answers, and writes a
-page that shows the pictures with both. The embedded model has 3.8 million parameters and knows drawn scenes only; with
---model the questions go to a real checkpoint, the same way.
+Runs `fastvlm generate` for four bundled images, or for one of yours, prints questions and answers, and writes an image
+that shows both. The small model has 3.8 million parameters and knows drawn scenes only; --model takes another one.
 """
 
 import argparse
@@ -51,7 +50,7 @@ def ask(model: str, picture: Path, question: str) -> dict[str, Any]:
 
 
 def cell(picture: Path, question: str, answer: str) -> Image.Image:
-    """Return a picture, CELL pixels wide or high, with question and answer under it."""
+    """Return an image, CELL pixels wide or high, with question and answer under it."""
     lines = [(line, "#1d1f23") for line in textwrap.wrap(question, 36)]
     lines += [(line, "#0b5fa5") for line in textwrap.wrap(answer, 36) or ["(nothing)"]]
     with Image.open(picture) as image:
@@ -80,10 +79,10 @@ def draw(cells: list[Image.Image]) -> Image.Image:
 def main(arguments: list[str] | None = None) -> None:
     """Parse the arguments, ask, print and draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--image", type=Path, help="picture to ask about instead of the bundled ones")
+    parser.add_argument("--image", type=Path, help="image to ask about instead of the bundled ones")
     parser.add_argument("--question", default="Describe the picture.", help="what to ask about --image")
     parser.add_argument("--model", default="tiny", help="a checkpoint to ask instead of the embedded model")
-    parser.add_argument("--out", type=Path, default=Path("demo_output.png"), help="picture to write")
+    parser.add_argument("--out", type=Path, default=Path("demo_output.png"), help="image to write")
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
     cells = []
@@ -93,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"answer    {result['answer']}\n")
         cells.append(cell(picture, question, result["answer"]))
     draw(cells).save(options.out)
-    print(f"pictures with questions and answers: {options.out}")
+    print(f"images with questions and answers: {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teach the tiny model with adapters (LoRA) what it was not trained for: to read dice.
+"""Teach the tiny model to read dice with LoRA.
 
     python examples/finetune_lora.py WORK [--rows 1600]
 
-Writes pictures of dice and a file of conversations in LLaVA's form, fine-tunes the embedded model on them with the
-recipe `lora`, merges the adapter, and counts right answers about other dice before, with the adapter, and merged.
+Writes images of dice and a LLaVA file of conversations, fine-tunes the tiny model with the recipe `lora`, merges the
+adapter, and counts right answers about other dice before training, with the adapter, and after merging.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PIPS = {
 
 
 def die(number: int, rng: random.Random) -> Image.Image:
-    """Return a picture of a die, 256 x 256 pixels, that shows `number`."""
+    """Return an image of a die, 256 x 256 pixels, that shows `number`."""
     image = Image.new("RGB", (256, 256), tuple(rng.randint(60, 160) for _ in range(3)))
     draw = ImageDraw.Draw(image)
     side = rng.uniform(150, 230)
@@ -52,7 +52,7 @@ def die(number: int, rng: random.Random) -> Image.Image:
 
 
 def write_dice(folder: Path, name: str, rows: int, seed: int) -> Path:
-    """Write pictures and a JSONL file of conversations about them; return the file."""
+    """Write images and a JSONL file of conversations about them; return the file."""
     rng = random.Random(seed)
     (folder / name).mkdir(parents=True, exist_ok=True)
     lines = []

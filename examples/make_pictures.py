@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw examples/images, the pictures of the demo: scenes of a series that the embedded model was not trained on.
+"""Draw examples/images, the images of the demo: scenes that the tiny model was not trained on.
 
 python examples/make_pictures.py [DIRECTORY]
 """

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a tiny FastVLM on synthetic scenes, from nothing: tokenizer, encoder, new model, stages 1 to 3, Apple's layout.
+"""Train a tiny FastVLM from scratch on synthetic scenes: tokenizer, encoder, new model, stages 1 to 3, Apple's layout.
 
     python examples/train_tiny.py WORK [--out DIRECTORY] [--processes 2] [--steps N]
 
-WORK gets everything on the way, each stage in a directory of its own, so that a run that was interrupted goes on where
-it was when it is started again. The result goes to WORK/tiny unless --out says otherwise. On a CPU of few cores, a
-process for each core goes through the stages faster than one process with as many threads.
+Each stage has a directory in WORK; an interrupted run resumes when it is started again. The result goes to WORK/tiny
+or to --out. On a CPU with few cores, one process per core is faster than one process with as many threads.
 benchmarks/tiny_accuracy.py counts its right answers; `make train-tiny` runs both.
 
-The encoder comes first, alone, as FastVLM's comes from CLIP: together, an encoder and a language model that both know
-nothing learn where things are and then nothing more for a long time.
+The encoder is trained alone first, as FastVLM's comes from CLIP. An untrained encoder and an untrained language model
+together learn where things are, and then nothing more for a long time.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from transformers_fastvlm.training import load_recipe, new_model, run, save_mode
 MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json")
 STAGES = ("tiny-stage1", "tiny-stage2", "tiny-stage3")
 
-# 16 tokens a picture. The early stages, whose maps are large, are narrow: they are where the time would go.
+# 16 tokens an image. The early stages, whose maps are large, are narrow: they are where the time would go.
 VISION = {
     "image_size": 256,
     "depths": [1, 1, 2, 3, 1],
@@ -115,8 +114,8 @@ class Pictures(Dataset):
     """Collages and scenes in turn, as pixel values and the labels of `MarkFinder`: `(labels, rows, columns)`, 0 or 1.
 
     Args:
-        length: number of pictures.
-        seed: series of the pictures.
+        length: number of images.
+        seed: series of the images.
     """
 
     def __init__(self, length: int, seed: int) -> None:

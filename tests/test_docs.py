@@ -77,6 +77,25 @@ def test_pages_say_what_they_are_for_and_where_to_go_next(page: Path) -> None:
     assert headings[-1] == "## Next" and lines[-1].startswith(("- ", "  "))
 
 
+NO_TABS = {
+    "gallery.md": "only makes images",
+    "migration.md": "each block stands for one foreign program",
+    "quantization.md": "the command only installs",
+    "training-recipes.md": "the command and the program make different models",
+    "evaluation-report.md": "the program needs no run",
+    "tiny-model.md": "the program shows a scene's right answer",
+    "vllm.md": "the commands are vLLM's",
+}
+"""Pages whose Python does something else than their commands."""
+
+
+@pytest.mark.parametrize("page", [page for page in DOCS if page.name not in NO_TABS], ids=lambda page: page.name)
+def test_pages_with_python_and_commands_have_tabs(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    if re.search(r"^ *```python", text, flags=re.M) and re.search(r"^ *(fastvlm|curl) ", text, flags=re.M):
+        assert '=== "Python"' in text and '=== "Command line"' in text
+
+
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_pages_say_image(page: Path) -> None:
     assert re.findall(r"(?i)\bpictures?\b", page.read_text(encoding="utf-8")) == []
@@ -143,3 +162,9 @@ def test_github_files_are_yaml_and_name_targets_that_exist(file: Path) -> None:
             word for line in job.get("strategy", {}).get("matrix", {}).get("target", []) for word in line.split()
         }
     assert called - targets == set()
+
+
+def test_changes_are_told_in_three_lines() -> None:
+    bullets = re.findall(r"^- .*(?:\n  .*)*", read("CHANGELOG.md"), flags=re.M)
+    assert len(bullets) > 50
+    assert [bullet for bullet in bullets if bullet.count("\n") > 2] == []

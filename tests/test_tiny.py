@@ -2,6 +2,9 @@
 """The embedded tiny model: Apple's layout, the usual ways to load it, and correct answers."""
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from transformers_fastvlm import FastVLMForConditionalGeneration, FastVLMProcess
 from transformers_fastvlm.checkpoints import detect_layout, tiny_checkpoint
 from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.data.scenes.content import WORDS
+from transformers_fastvlm.tokens import image_token_id_of
 
 SCENES = SceneDataset(60, seed=2026)  # a series that no training uses
 FILES_OF_APPLE = {
@@ -88,3 +92,19 @@ def test_pipeline(processor) -> None:
     ]
     answer = pipe(text=[{"role": "user", "content": content}], return_full_text=False, max_new_tokens=16)
     assert answer[0]["generated_text"] == answers(pipe.model, processor, [row])[0]
+
+
+def test_its_configuration_is_read_without_the_tokenizer() -> None:
+    program = """if True:
+        import sys
+        import transformers_fastvlm
+        from transformers import AutoConfig
+        from transformers_fastvlm.checkpoints import tiny_checkpoint
+        directory, opened = str(tiny_checkpoint()), []
+        sys.addaudithook(lambda event, given: opened.append(str(given[0])) if event == "open" else None)
+        config = AutoConfig.from_pretrained(directory)
+        print(config.image_token_id, *sorted({path[len(directory) + 1 :] for path in opened if directory in path}))
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == [str(image_token_id_of(tiny_checkpoint())), "config.json"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the pictures of docs/demo.md: `fastvlm demo` with the embedded model, in headless Chromium.
+"""Make the screenshots of docs/demo.md: `fastvlm demo` with the embedded model, in headless Chromium.
 
     python tools/demo_screenshots.py [FOLDER]
 
@@ -48,11 +48,11 @@ def talk(tab: Any, address: str, again: bool) -> None:
     """Press an example, and ask again if wanted."""
     tab.goto(address)
     tab.locator("#conversation button.example").first.click()
-    tab.locator("#status", has_text="picture encoded").wait_for()
+    tab.locator("#status", has_text="image encoded").wait_for()
     if again:
         tab.locator("#question textarea").fill("Describe the picture.")
         tab.keyboard.press("Enter")
-        tab.locator("#status", has_text="nothing encoded again").wait_for()
+        tab.locator("#status", has_text="image reused").wait_for()
         tab.locator("#question textarea").blur()
     tab.wait_for_function("[...document.images].every((image) => image.complete)")
 
@@ -72,7 +72,7 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
     engine = load_engine("transformers", "tiny", batch_size=1)
-    name = "the tiny model of the package, for drawn scenes"
+    name = "tiny, the test model that ships with the package, for drawn scenes"
     with Page(engine, name=name, scenes=True) as page, sync_playwright() as driver:
         address = page.start()
         browser = driver.chromium.launch(executable_path=chromium, args=FLAGS)

@@ -31,7 +31,7 @@ def widths(requests: list[Any]) -> list[Any]:
     found: list[Any] = []
     for request in requests:
         try:
-            found.append(request.error or request.picture().width)
+            found.append(request.error or request.open_image().width)
         except ValueError as error:
             found.append(str(error))
     return found

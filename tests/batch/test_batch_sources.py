@@ -38,7 +38,7 @@ def widths(requests: list[Request]) -> list[Any]:
     found: list[Any] = []
     for request in requests:
         try:
-            found.append(request.error or (request.picture and request.picture().width))
+            found.append(request.error or (request.open_image and request.open_image().width))
         except (OSError, ValueError) as error:
             found.append(str(error))
     return found
@@ -330,7 +330,7 @@ def test_a_misspelt_column_stops_at_once(folder: Path, name: str, content: str) 
     with pytest.raises(ValueError, match=r"has no column 'question'; it has 'img', 'q'\.$"):
         requests_of(folder / name, prompt="{question}", image_column="img")
     found = requests_of(folder / name, prompt="{q}", image_column="img")
-    assert found[0].question == "x" and found[0].picture().width == 11
+    assert found[0].question == "x" and found[0].open_image().width == 11
 
 
 def test_columns_that_a_later_row_has(folder: Path) -> None:

@@ -41,7 +41,7 @@ def number_of(image: Image.Image) -> int:
 def frames_of(path: Path, every: float) -> list[tuple[float, int]]:
     found = VideoFrames(str(path), every)
     assert found.damage is None
-    return [(time, number_of(found.picture(index))) for index, time in enumerate(found.times)]
+    return [(time, number_of(found.frame(index))) for index, time in enumerate(found.times)]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_frame_every_so_many_seconds(tmp_path: Path, suffix: str, codec: str) 
 def test_frames_in_any_order(tmp_path: Path) -> None:
     found = VideoFrames(str(film(tmp_path / "film.mp4", keys=25)), 0.5)
     order = [7, 3, 3, 11, 0, 4, 5, 1]
-    assert [number_of(found.picture(index)) for index in order] == [5 * index for index in order]
+    assert [number_of(found.frame(index)) for index in order] == [5 * index for index in order]
 
 
 def test_a_film_of_b_frames(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_damaged_videos(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     cut = requests_of(path)
     assert 1 < len(cut) <= len(whole) and cut[-1].error is not None
-    assert number_of(cut[1].picture()) == 10
+    assert number_of(cut[1].open_image()) == 10
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
@@ -180,7 +180,7 @@ def test_a_damaged_video_costs_its_row(tmp_path: Path) -> None:
     assert found.rows() is None or found.rows() >= 6
     requests = list(found)
     good = [request for request in requests if request.source.endswith("good.mp4")]
-    assert [request.error for request in good] == [None] and number_of(good[0].picture()) == 0
+    assert [request.error for request in good] == [None] and number_of(good[0].open_image()) == 0
     wrong = {Path(request.source).name: request.error for request in requests if request.error}
     assert wrong.keys() == mutants(tmp_path).keys()
     assert all("cannot be read" in error for error in wrong.values())
@@ -209,7 +209,7 @@ def test_a_name_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
     monkeypatch.chdir(tmp_path)
     for given in (name, str(tmp_path / name)):
         (request,) = find_sources([given], SourceOptions(prompt="What?"))
-        assert request.error is None and number_of(request.picture()) == 0
+        assert request.error is None and number_of(request.open_image()) == 0
 
 
 def test_a_video_reads_no_other_file(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from transformers_fastvlm.bench import Options, write_plots
-from transformers_fastvlm.bench.bench_plots import _accuracy, _latency, _where_time_goes
+from transformers_fastvlm.bench.bench_plots import _accuracy, _latency, _seconds, _where_time_goes
 from transformers_fastvlm.checkpoints.published import mean_accuracy
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
@@ -71,15 +71,18 @@ def test_bars_are_as_long_as_the_medians() -> None:
     patches = [patch for patch in figure.axes[0].patches if patch.get_width() > 0]
     assert [round(patch.get_width(), 6) for patch in patches[:4]] == [0.1, 1.048576, 0.01, 0.5]
     assert round(patches[7].get_x() + patches[7].get_width(), 5) == round(2 * 1.658576, 5)
-    assert "0.5B native" in texts(figure) and "3.32 s" in texts(figure)
+    assert "native fast_vlm, 0.5B\n1024 px" in texts(figure) and "3.32 s" in texts(figure)
 
 
-def test_the_papers_curve_is_beside_the_measured_one() -> None:
-    figure = _latency(record(result("0.5B", 512), result("0.5B", 1024)))
+def test_the_papers_curve_is_shown_only_for_the_device_it_was_measured_on() -> None:
+    plain = record(result("0.5B", 512), result("0.5B", 1024))
+    assert "paper" not in texts(_latency(plain))
+    plain["options"]["device"] = "mps"
+    figure = _latency(plain)
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     paper = lines["FastViTHD, paper, table 10 (M1 Max, Core ML)"]
     assert [*zip(paper.get_xdata(), paper.get_ydata(), strict=True)] == [(256, 6.8), (768, 54.8), (1024, 116.3)]
-    assert "measured: 0.5B, float32" in texts(figure)
+    assert "0.5B, float32" in texts(figure)
 
 
 def test_accuracies_only_of_what_was_measured_at_the_model_cards_resolution() -> None:
@@ -92,3 +95,10 @@ def test_accuracies_only_of_what_was_measured_at_the_model_cards_resolution() ->
     ((x, y),) = [(line.get_xdata(), line.get_ydata()) for line in figure.axes[0].get_lines()]
     assert list(y) == [mean_accuracy("0.5B"), mean_accuracy("7B")] and len(x) == 2
     assert mean_accuracy("0.5B") == pytest.approx(65.8, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(1.716, "1.72 s"), (11.0, "11.0 s"), (12.94, "12.9 s"), (243.6, "244 s")]
+)
+def test_times_of_one_size_have_the_same_digits(seconds: float, shown: str) -> None:
+    assert _seconds(seconds) == shown

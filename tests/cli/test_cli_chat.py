@@ -146,9 +146,9 @@ def test_a_question_that_failed_is_not_part_of_the_conversation(talk: chat._Conv
     talk.engine.error = ValueError("too long")
     with pytest.raises(ValueError, match="too long"):
         talk.turn("A question")
-    assert talk.messages == [] and len(talk.pictures) == 1
+    assert talk.messages == [] and len(talk.images) == 1
     talk.engine.error = None
-    assert talk.turn("Another") and summary(talk.messages) == ["u image Another", "a …"] and talk.pictures == []
+    assert talk.turn("Another") and summary(talk.messages) == ["u image Another", "a …"] and talk.images == []
 
 
 @pytest.mark.parametrize("line", ["/image", "/image -", "/unknown"])
@@ -163,7 +163,7 @@ def test_a_path_is_not_a_command(talk: chat._Conversation) -> None:
 
 def test_quotes_around_a_path(talk: chat._Conversation, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a picture.png")
-    assert talk.turn(f"/image '{tmp_path / 'a picture.png'}'") and len(talk.pictures) == 2
+    assert talk.turn(f"/image '{tmp_path / 'a picture.png'}'") and len(talk.images) == 2
 
 
 @pytest.mark.parametrize("line", ["/exit", "/quit", " /exit "])

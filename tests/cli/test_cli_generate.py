@@ -135,10 +135,10 @@ def test_images_are_turned_by_exif(model, tmp_path, ask) -> None:
             conversation, tokenize=True, return_dict=True, return_tensors="pt"
         ).pixel_values
 
-    from transformers_fastvlm.cli.cli_images import read_pictures
+    from transformers_fastvlm.cli.cli_images import read_images
 
     for name, turns in (("turned", True), ("turned", False), ("plain", True)):
-        pictures = read_pictures([str(tmp_path / f"{name}.png")], ReadOptions(do_exif_transpose=turns))
+        pictures = read_images([str(tmp_path / f"{name}.png")], ReadOptions(do_exif_transpose=turns))
         seen.append(pixels([{"role": "user", "content": question("?", pictures)}]))
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[1], seen[2])
     assert ask(tmp_path / "turned.png", "-p", "?", "-m", model, "--no-exif-transpose")["tokens"]["image"] == 16

@@ -2,6 +2,8 @@
 """`fastvlm train`: what it lists, shows, refuses, and what a run leaves and prints."""
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -104,7 +106,7 @@ def test_a_run_prints_where_its_result_is(
     out = tmp_path / "out"
     result = run("train", "finetune", *changes)
     assert result.stdout == f"{out}\n"
-    assert "step 2/2: loss " in result.stderr and result.stderr.endswith(f"finished: {out}\n")
+    assert "step 2/2: loss " in result.stderr
     assert "it/s" not in result.stderr  # no bars where nobody is looking
     picture = golden / "images" / "square_rgb.png"
     assert run("generate", picture, "-p", "What?", "-m", out, "--max-new-tokens", 3).stdout.strip()
@@ -137,3 +139,32 @@ def test_out_of_memory_says_what_helps(run: Run, changes: list[str], monkeypatch
 def test_the_launchers_files_are_named(run: Run, fails: Fails) -> None:
     assert Path(run("train", "--launch-config", "fsdp2").stdout.strip()).is_file()
     assert "fsdp2" in fails("train", "--launch-config", "fsdp3")
+
+
+def test_a_run_ends_with_time_loss_best_step_and_a_command_to_copy(
+    run: Run, changes: list[str], golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    out = tmp_path / "out"
+    turns = [{"from": "human", "value": "<image>\nWhat's this?"}, {"from": "gpt", "value": "Stripes."}]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([{"image": "wide_rgb.png", "conversations": turns}] * 3))
+    evaluation = (f"data.eval_source={file}", "arguments.eval_strategy=steps", "arguments.eval_steps=1")
+    monkeypatch.chdir(tmp_path)
+    lines = run("train", "finetune", *changes, *evaluation).stderr.splitlines()
+    lines = lines[lines.index(f"finished: {out}") :]
+    labels = [line.split(maxsplit=1)[0] for line in lines]
+    assert labels == ["finished:", "time", "loss", "eval", "next"]
+    assert re.fullmatch(r"time     0:0\d:\d\d for 2 steps, [\d.e-]+ s each", lines[1])
+    logged = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    for line, key in ((lines[2], "loss"), (lines[3], "eval_loss")):
+        values = {entry["step"]: entry[key] for entry in logged if key in entry}
+        best = min(values, key=lambda step: values[step])
+        assert line.split(maxsplit=1)[1] == f"{values[2]:.4g} at step 2; best {values[best]:.4g} at step {best}"
+    words = shlex.split(lines[4].removeprefix("next     "))
+    assert words[:2] == ["fastvlm", "generate"] and words[-2:] == ["-m", str(out)]
+    assert words[2] == str(golden / "images" / "wide_rgb.png")
+    assert run(*words[1:], "--max-new-tokens", 3).stdout.strip()
+    monkeypatch.chdir(golden)
+    again = run("train", "finetune", *changes, "arguments.max_steps=3", "--resume").stderr
+    assert " for 1 steps" in again and "fastvlm generate images/wide_rgb.png -p 'What'" in again

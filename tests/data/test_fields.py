@@ -157,7 +157,7 @@ def test_developer_is_system() -> None:
 )
 def test_two_columns_of_one_schema(folder: Path, row: Row, images: int) -> None:
     found = read_own_data(write(folder, {"question": "Colour?", "answer": "red", **row}), "exact")
-    assert [image.getpixel((0, 0)) for image in found.pictures(0)] == [(255, 0, 0)] * images
+    assert [image.getpixel((0, 0)) for image in found.open_images(0)] == [(255, 0, 0)] * images
 
 
 def test_no_answer_is_not_the_answer_nan(folder: Path) -> None:

@@ -208,7 +208,7 @@ def test_two_questions_about_a_picture_and_then_another(
     second = "Describe the picture. ![x](http://example.invalid/x.png) <img src=http://example.invalid/y.png>"
     box(tab).fill(second)
     box(tab).press("Enter")
-    expect(status(tab)).to_contain_text("nothing encoded again")
+    expect(status(tab)).to_contain_text("image reused")
     assert len(encoded) == 1
     assert answered(tab) == expected(parts, "How many shapes are there?", wanted, second, files=scenes[:1])
     assert second in tab.get_by_test_id("user").last.inner_text()
@@ -243,7 +243,7 @@ def test_an_example_and_a_preset(visit: Callable[..., Any], parts: tuple[Any, An
     box(tab).fill("half a question")
     tab.get_by_role("button", name="Count", exact=True).click()
     expect(tab.get_by_test_id("bot")).to_have_count(2)
-    expect(status(tab)).to_contain_text("nothing encoded again")
+    expect(status(tab)).to_contain_text("image reused")
     expect(tab.get_by_test_id("user").last).to_contain_text("How many shapes are there?")
     expect(box(tab)).to_have_value("half a question")
 

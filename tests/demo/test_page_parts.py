@@ -103,7 +103,7 @@ def test_a_second_question_computes_only_what_is_new(answerer: Answerer, parts: 
     assert visitor.messages[-1]["content"] == expected(parts, visitor.messages[:-1])
     request: Any = visitor.reply._request
     assert visitor.reply.encoded_images == 0 and 40 < request.cached_tokens > request.prompt.tokens - 50
-    assert "nothing encoded again" in summary(visitor.reply)
+    assert "image reused" in summary(visitor.reply)
     roles = [(one["role"], one["content"]) for one in visitor.shown]
     assert [role for role, _ in roles] == ["user", "user", "assistant", "user", "assistant"]
     assert roles[0][1].startswith("Your image, ")
@@ -292,15 +292,15 @@ def test_pictures_that_cannot_be_used(tmp_path: Path, content: bytes, reason: st
     path = tmp_path / "it.png"
     path.write_bytes(content)
     with pytest.raises(UnusableInput, match=reason):
-        page_images.read_pictures([str(path)])
+        page_images.read_images([str(path)])
 
 
 def test_too_many_pictures(picture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnusableInput, match="9 images are too many at once; send up to 8"):
-        page_images.read_pictures([picture] * 9)
+        page_images.read_images([picture] * 9)
     monkeypatch.setattr(page_images, "MAX_PIXELS", 1000)
     with pytest.raises(UnusableInput, match="million pixels together"):
-        page_images.read_pictures([picture])
+        page_images.read_images([picture])
 
 
 def test_pictures_are_upright_and_any_browser_can_show_them(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_pictures_are_upright_and_any_browser_can_show_them(tmp_path: Path) -> N
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     image.save(tmp_path / "turned.tif", exif=exif)
-    (read,) = page_images.read_pictures([str(tmp_path / "turned.tif")])
+    (read,) = page_images.read_images([str(tmp_path / "turned.tif")])
     assert read.size == (800, 1600)
     shown = page_images.save_small(read, tmp_path)
     with Image.open(shown) as small:
@@ -338,4 +338,4 @@ def test_says_how_to_install_what_is_missing(parts: tuple[Any, Any], monkeypatch
 def test_examples_are_scenes_of_the_kinds_that_the_tiny_model_knows(tmp_path: Path) -> None:
     examples = scene_examples(tmp_path)
     assert len({one.question for one in examples}) == len(examples) == 4
-    assert all(one.picture.parent == tmp_path and one.picture.is_file() for one in examples)
+    assert all(one.image.parent == tmp_path and one.image.is_file() for one in examples)

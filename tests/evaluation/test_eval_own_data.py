@@ -41,7 +41,7 @@ def test_rows_with_one_picture_several_and_none(folder: Path) -> None:
     assert data.name == "my_questions"
     assert [document["question"] for document in data.documents] == ["Colour?", "Same?", "2 + 3?"]
     assert [document["answers"] for document in data.documents] == [["red"], ["no", "different"], ["5"]]
-    assert [[picture.getpixel((0, 0)) for picture in data.pictures(row)] for row in range(3)] == [
+    assert [[picture.getpixel((0, 0)) for picture in data.open_images(row)] for row in range(3)] == [
         [(255, 0, 0)],
         [(0, 0, 255), (255, 0, 0)],
         [],
@@ -86,7 +86,7 @@ def test_a_picture_that_cannot_be_decoded_is_named_when_it_is_opened(folder: Pat
     (folder / "red.png").write_bytes((folder / "red.png").read_bytes()[:45])
     data = read_own_data(write(folder, GOOD), "exact")
     with pytest.raises(ValueError, match=r"row 0 \(line 1\).*'red.png'"):
-        data.pictures(0)
+        data.open_images(0)
 
 
 def test_data_that_are_not_there_or_empty(folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_parquet_and_saved_data_sets(folder: Path) -> None:
     for path in (folder / "some.parquet", folder / "saved"):
         data = read_own_data(path, "exact")
         assert [document["answers"] for document in data.documents] == [["red"], ["blue", "navy"]]
-        assert [data.pictures(row)[0].getpixel((0, 0)) for row in range(2)] == [(255, 0, 0), (0, 0, 255)]
+        assert [data.open_images(row)[0].getpixel((0, 0)) for row in range(2)] == [(255, 0, 0), (0, 0, 255)]
     datasets.DatasetDict(test=dataset).save_to_disk(folder / "splits")
     with pytest.raises(ValueError, match=r"has the splits test; name the folder of one"):
         read_own_data(folder / "splits", "exact")

@@ -159,7 +159,7 @@ def test_all_eleven_tasks_score_what_was_worked_out_by_hand(tmp_path: Path, monk
     monkeypatch.setattr("transformers_fastvlm.engines.load_engine", lambda name, model, **options: engine)
     include = local_tasks(tmp_path / "data")
     options = EvaluationOptions(
-        tasks=("card",), include=include, engine="scripted", batch_size=4, pictures=True, time_first_token=False
+        tasks=("card",), include=include, engine="scripted", batch_size=4, images=True, time_first_token=False
     )
     run = evaluate(str(tiny_checkpoint()), tmp_path / "out", options)
 

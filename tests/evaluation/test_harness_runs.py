@@ -154,7 +154,7 @@ def test_several_pictures_and_none_in_one_batch(tmp_path: Path, checkpoint: Call
     run = evaluate(
         str(checkpoint("qwen2_tied")),
         tmp_path / "out",
-        own(tmp_path / "data.jsonl", pictures=True, max_new_tokens=4, time_first_token=True),
+        own(tmp_path / "data.jsonl", images=True, max_new_tokens=4, time_first_token=True),
     )
     assert [len(sample.images) for sample in run.samples] == [2, 1, 0]
     assert all((tmp_path / "out" / "images" / name).is_file() for sample in run.samples for name in sample.images)
@@ -181,9 +181,9 @@ def test_the_next_batchs_pictures_are_opened_while_the_model_answers_and_no_othe
 ) -> None:
     opened: list[int] = []
     one_more = threading.Condition()
-    really = OwnData.pictures
+    really = OwnData.open_images
 
-    def pictures(data: OwnData, row: int) -> list[Image.Image]:
+    def open_images(data: OwnData, row: int) -> list[Image.Image]:
         found = really(data, row)
         with one_more:
             opened.append(row)
@@ -200,7 +200,7 @@ def test_the_next_batchs_pictures_are_opened_while_the_model_answers_and_no_othe
             return answers
 
     monkeypatch.setattr("transformers_fastvlm.engines.load_engine", lambda *a, **options: Waiting(lambda text: "red"))
-    monkeypatch.setattr(OwnData, "pictures", pictures)
+    monkeypatch.setattr(OwnData, "open_images", open_images)
     evaluate(str(tiny_checkpoint()), tmp_path / "out", own(scenes, engine="scripted", batch_size=5))
     assert sorted(opened) == list(range(24))
     assert not any(thread.name.startswith("fastvlm") for thread in threading.enumerate())

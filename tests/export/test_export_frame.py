@@ -157,3 +157,37 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         main(["export", "onyx", "tiny", str(tmp_path / "other")])
     assert ended.value.code == 2
     assert "expected one of onnx" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # of the targets' packages
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("onnx", {"precision": "float32"}),
+        ("onnx", {"precision": ["q8", "q4f16"]}),
+        ("coreml", {"sizes": (256, 512)}),
+        ("mlx", {}),
+        ("apple-app", {}),
+        ("executorch", {}),
+        ("apple", {}),
+        ("native", {}),
+    ],
+)
+def test_progress_counts_to_the_steps_of_the_target(target: str, options: dict[str, Any], tmp_path: Path) -> None:
+    for package in (*TARGETS[target].packages, *(("timm",) if target == "native" else ())):
+        pytest.importorskip(package)
+    shown: list[tuple[int, int, str]] = []
+    said: list[str] = []
+    export(
+        target,
+        tiny_checkpoint(),
+        tmp_path / "out",
+        say=said.append,
+        progress=lambda *step: shown.append(step),
+        **options,
+    )
+    assert [doing for _, _, doing in shown] == said
+    assert [done for done, _, _ in shown] == list(range(len(said)))
+    (total,) = {total for _, total, _ in shown}
+    merges = target in ("apple", "native")  # and tiny is merged already
+    assert total == len(said) + merges

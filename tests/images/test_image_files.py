@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from ways_in import WAYS, by_processor
 
 from transformers_fastvlm import FastVLMImageProcessor, FastVLMImageProcessorPil
-from transformers_fastvlm.cli.cli_images import read_picture
+from transformers_fastvlm.cli.cli_images import read_named_image
 from transformers_fastvlm.data.image_files import ImageFolder
 from transformers_fastvlm.images.decoding import load_stored, oriented
 from transformers_fastvlm.images.read_options import ReadOptions
@@ -99,12 +99,12 @@ def test_an_orientation_that_cannot_be_read_turns_nothing(tmp_path: Path) -> Non
     for damaged in (b"\xff" * 8, content[at : at + 4] + b"\xff\xff\xff\x7f"):
         path = tmp_path / "damaged.jpg"
         path.write_bytes(content[:at] + damaged + content[at + len(damaged) :])
-        assert read_picture(str(path)).size == (24, 16)
+        assert read_named_image(str(path)).size == (24, 16)
     for value in (0, 9, 2**16 - 1):
         exif = Image.Exif()
         exif[ORIENTATION] = value
         noise().save(tmp_path / "odd.png", exif=exif)
-        assert read_picture(str(tmp_path / "odd.png")).size == (24, 16)
+        assert read_named_image(str(tmp_path / "odd.png")).size == (24, 16)
 
 
 def test_sizes_of_a_data_set_are_those_after_turning(tmp_path: Path) -> None:

@@ -434,7 +434,7 @@ def test_batch_ends_where_the_machine_fails() -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with pytest.raises(OSError, match="Too many open files"):
-        next(opened_ahead([[(0, Request(source="a.png", question="?", picture=broken))]], None))
+        next(opened_ahead([[(0, Request(source="a.png", question="?", open_image=broken))]], None))
 
 
 def test_text_in_place_of_images_is_said() -> None:

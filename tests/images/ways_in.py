@@ -14,9 +14,9 @@ from PIL import Image
 
 from transformers_fastvlm import FastVLMImageProcessor, FastVLMImageProcessorPil, data
 from transformers_fastvlm.batch.sources import SourceOptions, find_sources
-from transformers_fastvlm.cli.cli_images import read_picture
+from transformers_fastvlm.cli.cli_images import read_named_image
 from transformers_fastvlm.data.image_files import ImageFolder
-from transformers_fastvlm.demo.page_images import read_pictures
+from transformers_fastvlm.demo.page_images import read_images
 from transformers_fastvlm.evaluation.own_data import read_own_data
 from transformers_fastvlm.images.decoding import oriented
 from transformers_fastvlm.images.read_options import ReadOptions
@@ -43,22 +43,22 @@ def by_processor(source: Callable[[Path, bytes], Any], kind: Any = FastVLMImageP
 
 def by_engine(path: Path, content: bytes, turns: bool) -> Any:
     """What a tool hands on is not turned once more by the processor."""
-    image = read_picture(str(path), ReadOptions(do_exif_transpose=turns))
+    image = read_named_image(str(path), ReadOptions(do_exif_transpose=turns))
     return FastVLMImageProcessorPil(size=64).process_image(image, do_convert_rgb=True, do_exif_transpose=True)
 
 
 def by_batch(path: Path, content: bytes, turns: bool) -> Any:
     (request,) = find_sources([str(path)], SourceOptions(prompt="?", do_exif_transpose=turns))
-    assert request.picture is not None
-    return request.picture()
+    assert request.open_image is not None
+    return request.open_image()
 
 
 def by_table(path: Path, content: bytes, turns: bool) -> Any:
     table = path.with_name("rows.jsonl")
     table.write_text(f'{{"image": "{path.name}"}}')
     (request,) = find_sources([str(table)], SourceOptions(prompt="?", do_exif_transpose=turns))
-    assert request.picture is not None
-    return request.picture()
+    assert request.open_image is not None
+    return request.open_image()
 
 
 def by_data(path: Path, content: bytes, turns: bool) -> Any:
@@ -77,13 +77,13 @@ def by_evaluation(path: Path, content: bytes, turns: bool) -> Any:
 def by_standard_input(path: Path, content: bytes, turns: bool) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-        return read_picture("-", ReadOptions(do_exif_transpose=turns))
+        return read_named_image("-", ReadOptions(do_exif_transpose=turns))
 
 
 def by_demo(path: Path, content: bytes, turns: bool) -> Any:
     if not turns:  # the page has no such option
         return by_batch(path, content, turns)
-    return read_pictures([str(path)])[0]
+    return read_images([str(path)])[0]
 
 
 def by_server(path: Path, content: bytes, turns: bool) -> Any:
@@ -103,7 +103,7 @@ WAYS: dict[str, Way] = {
     "data URI": by_processor(lambda path, content: f"data:image/x;base64,{base64.b64encode(content).decode()}"),
     "torchvision": by_processor(lambda path, content: path, FastVLMImageProcessor),
     "reader": lambda path, content, turns: oriented(read_image(path), turns),
-    "command line": lambda path, content, turns: read_picture(str(path), ReadOptions(do_exif_transpose=turns)),
+    "command line": lambda path, content, turns: read_named_image(str(path), ReadOptions(do_exif_transpose=turns)),
     "command line, then processor": by_engine,
     "standard input": by_standard_input,
     "demo": by_demo,

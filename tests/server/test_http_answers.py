@@ -129,6 +129,59 @@ def test_a_conversation_with_two_pictures(
     assert answered.choices[0].message.content == again
 
 
+def test_a_system_text_in_parts_is_the_joined_text(client: Any, questions: list[Question]) -> None:
+    image, text = questions[3]
+    parts = [{"type": "text", "text": piece} for piece in ("Answer in ", "one word", ".")]
+    both = [
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "system", "content": content}, shows(data_url(image), text)]
+        )
+        for content in (parts, "Answer in one word.")
+    ]
+    assert both[0].choices == both[1].choices and both[0].usage == both[1].usage
+
+
+@pytest.mark.parametrize("words", [1, 2, 5])
+def test_a_last_message_of_the_assistant_is_continued(
+    client: Any, questions: list[Question], expected: list[str], words: int
+) -> None:
+    """A greedy answer goes on as it was, and the blank before its next word is part of it."""
+    (image, text), whole = questions[3], expected[3]
+    cut = len(" ".join(whole.split(" ")[:words]))
+    said = {
+        "role": "assistant",
+        "content": [{"type": "text", "text": whole[:3]}, {"type": "text", "text": whole[3:cut]}],
+    }
+    chat = {"model": "tiny", "messages": [shows(data_url(image), text), said]}
+    answered = client.chat.completions.create(**chat).choices[0]
+    streamed = client.chat.completions.create(**chat, stream=True, extra_body={"continue_final_message": True})
+    pieces = [chunk.choices[0].delta.content or "" for chunk in streamed]
+    assert answered.message.content == "".join(pieces) == whole[cut:]
+    assert answered.finish_reason == "stop"
+
+
+def test_a_literal_placeholder_in_a_text_to_continue_is_text(client: Any, questions: list[Question]) -> None:
+    from transformers_fastvlm import compat
+
+    said = {"role": "assistant", "content": "It says <image> and"}
+    options = {"model": "tiny", "messages": [shows(data_url(questions[3][0]), "What is it?"), said], "max_tokens": 3}
+    if compat.SANITIZES_CONTROL_TOKENS:
+        assert client.chat.completions.create(**options).choices[0].message.content is not None
+    else:
+        with pytest.raises(openai.BadRequestError, match="control token"):
+            client.chat.completions.create(**options)
+
+
+@pytest.mark.parametrize("kind", ["", "image/png", "image/png;name=a.png", "application/octet-stream", "image/jpeg"])
+def test_a_data_address_may_have_any_media_type(
+    client: Any, questions: list[Question], expected: list[str], kind: str
+) -> None:
+    image, text = questions[4]
+    url = f"data:{kind};base64,{data_url(image).partition(',')[2]}"
+    answered = client.chat.completions.create(model="tiny", messages=[shows(url, text)])
+    assert answered.choices[0].message.content == expected[4]
+
+
 def test_stop_and_length_end_an_answer(client: Any, questions: list[Question], expected: list[str]) -> None:
     question, text = questions[3], expected[3]
     stop = text[5:9]
@@ -141,6 +194,62 @@ def test_stop_and_length_end_an_answer(client: Any, questions: list[Question], e
         short = ask(client, *question, **{name: 2})
         assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 2
         assert text.startswith(short.choices[0].message.content)
+
+
+SHAPES = {
+    "type": "object",
+    "properties": {"shape": {"enum": ["star", "square", "circle"]}, "count": {"type": "integer", "maximum": 9}},
+    "required": ["shape", "count"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_follows_a_schema(client: Any, questions: list[Question], stream: bool) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "shapes", "strict": True, "schema": SHAPES}}
+    for temperature in (0, 1.5):
+        answered = ask(client, *questions[3], response_format=form, temperature=temperature, seed=3, stream=stream)
+        if stream:
+            choices = [chunk.choices[0] for chunk in answered]
+            text, reason = "".join(one.delta.content or "" for one in choices), choices[-1].finish_reason
+        else:
+            text, reason = answered.choices[0].message.content, answered.choices[0].finish_reason
+        found = json.loads(text)
+        assert reason == "stop" and set(found) == {"shape", "count"}
+        assert found["shape"] in ("star", "square", "circle") and found["count"] <= 9
+
+
+def test_json_that_is_cut_says_so(client: Any, questions: list[Question]) -> None:
+    cut = ask(client, *questions[3], response_format={"type": "json_object"}, max_tokens=1).choices[0]
+    assert cut.finish_reason == "length" and cut.message.content.startswith("{")
+
+
+def test_probabilities_of_tokens(client: Any, questions: list[Question], expected: list[str]) -> None:
+    whole = ask(client, *questions[3], logprobs=True, top_logprobs=3)
+    tokens = whole.choices[0].logprobs.content
+    assert whole.choices[0].message.content == expected[3] and len(tokens) == whole.usage.completion_tokens
+    assert "".join(one.token for one in tokens).strip().startswith(expected[3])
+    for one in tokens:
+        assert one.logprob <= 0 and len(one.top_logprobs) == 3
+        assert one.top_logprobs[0].token == one.token and bytes(one.bytes).decode() == one.token  # greedy
+    chunks = list(ask(client, *questions[3], logprobs=True, top_logprobs=3, stream=True))
+    streamed = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
+    assert [one.token for one in streamed] == [one.token for one in tokens]
+    without = ask(client, *questions[3], logprobs=True).choices[0].logprobs.content
+    assert [one.token for one in without] == [one.token for one in tokens] and not without[0].top_logprobs
+    assert ask(client, *questions[3]).choices[0].logprobs is None
+
+
+def test_biases_and_penalties_change_the_answer(client: Any, server: Running, questions: list[Question]) -> None:
+    tokenizer = server.service.engine.processor.tokenizer
+    whole = ask(client, *questions[3], logprobs=True)
+    first = tokenizer.encode(whole.choices[0].logprobs.content[0].token)[0]
+    banned = ask(client, *questions[3], logit_bias={str(first): -100}, logprobs=True)
+    assert banned.choices[0].logprobs.content[0].token != whole.choices[0].logprobs.content[0].token
+    options = {"temperature": 2.0, "seed": 5, "max_tokens": 40}
+    penalties = ({}, {"presence_penalty": 2.0}, {"frequency_penalty": -2.0})
+    texts = [ask(client, *questions[4], **options, **fields).choices[0].message.content for fields in penalties]
+    assert len(set(texts)) == 3
 
 
 def test_sampling_follows_the_seed(client: Any, questions: list[Question]) -> None:

@@ -209,13 +209,13 @@ def test_a_client_that_leaves_while_it_waits_is_noticed(half: bool, stream: bool
         first, second = one.connect(), one.connect()
         for connection in (first, second):  # one is answered, one waits; neither needs a token to be noticed
             connection.sendall(request_bytes(one.port, asks(stream=stream)))
-        until(lambda: len(one.service.engine._queue) == 1)
+        until(lambda: one.service.active == 2 and one.service.waiting == 1)
         if half:
             second.shutdown(socket.SHUT_WR)
             time.sleep(0.3)
         second.close()
-        until(lambda: not one.service.engine._queue)
-        assert one.service.active == 1
+        until(lambda: one.service.active == 1)
+        assert one.service.waiting == 0
         first.close()
         until(lambda: one.service.active == 0)
 

@@ -2,8 +2,11 @@
 """`fastvlm serve` with many clients, with clients that leave or stop reading, and with more than it takes."""
 
 import json
+import logging
 import os
+import random
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,6 +32,7 @@ from http_running import (
 )
 
 from transformers_fastvlm.data.scenes import SceneDataset
+from transformers_fastvlm.engines import Request as EngineRequest
 
 LONG = 1500
 
@@ -51,8 +55,8 @@ def is_idle(server: Running) -> bool:
 
 
 def rows(server: Running) -> int:
-    """Return how many requests wait in the engine."""
-    return len(server.service.engine._queue)
+    """Return how many requests wait for the model."""
+    return int(server.service.waiting)
 
 
 def test_a_client_that_leaves_frees_its_work(slow: Running) -> None:
@@ -68,6 +72,26 @@ def test_a_client_that_leaves_frees_its_work(slow: Running) -> None:
         # The engine is free at once, not after thousands of tokens: what it answers next is complete and short.
         status, answer, _ = slow.post(asks(max_tokens=2))
         assert status == 200 and answer["usage"]["completion_tokens"] == 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row_within_a_token(slow: Running, stream: bool) -> None:
+    connection = slow.connect()
+    connection.sendall(request_bytes(slow.port, asks(stream=stream)))
+    until(lambda: any(row.tokens > 3 for row in slow.service._rows))
+    (row,) = slow.service._rows
+    seen: list[int] = []
+    cancel = row.cancel
+    row.cancel = lambda: (seen.append(row.tokens), cancel())[1]
+    waiting = slow.connect()
+    waiting.sendall(request_bytes(slow.port, asks(stream=stream)))
+    until(lambda: slow.service.waiting == 1)
+    connection.close()
+    until(lambda: row.done)
+    assert len(seen) == 1 and row.tokens - seen[0] <= 1 and row.tokens < LONG
+    until(lambda: slow.service.waiting == 0)  # the place is the next one's
+    waiting.close()
+    until(lambda: is_idle(slow))
 
 
 def test_a_full_queue_refuses(slow: Running) -> None:
@@ -186,10 +210,77 @@ def test_memory_is_flat_under_load(dtype: str) -> None:
         process.close()
 
 
-def memory(process: Process) -> int:
-    """Return the bytes that a server holds."""
-    with open(f"/proc/{process.process.pid}/statm") as file:
+def memory(process: Process | None = None) -> int:
+    """Return the bytes that a server holds, or this process."""
+    with open(f"/proc/{'self' if process is None else process.process.pid}/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+FAILS = 666
+"""Seed of the requests that fail while they are answered."""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the system does not tell a process's memory so")
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.soak)])
+def test_requests_that_leave_or_fail_cost_others_nothing(
+    count: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of many requests 10 % leave early, 5 % are malformed and 2 % fail; the others are answered as they are alone."""
+    take = EngineRequest.take
+
+    def take_or_fail(request: Any, token: int) -> bool:
+        if request.sampling.seed == FAILS:
+            raise RuntimeError("on purpose")
+        return take(request, token)
+
+    monkeypatch.setattr(EngineRequest, "take", take_or_fail)
+    # Records of the log keep the traceback of a failure, and with it the tensors of its batch.
+    caplog.set_level(logging.CRITICAL, "transformers_fastvlm.engines")
+    rows = SceneDataset(5, seed=3)
+    pairs = [(row["images"][0], row["messages"][0]["content"].removeprefix("<image>\n")) for row in rows]
+    bodies = [{"model": "tiny", "messages": [shows(data_url(image), text)], "max_tokens": 24} for image, text in pairs]
+    bodies += [body | {"temperature": 1.5, "seed": 7, "n": 2} for body in bodies[:2]] + [asks(max_tokens=16)]
+    draw = random.Random(2026)
+    kinds = draw.choices(("leaves", "malformed", "fails", "whole"), (10, 5, 2, 83), k=count)
+    kinds[:3] = ("leaves", "malformed", "fails")  # each of them in a short run too
+    before, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+    with running(*load_tiny(), batch_size=4, queue=20) as server:
+        alone = [answers_of(server.post(body)) for body in bodies]
+
+        def run(index: int) -> tuple[str, int, Any]:
+            body = bodies[index % len(bodies)]
+            if kinds[index] == "leaves":
+                with server.connect() as connection:
+                    connection.sendall(request_bytes(server.port, body | {"stream": bool(index % 3)}))
+                    if index % 2:
+                        connection.recv(10)
+                return "leaves", 499, None
+            if kinds[index] == "malformed":
+                broken = (b'{"model": ', json.dumps(asks(seed="a")).encode(), json.dumps(body).encode()[:-40])
+                return "malformed", server.post(broken[index % 3])[0], None
+            while (reply := server.post(body | ({"seed": FAILS} if kinds[index] == "fails" else {})))[0] == 429:
+                pass
+            return kinds[index], reply[0], answers_of(reply)
+
+        def check(indices: range) -> None:
+            with ThreadPoolExecutor(8) as pool:
+                for index, (kind, status, texts) in zip(indices, pool.map(run, indices), strict=True):
+                    assert status == {"leaves": 499, "malformed": 400, "fails": 500, "whole": 200}[kind], (kind, status)
+                    assert kind != "whole" or texts == alone[index % len(bodies)]
+
+        check(range(count // 2))
+        half = memory()
+        check(range(count // 2, count))
+        assert count < 1000 or memory() < half * 1.03
+        until(lambda: is_idle(server))
+        assert server.service.waiting == server.service.admission.count == server.service.admission.bytes == 0
+        assert not server.service._rows and not server.service.turns._used
+    until(lambda: set(threading.enumerate()) <= before)
+    assert len(os.listdir("/proc/self/fd")) <= files
+
+
+def answers_of(reply: tuple[int, dict[str, Any], Any]) -> list[str]:
+    return [choice["message"]["content"] for choice in reply[1].get("choices", [])]
 
 
 def test_requests_in_one_connection(slow: Running) -> None:

@@ -2,12 +2,14 @@
 """What a request may say, without a server: bounds of its JSON, and what each field means."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from transformers_fastvlm.server.api_errors import ApiError
-from transformers_fastvlm.server.protocol import ChatRequest, parse_chat, parse_json
+from transformers_fastvlm.server.json_bodies import parse_json
+from transformers_fastvlm.server.protocol import FIELDS, ChatRequest, parse_chat
 from transformers_fastvlm.server.settings import Settings
 
 SETTINGS = Settings(name="tiny", max_images=2)
@@ -83,6 +85,16 @@ def texts(count: int) -> list[dict[str, Any]]:
             "is 'https://x/a.png'; expected an object {\"url\": ",
         ),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "system, developer, user or assistant"),
+        ({"messages": [message(role="system")]}, "messages[0]", "The last message has role system"),
+        (
+            {"messages": [message(), message(role="assistant")], "add_generation_prompt": True},
+            "add_generation_prompt",
+            "expected false, because the last message has role assistant",
+        ),
+        ({"continue_final_message": True}, "continue_final_message", "expected false, because the last message"),
+        ({"messages": [message(tool_calls=[{}])]}, "messages[0].tool_calls", "it calls no tools"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", ""),
+        ({"stream": True, "stream_options": {"more": 1}}, "stream_options.more", "leave it out"),
         ({"messages": [message()] * 1001}, "messages", "The request has 1001 messages; this server accepts 1000"),
         (
             {"messages": [message(texts(600)), message(texts(401))]},
@@ -121,7 +133,10 @@ def test_a_temperature_close_to_zero_is_greedy(given: float | None, meant: float
         {"messages": [message(name="user_proxy")]},
         {"messages": [message(cache_control={"type": "ephemeral"})]},
         {"messages": [message([{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}])]},
-        {"reasoning_effort": "low"},
+        {"reasoning_effort": "low", "verbosity": "high"},
+        {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "safety_identifier": "x"},
+        {"prompt_cache_key": "k", "prompt_cache_retention": "24h", "prediction": {"type": "content", "content": "a"}},
+        {"modalities": ["text"], "tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "audio": None},
         {"seed": 2**63 - 1},
         {"seed": -(2**63)},
     ],
@@ -129,6 +144,37 @@ def test_a_temperature_close_to_zero_is_greedy(given: float | None, meant: float
 )
 def test_what_changes_nothing_is_taken(fields: dict[str, Any]) -> None:
     assert parsed(**fields).messages == parsed().messages
+
+
+def test_every_field_of_the_client_is_in_the_table() -> None:
+    """A field that a later version of the client has is looked at, and then written into the table."""
+    types = pytest.importorskip("openai.types.chat.completion_create_params", reason="openai is not installed")
+    streaming = types.CompletionCreateParamsStreaming.__annotations__.keys()
+    known = types.CompletionCreateParamsBase.__annotations__.keys() | streaming
+    assert known - FIELDS.keys() == set()
+    assert FIELDS.keys() - known == {"add_generation_prompt", "continue_final_message"}
+
+
+def test_the_page_lists_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serve-api.md").read_text(encoding="utf-8")
+    lists = dict(zip(("taken", "ignored", "refused"), page.split("\n## ")[1:4], strict=True))
+    for name, support in FIELDS.items():
+        assert f"`{name}`" in lists[support if isinstance(support, str) else "refused"], name
+
+
+@pytest.mark.parametrize("name", sorted(name for name, support in FIELDS.items() if not isinstance(support, str)))
+def test_a_field_that_is_not_supported_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ApiError) as error:
+        parsed(**{name: {"type": "something"}})
+    assert error.value.status == 400 and error.value.param == name and error.value.code == "unsupported_parameter"
+    assert error.value.message.startswith(f"{name} is not supported by this server: it ")
+
+
+def test_a_last_message_of_the_assistant_is_continued() -> None:
+    parts = [{"type": "text", "text": "The bar "}, {"type": "text", "text": "is"}]
+    found = parsed(messages=[message(), {"role": "assistant", "content": parts}], continue_final_message=True)
+    assert found.continues and found.messages[-1]["content"] == [{"type": "text", "text": "The bar is"}]
+    assert not parsed(add_generation_prompt=True, continue_final_message=False).continues
 
 
 def test_a_developer_is_the_system() -> None:

@@ -65,6 +65,10 @@ def truncated() -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()[:800]).decode()
 
 
+def schema(value: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": value}}
+
+
 def messages(content: Any, role: str = "user") -> dict[str, Any]:
     return {"model": "tiny", "messages": [{"role": role, "content": content}]}
 
@@ -147,14 +151,24 @@ def test_a_picture_that_is_not_taken(server: Running, url: str, part: str) -> No
         (400, asks(stop=["a"] * 5), "up to 4"),
         (400, asks(stream="yes"), "true or false"),
         (400, asks(stream_options={"include_usage": True}), "stream: true"),
-        (400, asks(logprobs=True), "logprobs is not supported"),
+        (400, asks(top_logprobs=3), "top_logprobs needs logprobs: true"),
+        (400, asks(logprobs=True, top_logprobs=21), "top_logprobs is 21; expected 0 to 20"),
+        (400, asks(logit_bias={"1e3": 1}), "ids of tokens"),
+        (400, asks(logit_bias={"50": 101}), "logit_bias.50 is 101; expected a number from -100 to 100"),
+        (400, asks(logit_bias={"99999999": 1}), "logit_bias has token 99999999"),
+        (400, asks(logit_bias={str(token): 1 for token in range(1025)}), "logit_bias has 1025 tokens"),
         (400, asks(tools=[{"type": "function"}]), "tools is not supported"),
-        (400, asks(response_format={"type": "json_object"}), "response_format is not supported"),
+        (400, asks(response_format={"type": "xml"}), "text, json_object or json_schema"),
+        (400, asks(response_format={"type": "json_schema"}), "response_format.json_schema is missing"),
+        (400, asks(response_format=schema(None)), "json_schema.schema is missing"),
+        (400, asks(response_format=schema({"type": "color"})), "cannot be held"),
+        (400, asks(response_format=schema({"type": "object", "uniqueItems": 3, "not": {}})), "cannot be held"),
+        (400, asks(response_format={"type": "json_object"}, stop="a"), "leave stop out"),
         (400, asks(chat_template="{{ 1 }}"), "chat_template is not supported"),
         (400, asks(generation_config={"max_length": 1}), "generation_config is not supported"),
-        (400, asks(frequency_penalty=0.5), "frequency_penalty is not supported"),
+        (400, asks(frequency_penalty=2.5), "frequency_penalty is 2.5; expected a number from -2 to 2"),
         (400, messages("a", "tool"), "system, developer, user or assistant"),
-        (400, messages("a", "assistant"), "last message is not the user's"),
+        (400, messages("a", "system"), "last message has role system"),
         (400, messages([shows(picture(), "a")["content"][0]], "system"), "put images into user messages"),
         (400, messages([{"type": "video", "video": "a.mp4"}]), "text or image_url"),
         (400, messages([{"type": "image", "path": "/etc/passwd"}]), "text or image_url"),

@@ -2,6 +2,7 @@
 """What docs/training.md and docs/training-recipes.md show works: their programs run, with `-m soak` their commands."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,47 @@ def test_the_programs_run(folder: Path, checkpoint: Callable[[str], Path]) -> No
     model = namespace["AutoModelForImageTextToText"].from_pretrained(checkpoint("qwen2_tied"))
     processor = namespace["AutoProcessor"].from_pretrained(checkpoint("qwen2_tied"))
     run_blocks("<!-- test with trl -->", 1, folder, {**namespace, "model": model, "processor": processor})
+
+
+def test_the_plan_is_printed_as_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from transformers_fastvlm.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    page = PAGES[0].read_text(encoding="utf-8")
+    (rows,) = [block for block in blocks(page) if block.marked]
+    exec(compile(rows.code, "training.md", "exec"), {"__name__": "__main__"})
+    (shown,) = [block for block in blocks(page) if block.language == "text" and "output   my-model" in block.code]
+    lines = []
+    for words in commands(page):
+        if words[:3] == ["fastvlm", "data", "check"] or "--dry-run" in words:
+            result = CliRunner().invoke(app, words[1:], prog_name="fastvlm")
+            assert result.exit_code == 0, (words, result.stderr)
+            lines += (result.stdout + result.stderr).splitlines()
+    depends = ("compute", "memory")  # on the machine
+    expected = [line for line in shown.code.splitlines() if line and not line.startswith(depends)]
+    assert [line for line in lines if not line.startswith(depends)] == expected
+
+
+def test_the_last_lines_have_the_labels_of_a_run(folder: Path, checkpoint: Callable[[str], Path]) -> None:
+    from transformers_fastvlm.training.ending import ending
+
+    (shown,) = [
+        block
+        for block in blocks(PAGES[0].read_text(encoding="utf-8"))
+        if block.language == "text" and "finished: " in block.code
+    ]
+    lines = shown.code.splitlines()
+    history = [
+        {"loss": float(loss), "step": int(step)}
+        for step, loss in re.findall(r"^step (\d)/4: loss ([\d.]+)", shown.code, re.M)
+    ]
+    assert len(history) == 4
+    told = list(ending(Path("my-model"), history, 0.0, 4, None))
+    loss = next(line for line in told if line.startswith("loss"))
+    assert loss in lines and told[0] in lines
+    assert [line.split()[0] for line in lines[lines.index(told[0]) :]] == [line.split()[0] for line in told]
 
 
 @pytest.mark.soak

@@ -57,11 +57,11 @@ def opened_ahead(batches: Iterable[Batch], system: str | None) -> Iterator[list[
 
 def _open(index: int, request: Request, system: str | None) -> Opened:
     state = request.file_state()
-    if request.error is not None or request.question is None or request.picture is None:
+    if request.error is not None or request.question is None or request.open_image is None:
         missing = "question" if request.question is None else "image"
         return Opened(index, request, state, error=request.error or f"there is no {missing}.")
     try:
-        image = request.picture()
+        image = request.open_image()
         content = place_images(request.question, [image])
     except Exception as error:  # a damaged file must not end the run, and decoders raise any exception
         if is_machine_fault(error):

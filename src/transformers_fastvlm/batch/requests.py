@@ -45,7 +45,7 @@ class Request:
     Attributes:
         source: file of the image, or the table that names it.
         question: the filled prompt; None after an error.
-        picture: opens the image; None if there is none.
+        open_image: opens the image; None if there is none.
         row: row of a table, from 0.
         image: name of the image in the table.
         file: path of the image's file, if it has one.
@@ -55,7 +55,7 @@ class Request:
 
     source: str
     question: str | None
-    picture: "Callable[[], Image] | None" = None
+    open_image: "Callable[[], Image] | None" = None
     row: int | None = None
     image: str | None = None
     file: str | None = None

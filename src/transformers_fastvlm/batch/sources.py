@@ -56,7 +56,7 @@ class FileSource:
                 yield from video_requests(file, self.options)
             else:
                 opened = functools.partial(_open, file, self.options)
-                yield Request(source=printable(file), question=self.options.prompt, picture=opened, file=file)
+                yield Request(source=printable(file), question=self.options.prompt, open_image=opened, file=file)
 
 
 Source: TypeAlias = FileSource | TableSource

@@ -88,7 +88,7 @@ class TableSource:
             image = {"bytes": image, "path": None}
         opened = functools.partial(self._images.open, image)
         file = self._images.path_of(image)
-        return Request(source=source, row=index, image=label, file=file, question=question, picture=opened)
+        return Request(source=source, row=index, image=label, file=file, question=question, open_image=opened)
 
     def _check_columns(self, columns: Sequence[str]) -> None:
         for column in (self.options.image_column, *self._prompt.columns):

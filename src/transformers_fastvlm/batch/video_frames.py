@@ -42,8 +42,8 @@ def video_requests(file: str, options: SourceOptions) -> Iterator[Request]:
         yield Request(source=source, question=options.prompt, file=file, error=why)
         return
     for position, seconds in enumerate(frames.times):
-        opened = functools.partial(frames.picture, position)
-        yield Request(source=source, question=options.prompt, picture=opened, file=file, time=round(seconds, 3))
+        opened = functools.partial(frames.frame, position)
+        yield Request(source=source, question=options.prompt, open_image=opened, file=file, time=round(seconds, 3))
     if frames.damage:
         why = f"the video {shortened(file)} {frames.damage}"
         yield Request(source=source, question=options.prompt, file=file, error=why)

@@ -8,7 +8,7 @@ from typing import Any
 from .._optional import needs
 from ..checkpoints.published import MODEL_CARD_SIDE, PAPER_ENCODER_MS, PAPER_SOURCE, mean_accuracy
 from .bench_run import PARTS
-from .cases import SIZES
+from .cases import NATIVE, SIZES
 
 __all__ = ["write_plots"]
 
@@ -20,7 +20,7 @@ def write_plots(record: dict[str, Any], directory: str | os.PathLike[str]) -> li
     """Write the plots of a record of `run` or `run_encoders` as PNG files.
 
     - `where_time_goes.png`: the parts of the time to the first token, one bar for each case;
-    - `latency_by_resolution.png`: the encoder's time by resolution, with the paper's curve;
+    - `latency_by_resolution.png`: the encoder's time by resolution, on Apple's GPU with the paper's curve;
     - `accuracy_by_time.png`: the mean accuracy of Apple's model card against the time to the first token, for models
       measured at the card's resolution.
 
@@ -60,7 +60,7 @@ def _where_time_goes(record: dict[str, Any]) -> Any:
             axes.barh(row, seconds, left=left, color=f"C{number}", label=part if row == 0 else None, height=0.7)
             left += seconds
         whole = result["seconds"]["first_token"]["median"]
-        axes.text(max(left, whole) + 0.01 * longest, row, f"{whole:.3g} s", va="center")
+        axes.text(max(left, whole) + 0.01 * longest, row, _seconds(whole), va="center")
     axes.set(xlim=(0, 1.12 * longest), xlabel="seconds to the first token, medians")
     axes.set_yticks(range(len(results)), [_label(result, results) for result in results])
     axes.invert_yaxis()
@@ -84,12 +84,14 @@ def _latency(record: dict[str, Any]) -> Any:
     for name, points in curves.items():
         side, median, low, high = zip(*sorted(points), strict=True)
         errors = [[m - q for m, q in zip(median, low, strict=True)], [q - m for m, q in zip(median, high, strict=True)]]
-        axes.errorbar(side, median, errors, marker="o", label=f"measured: {name}")
-    paper = {"color": "#666666", "linestyle": "--", "marker": "s", "label": f"FastViTHD, {PAPER_SOURCE}"}
-    axes.plot([*PAPER_ENCODER_MS], [*PAPER_ENCODER_MS.values()], **paper)
+        axes.errorbar(side, median, errors, marker="o", label=name)
+    paper = PAPER_ENCODER_MS if record["options"]["device"] == "mps" else {}  # measured on Apple's chips
+    if paper:
+        style = {"color": "#666666", "linestyle": "--", "marker": "s", "label": f"FastViTHD, {PAPER_SOURCE}"}
+        axes.plot([*paper], [*paper.values()], **style)
     axes.set_xscale("log", base=2)
     axes.set(yscale="log", xlabel="height and width in pixels", ylabel="encoder, milliseconds an image")
-    sides = sorted({point[0] for points in curves.values() for point in points} | set(PAPER_ENCODER_MS))
+    sides = sorted({point[0] for points in curves.values() for point in points} | set(paper))
     # If two ticks are too close for their labels, only the first is labelled.
     shown: list[int] = []
     for pixels in sides:
@@ -106,7 +108,13 @@ def _accuracy(record: dict[str, Any]) -> Any:
     series: dict[str, list[tuple[float, float, str]]] = {}
     for result in record["results"]:
         if result["source"] in SIZES and result["resolution"] == MODEL_CARD_SIDE and result["kind"] != "other":
-            kind = "native fast_vlm" if result["kind"] == "native" else "ours, fused" if result["fused"] else "ours"
+            kind = (
+                "native fast_vlm"
+                if result["kind"] == "native"
+                else "this package, fused"
+                if result["fused"]
+                else "this package"
+            )
             time = result["seconds"]["first_token"]["median"]
             point = (time, mean_accuracy(result["source"]), result["source"])
             series.setdefault(_series(kind, result), []).append(point)
@@ -131,8 +139,17 @@ def _series(name: str, result: dict[str, Any]) -> str:
     return f"{name}, {result['dtype']}" + (f", batch {result['batch']}" if result["batch"] > 1 else "")
 
 
+def _seconds(seconds: float) -> str:
+    """Return seconds with as many digits after the point for all times of one size."""
+    return f"{seconds:.{2 if seconds < 10 else 1 if seconds < 100 else 0}f} s"
+
+
 def _label(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
-    label = result["model"] + ("" if result["resolution"] is None else f"\n{result['resolution']} px")
+    names = {"fastvlm": "this package, ", NATIVE: "native fast_vlm, "}
+    name = result["model"].removesuffix(" native") if result["kind"] == NATIVE else result["model"]
+    label = (
+        names.get(result["kind"], "") + name + ("" if result["resolution"] is None else f"\n{result['resolution']} px")
+    )
     if len({other["dtype"] for other in results}) > 1:
         label += f", {result['dtype']}"
     if len({other["batch"] for other in results}) > 1:

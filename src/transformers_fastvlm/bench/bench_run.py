@@ -2,6 +2,7 @@
 """A benchmark run: one process for each case, the cases of a group in turns, and the record."""
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from .cases import Case, Options, cases
 from .measuring import ratio, spread, surroundings
 from .photo import photo_jpeg
 
-__all__ = ["FORMAT", "run"]
+__all__ = ["FORMAT", "Progress", "run"]
 
 FORMAT = 1
 """Version of the record's format."""
@@ -34,14 +35,18 @@ PARTS = ("preprocess", "encode", "project", "prefill")
 _RATIOS = ("preprocess", "encode", "prefill", "first_token", "first_token_from_pixels", "first_decode", "decode")
 
 
-def run(options: Options, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+Progress = Callable[[int, int, str], None]
+
+
+def run(options: Options, progress: Progress = lambda done, total, doing: None) -> dict[str, Any]:
     """Measure all cases of `options` and return the record, which `json` can write.
 
     Every case runs in a separate process, which makes its peak memory measurable. Compared cases are loaded at the same
     time and run alternately, so that background load affects all of them.
 
     Args:
-        progress: called with a line before each case and each round.
+        progress: called before each case is built and before each round: the number of steps done and in all, and the
+            next one.
 
     Raises:
         ValueError: the device is not available, or a model cannot be built.
@@ -50,13 +55,17 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
     """
     device = check_device(options.device)
     results = []
+    groups = [list(group) for _, group in groupby(cases(options), key=lambda case: case.group)]
+    turns = options.warmup + options.repetitions
+    total = sum(len(group) + turns for group in groups)
+    done = itertools.count()
     with tempfile.TemporaryDirectory() as folder:
         picture = options.image
         if picture is None:
             picture = str(Path(folder) / "photo.jpg")
             Path(picture).write_bytes(photo_jpeg(PHOTO_SIDE, PHOTO_SIDE))
-        for _, group in groupby(cases(options), key=lambda case: case.group):
-            results += _run_group(list(group), options, picture, progress)
+        for group in groups:
+            results += _run_group(group, options, picture, lambda doing: progress(next(done), total, doing))
         width, height = _size_of(picture)
     return {
         "format": FORMAT,

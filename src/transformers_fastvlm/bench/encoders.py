@@ -3,6 +3,7 @@
 
 import contextlib
 import functools
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from .._optional import needs
-from .bench_run import FORMAT, check_device
+from .bench_run import FORMAT, Progress, check_device
 from .cases import Options
 from .measuring import Clock, in_turns, surroundings
 from .random_weights import encoder_config, random_model
@@ -46,14 +47,14 @@ _GEMM_SLOW_SECONDS = 30.0
 
 
 def run_encoders(
-    options: Options, only: tuple[str, ...] | None = None, progress: Callable[[str], None] = lambda line: None
+    options: Options, only: tuple[str, ...] | None = None, progress: Progress = lambda done, total, doing: None
 ) -> dict[str, Any]:
     """Measure FastViTHD and timm's encoders alternately, in one process, on random pixels.
 
     Args:
         options: only dtypes, batches, device, threads, warm-up, repetitions, compile and fuse are used.
         only: names of `ENCODERS`; None for all.
-        progress: called with a line before each step.
+        progress: called before each step: the number of steps done and in all, and the next one.
 
     Raises:
         ImportError: timm is missing.
@@ -66,17 +67,27 @@ def run_encoders(
     chosen = {name: encoder for name, encoder in ENCODERS.items() if only is None or name in only}
     torch.set_num_threads(options.threads)
     clock = Clock(device)
+    forms = [
+        (form, encoder)
+        for name, encoder in chosen.items()
+        for form in ((name, name + _FUSED) if options.fuse and encoder.timm_name is None else (name,))
+    ]
+    rounds = len(options.batches) * (options.warmup + options.repetitions)
+    total, done = len(options.dtypes) * (1 + len(forms) + rounds), itertools.count()
+
+    def step(doing: str) -> None:
+        progress(next(done), total, doing)
+
     results, rates = [], {}
     for dtype in options.dtypes:
-        progress(f"rate of matrix multiplications in {dtype}")
+        step(f"rate of matrix multiplications in {dtype}")
         rates[dtype] = _gemm_rate(getattr(torch, dtype), device, clock)
         built = {}
-        for name, encoder in chosen.items():
-            for form in (name, name + _FUSED) if options.fuse and encoder.timm_name is None else (name,):
-                progress(f"building {form} {dtype}")
-                built[form] = _build(form, encoder, getattr(torch, dtype), device, options.compile)
+        for form, encoder in forms:
+            step(f"building {form} {dtype}")
+            built[form] = _build(form, encoder, getattr(torch, dtype), device, options.compile)
         for batch in options.batches:
-            for result in _measure(built, dtype, batch, options, clock, progress):
+            for result in _measure(built, dtype, batch, options, clock, step):
                 operations = batch * _tokens_and_flops(result["model"], result["resolution"])[1]
                 rate = operations / result["seconds"]["median"] / rates[dtype]
                 results.append(result | {"share_of_gemm_rate": round(rate, 3)})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engines.answer_schema import Schema
 from ..engines.base import MIN_TEMPERATURE, Answer, Conversation, Sampling
-from .cli_errors import UserError, notice
+from .cli_errors import UserError, notice, warn
 from .model_sources import check_loadable, licence_notice, read_config
 from .options import DtypeName, EngineName
 
@@ -160,4 +160,4 @@ def remark(answer: Answer, sampling: Sampling) -> None:
     full = "the model's context is full."
     why = "--max-new-tokens allows longer ones." if tokens == sampling.max_new_tokens else full
     whole = "" if sampling.schema is None else " before it was whole by its schema"
-    notice(f"fastvlm: the answer was cut after {tokens} tokens{whole}; {why}")
+    warn(f"fastvlm: the answer was cut after {tokens} tokens{whole}; {why}")

@@ -3,14 +3,13 @@
 
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
-from .cli_errors import FAILURE, INTERRUPTED, TERMINATED, notice, one_line, reports_errors
+from .cli_errors import FAILURE, INTERRUPTED, TERMINATED, notice, one_line, reports_errors, warn
 from .progress_bars import progress_bar
 
 if TYPE_CHECKING:
@@ -80,6 +79,7 @@ def batch(
     do_exif_transpose: options.ExifTranspose = True,
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Ask the same question about many images and write one row for each.
@@ -122,16 +122,16 @@ def batch(
     about = {"model": model, "engine": engine.value, **settings}
     stopping = _Stopping()
     try:
-        with stopping, progress_bar("answering") as show:
+        with stopping, progress_bar("answering", "rows") as show:
             report = run_batch(
                 inputs, output, start, chosen, about=about, subtitles=srt, restart=restart, progress=show
             )
     except Interrupted as error:
         kept = f" They are kept in {error.journal}; repeat the command to resume." if error.rows else ""
-        notice(f"fastvlm: {one_line(error)}{kept}")
+        warn(f"fastvlm: {one_line(error)}{kept}")
         raise typer.Exit(stopping.code) from None
     except KeyboardInterrupt:
-        notice("fastvlm: stopped before the first row.")
+        warn("fastvlm: stopped before the first row.")
         raise typer.Exit(stopping.code) from None
     from ..images.formats import advice_about
 
@@ -165,7 +165,7 @@ class _Stopping:
         raise KeyboardInterrupt
 
 
-def _tell(report: "Report", advice: str = "", say: Callable[[str], None] = notice) -> None:
+def _tell(report: "Report", advice: str = "") -> None:
     from ..batch.batch_rows import counted
 
     details = []
@@ -173,18 +173,19 @@ def _tell(report: "Report", advice: str = "", say: Callable[[str], None] = notic
         details.append(f"{report.resumed_rows:,} of them from earlier runs")
     if report.cut:
         details.append(f"{report.cut:,} cut at --max-new-tokens")
-    say(f"{counted(report.rows, 'row')} in {report.output}" + (f" ({', '.join(details)})" if details else ""))
+    notice(f"{counted(report.rows, 'row')} in {report.output}" + (f" ({', '.join(details)})" if details else ""))
     for path in report.subtitles:
-        say(f"captions in {path}")
+        notice(f"captions in {path}")
     if report.left_out:
         kinds = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(report.left_out.items()))
         number = counted(sum(report.left_out.values()), "file")
+        say = warn if advice else notice  # advice is about images without an answer
         say(f"{number} in the folders skipped, neither readable images nor videos: {kinds}{advice}")
     if report.first_only:
-        say(f"{counted(report.first_only, 'image')} with several frames or pages: only the first was used")
+        notice(f"{counted(report.first_only, 'image')} with several frames or pages: only the first was used")
     if report.errors:
-        say(f"fastvlm: {counted(report.errors, 'row')} without an answer:")
+        warn(f"fastvlm: {counted(report.errors, 'row')} without an answer:")
         for place, error in report.examples:
-            say(f"  {place}: {one_line(ValueError(error))}")
+            warn(f"  {place}: {one_line(ValueError(error))}")
         if report.errors > len(report.examples):
-            say(f"  and {report.errors - len(report.examples):,} more; see `error` in {report.output}")
+            warn(f"  and {report.errors - len(report.examples):,} more; see `error` in {report.output}")

@@ -2,7 +2,6 @@
 """`fastvlm bench`: time to the first token and its parts, throughput and memory, compared with other models."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from . import options
 from .cli_errors import UserError, notice, reports_errors
+from .progress_bars import progress_bar
 from .text_tables import print_table
 
 __all__ = ["bench"]
@@ -43,7 +43,7 @@ def bench(
             help="float32, bfloat16 or float16, or several separated by commas; auto: bfloat16 on CUDA, else float32."
         ),
     ] = "auto",
-    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
+    batch_size: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
     device: options.Device = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: one for each CPU.")] = None,
     repetitions: Annotated[int, typer.Option(help="Measured runs of each case; cases alternate.")] = 5,
@@ -62,17 +62,18 @@ def bench(
     encoders: Annotated[
         bool, typer.Option("--encoders", help="Measure only encoders: FastViTHD, ViT-L/14, ViTamin-L, ConvNeXt-L.")
     ] = False,
-    out: options.RecordFile = None,
+    output: options.RecordFile = None,
     note: Annotated[str | None, typer.Option(help="Free text that is stored in the record.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Directory for plots.")] = None,
     as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Measure the time to the first token and its parts on this machine.
 
     Examples:
 
-        fastvlm bench 0.5B --size 512,1024 --against native --out bench.json
+        fastvlm bench 0.5B --size 512,1024 --against native -o bench.json
 
         fastvlm bench --encoders --size 512 --plots plots
     """
@@ -83,9 +84,9 @@ def bench(
         for option, value in given.items():
             if value:
                 raise UserError(f"--encoders measures only encoders, at fixed sizes; leave out {option}.")
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out is {out}, but there is no directory {out.parent}. Create it first.")
-    sizes, batches = _numbers(size, "--size") if size else (), _numbers(batch, "--batch")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output is {output}, but there is no directory {output.parent}. Create it first.")
+    sizes, batches = _numbers(size, "--size") if size else (), _numbers(batch_size, "--batch-size")
     if plots is not None:
         _check_matplotlib()
 
@@ -113,14 +114,11 @@ def bench(
         note=note,
     )
 
-    def progress(line: str) -> None:
-        if sys.stderr.isatty():
-            notice(line)
-
-    record = run_encoders(chosen, progress=progress) if encoders else run(chosen, progress)
-    text = write_record(record, out)
-    if out is not None:
-        notice(f"wrote {out}")
+    with progress_bar("measuring", "steps") as show:
+        record = run_encoders(chosen, progress=show) if encoders else run(chosen, show)
+    text = write_record(record, output)
+    if output is not None:
+        notice(f"wrote {output}")
     for file in write_plots(record, plots) if plots is not None else ():
         notice(f"wrote {file}")
     if as_json:

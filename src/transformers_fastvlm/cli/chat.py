@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .cli_errors import UserError, notice, one_line, reports_errors
-from .cli_images import STDIN, question, read_picture, read_pictures
+from .cli_errors import UserError, notice, one_line, reports_errors, warn
+from .cli_images import STDIN, question, read_images, read_named_image
 
 if TYPE_CHECKING:
     from ..engines import Engine, Sampling
@@ -42,6 +42,7 @@ def chat(
     do_exif_transpose: options.ExifTranspose = True,
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Talk about images in several turns.
@@ -63,7 +64,7 @@ def chat(
     if STDIN in (images or []):
         raise UserError("chat reads questions from standard input, so an image cannot come from there. Give a file.")
     reading = ReadOptions(do_exif_transpose=do_exif_transpose, alpha_background=alpha_background, max_pixels=max_pixels)
-    first = read_pictures(images or [], reading)
+    first = read_images(images or [], reading)
     loaded = load(engine, model, settings)
     interactive = sys.stdin.isatty()
     if reconfigure := getattr(sys.stdin, "reconfigure", None):
@@ -79,7 +80,7 @@ def chat(
             except (UserError, OSError, ValueError) as error:
                 if not interactive or debug or isinstance(error, BrokenPipeError):
                     raise
-                notice(f"fastvlm: {one_line(error)}")
+                warn(f"fastvlm: {one_line(error)}")
 
 
 def _next_line(interactive: bool) -> str | None:
@@ -102,9 +103,9 @@ def _next_line(interactive: bool) -> str | None:
 
 class _Conversation:
     def __init__(
-        self, engine: "Engine", sampling: "Sampling", system: str | None, pictures: list[Any], reading: Any
+        self, engine: "Engine", sampling: "Sampling", system: str | None, images: list[Any], reading: Any
     ) -> None:
-        self.engine, self.sampling, self.system, self.first = engine, sampling, system, pictures
+        self.engine, self.sampling, self.system, self.first = engine, sampling, system, images
         self.reading = reading
         self.clear()
 
@@ -113,7 +114,7 @@ class _Conversation:
         self.messages: list[dict[str, Any]] = (
             [{"role": "system", "content": self.system}] if self.system is not None else []
         )
-        self.pictures = list(self.first)
+        self.images = list(self.first)
 
     def turn(self, line: str) -> bool:
         """Execute a command or ask a question; return False at the end of the chat."""
@@ -126,7 +127,7 @@ class _Conversation:
         elif command == "/image":
             self._add(rest.strip())
         elif command == "/help":
-            notice(_HELP)
+            warn(_HELP)
         elif command.startswith("/") and "/" not in command[1:]:
             raise UserError(f"unknown command {command!r}; /help lists the commands.")
         elif line:
@@ -137,8 +138,8 @@ class _Conversation:
         name = name.strip("'\"")
         if not name or name == STDIN:
             raise UserError("/image needs a file or an http(s) address, as in: /image street.jpg")
-        self.pictures.append(read_picture(name, self.reading))
-        notice(f"image {len(self.pictures)} of the next question: {name}")
+        self.images.append(read_named_image(name, self.reading))
+        notice(f"image {len(self.images)} of the next question: {name}")
 
     def _ask(self, text: str) -> None:
         from ..engines.prompts import is_utf8
@@ -147,10 +148,10 @@ class _Conversation:
         if not is_utf8(text):
             raise UserError("the prompt is not UTF-8; convert it, or set the terminal to UTF-8.")
 
-        messages = [*self.messages, {"role": "user", "content": question(text, self.pictures)}]
+        messages = [*self.messages, {"role": "user", "content": question(text, self.images)}]
         answered = answer(self.engine, messages, self.sampling, lambda piece: typer.echo(piece, nl=False))
         typer.echo()
         remark(answered, self.sampling)
         # A question that failed does not become part of the conversation.
         self.messages = [*messages, {"role": "assistant", "content": answered.text}]
-        self.pictures = []
+        self.images = []

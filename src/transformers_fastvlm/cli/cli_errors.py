@@ -13,7 +13,7 @@ import typer
 from .. import register
 from ..storage.atomic_files import DISK_FULL
 
-__all__ = ["UserError", "escaped", "notice", "one_line", "reports_errors"]
+__all__ = ["UserError", "escaped", "is_quiet", "notice", "one_line", "reports_errors", "warn"]
 
 # Control characters of C0 and C1, line separators, bidirectional controls and surrogates.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -21,6 +21,10 @@ INPUT_ERROR = 2
 FAILURE = 1
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes for SIGINT and SIGTERM, as in shells."""
+
+
+_quiet = False
+"""Whether the running verb was called with --quiet."""
 
 
 class UserError(Exception):
@@ -41,8 +45,19 @@ def escaped(text: str) -> str:
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def is_quiet() -> bool:
+    """Return whether the running verb prints neither notes nor progress (--quiet)."""
+    return _quiet
+
+
 def notice(message: str) -> None:
-    """Print a line on standard error."""
+    """Print a note on standard error, unless --quiet is given."""
+    if not _quiet:
+        warn(message)
+
+
+def warn(message: str) -> None:
+    """Print a warning, an error or another line that --quiet does not hide on standard error."""
     typer.echo(escaped(message), err=True)
 
 
@@ -59,14 +74,14 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapper(*args: Any, **kwargs: Any) -> None:
         try:
             register()
-            with _bars_as_before():
+            with _notes_as_before(bool(kwargs.get("quiet"))), _bars_as_before():
                 command(*args, **kwargs)
         except BrokenPipeError:
             raise  # the reader of the output is gone, so there is nobody to report to
         except (UserError, OSError, ValueError, ImportError) as error:
             if kwargs.get("debug"):
                 raise
-            notice(f"fastvlm: {one_line(error)}")
+            warn(f"fastvlm: {one_line(error)}")
             is_full = isinstance(error, OSError) and error.errno in DISK_FULL
             raise typer.Exit(FAILURE if is_full else INPUT_ERROR) from error
         except KeyboardInterrupt:
@@ -77,21 +92,32 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             if kwargs.get("debug") or type(error).__module__.startswith(("click", "typer")):
                 raise
             if type(error).__name__ == "OutOfMemoryError":
-                notice("fastvlm: out of memory. Try a smaller --size, --dtype bfloat16, or --device cpu.")
+                warn("fastvlm: out of memory. Try a smaller --size, --dtype bfloat16, or --device cpu.")
             else:
-                notice(f"fastvlm: {type(error).__name__}: {one_line(error)} (--debug shows where)")
+                warn(f"fastvlm: {type(error).__name__}: {one_line(error)} (--debug shows where)")
             raise typer.Exit(FAILURE) from error
 
     return wrapper
 
 
 @contextlib.contextmanager
+def _notes_as_before(quiet: bool) -> Iterator[None]:
+    """Set --quiet for one call of a verb; restore the setting afterwards, for Python callers."""
+    global _quiet
+    before, _quiet = _quiet, quiet
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
+@contextlib.contextmanager
 def _bars_as_before() -> Iterator[None]:
-    """Show Transformers' progress bars only on a terminal; restore the setting afterwards, for Python callers."""
+    """Show Transformers' progress bars only on a terminal, and not with --quiet; restore the setting afterwards."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
+    if _quiet or not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         yield

@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
     from ..images.read_options import ReadOptions
 
-__all__ = ["STDIN", "question", "read_picture", "read_pictures"]
+__all__ = ["STDIN", "question", "read_named_image", "read_images"]
 
 STDIN = "-"
 
 
-def read_pictures(names: Sequence[str], options: "ReadOptions | None" = None) -> "list[Image]":
-    """Read every image; see `read_picture`.
+def read_images(names: Sequence[str], options: "ReadOptions | None" = None) -> "list[Image]":
+    """Read every image; see `read_named_image`.
 
     Raises:
         UserError: standard input is named more than once.
     """
     if list(names).count(STDIN) > 1:
         raise UserError(f"{STDIN!r} is given more than once, but standard input holds one image. Give files instead.")
-    return [read_picture(name, options) for name in names]
+    return [read_named_image(name, options) for name in names]
 
 
-def read_picture(name: str, options: "ReadOptions | None" = None) -> "Image":
+def read_named_image(name: str, options: "ReadOptions | None" = None) -> "Image":
     """Return a decoded image.
 
     Args:
@@ -47,12 +47,12 @@ def read_picture(name: str, options: "ReadOptions | None" = None) -> "Image":
     options = options or ReadOptions()
 
     if name == STDIN:
-        picture = _from_stdin(options.max_pixels)
+        image = _from_stdin(options.max_pixels)
     elif not name.startswith(("http://", "https://")) and not os.path.exists(name):
         raise UserError(f"no such file: {name!r}. Expected an image's path, its http:// or https:// address, or '-'.")
     else:
-        picture = read_image(name, options.max_pixels)
-    return as_shown(picture, options)
+        image = read_image(name, options.max_pixels)
+    return as_shown(image, options)
 
 
 def _from_stdin(max_pixels: int | None) -> "Image":
@@ -64,7 +64,7 @@ def _from_stdin(max_pixels: int | None) -> "Image":
     return read_stored(io.BytesIO(content), "the image on standard input", max_pixels)
 
 
-def question(text: str, pictures: "Sequence[Image]") -> list[dict[str, Any]]:
+def question(text: str, images: "Sequence[Image]") -> list[dict[str, Any]]:
     """Return the parts of a user's message; see `place_images`.
 
     Raises:
@@ -73,6 +73,6 @@ def question(text: str, pictures: "Sequence[Image]") -> list[dict[str, Any]]:
     from ..engines.prompts import place_images
 
     try:
-        return place_images(text, pictures)
+        return place_images(text, images)
     except ValueError as error:
         raise UserError(str(error)) from error

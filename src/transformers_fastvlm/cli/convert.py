@@ -33,6 +33,7 @@ def convert(
             "native: fast_vlm, which Transformers loads without this package (it needs timm).",
         ),
     ],
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Write a checkpoint in another layout.
@@ -50,8 +51,8 @@ def convert(
     from .model_sources import RESEARCH_ONLY, licence_of, local_files
 
     directory = local_files(source)
-    with progress_bar("converting", in_bytes=True) as show:
-        done = convert_checkpoint(directory, out, to.value, progress=show)
+    with progress_bar("converting", "bytes") as show:
+        done = convert_checkpoint(directory, out, to.value, progress=lambda done, total, name: show(done, total))
     for name in done.dropped:
         notice(f"left out on purpose: {name}")
     for name in done.not_copied:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .cli_errors import FAILURE, UserError, escaped, notice, reports_errors
+from .cli_errors import FAILURE, UserError, escaped, reports_errors, warn
 from .plain_help import PlainCommand, PlainGroup
 from .progress_bars import progress_bar
 
@@ -72,6 +72,7 @@ def check(
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
     as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Read every row, decode every image, and list the problems by row.
@@ -90,7 +91,7 @@ def check(
     from ..data.check import check_dataset
 
     processor = None if model is None else _processor(model)
-    with progress_bar("reading") as show_progress:
+    with progress_bar("reading", "rows") as show_progress:
         report = check_dataset(
             source,
             image_folder,
@@ -113,7 +114,7 @@ def check(
         for problem in report.problems[:show]:
             typer.echo(escaped(str(problem)))
         if len(report.problems) > show:
-            notice(f"{len(report.problems) - show:,} more rows are wrong; --show lists more, --json all.")
+            warn(f"{len(report.problems) - show:,} more rows are wrong; --show lists more, --json all.")
         for line in _summary(report, max_length):
             typer.echo(escaped(line))
     if not report.ok:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .cli_errors import UserError, notice, reports_errors
+from .cli_errors import UserError, reports_errors, warn
 
 __all__ = ["demo"]
 
@@ -32,6 +32,7 @@ def demo(
     system: options.System = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Serve a web page to ask about images and to caption a camera.
@@ -68,7 +69,7 @@ def demo(
             address = page.start(host, port)
         except OSError as error:
             raise UserError(f"the page cannot listen on {host}, port {port or 'any from 7860'}: {error}") from error
-        notice(f"The page is at {address} (Ctrl-C stops it).")
+        warn(f"The page is at {address} (Ctrl-C stops it).")
         ended.wait()
 
 

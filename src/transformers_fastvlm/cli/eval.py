@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .cli_errors import UserError, notice, reports_errors
+from .cli_errors import UserError, is_quiet, notice, reports_errors
 from .progress_bars import progress_bar
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class MetricName(enum.StrEnum):
 @reports_errors
 def evaluate(
     model: options.ModelArgument,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Directory for the results; an unfinished run in it is resumed.")
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory for the results; an unfinished run in it is resumed.")
     ],
     tasks: Annotated[
         str | None,
@@ -47,13 +47,13 @@ def evaluate(
         ),
     ] = None,
     metric: Annotated[MetricName, typer.Option(help="Metric for answers to --data.")] = MetricName.exact,
-    prompt: Annotated[
+    suffix: Annotated[
         str | None,
         typer.Option(help="Line to add to each question of --data, such as 'Answer with a single word.'"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer to --data.")] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many samples of each task.")] = None,
-    batch: Annotated[
+    batch_size: Annotated[
         int, typer.Option(min=1, help="Questions that are answered together. A killed run loses at most one batch.")
     ] = 16,
     engine: options.Engine = options.EngineName.transformers,
@@ -74,6 +74,7 @@ def evaluate(
     do_exif_transpose: options.ExifTranspose = True,
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Evaluate a checkpoint on the model card's benchmarks or on your own questions.
@@ -83,9 +84,9 @@ def evaluate(
 
     Examples:
 
-        fastvlm eval apple/FastVLM-0.5B --tasks chartqa,docvqa_val --out results
+        fastvlm eval apple/FastVLM-0.5B --tasks chartqa,docvqa_val -o results
 
-        fastvlm eval apple/FastVLM-0.5B --data questions.jsonl --out results
+        fastvlm eval apple/FastVLM-0.5B --data questions.jsonl -o results
     """
     from ..evaluation.eval_run import EvaluationOptions
     from ..evaluation.eval_run import evaluate as run_evaluation
@@ -98,20 +99,20 @@ def evaluate(
     chosen = engine_settings(engine, precision, device, dtype, size)
 
     def loaded() -> None:
-        if message := licence_notice(model, config):
+        if (message := licence_notice(model, config)) and not is_quiet():
             typer.echo(message, file=errors)
 
     errors = sys.stderr  # the evaluation redirects the output of other libraries to a file
-    with progress_bar("answering", errors) as show:
+    with progress_bar("answering", "questions", errors) as show:
         run = run_evaluation(
             model,
-            out,
+            output,
             EvaluationOptions(
                 tasks=() if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip()),
                 include=include,
                 data=data,
                 metric=metric.value,
-                suffix=prompt,
+                suffix=suffix,
                 max_new_tokens=max_new_tokens,
                 limit=limit,
                 do_exif_transpose=do_exif_transpose,
@@ -119,14 +120,14 @@ def evaluate(
                 max_pixels=max_pixels,
                 engine=engine.value,
                 engine_options=chosen,
-                batch_size=batch,
-                pictures=page,
+                batch_size=batch_size,
+                images=page,
                 time_first_token=first_token,
             ),
             progress=show,
             loaded=loaded,
         )
-    _tell(run, out)
+    _tell(run, output)
 
 
 def _tell(run: "EvaluationRun", out: Path) -> None:

@@ -59,8 +59,9 @@ def eval_encoder(
     dtype: Annotated[
         options.DtypeName, typer.Option(help="dtype of the encoder; auto: bfloat16 on CUDA, float32 elsewhere.")
     ] = options.DtypeName.auto,
-    out: options.RecordFile = None,
+    output: options.RecordFile = None,
     as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Evaluate an encoder: classify images by its frozen features.
@@ -69,12 +70,12 @@ def eval_encoder(
 
         fastvlm eval-encoder tiny images --method probe,knn
 
-        fastvlm eval-encoder apple/FastVLM-0.5B images --out encoder.json
+        fastvlm eval-encoder apple/FastVLM-0.5B images -o encoder.json
     """
     if aspect not in (None, "pad", "square"):
         raise UserError(f"--aspect is {aspect!r}; expected pad or square.")
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out is {out}, but there is no directory {out.parent}. Create it first.")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output is {output}, but there is no directory {output.parent}. Create it first.")
     if method is None:
         methods: tuple[str, ...] = ("probe", "knn", "zero-shot") if text is not None else ("probe", "knn")
     else:
@@ -101,7 +102,7 @@ def eval_encoder(
 
     if message := licence_notice(model, config):
         notice(message)
-    with progress_bar("encoding") as show:
+    with progress_bar("encoding", "images") as show:
         record = judge_encoder(
             model,
             folder,
@@ -121,9 +122,9 @@ def eval_encoder(
             max_pixels=max_pixels,
             progress=show,
         )
-    if out is not None:
-        write_lines(out, [json.dumps(record, indent=2)])
-        notice(f"wrote {out}")
+    if output is not None:
+        write_lines(output, [json.dumps(record, indent=2)])
+        notice(f"wrote {output}")
     if as_json:
         typer.echo(json.dumps(record, indent=2))
     else:

@@ -11,7 +11,7 @@ import typer
 
 from ..checkpoints.published import SIZES
 from . import options
-from .cli_errors import UserError, notice, reports_errors
+from .cli_errors import UserError, notice, reports_errors, warn
 from .text_tables import print_table
 
 __all__ = ["eval_report"]
@@ -35,9 +35,11 @@ def eval_report(
         CardName,
         typer.Option(help="Model size of Apple's model card to compare with; auto: from the model's name."),
     ] = CardName.auto,
-    out: Annotated[
+    output: Annotated[
         Path | None,
-        typer.Option(help="Directory for report.json, report.md, accuracy_by_time.png and answers.html."),
+        typer.Option(
+            "--output", "-o", help="Directory for report.json, report.md, accuracy_by_time.png and answers.html."
+        ),
     ] = None,
     page_samples: Annotated[
         int, typer.Option(min=0, help="Maximum number of questions of each task on the page; 0 for no page.")
@@ -47,6 +49,7 @@ def eval_report(
     ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the bootstrap.")] = 0,
     as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Compare scores with Apple's model card, with the confidence interval of each difference.
@@ -55,7 +58,7 @@ def eval_report(
 
         fastvlm eval-report results --card 0.5B
 
-        fastvlm eval-report results/mine results/int8 --card 0.5B --out report
+        fastvlm eval-report results/mine results/int8 --card 0.5B -o report
     """
     from ..checkpoints.published import published_size
     from ..evaluation.eval_plots import plot_points, write_plot
@@ -64,9 +67,9 @@ def eval_report(
     from ..evaluation.results import read_run
     from ..storage.atomic_files import write_lines
 
-    if out is not None and plot and find_spec("matplotlib") is None:
+    if output is not None and plot and find_spec("matplotlib") is None:
         plot = False
-        notice('no plot: it needs matplotlib: pip install "transformers-fastvlm[eval]".')
+        warn('no plot: it needs matplotlib: pip install "transformers-fastvlm[eval]".')
     loaded = [read_run(directory) for directory in runs]
     names = run_names(loaded, [str(directory) for directory in runs])
     if len(set(names)) < len(names):
@@ -77,18 +80,18 @@ def eval_report(
         for name, run in named.items()
     }
     report = make_report(named, sizes, seed=seed)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        written = [out / "report.json", out / "report.md"]
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        written = [output / "report.json", output / "report.md"]
         write_lines(written[0], [json.dumps(report, indent=2)])
         write_lines(written[1], [markdown(report).rstrip("\n")])
         if plot:
-            if file := write_plot(report, out / "accuracy_by_time.png"):
+            if file := write_plot(report, output / "accuracy_by_time.png"):
                 written.append(file)
             else:
                 notice("no plot: no run has a time to the first token, or the runs with one share no task.")
         if page_samples:
-            written.append(out / "answers.html")
+            written.append(output / "answers.html")
             directories = dict(zip(names, runs, strict=True))
             pages = {name: (run, directories[name]) for name, run in named.items()}
             shown = write_page(pages, written[-1], page_samples)

@@ -8,7 +8,8 @@ import typer
 
 from ..export.targets import TARGETS
 from . import options
-from .cli_errors import notice, reports_errors
+from .cli_errors import notice, reports_errors, warn
+from .progress_bars import progress_bar
 
 __all__ = ["export"]
 
@@ -45,9 +46,10 @@ def export(
         bool | None,
         typer.Option(
             "--external-data/--no-external-data",
-            help="onnx: weights in separate files beside the graphs. Default: only for graphs above 2 GB.",
+            help="onnx: weights in separate files beside the graphs. Default: only for graphs above 1.5 GB.",
         ),
     ] = None,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Convert a model to the format of another runtime, and check it there.
@@ -78,20 +80,22 @@ def export(
     else:
         directory = Path(resolve_model(model))
     name = None if directory == Path(resolve_model(model)) else model
-    done = export_model(
-        target,
-        directory,
-        out,
-        precision=_comma_separated(precision) or None,
-        sizes=sizes,
-        external_data=external_data,
-        name=name,
-        say=notice,
-    )
+    with progress_bar("exporting", "steps") as show:
+        done = export_model(
+            target,
+            directory,
+            out,
+            precision=_comma_separated(precision) or None,
+            sizes=sizes,
+            external_data=external_data,
+            name=name,
+            say=notice,
+            progress=lambda done, total, doing: show(done, total),
+        )
     for title, error in done.report.errors.items():
         notice(f"{title}: relative error {error:.2e} against PyTorch in float32")
     if done.report.checked_in is None:
-        notice("the files were not checked: their runtime does not run on this machine")
+        warn("the files were not checked: their runtime does not run on this machine")
     for note in done.report.notes:
         notice(f"note: {note}")
     if Source(directory, name).may_be_apples:

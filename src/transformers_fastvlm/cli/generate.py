@@ -10,7 +10,7 @@ import typer
 
 from . import options
 from .cli_errors import FAILURE, INTERRUPTED, reports_errors
-from .cli_images import question, read_pictures
+from .cli_images import question, read_images
 
 if TYPE_CHECKING:
     from ..engines import Answer, Sampling
@@ -55,6 +55,7 @@ def generate(
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
     as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Answer one question about images.
@@ -75,7 +76,7 @@ def generate(
     sampling = sampling_of(max_new_tokens, temperature, top_p, seed, num_beams, schema_of(schema, choices, regex))
     settings = engine_settings(engine, precision, device, dtype, size)
     reading = ReadOptions(do_exif_transpose=do_exif_transpose, alpha_background=alpha_background, max_pixels=max_pixels)
-    message = question(prompt, read_pictures(names, reading))
+    message = question(prompt, read_images(names, reading))
     conversation: list[dict[str, Any]] = [{"role": "user", "content": message}]
     if system is not None:
         conversation.insert(0, {"role": "system", "content": system})

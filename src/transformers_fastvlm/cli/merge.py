@@ -8,6 +8,7 @@ import typer
 from . import options
 from .cli_errors import notice, reports_errors
 from .convert import LayoutName
+from .progress_bars import progress_bar
 
 __all__ = ["merge"]
 
@@ -34,6 +35,7 @@ def merge(
     dtype: Annotated[
         options.DtypeName, typer.Option(help="dtype of the weights; auto: as in the base model.")
     ] = options.DtypeName.auto,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Merge a LoRA adapter into the weights of its base model.
@@ -54,7 +56,15 @@ def merge(
     from .model_sources import RESEARCH_ONLY, licence_of
 
     weights: Any = None if dtype is options.DtypeName.auto else getattr(torch, dtype.value)
-    done = merge_adapter(adapter, out, base=base, layout=to.value, dtype=weights)
+    with progress_bar("merging", "bytes") as show:
+        done = merge_adapter(
+            adapter,
+            out,
+            base=base,
+            layout=to.value,
+            dtype=weights,
+            progress=lambda done, total, name: show(done, total),
+        )
     for note in done.notes:
         notice(f"note: {note}")
     if licence_of(str(done.directory)) == "apple-amlr" or (base or "").startswith("apple/"):

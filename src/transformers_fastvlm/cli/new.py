@@ -28,13 +28,14 @@ def new(
         str | None,
         typer.Option(help="Directory or hub repository of a tokenizer, or tiny. Default: the language model's."),
     ] = None,
-    image_size: Annotated[
+    size: Annotated[
         int | None, typer.Option(min=64, help="Height and width of images in pixels, a multiple of 64.")
     ] = None,
     dtype: Annotated[options.DtypeName, typer.Option(help="dtype of the weights; auto is float32.")] = (
         options.DtypeName.auto
     ),
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the projector's weights.")] = 0,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Build a model from a FastViTHD and a language model, with an untrained projector.
@@ -45,7 +46,7 @@ def new(
 
         fastvlm new OUT --vision tiny --language-model tiny
 
-        fastvlm new OUT --vision apple/FastVLM-0.5B --language-model Qwen/Qwen3-0.6B
+        fastvlm new OUT --vision tiny --language-model Qwen/Qwen3-0.6B
     """
     from ..storage.atomic_files import require_new
     from ..training import describe_parts, new_model, save_model
@@ -56,11 +57,11 @@ def new(
     for source in dict.fromkeys((vision, language_model)):
         if line := licence_notice(source, read_config(source)):
             notice(line)
-    model, processor = new_model(vision, language_model, tokenizer, image_size=image_size, dtype=name, seed=seed)
+    model, processor = new_model(vision, language_model, tokenizer, image_size=size, dtype=name, seed=seed)
     save_model(model, processor, out)
     for part, (number, _) in describe_parts(model).items():
         notice(f"{part:<15}{number:>15,} parameters")
     config: Any = model.config
-    size, text = config.vision_config.image_size, config.text_config
-    notice(f"{text.model_type}, {size}x{size} pixels, <image> is {processor.image_token_id}")
+    side, text = config.vision_config.image_size, config.text_config
+    notice(f"{text.model_type}, {side}x{side} pixels, <image> is {processor.image_token_id}")
     typer.echo(str(out))

@@ -72,7 +72,7 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help=NAMES)]
 OutDirectory = Annotated[
     Path, typer.Argument(metavar="OUT", help="Directory to create; an existing one must be empty.")
 ]
-RecordFile = Annotated[Path | None, typer.Option("--out", help="JSON file for the record.")]
+RecordFile = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the record.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA, else Apple's GPU, else the CPU), cpu, cuda, cuda:1, mps, …")]
 Dtype = Annotated[
     DtypeName, typer.Option(help="auto: the checkpoint's dtype, but float32 for a float16 checkpoint on a CPU.")
@@ -145,4 +145,5 @@ MaxPixels = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

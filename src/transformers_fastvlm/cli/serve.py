@@ -2,6 +2,7 @@
 """`fastvlm serve`: OpenAI's chat completions, answered by a model on this machine."""
 
 import contextlib
+import enum
 import ipaddress
 import os
 from typing import Annotated
@@ -9,11 +10,18 @@ from typing import Annotated
 import typer
 
 from . import options
-from .cli_errors import UserError, notice, reports_errors
+from .cli_errors import UserError, reports_errors, warn
 
 __all__ = ["serve"]
 
 _KEY = "FASTVLM_API_KEY"
+
+
+class LogFormat(enum.StrEnum):
+    """Formats of the log."""
+
+    text = "text"
+    json = "json"
 
 
 def _key(given: str | None) -> str | None:
@@ -63,6 +71,12 @@ def serve(
     ] = 2**25,
     max_images: Annotated[int, typer.Option(min=1, help="Maximum number of images in a request.")] = 8,
     max_pixels: Annotated[int, typer.Option(min=1, help="Maximum total pixels of a request's images.")] = (50_000_000),
+    max_held_bytes: Annotated[
+        int, typer.Option(min=1, help="Maximum bytes of bodies and prepared images, of all requests together.")
+    ] = 2**30,
+    max_held_images: Annotated[
+        int, typer.Option(min=1, help="Maximum number of images, of all requests together.")
+    ] = 64,
     max_prompt_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Maximum tokens of a prompt, with its images. Default: the model's context."),
@@ -81,6 +95,11 @@ def serve(
         typer.Option(min=0.1, help="Seconds for a client to send its request, and to read each piece of the answer."),
     ] = 60.0,
     fetch_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to download an image.")] = 10.0,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Lines on standard error, one per request: text, or JSON.")
+    ] = LogFormat.text,
+    open_metrics: Annotated[bool, typer.Option("--open-metrics", help="Answer GET /metrics without the key.")] = False,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Serve OpenAI's chat completions over HTTP, with images.
@@ -103,6 +122,8 @@ def serve(
         image_hosts=tuple(allow_image_host or ()),
         max_body_bytes=max_body_bytes,
         max_images=max_images,
+        max_held_bytes=max_held_bytes,
+        max_held_images=max_held_images,
         max_pixels=max_pixels,
         max_prompt_tokens=max_prompt_tokens,
         max_answer_tokens=max_answer_tokens,
@@ -110,6 +131,7 @@ def serve(
         queue=queue,
         client_timeout=client_timeout,
         fetch_timeout=fetch_timeout,
+        open_metrics=open_metrics,
         do_exif_transpose=do_exif_transpose,
         alpha_background=alpha_background,
     )
@@ -118,9 +140,9 @@ def serve(
         chosen["max_images"] = max_images
     with listen(host, port) as bound, contextlib.closing(load(engine, model, chosen, batch_size)) as loaded:
         if settings.api_key is None and not ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
-            notice(f"fastvlm: no key is set, so anyone who reaches this machine can use the model; set {_KEY}.")
+            warn(f"fastvlm: no key is set, so anyone who reaches this machine can use the model; set {_KEY}.")
 
         def ready(url: str) -> None:
-            notice(f"fastvlm: {settings.name} ({loaded.device}, {loaded.dtype}) answers at {url}/v1; Ctrl-C stops it.")
+            warn(f"fastvlm: {settings.name} ({loaded.device}, {loaded.dtype}) answers at {url}/v1; Ctrl-C stops it.")
 
-        run(loaded, settings, bound, ready)
+        run(loaded, settings, bound, ready, log_format.value)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .cli_errors import FAILURE, UserError, notice, reports_errors
+from .cli_errors import FAILURE, UserError, notice, reports_errors, warn
 
 if TYPE_CHECKING:
     from ..training import Recipe
@@ -44,6 +44,7 @@ def train(
             help="Print the path of a config file for accelerate launch (ddp, fsdp2, zero2, zero3), then exit.",
         ),
     ] = None,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Train or fine-tune a model with a recipe.
@@ -83,7 +84,9 @@ def train(
             notice(line)
     logging.disable_progress_bar()  # of reading and writing files; the training's progress bar stays
     with contextlib.redirect_stdout(sys.stderr), _advises(debug):  # only the result goes to standard output
-        out = run(loaded, resume=resume, dry_run=dry_run, report=notice)
+        # The plan is the result of a dry run, so --quiet does not hide it.
+        report = warn if dry_run else None if quiet else notice
+        out = run(loaded, resume=resume, dry_run=dry_run, report=report)
     if is_main and not dry_run:
         typer.echo(str(out))
 
@@ -111,7 +114,7 @@ def _advises(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug or type(error).__name__ != "OutOfMemoryError":
             raise
-        notice(
+        warn(
             "fastvlm: out of memory. Set a smaller arguments.per_device_train_batch_size (train.global_batch_size may "
             "stay), train.gradient_checkpointing=true, a smaller model.image_size or data.max_length, or use the "
             "recipe lora; --dry-run prints an estimate."

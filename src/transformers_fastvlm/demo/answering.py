@@ -51,7 +51,7 @@ class Reply:
         return answer.encoded_images or 0 if answer is not None else 0
 
     @property
-    def has_pictures(self) -> bool:
+    def has_images(self) -> bool:
         """Whether the conversation has any."""
         return self._request is not None and bool(self._request.prompt.image_tokens)
 

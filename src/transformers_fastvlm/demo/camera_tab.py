@@ -69,9 +69,9 @@ def camera_tab(answerer: Answerer, visitors: Visitors, presets: Sequence[Preset]
                 return gr.skip(), gr.skip()
             if len(question) > MAX_QUESTION:
                 raise UnusableInput(f"The question has {len(question)} characters; up to {MAX_QUESTION} can be asked.")
-            picture = await asyncio.to_thread(read_frame, frame)
+            image = await asyncio.to_thread(read_frame, frame)
             text = {"type": "text", "text": question.strip() or presets[0].question}
-            messages = [{"role": "user", "content": [{"type": "image", "image": picture}, text]}]
+            messages = [{"role": "user", "content": [{"type": "image", "image": image}, text]}]
             opening = [] if system is None else [{"role": "system", "content": system}]
             visitor.caption = reply = answerer.ask([*opening, *messages], CAPTION_TOKENS, started)
             async for _ in reply:

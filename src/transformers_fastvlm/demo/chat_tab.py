@@ -85,7 +85,7 @@ def chat_tab(
         allow_tags=False,
         feedback_options=None,
         placeholder=_WELCOME,
-        examples=[{"text": one.question, "icon": str(one.picture), "display_text": one.question} for one in examples]
+        examples=[{"text": one.question, "icon": str(one.image), "display_text": one.question} for one in examples]
         or None,
     )
     status = gr.HTML(_told(""), elem_id="status", padding=False)
@@ -104,9 +104,9 @@ def chat_tab(
     )
     outputs = [chat, box, status, *buttons]
 
-    def small_picture(picture: Image.Image, words: str) -> Any:
+    def small_image(image: Image.Image, words: str) -> Any:
         return gr.Image(
-            str(save_small(picture, folder)),
+            str(save_small(image, folder)),
             alt_text=words,
             buttons=["fullscreen"],
             show_label=False,
@@ -128,7 +128,7 @@ def chat_tab(
         try:
             visitor = visitors.of(session)
             first = True
-            async for _ in turn(answerer, visitor, question, files, small_picture, system):
+            async for _ in turn(answerer, visitor, question, files, small_image, system):
                 changes: dict[Any, Any] = {chat: _literal(visitor.shown)}
                 if first:
                     emptied = gr.update(value={"text": left, "files": []}, submit_btn=False, stop_btn=True)
@@ -174,7 +174,7 @@ def chat_tab(
         example = examples[chosen.index]
         nothing = {"text": "", "files": []}
         session = str(request.session_hash)
-        async for changes in answer(example.question, [str(example.picture)], nothing, "", session):
+        async for changes in answer(example.question, [str(example.image)], nothing, "", session):
             yield changes
 
     async def stop(request: gr.Request) -> None:

@@ -13,10 +13,10 @@ from ..images.read_options import WHITE, ReadOptions
 from ..images.reading import as_shown, pil_to_rgb, read_image
 from .answering import UnusableInput
 
-__all__ = ["MAX_PICTURES", "MAX_PIXELS", "MAX_UPLOAD_BYTES", "read_frame", "read_pictures", "save_small"]
+__all__ = ["MAX_IMAGES", "MAX_PIXELS", "MAX_UPLOAD_BYTES", "read_frame", "read_images", "save_small"]
 
 MAX_UPLOAD_BYTES = 32 * 2**20
-MAX_PICTURES = 8
+MAX_IMAGES = 8
 MAX_PIXELS = 64_000_000
 """Maximum total pixels of a conversation's images."""
 
@@ -24,31 +24,31 @@ MAX_FRAME_CHARACTERS = 16 * 2**20
 _SHOWN_SIDE = 768
 
 
-def read_pictures(files: Sequence[str]) -> list[Image.Image]:
+def read_images(files: Sequence[str]) -> list[Image.Image]:
     """Return uploaded images, decoded and rotated by their EXIF orientation, as a browser shows them.
 
     Raises:
         UnusableInput: too many or too large, or one that cannot be read.
     """
-    if len(files) > MAX_PICTURES:
-        raise UnusableInput(f"{len(files)} images are too many at once; send up to {MAX_PICTURES}.")
-    pictures: list[Image.Image] = []
+    if len(files) > MAX_IMAGES:
+        raise UnusableInput(f"{len(files)} images are too many at once; send up to {MAX_IMAGES}.")
+    images: list[Image.Image] = []
     pixels = 0
     for file in files:
         path = Path(file)
         try:
-            picture = ImageFolder(path.parent).open(path.name)
+            image = ImageFolder(path.parent).open(path.name)
         except (SampleError, NotADirectoryError) as error:
             reason = str(error)
             raise UnusableInput(f"{reason[:1].upper()}{reason[1:]}") from error
-        pixels += picture.width * picture.height
+        pixels += image.width * image.height
         if pixels > MAX_PIXELS:
             raise UnusableInput(
                 f"The images have {pixels / 1e6:.0f} million pixels together; up to {MAX_PIXELS / 1e6:.0f} million "
                 "fit into a conversation. Send fewer, or smaller ones."
             )
-        pictures.append(picture)
-    return pictures
+        images.append(image)
+    return images
 
 
 def read_frame(frame: object) -> Image.Image:
@@ -63,18 +63,18 @@ def read_frame(frame: object) -> Image.Image:
     if len(address) > MAX_FRAME_CHARACTERS:
         raise UnusableInput("The camera's images are too large. Choose a smaller resolution in its settings.")
     try:
-        picture = as_shown(read_image(address), ReadOptions())
+        image = as_shown(read_image(address), ReadOptions())
     except ValueError as error:
         raise UnusableInput(f"An image of the camera cannot be read: {error}") from error
-    if picture.width * picture.height > MAX_PIXELS:
-        raise UnusableInput(f"The camera's images are too large: {picture.width} x {picture.height} pixels.")
-    return picture
+    if image.width * image.height > MAX_PIXELS:
+        raise UnusableInput(f"The camera's images are too large: {image.width} x {image.height} pixels.")
+    return image
 
 
-def save_small(picture: Image.Image, folder: Path) -> Path:
+def save_small(image: Image.Image, folder: Path) -> Path:
     """Write a thumbnail in a format that any browser can show, and return its path."""
     try:
-        small = pil_to_rgb(picture, WHITE).copy()
+        small = pil_to_rgb(image, WHITE).copy()
     except ValueError as error:
         raise UnusableInput(f"An image cannot be used: {error}") from error
     small.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))

@@ -22,7 +22,7 @@ class Preset:
 class Example:
     """An image file and a question about it."""
 
-    picture: Path
+    image: Path
     question: str
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from .answering import Answerer, Reply, UnusableInput
-from .page_images import read_pictures
+from .page_images import read_images
 
 __all__ = ["MAX_QUESTION", "MAX_VISITORS", "Visitor", "Visitors", "summary", "turn"]
 
@@ -125,16 +125,16 @@ async def turn(
     """
     if len(question) > MAX_QUESTION:
         raise UnusableInput(f"The question has {len(question)} characters; up to {MAX_QUESTION} can be asked at once.")
-    pictures = await asyncio.to_thread(read_pictures, files)
-    count = len(pictures)
+    images = await asyncio.to_thread(read_images, files)
+    count = len(images)
     words = ["Your image"] if count == 1 else [f"Your image {number} of {count}" for number in range(1, count + 1)]
-    small = [await asyncio.to_thread(show, *each) for each in zip(pictures, words, strict=True)]
+    small = [await asyncio.to_thread(show, *each) for each in zip(images, words, strict=True)]
     if visitor.waits:
         raise UnusableInput("An answer is still running. Wait for it, or press Stop.")
     before, shown_before = visitor.messages, visitor.shown
-    content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": question}]
-    messages = [*([] if pictures else before), {"role": "user", "content": content}]
-    shown = [] if pictures else list(shown_before)
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
+    messages = [*([] if images else before), {"role": "user", "content": content}]
+    shown = [] if images else list(shown_before)
     shown += [{"role": "user", "content": one} for one in (*small, question)]
     opening = [] if system is None else [{"role": "system", "content": system}]
     reply = visitor.reply = answerer.ask([*opening, *messages])
@@ -164,8 +164,8 @@ def summary(reply: Reply) -> str:
     parts = [f"First token after {reply.first_token_seconds * 1000:.0f} ms"]
     if reply.encoded_images:
         parts.append("image encoded" if reply.encoded_images == 1 else f"{reply.encoded_images} images encoded")
-    elif reply.has_pictures:
-        parts.append("nothing encoded again")
+    elif reply.has_images:
+        parts.append("image reused")
     if reply.stopped:
         parts.append("stopped")
     elif reply.cut:

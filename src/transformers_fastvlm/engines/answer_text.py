@@ -19,18 +19,19 @@ class AnswerText:
     Args:
         tokenizer: decodes tokens; special ones are left out.
         stops: texts at which the answer ends; they are not part of it.
+        continues: the answer continues a text, so white space before its first word is kept.
 
     Attributes:
         stopped: whether a stop text was found.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), *, continues: bool = False) -> None:
         self._tokenizer, self._stops = tokenizer, stops
         self._tokens: list[int] = []
         # Tokens up to `_said` are decoded. Decoding starts a little earlier, at `_start`: some tokenizers decode the
         # first token of a sequence differently.
         self._start = self._said = 0
-        self._begun = False
+        self._begun = continues
         self._blank = ""  # white space that is part of the answer if more text follows
         self._held = ""  # text that may be the beginning of a stop text
         self.stopped = False

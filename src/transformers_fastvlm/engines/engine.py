@@ -138,19 +138,20 @@ class Engine:
         (request,) = self.submit(self.prepare(conversation), sampling)
         return request
 
-    def prepare(self, conversation: Conversation, *, literal: bool = False) -> Prompt:
+    def prepare(self, conversation: Conversation, *, literal: bool = False, continue_last: bool = False) -> Prompt:
         """Check a conversation, decode its images and make the model's inputs, in the calling thread.
 
         Args:
             conversation: see `Conversation`.
             literal: treat control tokens in texts, `<image>` included, as plain text.
+            continue_last: continue the last message, which is the assistant's, instead of answering it.
 
         Raises:
             PromptTooLong: the conversation fills the model's context.
             ValueError: as `generate`.
         """
         start = time.perf_counter()
-        prompt = self._encoded(self._read(conversation, literal=literal))
+        prompt = self._encoded(self._read(conversation, literal=literal, continue_last=continue_last))
         prompt.seconds = time.perf_counter() - start
         return prompt
 
@@ -242,7 +243,9 @@ class Engine:
 
     # The queue
 
-    def _read(self, conversation: Conversation, *, literal: bool = False, where: str = "") -> Prompt:
+    def _read(
+        self, conversation: Conversation, *, literal: bool = False, continue_last: bool = False, where: str = ""
+    ) -> Prompt:
         try:
             return read_prompt(
                 self.processor,
@@ -250,6 +253,7 @@ class Engine:
                 context=self.context,
                 max_images=self._max_images,
                 literal=self._literal_texts() if literal else None,
+                continue_last=continue_last,
             )
         except PromptTooLong as error:
             error.args = (f"{where}{error}",)

@@ -39,6 +39,7 @@ class Prompt:
         images: decoded images, in order; empty after `inputs` is made.
         inputs: the model's inputs for this prompt alone, if the engine makes them in advance.
         seconds: time to prepare the prompt.
+        continues: whether the answer continues the last message, so that white space before it is part of it.
     """
 
     ids: list[int]
@@ -47,6 +48,7 @@ class Prompt:
     images: list[Image.Image]
     inputs: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    continues: bool = False
 
     @property
     def tokens(self) -> int:
@@ -71,6 +73,7 @@ def read_prompt(
     context: int | None,
     max_images: int | None = None,
     literal: "LiteralTexts | None" = None,
+    continue_last: bool = False,
 ) -> Prompt:
     """Render a conversation, decode its images and count its tokens.
 
@@ -80,12 +83,18 @@ def read_prompt(
         context: maximum tokens of a conversation and its answer; None for no limit.
         max_images: maximum number of images in a conversation; None for no limit.
         literal: encodes control tokens as plain text; None keeps them as control tokens.
+        continue_last: end the prompt with the text of the last message, which is the assistant's.
 
     Raises:
         PromptTooLong: the conversation fills the context.
         ValueError: an image without a placeholder, a placeholder without an image, too many images, or an unusable
-            image or text.
+            image or text; or the message to continue is not the assistant's.
     """
+    if continue_last and conversation[-1].get("role") != "assistant":
+        raise ValueError(
+            f"the last message has the role {conversation[-1].get('role')!r}, so it cannot be continued; expected "
+            "'assistant'."
+        )
     # Images are rotated here, so that their sizes and token counts match those in the image processor.
     own = processor.image_processor
     options = ReadOptions(
@@ -93,7 +102,7 @@ def read_prompt(
         alpha_background=getattr(own, "alpha_background", "white"),
     )
     images = [image for message in conversation for image in _images(message, options)]
-    ids = _ids(processor, conversation, literal)
+    ids = _ids(processor, conversation, literal, continue_last)
     places = ids.count(processor.image_token_id)
     if places != len(images):
         raise ValueError(
@@ -111,6 +120,7 @@ def read_prompt(
         image_token_id=processor.image_token_id,
         image_tokens=list(counts.num_image_tokens or []),
         images=images,
+        continues=continue_last,
     )
     if context is not None and prompt.tokens >= context:
         raise PromptTooLong(prompt.tokens, context)
@@ -153,14 +163,15 @@ class LiteralTexts:
         self._template, self._tokenizer = processor.chat_template, copy.deepcopy(processor.tokenizer)
         self._lock = threading.Lock()
 
-    def encode(self, conversation: Conversation) -> list[int]:
-        """Return the token ids of a conversation, with one placeholder per image."""
+    def encode(self, conversation: Conversation, continue_last: bool = False) -> list[int]:
+        """Return the token ids of a conversation, with one placeholder per image; see `read_prompt`."""
         options = {"sanitize_control_tokens": True} if compat.SANITIZES_CONTROL_TOKENS else {}
         with self._lock:
             encoded = self._tokenizer.apply_chat_template(
                 conversation,
                 chat_template=self._template,
-                add_generation_prompt=True,
+                add_generation_prompt=not continue_last,
+                continue_final_message=continue_last,
                 tokenize=True,
                 return_dict=True,
                 **options,
@@ -174,8 +185,12 @@ def is_utf8(text: str) -> bool:
     return not _SURROGATES.search(text)
 
 
-def _ids(processor: Any, conversation: Conversation, literal: "LiteralTexts | None") -> list[int]:
-    text = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+def _ids(processor: Any, conversation: Conversation, literal: "LiteralTexts | None", continue_last: bool) -> list[int]:
+    # In a text to continue, Transformers finds no literal <image>; what this rendering is for needs no such text.
+    continues = continue_last and literal is None
+    text = processor.apply_chat_template(
+        conversation, add_generation_prompt=not continues, continue_final_message=continues, tokenize=False
+    )
     if not is_utf8(text):
         raise ValueError("the text has bytes that are not UTF-8. Decode it with its own encoding.")
     tokenizer = processor.tokenizer
@@ -184,7 +199,7 @@ def _ids(processor: Any, conversation: Conversation, literal: "LiteralTexts | No
     if literal is None:
         ids: list[int] = tokenizer(text, add_special_tokens=not bos)["input_ids"]
         return ids
-    return [*([] if bos else tokenizer("")["input_ids"]), *literal.encode(conversation)]
+    return [*([] if bos else tokenizer("")["input_ids"]), *literal.encode(conversation, continue_last)]
 
 
 def _images(message: dict[str, Any], options: ReadOptions) -> Iterator[Image.Image]:

@@ -127,7 +127,7 @@ class Request:
         self.encoded_images: int | None = None
         self._text = ""
         self._reason: FinishReason | None = None
-        self._decoding = AnswerText(self._tokenizer, self.sampling.stop)
+        self._decoding = AnswerText(self._tokenizer, self.sampling.stop, continues=self.prompt.continues)
         self.chooser: RowChooser | None = None
         self.logprobs: list[TokenLogprob] = []
 

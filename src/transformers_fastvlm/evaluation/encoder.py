@@ -100,9 +100,9 @@ def judge_encoder(
     total = len(val) + (len(train) if learns else 0)
     done = 0
 
-    def advance(pictures: int) -> None:
+    def advance(images: int) -> None:
         nonlocal done
-        done += pictures
+        done += images
         progress(done, total)
 
     processor.do_exif_transpose, processor.max_pixels = do_exif_transpose, max_pixels
@@ -175,7 +175,7 @@ def encode(
     processor: FastVLMImageProcessorPil,
     images: LabelledImages,
     batch_size: int,
-    advance: Callable[[int], None] = lambda pictures: None,
+    advance: Callable[[int], None] = lambda images: None,
 ) -> tuple[Tensor, Tensor]:
     """Return the mean features, (images, channels), and the pooled output, (images, dimensions), in float32.
 

@@ -31,7 +31,7 @@ __all__ = ["JOURNAL", "LOG", "EvaluationOptions", "evaluate"]
 
 JOURNAL, LOG = "journal.jsonl", "harness.log"
 
-_PICTURES_OF_TASK = 200
+_IMAGES_OF_TASK = 200
 _LARGEST_SIDE = 512  # of their copies, in pixels
 _READING = ("do_exif_transpose", "alpha_background", "max_pixels")
 
@@ -53,7 +53,7 @@ class EvaluationOptions:
         engine: one of `transformers_fastvlm.engines.ENGINES`.
         engine_options: of the engine, such as `dtype`, `device` and `size`.
         batch_size: questions in a batch; a killed run loses at most one batch.
-        pictures: keep small copies of the images of up to 200 samples for each task, the lowest scores first; None
+        images: keep small copies of the images of up to 200 samples for each task, the lowest scores first; None
             keeps them for `data` only.
         time_first_token: also measure the time to the first token.
     """
@@ -71,7 +71,7 @@ class EvaluationOptions:
     engine: str = "transformers"
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 16
-    pictures: bool | None = None
+    images: bool | None = None
     time_first_token: bool = True
 
 
@@ -147,8 +147,8 @@ def evaluate(
         samples: list[Sample] = []
         for name, task in tasks.items():
             results[name], found = _result(name, task, outcome)
-            pictured = options.data is not None if options.pictures is None else options.pictures
-            samples += _with_pictures(found, task, folder / IMAGES) if pictured else found
+            keeps_images = options.data is not None if options.images is None else options.images
+            samples += _with_images(found, task, folder / IMAGES) if keeps_images else found
         elsewhere = loading + answering.timing_seconds
         total = time.perf_counter() - start - elsewhere + answering.reused_seconds
     settings = {
@@ -312,23 +312,23 @@ def _sample_score(task: Any, metric: str, value: Any) -> float:
     return float(value)
 
 
-def _with_pictures(samples: list[Sample], task: Any, folder: Path) -> Iterator[Sample]:
+def _with_images(samples: list[Sample], task: Any, folder: Path) -> Iterator[Sample]:
     """Yield the samples, those with the lowest scores with small copies of their images."""
-    worst = sorted(samples, key=lambda sample: sample.score)[:_PICTURES_OF_TASK]
+    worst = sorted(samples, key=lambda sample: sample.score)[:_IMAGES_OF_TASK]
     wanted = {sample.doc_id for sample in worst}
     for sample in samples:
         names = []
         if sample.doc_id in wanted:
-            for at, picture in enumerate(task.doc_to_visual(task.eval_docs[sample.doc_id]) or []):
+            for at, image in enumerate(task.doc_to_visual(task.eval_docs[sample.doc_id]) or []):
                 names.append(f"{sample.task}/{sample.doc_id}-{at}.jpg")
-                _save_small(picture, folder / names[-1])
+                _save_small(image, folder / names[-1])
         yield Sample(**{**vars(sample), "images": tuple(names)})
 
 
-def _save_small(picture: Image.Image, path: Path) -> None:
+def _save_small(image: Image.Image, path: Path) -> None:
     """Write a decoded image as JPEG, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    small = pil_to_rgb(picture, WHITE).copy()
+    small = pil_to_rgb(image, WHITE).copy()
     small.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
     with replacing(path, sync=False) as file:
         small.save(file, "JPEG", quality=85)

@@ -179,7 +179,7 @@ class _Answering:
 
     def _opened(self, batches: Sequence[Sequence[Any]]) -> Generator[list[Conversation]]:
         """Yield the conversations of each batch; a thread opens the images of the next batch in the meantime."""
-        with ThreadPoolExecutor(1, "fastvlm-pictures") as thread:
+        with ThreadPoolExecutor(1, "fastvlm-images") as thread:
             following: Future[list[Conversation]] | None = None
             for batch in batches:
                 ready, following = following, thread.submit(self._conversations, batch)
@@ -281,9 +281,9 @@ def _content(parts: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, A
     """Return the parts of a message for an engine, with the images at the <image> placeholders of the question."""
     found = [_part(part, where) for part in parts]
     texts = [part["text"] for part in found if "text" in part]
-    pictures = [part["image"] for part in found if "image" in part]
-    if len(texts) == 1 and texts[0].count(IMAGE_TOKEN) == len(pictures):
-        return place_images(texts[0], pictures)
+    images = [part["image"] for part in found if "image" in part]
+    if len(texts) == 1 and texts[0].count(IMAGE_TOKEN) == len(images):
+        return place_images(texts[0], images)
     # The user cannot change a benchmark's questions, so <image> is literal text here instead of an error.
     return [part | {"text": part["text"].replace(IMAGE_TOKEN, LITERAL)} if "text" in part else part for part in found]
 
@@ -293,13 +293,13 @@ def _part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     if part["type"] == "text":
         return {"type": "text", "text": part["text"]}
-    picture = part.get("url")
-    if part["type"] != "image" or not isinstance(picture, Image.Image):
+    image = part.get("url")
+    if part["type"] != "image" or not isinstance(image, Image.Image):
         raise ValueError(
-            f"{where} has a part {part['type']!r} of type {type(picture).__name__}; the model fastvlm accepts only "
+            f"{where} has a part {part['type']!r} of type {type(image).__name__}; the model fastvlm accepts only "
             "text and decoded images."
         )
-    return {"type": "image", "image": picture}
+    return {"type": "image", "image": image}
 
 
 @functools.cache

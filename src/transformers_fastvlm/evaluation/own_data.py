@@ -43,7 +43,7 @@ class OwnData:
     rows: Rows
     images: ImageFolder
 
-    def pictures(self, row: int) -> list[Image.Image]:
+    def open_images(self, row: int) -> list[Image.Image]:
         """Return the images of a row, decoded.
 
         Raises:
@@ -136,7 +136,7 @@ def own_task(data: OwnData, metric: str, suffix: str | None, max_new_tokens: int
         "task": data.name,
         "test_split": "test",
         "output_type": "generate_until",
-        "doc_to_visual": lambda document: data.pictures(document["row"]),
+        "doc_to_visual": lambda document: data.open_images(document["row"]),
         "doc_to_text": ask,
         "doc_to_target": "answers",
         "process_results": judge,

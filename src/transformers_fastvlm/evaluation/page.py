@@ -106,10 +106,10 @@ def write_page(
         of=len(cases),
         of_task=Counter(case.task for case in chosen),
         of_state=Counter(case.state for case in chosen),
-        pictured={case.task for case in cases if case.sample.images},
+        with_images={case.task for case in cases if case.sample.images},
         words=_WORDS,
         state_of=_state,
-        pictures=lambda case: [_embedded(ImageFolder(case.folder).open(image)) for image in case.sample.images],
+        images=lambda case: [_embedded(ImageFolder(case.folder).open(image)) for image in case.sample.images],
         digest=_digest,
     )
     write_lines(Path(file), [page])
@@ -140,11 +140,11 @@ def _choose(cases: list[_Case], most: int) -> list[_Case]:
 
 
 def _spread(cases: list[_Case], number: int) -> list[_Case]:
-    pictured = [case for case in cases if case.sample.images]
-    if 0 < len(pictured) < len(cases):
+    with_images = [case for case in cases if case.sample.images]
+    if 0 < len(with_images) < len(cases):
         rest = [case for case in cases if not case.sample.images]
-        first = min(number, len(pictured))
-        return _spread(pictured, first) + _spread(rest, number - first)
+        first = min(number, len(with_images))
+        return _spread(with_images, first) + _spread(rest, number - first)
     return [cases[index * len(cases) // number] for index in range(number)]
 
 

@@ -133,7 +133,7 @@ def read_run(directory: str | os.PathLike[str]) -> EvaluationRun:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} has no {name}; expected the directory of a finished evaluation. Run fastvlm eval again with "
-                "this directory as --out to resume."
+                "this directory as --output to resume."
             )
     path = folder / RESULTS
     run = _run(_loads(_text(path), str(path)), str(path))

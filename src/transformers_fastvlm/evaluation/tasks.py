@@ -130,7 +130,7 @@ def load_task(name: str, path: Path) -> Any:
         del arguments["token"]  # datasets would fail without a token although the data are public
     config["dataset_kwargs"] = arguments or None
     if name == "seedbench":
-        config["process_docs"] = _only_pictures
+        config["process_docs"] = _only_images
     try:
         with _offline_where_there_is_no_network(ConfigurableMessagesTask.download.retry):
             task = ConfigurableMessagesTask(config=config, model_name="fastvlm")
@@ -197,7 +197,7 @@ def _members(path: Path) -> Iterator[str]:
         yield member
 
 
-def _only_pictures(documents: Any) -> Any:
+def _only_images(documents: Any) -> Any:
     return documents.filter(lambda kind: kind == "image", input_columns=["data_type"])
 
 

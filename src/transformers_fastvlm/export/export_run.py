@@ -3,6 +3,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -53,6 +54,7 @@ def export(
     external_data: bool | None = None,
     name: str | None = None,
     say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, doing: None,
 ) -> Export:
     """Write a model in the format of another runtime.
 
@@ -68,7 +70,8 @@ def export(
         external_data: for "onnx": store weights in separate files beside the graphs; by default only if a graph
             would otherwise exceed 2 GB.
         name: of the model in the card, such as its name on the hub; by default the directory's name.
-        say: called with a line of progress.
+        say: called with a line before each step.
+        progress: called with the number of finished steps, the largest number of steps, and the line of the next one.
 
     Raises:
         FileExistsError: `out` exists and is not an empty directory.
@@ -88,7 +91,14 @@ def export(
             f"{out} is inside the checkpoint {source.directory}, which is never changed. Choose another directory."
         )
     write = _writer(target, row)
-    options = ExportOptions(precisions=precisions, sizes=tuple(sizes), external_data=external_data, say=say)
+    finished = itertools.count()
+
+    def step(line: str) -> None:
+        say(line)
+        progress(next(finished), total, line)
+
+    options = ExportOptions(precisions=precisions, sizes=tuple(sizes), external_data=external_data, say=step)
+    total = row.steps(options)
     with new_directory(out) as directory:
         report = write(source, directory, options)
         for path in source.licence_files():

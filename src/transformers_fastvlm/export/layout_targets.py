@@ -75,6 +75,7 @@ def _convert(source: Source, out: Path, layout: Layout, options: ExportOptions) 
         if not source.config.vision_config.reparameterized:
             options.say("merging the branches of the encoder's train-time form")
             directory = _merged(source, Path(folder) / "merged", layout)
+        options.say("writing the tensors")
         done = convert(directory, Path(folder) / "converted", layout)
         read_checkpoint(done.directory)
         for path in sorted(done.directory.iterdir(), key=lambda path: (path.name == "config.json", path.name)):

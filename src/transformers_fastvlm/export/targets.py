@@ -85,6 +85,7 @@ class Target:
         sizes: how many image sizes can be given.
         extra: the extra of this package that installs the target's packages.
         packages: import names of the packages in the extra.
+        steps: the largest number of lines that the target says, for a progress bar.
     """
 
     summary: str
@@ -95,6 +96,19 @@ class Target:
     sizes: Literal["none", "one", "many"] = "none"
     extra: str | None = None
     packages: tuple[str, ...] = ()
+    steps: Callable[[ExportOptions], int] = lambda options: 2
+
+
+def _onnx_steps(options: ExportOptions) -> int:
+    """Two graphs for each dtype; three files and a check for each precision."""
+    halves = sum(name in ("float16", "q4f16") for name in options.precisions)
+    dtypes = (halves > 0) + (halves < len(options.precisions))
+    return 2 * dtypes + 4 * len(options.precisions)
+
+
+def _coreml_steps(options: ExportOptions) -> int:
+    """One conversion, and an evaluation for each size."""
+    return 1 + max(1, len(options.sizes))
 
 
 TARGETS: dict[str, Target] = {
@@ -106,6 +120,7 @@ TARGETS: dict[str, Target] = {
         sizes="one",
         extra="onnx",
         packages=("onnx", "onnxruntime", "onnxscript"),
+        steps=_onnx_steps,
     ),
     "coreml": Target(
         summary="the encoder as fastvithd.mlpackage, for Core ML",
@@ -114,6 +129,7 @@ TARGETS: dict[str, Target] = {
         sizes="many",
         extra="coreml",
         packages=("coremltools",),
+        steps=_coreml_steps,
     ),
     "mlx": Target(
         summary="a directory for mlx-vlm",
@@ -128,6 +144,7 @@ TARGETS: dict[str, Target] = {
         precisions=("float16", "q8", "q4"),
         extra="apple-app",
         packages=("mlx", "coremltools"),
+        steps=lambda options: 3,
     ),
     "executorch": Target(
         summary="programs for ExecuTorch's XNNPACK backend",
@@ -136,12 +153,14 @@ TARGETS: dict[str, Target] = {
         sizes="one",
         extra="executorch",
         packages=("executorch",),
+        steps=lambda options: 4,
     ),
     "apple": Target(summary="Apple's layout, for Apple's scripts", module="layout_targets", function="write_apple"),
     "native": Target(
         summary="fast_vlm, which Transformers loads without this package",
         module="layout_targets",
         function="write_native",
+        steps=lambda options: 3,
     ),
 }
 """Every target by its name in `fastvlm export`."""

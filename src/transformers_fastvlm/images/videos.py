@@ -99,7 +99,7 @@ class VideoFrames:
         )
         self.times = [float((time - first) * index.unit) for time in self._wanted]
 
-    def picture(self, position: int) -> "Image":
+    def frame(self, position: int) -> "Image":
         """Return the frame `times[position]`.
 
         Raises:
@@ -242,6 +242,6 @@ def _spread_frames(file: str, count: int, shown: str) -> "list[Image]":
         frames = VideoFrames(file, count=count)
         if frames.damage:
             raise ValueError(frames.damage)
-        return [frames.picture(position) for position in range(len(frames.times))]
+        return [frames.frame(position) for position in range(len(frames.times))]
     except Exception as error:  # PyAV's errors have no common class
         raise ValueError(f"the video {shown!r} cannot be read: {reason_of(error)}") from error

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server of `fastvlm serve`: OpenAI's chat completions over HTTP, by one model on one machine.
 
-A request goes through `application` (limits, key, body), `protocol` (JSON to `ChatRequest`), `request_images` and
-`remote_images`, `preparation` (the model's inputs), the engine and `responses`. `server` listens, and ends on a signal.
+A request goes through `application` (limits, key, body), `json_bodies` and `protocol` or `response_objects` (to a
+`ChatRequest`), `request_images` and `remote_images`, `preparation` (the model's inputs), the engine and
+`answer_sending`. `server` listens, and ends on a signal.
 """
 
 from .server import listen, serve

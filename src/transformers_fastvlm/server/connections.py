@@ -1,112 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Client connections: request bodies within limits, clients that leave or stop reading, and the request log."""
+"""Client connections: request bodies within limits, and clients that leave or stop reading."""
 
 import asyncio
 import contextlib
 import hmac
 import json
-import logging
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .api_errors import ApiError
+from .request_log import Message, Receive, Send, record_of
 
 __all__ = [
-    "CLIENT_LEFT",
     "Bodies",
     "Gone",
-    "Receive",
-    "Record",
-    "Send",
+    "Leaving",
     "check_key",
     "read_body",
-    "record_of",
     "send_error",
     "sender",
-    "unless_gone",
-    "until_gone",
-    "with_log",
+    "unless_over",
+    "until_over",
+    "with_framing",
 ]
 
 T = TypeVar("T")
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
-CLIENT_LEFT = 499
-"""Status in the log for clients that left before the end of the answer."""
-
-_RECORD = "fastvlm.record"
 _LINGER_SECONDS = 2.0
 _WINDOW_SECONDS = 5.0
 _LEAST_RATE = 1000  # bytes a second, over each window
-
-logger = logging.getLogger(__name__)
 
 
 class Gone(Exception):
     """The client left or stopped reading."""
 
 
-@dataclass
-class Record:
-    """Log record of a request.
+def with_framing(application: Any) -> Any:
+    """Return an ASGI application that refuses requests whose end is ambiguous."""
 
-    Attributes:
-        status: status of the response, or CLIENT_LEFT.
-        detail: additional information, never the request's content.
-        body_read: whether the whole body was read.
-        is_event_stream: whether a response with server-sent events has started.
-        at_end: called once when the request has ended.
-    """
-
-    status: int = CLIENT_LEFT
-    detail: str = ""
-    body_read: bool = False
-    is_event_stream: bool = False
-    at_end: Callable[[], None] | None = None
-
-
-def record_of(scope: Message) -> Record:
-    """Return the record of a request."""
-    record: Record = scope.setdefault(_RECORD, Record())
-    return record
-
-
-def with_log(application: Any) -> Any:
-    """Return an ASGI application that also logs one line for each request."""
-
-    async def logged(scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+    async def checked(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (error := _framing_error(scope)) is None:
             await application(scope, receive, send)
             return
-        record, start = record_of(scope), time.monotonic()
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        await send_error(scope, headers, receive, send, error)
 
-        async def noting(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                record.status = message["status"]
-                kinds = [value for name, value in message["headers"] if name == b"content-type"]
-                record.is_event_stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
-            await send(message)
-
-        try:
-            if (error := _framing_error(scope)) is None:
-                await application(scope, receive, noting)
-            else:
-                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-                await send_error(scope, headers, receive, noting, error)
-        finally:
-            if record.at_end is not None:
-                record.at_end()
-            client = scope.get("client") or ("-", 0)
-            path = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
-            seconds = time.monotonic() - start
-            detail = f" {record.detail}" if record.detail else ""
-            logger.info("%s %s %s %d %.3fs%s", client[0], scope["method"], path, record.status, seconds, detail)
-
-    return logged
+    return checked
 
 
 def _framing_error(scope: Message) -> ApiError | None:
@@ -156,13 +96,23 @@ class Bodies:
     If there are too many, or if they hold too many bytes, the slowest one that is older than a few seconds is ended.
 
     Args:
-        count: maximum number of bodies.
+        most: maximum number of bodies.
         size: maximum total bytes.
     """
 
-    def __init__(self, count: int, size: int) -> None:
-        self.count, self.size = count, size
+    def __init__(self, most: int, size: int) -> None:
+        self.most, self.size = most, size
         self._all: set[_Reading] = set()
+
+    @property
+    def count(self) -> int:
+        """Number of bodies."""
+        return len(self._all)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all bodies so far."""
+        return sum(one.size for one in self._all)
 
     @contextlib.contextmanager
     def one(self) -> Iterator[_Reading]:
@@ -171,7 +121,7 @@ class Bodies:
         Raises:
             ApiError: 429, there are too many bodies.
         """
-        if len(self._all) >= self.count:
+        if self.count >= self.most:
             self._end_slowest()
         reading = _Reading(asyncio.get_running_loop().time())
         self._all.add(reading)
@@ -187,7 +137,7 @@ class Bodies:
             ApiError: 429, all bodies together hold too many bytes.
         """
         reading.size += count
-        if sum(one.size for one in self._all) > self.size:
+        if self.bytes > self.size:
             self._end_slowest(reading)
 
     def _end_slowest(self, but: _Reading | None = None) -> None:
@@ -273,27 +223,42 @@ def _too_slow(message: str) -> ApiError:
     return ApiError(408, message, code="request_timeout")
 
 
-async def until_gone(receive: Receive) -> None:
-    """Return when the client leaves; drop what it sends before that."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+Leaving = asyncio.Future[ApiError | None]
+"""Done when a request has to end early: with the error to send, or None if the client left."""
 
 
-async def unless_gone(leaving: asyncio.Future[None], work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, or cancel it if the client leaves first.
+async def until_over(receive: Receive, refused: asyncio.Future[ApiError]) -> ApiError | None:
+    """Return when the client leaves, or with the error if the request is refused; drop what the client sends."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    left = asyncio.ensure_future(gone())
+    both: set[asyncio.Future[Any]] = {left, refused}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        return refused.result() if refused.done() and not left.done() else None
+    finally:
+        left.cancel()
+
+
+async def unless_over(leaving: Leaving, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`, or cancel it if the request ends first.
 
     Args:
-        leaving: a task of `until_gone`.
+        leaving: a task of `until_over`.
 
     Raises:
         Gone: the client left.
+        ApiError: the request is refused.
     """
     task = asyncio.ensure_future(work)
     both: set[asyncio.Future[Any]] = {leaving, task}
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Gone
+            raise leaving.result() or Gone
         return task.result()
     finally:
         if task.cancel():
@@ -329,7 +294,7 @@ async def send_error(scope: Message, headers: Any, receive: Receive, send: Send,
     if unread or error.status == 503:
         own["connection"] = "close"
     fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in own.items()]
-    record_of(scope).detail = record_of(scope).detail or (error.code or "")
+    record_of(scope).code = error.code or ""
     await send({"type": "http.response.start", "status": error.status, "headers": fields})
     await send({"type": "http.response.body", "body": content, "more_body": unread})
     if unread:

@@ -2,17 +2,20 @@
 """Prepare the model's inputs from a request, in threads other than the model's."""
 
 import asyncio
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .. import compat
 from ..engines import Engine, Prompt, PromptTooLong
 from ..images.fetching import Budget
+from .admission import Place
 from .api_errors import ApiError
 from .connections import Gone
 from .daemon_threads import DaemonThreads
+from .fair_turns import Turn, Turns
 from .protocol import ChatRequest
 from .remote_images import Fetcher
 from .request_images import data_of, decode, is_remote
@@ -60,6 +63,23 @@ class _Work:
         return ApiError(400, message, param="messages", code="image_too_slow")
 
 
+class _Held(Budget):
+    """Bytes that a request's downloads may use, which count for all requests too."""
+
+    def __init__(self, size: int, place: Place) -> None:
+        super().__init__(size)
+        self._place = place
+
+    def spend(self, count: int) -> None:
+        """See `Budget.spend`.
+
+        Raises:
+            ApiError: 429, all requests hold too many bytes.
+        """
+        super().spend(count)
+        self._place.grow(count)
+
+
 class Preparation:
     """Makes the model's inputs.
 
@@ -80,6 +100,7 @@ class Preparation:
         # Each kind has its own threads, so that texts do not wait for images.
         self._texts, self._images = DaemonThreads(_THREADS, "texts"), DaemonThreads(_THREADS, "images")
         self._fetching = DaemonThreads(_FETCHING, "fetch")
+        self._turns = Turns(_THREADS)  # of images
 
     def close(self) -> None:
         """End the threads; cancelled work is dropped."""
@@ -91,8 +112,10 @@ class Preparation:
         """Run a short function on a thread for texts."""
         return await asyncio.get_running_loop().run_in_executor(self._texts, function, *arguments)
 
-    async def prompt(self, request: ChatRequest) -> tuple[Prompt, int]:
+    async def prompt(self, request: ChatRequest, place: Place) -> tuple[Prompt, int]:
         """Return a prompt with the model's inputs, and the maximum tokens of its answer.
+
+        Images of a client wait for those of clients that have fewer in the making; see `Turns`.
 
         Cancellation ends the work before the next image. A decoder cannot be interrupted, but nothing waits for it.
 
@@ -100,7 +123,7 @@ class Preparation:
             ApiError: 400 for an image that cannot be used or takes too long, or a prompt that is too long; 503 if
                 other requests occupy all threads.
         """
-        contents = await self._contents(request)
+        contents = await self._contents(request, place)
         threads = self._images if request.pictures else self._texts
         loop = asyncio.get_running_loop()
 
@@ -111,18 +134,29 @@ class Preparation:
         work = _Work(lambda: loop.call_soon_threadsafe(begun))
         try:
             async with asyncio.timeout(_WAIT_SECONDS) as limit:
-                return await loop.run_in_executor(threads, self._prepare, work, request, contents)
+                with self._turn(place) if request.pictures else contextlib.nullcontext() as turn:
+                    if turn is not None:
+                        await turn.given
+                    return await loop.run_in_executor(threads, self._prepare, work, request, contents)
         except TimeoutError as error:
             raise work.too_slow() from error
         finally:
             work.cancelled = True
 
-    async def _contents(self, request: ChatRequest) -> list[bytes]:
+    @contextlib.contextmanager
+    def _turn(self, place: Place) -> Iterator[Turn]:
+        turn = self._turns.ask(place.client)
+        try:
+            yield turn
+        finally:
+            turn.end()
+
+    async def _contents(self, request: ChatRequest, place: Place) -> list[bytes]:
         loop = asyncio.get_running_loop()
         remote = {index: picture for index, picture in enumerate(request.pictures) if is_remote(picture)}
         for picture in remote.values():
             self.fetcher.check(picture)
-        budget = Budget(self.settings.max_body_bytes)
+        budget = _Held(self.settings.max_body_bytes, place)
         tasks = [loop.run_in_executor(self._fetching, self.fetcher.fetch, one, budget) for one in remote.values()]
         # Two rounds: there may be as many others before it in the executor.
         patience = 2 * self.settings.fetch_timeout + 1
@@ -157,7 +191,7 @@ class Preparation:
         ]
         work.check()
         try:
-            prompt = self.engine.prepare(conversation, literal=True)
+            prompt = self.engine.prepare(conversation, literal=True, continue_last=request.continues)
         except PromptTooLong as error:
             self._room(request, error.tokens)
             raise

@@ -1,31 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenAI's chat completions: the validation of requests and the format of answers.
+"""OpenAI's chat completions: the validation of requests.
 
 An unsupported field that would change the answer is refused. Null, and values without effect, count as not given.
 """
 
-import json
-import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..engines.base import MIN_TEMPERATURE
+from ..engines import Schema
+from ..engines.base import MAX_BIASES, MAX_LOGPROBS, MIN_TEMPERATURE
 from ..engines.prompts import is_utf8
 from .api_errors import ApiError
+from .field_checks import (
+    IGNORED,
+    TAKEN,
+    Refused,
+    missing,
+    number,
+    refuse_others,
+    shown,
+    take,
+    whole,
+    wrong,
+)
 from .settings import Settings
 
-__all__ = ["ChatRequest", "Picture", "chunk", "completion", "parse_chat", "parse_json", "usage"]
-
-MAX_MARKS = 20_000
-"""Maximum number of the characters `[`, `{`, `,` and `:` in a body: one per JSON value; base64 has none of them."""
-
-MAX_DEPTH = 32
-"""Maximum nesting of lists and objects in a body; a request needs six levels."""
-
-MAX_DIGITS = 100
-"""Maximum characters of a number in a body."""
+__all__ = [
+    "FIELDS",
+    "ChatRequest",
+    "Picture",
+    "check_model",
+    "parse_chat",
+    "parse_messages",
+    "schema_of",
+    "temperature_of",
+    "top_p_of",
+    "unknown_model",
+]
 
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
@@ -34,33 +46,77 @@ MAX_PARTS = 1000
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256
 MAX_SEED = 2**63 - 1
+MAX_TOKEN_DIGITS = 9
 
-_SUPPORTED = {
-    "model", "messages", "stream", "stream_options", "stop", "max_tokens", "max_completion_tokens", "temperature",
-    "top_p", "seed", "n",
-}  # fmt: skip
-_WITHOUT_EFFECT = {
-    "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "reasoning_effort",
-}  # fmt: skip
-_WITHOUT_EFFECT_IN_MESSAGES = {"name", "cache_control"}
-_NEUTRAL: dict[str, Sequence[Any]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "tools": ([],),
-    "tool_choice": ("auto", "none"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("auto", "none"),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
+_TOOLS = "calls no tools"
+_TEXT = "answers with text only"
+
+FIELDS: dict[str, str | Refused] = {
+    "model": TAKEN,
+    "messages": TAKEN,
+    "stream": TAKEN,
+    "stream_options": TAKEN,
+    "max_completion_tokens": TAKEN,
+    "max_tokens": TAKEN,
+    "temperature": TAKEN,
+    "top_p": TAKEN,
+    "seed": TAKEN,
+    "n": TAKEN,
+    "stop": TAKEN,
+    "frequency_penalty": TAKEN,
+    "presence_penalty": TAKEN,
+    "logit_bias": TAKEN,
+    "logprobs": TAKEN,
+    "top_logprobs": TAKEN,
+    "response_format": TAKEN,
+    # Names of vLLM and Transformers, for a last message of the assistant.
+    "add_generation_prompt": TAKEN,
+    "continue_final_message": TAKEN,
+    # About the client, and about how OpenAI keeps, bills and speeds up a request.
+    "user": IGNORED,
+    "safety_identifier": IGNORED,
+    "metadata": IGNORED,
+    "store": IGNORED,
+    "service_tier": IGNORED,
+    "prompt_cache_key": IGNORED,
+    "prompt_cache_options": IGNORED,
+    "prompt_cache_retention": IGNORED,
+    "prediction": IGNORED,
+    # Hints for models that reason.
+    "reasoning_effort": IGNORED,
+    "verbosity": IGNORED,
+    "audio": Refused(_TEXT),
+    "modalities": Refused(_TEXT, (["text"],)),
+    "moderation": Refused("checks no contents"),
+    "tools": Refused(_TOOLS, ([],)),
+    "tool_choice": Refused(_TOOLS, ("auto", "none")),
+    "parallel_tool_calls": Refused(_TOOLS, (True, False)),
+    "functions": Refused(_TOOLS, ([],)),
+    "function_call": Refused(_TOOLS, ("auto", "none")),
+    "web_search_options": Refused(_TOOLS),
 }
+"""Every field of OpenAI's chat completions, and the two that others add: taken, ignored, or refused with a reason."""
+
+_STREAM_OPTIONS: dict[str, str | Refused] = {
+    "include_usage": TAKEN,
+    "include_obfuscation": Refused("sends no padding", (False,)),
+}
+
+# An answer that is sent back as a message has fields without effect.
+_MESSAGE: dict[str, str | Refused] = {
+    "role": TAKEN,
+    "content": TAKEN,
+    "name": IGNORED,
+    "cache_control": IGNORED,
+    "annotations": Refused(_TEXT, ([],)),
+    "audio": Refused(_TEXT),
+    "refusal": Refused(_TEXT),
+    "function_call": Refused(_TOOLS),
+    "tool_calls": Refused(_TOOLS, ([],)),
+}
+_PART: dict[str, str | Refused] = {"type": TAKEN, "cache_control": IGNORED, "prompt_cache_breakpoint": IGNORED}
+_IMAGE_URL = {"url": TAKEN, "detail": TAKEN}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_KINDS = {str: "a text", list: "a list", dict: "an object", bool: "true or false", int: "a whole number"}
 
 
 @dataclass(frozen=True)
@@ -78,99 +134,29 @@ class ChatRequest:
     Attributes:
         messages: each a role ("system", "user" or "assistant") and a list of parts: {"type": "text", "text": …}, or
             {"type": "image"} for the next of `pictures`.
+        continues: whether the answer continues the last message, which is the assistant's and has one text.
         max_tokens: None if the request has no limit.
         temperature: 0 means greedy decoding.
+        logprobs: number of the most probable tokens to report at each place; None for no probabilities.
+        schema: the form of the answer; None for free text.
     """
 
     messages: list[dict[str, Any]]
     pictures: tuple[Picture, ...]
+    continues: bool
     stream: bool
-    include_usage: bool
+    include_usage: bool = False
     max_tokens: int | None
     temperature: float
     top_p: float
-    seed: int | None
-    n: int
-    stop: tuple[str, ...]
-
-
-def parse_json(body: bytes) -> Any:
-    """Return the JSON value of a body.
-
-    Python's parser holds the interpreter lock for the whole body, so slow input is refused first.
-
-    Raises:
-        ApiError: 413, more values than a request needs; 400, invalid or unaccepted JSON.
-    """
-    marks = sum(body.count(mark) for mark in (b"[", b"{", b",", b":"))
-    if marks > MAX_MARKS:
-        raise ApiError(
-            413,
-            f"The body has {marks} of the characters [ {{ , and : together; this server accepts {MAX_MARKS}. "
-            "Send fewer messages, parts and fields.",
-            code="request_too_large",
-        )
-    try:
-        # Some editors write a byte order mark, which is not part of the text.
-        found = json.loads(
-            body.decode("utf-8-sig"),
-            object_pairs_hook=_object,
-            parse_int=_number_of(int),
-            parse_float=_number_of(float),
-            parse_constant=_no_number,
-        )
-    except UnicodeDecodeError as error:
-        raise ApiError(400, "The body is not UTF-8; expected JSON in UTF-8.", code="invalid_json") from error
-    except RecursionError as error:
-        raise _too_deep() from error
-    except json.JSONDecodeError as error:
-        raise ApiError(400, f"The body is not JSON: {error}.", code="invalid_json") from error
-    except ValueError as error:
-        raise ApiError(400, f"The body is not a request: {error}", code="invalid_json") from error
-    if _depth(found) > MAX_DEPTH:
-        raise _too_deep()
-    return found
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"an object has the key {_shown(twice)} twice; give it once.")
-    return found
-
-
-def _number_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a parser for numbers of a kind."""
-
-    def read(text: str) -> Any:
-        if len(text) > MAX_DIGITS:
-            message = f"it has a number of {len(text)} characters; this server accepts up to {MAX_DIGITS}."
-            raise ValueError(message)
-        number = kind(text)
-        if not math.isfinite(number):
-            raise ValueError(f"{text} is too large for a number; expected one below 1.8e308.")
-        return number
-
-    return read
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is not a number in JSON.")
-
-
-def _depth(value: Any) -> int:
-    """Return the nesting depth of a value: 0 for one that is neither a list nor an object."""
-    depth, level = 0, [value]
-    while level := [one for one in level if isinstance(one, dict | list)]:
-        depth += 1
-        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
-    return depth
-
-
-def _too_deep() -> ApiError:
-    message = f"The body's JSON is nested too deeply; this server accepts {MAX_DEPTH} levels of lists and objects."
-    return ApiError(400, message, code="invalid_json")
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    schema: Schema | None = None
 
 
 def parse_chat(body: Any, settings: Settings) -> ChatRequest:
@@ -180,34 +166,32 @@ def parse_chat(body: Any, settings: Settings) -> ChatRequest:
         ApiError: 404 for another model, else 400.
     """
     if not isinstance(body, dict):
-        raise ApiError(400, f"The body is {_shown(body)}; expected an object with model and messages.")
-    _refuse_unknown(body)
-    model = _take(body, "model", str)
-    if model is None:
-        raise _missing("model")
-    if model != settings.name:
-        raise unknown_model(model, settings)
-    messages, pictures = _messages(_take(body, "messages", list), settings)
-    stream = bool(_take(body, "stream", bool))
-    options = _take(body, "stream_options", dict)
+        raise ApiError(400, f"The body is {shown(body)}; expected an object with model and messages.")
+    refuse_others(body, FIELDS)
+    check_model(body, settings)
+    messages, pictures = parse_messages(take(body, "messages", list), settings)
+    stream = bool(take(body, "stream", bool))
+    options = take(body, "stream_options", dict)
     if options is not None and not stream:
         raise ApiError(400, "stream_options needs stream: true; leave it out.", param="stream_options")
-    for key, value in (options or {}).items():
-        if key not in ("include_usage", "include_obfuscation") and value is not None:
-            raise _unsupported(f"stream_options.{key}")
-    if _take(options or {}, "include_obfuscation", bool, "stream_options."):
-        raise _unsupported("stream_options.include_obfuscation")
+    refuse_others(options or {}, _STREAM_OPTIONS, "stream_options.")
     return ChatRequest(
         messages=messages,
         pictures=pictures,
+        continues=_continues(body, messages),
         stream=stream,
-        include_usage=bool(_take(options or {}, "include_usage", bool, "stream_options.")),
+        include_usage=bool(take(options or {}, "include_usage", bool, "stream_options.")),
         max_tokens=_max_tokens(body, settings),
-        temperature=_temperature(body),
-        top_p=_top_p(body),
-        seed=_whole(body, "seed", -MAX_SEED - 1, MAX_SEED),
-        n=_whole(body, "n", 1, settings.batch_size) or 1,
+        temperature=temperature_of(body),
+        top_p=top_p_of(body),
+        seed=whole(body, "seed", -MAX_SEED - 1, MAX_SEED),
+        n=whole(body, "n", 1, settings.batch_size) or 1,
         stop=_stops(body),
+        presence_penalty=number(body, "presence_penalty", 0.0, -2.0, 2.0),
+        frequency_penalty=number(body, "frequency_penalty", 0.0, -2.0, 2.0),
+        logit_bias=_biases(body),
+        logprobs=_logprobs(body),
+        schema=_schema(body),
     )
 
 
@@ -215,79 +199,52 @@ def unknown_model(name: str, settings: Settings) -> ApiError:
     """Return the error for an unknown model."""
     return ApiError(
         404,
-        f"The model {_shown(name)} is not served here; expected {settings.name!r}.",
+        f"The model {shown(name)} is not served here; expected {settings.name!r}.",
         param="model",
         code="model_not_found",
     )
 
 
-def _refuse_unknown(body: Mapping[str, Any]) -> None:
-    for key, value in body.items():
-        if value is None or key in _SUPPORTED or key in _WITHOUT_EFFECT:
-            continue
-        if key not in _NEUTRAL or not any(value == neutral for neutral in _NEUTRAL[key]):
-            raise _unsupported(key)
+def check_model(body: Mapping[str, Any], settings: Settings) -> None:
+    """Raise ApiError unless the request names the model that is served."""
+    model = take(body, "model", str)
+    if model is None:
+        raise missing("model")
+    if model != settings.name:
+        raise unknown_model(model, settings)
 
 
-def _unsupported(param: str) -> ApiError:
-    shown = param[:100]
-    return ApiError(
-        400, f"{shown} is not supported by this server; leave it out.", param=shown, code="unsupported_parameter"
-    )
+def _continues(body: Mapping[str, Any], messages: list[dict[str, Any]]) -> bool:
+    """Return whether the answer continues the last message; that is so if, and only if, it is the assistant's."""
+    continues = bool(messages[-1]["role"] == "assistant")
+    for key, needed in (("continue_final_message", continues), ("add_generation_prompt", not continues)):
+        if take(body, key, bool) not in (None, needed):
+            role, expected = messages[-1]["role"], str(needed).lower()
+            raise wrong(key, body[key], f"{expected}, because the last message has role {role}. Leave it out")
+    return continues
 
 
-def _missing(param: str) -> ApiError:
-    return ApiError(400, f"{param} is missing.", param=param, code="missing_required_parameter")
-
-
-def _wrong(param: str, value: Any, expected: str) -> ApiError:
-    return ApiError(400, f"{param} is {_shown(value)}; expected {expected}.", param=param, code="invalid_value")
-
-
-def _take(body: Mapping[str, Any], key: str, kind: type, prefix: str = "") -> Any:
-    """Return a field, or None if it is null or missing."""
-    value = body.get(key)
-    # bool is a kind of int in Python.
-    if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-        raise _wrong(prefix + key, value, _KINDS[kind])
-    return value
-
-
-def _whole(body: Mapping[str, Any], key: str, low: int, high: int) -> int | None:
-    value: int | None = _take(body, key, int)
-    if value is not None and not low <= value <= high:
-        raise _wrong(key, value, f"{low} to {high}")
-    return value
-
-
-def _number(body: Mapping[str, Any], key: str, default: float, low: float, high: float) -> float:
-    value = body.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise _wrong(key, value, f"a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _temperature(body: Mapping[str, Any]) -> float:
-    value = _number(body, "temperature", 0.0, 0.0, 2.0)
+def temperature_of(body: Mapping[str, Any]) -> float:
+    """Return the temperature; 0 for greedy decoding."""
+    value = number(body, "temperature", 0.0, 0.0, 2.0)
     return value if value >= MIN_TEMPERATURE else 0.0
 
 
-def _top_p(body: Mapping[str, Any]) -> float:
-    value = _number(body, "top_p", 1.0, 0.0, 1.0)
+def top_p_of(body: Mapping[str, Any]) -> float:
+    """Return top_p, above 0."""
+    value = number(body, "top_p", 1.0, 0.0, 1.0)
     if value == 0:
-        raise _wrong("top_p", 0, "a number above 0, up to 1. For greedy decoding set temperature to 0")
+        raise wrong("top_p", 0, "a number above 0, up to 1. For greedy decoding set temperature to 0")
     return value
 
 
 def _max_tokens(body: Mapping[str, Any], settings: Settings) -> int | None:
-    given = {key: _take(body, key, int) for key in ("max_completion_tokens", "max_tokens") if body.get(key) is not None}
+    given = {key: take(body, key, int) for key in ("max_completion_tokens", "max_tokens") if body.get(key) is not None}
     if len(set(given.values())) > 1:
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them.", param="max_tokens")
     for key, value in given.items():
         if not 1 <= value <= settings.max_answer_tokens:
-            raise _wrong(key, value, f"1 to {settings.max_answer_tokens}, this server's limit for an answer")
+            raise wrong(key, value, f"1 to {settings.max_answer_tokens}, this server's limit for an answer")
         return int(value)
     return None
 
@@ -297,13 +254,79 @@ def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
     good = isinstance(stops, list) and len(stops) <= MAX_STOPS
     if not good or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
-        raise _wrong("stop", value, f"a text, or a list of up to {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} characters")
+        raise wrong("stop", value, f"a text, or a list of up to {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} characters")
     return tuple(stops)
 
 
-def _messages(messages: list[Any] | None, settings: Settings) -> tuple[list[dict[str, Any]], tuple[Picture, ...]]:
+def _biases(body: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
+    biases = take(body, "logit_bias", dict) or {}
+    if len(biases) > MAX_BIASES:
+        raise ApiError(
+            400, f"logit_bias has {len(biases)} tokens; this server accepts {MAX_BIASES}.", param="logit_bias"
+        )
+    for token in biases:
+        if not (token.isascii() and token.isdigit() and len(token) <= MAX_TOKEN_DIGITS):
+            raise wrong("logit_bias", token, 'ids of tokens, such as {"50": -100}')
+    return tuple((int(token), number(biases, token, 0.0, -100.0, 100.0, "logit_bias.")) for token in biases)
+
+
+def _logprobs(body: Mapping[str, Any]) -> int | None:
+    top = whole(body, "top_logprobs", 0, MAX_LOGPROBS)
+    if take(body, "logprobs", bool):
+        return top or 0
+    if top:
+        raise ApiError(400, "top_logprobs needs logprobs: true; leave it out.", param="top_logprobs")
+    return None
+
+
+def _schema(body: Mapping[str, Any]) -> Schema | None:
+    given = take(body, "response_format", dict) or {}
+    if given.get("type") == "json_schema":
+        refuse_others(given, {"type": TAKEN, "json_schema": TAKEN}, "response_format.")
+        if (named := take(given, "json_schema", dict, "response_format.")) is None:
+            raise missing("response_format.json_schema")
+        return schema_of({"type": "json_schema", **named}, "response_format.json_schema.", body)
+    return schema_of(given, "response_format.", body)
+
+
+def schema_of(given: Mapping[str, Any], prefix: str, body: Mapping[str, Any]) -> Schema | None:
+    """Return the form that an answer must have, or None for free text.
+
+    Args:
+        given: its type, and for "json_schema" a name, which has no effect, and the schema.
+        prefix: of the fields of `given` in errors.
+        body: the request.
+    """
+    kind = given.get("type", "text")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise wrong(f"{prefix}type", kind, "text, json_object or json_schema")
+    names = {"name": IGNORED, "description": IGNORED, "strict": IGNORED, "schema": TAKEN}
+    refuse_others(given, {"type": TAKEN} | (names if kind == "json_schema" else {}), prefix)
+    if kind == "text":
+        return None
+    if _stops(body):
+        message = "stop and a form of the answer are both given, and a stop text could cut the JSON; leave stop out."
+        raise ApiError(400, message, param="stop")
+    if kind == "json_object":
+        return Schema.json_object()
+    if (schema := take(given, "schema", dict, prefix)) is None:
+        raise missing(f"{prefix}schema")
+    try:
+        return Schema.json(schema)
+    except ValueError as error:
+        raise ApiError(400, f"{prefix}schema: {error}", param=f"{prefix}schema", code="invalid_schema") from error
+
+
+def parse_messages(
+    messages: list[Any] | None, settings: Settings, name: str = "messages"
+) -> tuple[list[dict[str, Any]], tuple[Picture, ...]]:
+    """Check the messages of a request; `name` is the field that has them.
+
+    Returns:
+        `ChatRequest.messages` and `ChatRequest.pictures`.
+    """
     if not messages:
-        raise _missing("messages")
+        raise missing(name)
     if len(messages) > MAX_MESSAGES:
         raise _too_many(len(messages), "messages", MAX_MESSAGES)
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
@@ -311,10 +334,13 @@ def _messages(messages: list[Any] | None, settings: Settings) -> tuple[list[dict
     if parts > MAX_PARTS:
         raise _too_many(parts, "parts", MAX_PARTS)
     pictures: list[Picture] = []
-    checked = [_message(message, f"messages[{index}]", pictures) for index, message in enumerate(messages)]
-    if checked[-1]["role"] != "user":
-        where = f"messages[{len(checked) - 1}]"
-        raise ApiError(400, "The last message is not the user's; expected a question to answer.", param=where)
+    checked = [_message(message, f"{name}[{index}]", pictures) for index, message in enumerate(messages)]
+    if checked[-1]["role"] == "system":
+        message = "The last message has role system; expected a user's to answer, or an assistant's to continue."
+        raise ApiError(400, message, param=f"{name}[{len(checked) - 1}]")
+    if checked[-1]["role"] == "assistant":
+        text = "".join(part["text"] for part in checked[-1]["content"])
+        checked[-1]["content"] = [{"type": "text", "text": text}]
     if len(pictures) > settings.max_images:
         raise ApiError(
             400,
@@ -332,20 +358,17 @@ def _too_many(number: int, what: str, limit: int) -> ApiError:
 
 def _message(message: Any, where: str, pictures: list[Picture]) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise _wrong(where, message, "an object with role and content")
+        raise wrong(where, message, "an object with role and content")
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise _wrong(f"{where}.role", role, "system, developer, user or assistant")
-    for key, value in message.items():
-        # An answer that is sent back as a message has fields without effect.
-        if key not in {"role", "content"} | _WITHOUT_EFFECT_IN_MESSAGES and value is not None and value != []:
-            raise _unsupported(f"{where}.{key}")
+        raise wrong(f"{where}.role", role, "system, developer, user or assistant")
+    refuse_others(message, _MESSAGE, f"{where}.")
     content = message.get("content")
     if content is None:
-        raise _missing(f"{where}.content")
+        raise missing(f"{where}.content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not parts:
-        raise _wrong(f"{where}.content", content, "a text, or a list of parts")
+        raise wrong(f"{where}.content", content, "a text, or a list of parts")
     before = len(pictures)
     checked = [_part(part, f"{where}.content[{index}]", pictures) for index, part in enumerate(parts)]
     if len(pictures) > before and role != "user":
@@ -356,76 +379,24 @@ def _message(message: Any, where: str, pictures: list[Picture]) -> dict[str, Any
 def _part(part: Any, where: str, pictures: list[Picture]) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "image_url"):
-        shown = part if kind is None else kind
-        raise _wrong(where if kind is None else f"{where}.type", shown, "a part of type text or image_url")
-    for key, value in part.items():
-        if key not in ("type", "cache_control", kind) and value is not None:
-            raise _unsupported(f"{where}.{key}")
+        found = part if kind is None else kind
+        raise wrong(where if kind is None else f"{where}.type", found, "a part of type text or image_url")
+    refuse_others(part, _PART | {kind: TAKEN}, f"{where}.")
     if part.get(kind) is None:
-        raise _missing(f"{where}.{kind}")
+        raise missing(f"{where}.{kind}")
     if kind == "text":
-        text = _take(part, "text", str, f"{where}.")
+        text = take(part, "text", str, f"{where}.")
         if not is_utf8(text):
-            raise _wrong(f"{where}.text", text, "valid Unicode, without halves of surrogate pairs")
+            raise wrong(f"{where}.text", text, "valid Unicode, without halves of surrogate pairs")
         return {"type": "text", "text": text}
     if not isinstance(image := part["image_url"], dict):
-        raise _wrong(f"{where}.image_url", image, 'an object {"url": "data:image/...;base64,..."}')
-    for key, value in image.items():
-        if key not in ("url", "detail") and value is not None:
-            raise _unsupported(f"{where}.image_url.{key}")
+        raise wrong(f"{where}.image_url", image, 'an object {"url": "data:image/...;base64,..."}')
+    refuse_others(image, _IMAGE_URL, f"{where}.image_url.")
     # The model determines the image size of the encoder, so the hint has no effect.
     if image.get("detail") not in (None, "auto", "low", "high", "original"):
-        raise _wrong(f"{where}.image_url.detail", image["detail"], "auto, low or high")
-    url = _take(image, "url", str, f"{where}.image_url.")
+        raise wrong(f"{where}.image_url.detail", image["detail"], "auto, low or high")
+    url = take(image, "url", str, f"{where}.image_url.")
     if url is None:
-        raise _missing(f"{where}.image_url.url")
+        raise missing(f"{where}.image_url.url")
     pictures.append(Picture(url, f"{where}.image_url.url"))
     return {"type": "image"}
-
-
-def _shown(value: Any) -> str:
-    """Return the beginning of a value, short enough for a message."""
-    if isinstance(value, str):
-        text = repr(value[:80])
-    else:
-        text = ""
-        for piece in json.JSONEncoder(default=str).iterencode(value):
-            text += piece[:81]
-            if len(text) > 80:
-                break
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Return the token counts; the prompt's count includes images."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def completion(head: Mapping[str, Any], answers: Sequence[tuple[str, str]], tokens: dict[str, int]) -> dict[str, Any]:
-    """Return a complete answer.
-
-    Args:
-        head: `id`, `created` and `model`.
-        answers: text and finish_reason of each choice.
-        tokens: see `usage`.
-    """
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": reason,
-        }
-        for index, (text, reason) in enumerate(answers)
-    ]
-    return {**head, "object": "chat.completion", "choices": choices, "usage": tokens}
-
-
-def chunk(head: Mapping[str, Any], index: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
-    """Return a piece of a streamed answer, for the choice of this index."""
-    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-    return {**head, "object": "chat.completion.chunk", "choices": [choice]}

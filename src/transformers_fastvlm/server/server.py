@@ -10,12 +10,13 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
 from ..engines import Engine
 from .application import Service, create_app
+from .request_log import JsonLines
 from .settings import Settings
 
 __all__ = ["listen", "serve", "server_of"]
@@ -35,7 +36,7 @@ def listen(host: str, port: int) -> socket.socket:
         port: port; 0 for any free port.
 
     Raises:
-        ImportError: FastAPI or uvicorn is not installed.
+        ImportError: FastAPI, uvicorn or prometheus-client is not installed.
         OSError: this machine does not have the address, or the port is in use.
     """
     _check_installed()
@@ -57,7 +58,13 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(engine: Engine, settings: Settings, bound: socket.socket, ready: Callable[[str], None]) -> None:
+def serve(
+    engine: Engine,
+    settings: Settings,
+    bound: socket.socket,
+    ready: Callable[[str], None],
+    log_format: Literal["text", "json"] = "text",
+) -> None:
     """Answer requests until a signal (SIGTERM, or Ctrl-C) ends it; a second one ends the process at once.
 
     While it answers, the process has its log of requests and, since images come from strangers, its limit of pixels.
@@ -67,14 +74,15 @@ def serve(engine: Engine, settings: Settings, bound: socket.socket, ready: Calla
         settings: limits and names.
         bound: see `listen`.
         ready: called with the address when the server accepts requests.
+        log_format: of the lines on standard error.
 
     Raises:
-        ImportError: FastAPI or uvicorn is not installed.
+        ImportError: FastAPI, uvicorn or prometheus-client is not installed.
     """
     server = server_of(Service(engine, settings), bound, ready)
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, settings.max_pixels
     try:
-        with _logging(), warnings.catch_warnings():
+        with _logging(log_format), warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             server.run(sockets=[bound])
     finally:
@@ -146,18 +154,20 @@ def server_of(service: Service, bound: socket.socket, ready: Callable[[str], Non
 def _check_installed() -> None:
     try:
         import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            'fastvlm serve needs FastAPI and uvicorn: pip install "transformers-fastvlm[serving]".'
+            'fastvlm serve needs FastAPI, uvicorn and prometheus-client: pip install "transformers-fastvlm[serving]".'
         ) from error
 
 
 @contextlib.contextmanager
-def _logging() -> Any:
+def _logging(log_format: str) -> Any:
     """Write the request log and uvicorn's warnings to standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+    text = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+    handler.setFormatter(JsonLines() if log_format == "json" else text)
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(one, one.level, one.propagate) for one in loggers]
     for one, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):

@@ -58,12 +58,15 @@ class Settings(ReadOptions):
         max_body_bytes: maximum bytes of a request's body, and of all images downloaded for a request.
         max_images: maximum number of images in a request.
         max_pixels: maximum total pixels of a request's images.
+        max_held_bytes: maximum bytes of the bodies, downloaded images and prepared images of all requests together.
+        max_held_images: maximum number of images of all requests together.
         max_prompt_tokens: maximum tokens of a prompt, images included; None for the model's context.
         max_answer_tokens: maximum tokens of an answer; also the default for requests without a limit.
         batch_size: maximum number of requests in a batch, and of answers to one request.
         queue: maximum number of other requests in the server; further ones get status 429.
         client_timeout: seconds for a client to send its request, and to read each piece of the answer.
         fetch_timeout: seconds to download one image.
+        open_metrics: whether /metrics needs no key.
 
     Raises:
         ValueError: a number below 1 (`queue`: below 0), an empty name or key, or an address instead of a host.
@@ -75,16 +78,27 @@ class Settings(ReadOptions):
     max_body_bytes: int = 2**25
     max_images: int = 8
     max_pixels: int | None = 50_000_000
+    max_held_bytes: int = 2**30
+    max_held_images: int = 64
     max_prompt_tokens: int | None = None
     max_answer_tokens: int = 1024
     batch_size: int = 8
     queue: int = 32
     client_timeout: float = 60.0
     fetch_timeout: float = 10.0
+    open_metrics: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_body_bytes", "max_images", "max_prompt_tokens", "max_answer_tokens", "batch_size"):
+        for name in (
+            "max_body_bytes",
+            "max_images",
+            "max_held_bytes",
+            "max_held_images",
+            "max_prompt_tokens",
+            "max_answer_tokens",
+            "batch_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected 1 or more.")

@@ -13,7 +13,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .connections import record_of
+from .request_log import record_of
 
 __all__ = ["Connection", "close_overdue", "on_loop_error"]
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from ..random_streams import kept_random_streams
 from ..tokens import IMAGE_TOKEN
+from .ending import hours
 
 __all__ = ["SAMPLES_FILE", "LinesAboveBar", "LogLines", "SampleAnswers", "iter_rows", "untouched"]
 
@@ -125,7 +126,7 @@ class LogLines(TrainerCallback):
         done = state.global_step - first
         if done and state.global_step < state.max_steps:
             left = (time.monotonic() - since) / done * (state.max_steps - state.global_step)
-            numbers.append(f"{int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02} left")
+            numbers.append(f"{hours(left)} left")
         self.report(f"step {state.global_step}/{state.max_steps}: {', '.join(numbers)}")
 
 

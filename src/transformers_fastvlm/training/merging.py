@@ -4,6 +4,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def merge_adapter(
     base: Source | None = None,
     layout: Layout = "apple",
     dtype: torch.dtype | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Conversion:
     """Merge an adapter into its base and write the model, with its processor, to the new directory `out`.
 
@@ -52,6 +54,7 @@ def merge_adapter(
             in the adapter's configuration. An adapter that was trained on four bits is merged into the full weights.
         layout: "apple", "transformers" or "native", as for `checkpoints.convert`.
         dtype: dtype of the weights; by default the base's.
+        progress: as for `checkpoints.convert`, while the merged weights are written.
 
     Returns:
         The result of `checkpoints.convert`.
@@ -80,7 +83,7 @@ def merge_adapter(
         processor.save_pretrained(folder)
         if licence := cached_file(str(source), LICENCE, revision=revision, **_IF_THERE):
             shutil.copyfile(licence, Path(folder) / LICENCE)
-        return convert(folder, out, layout)
+        return convert(folder, out, layout, progress=progress)
 
 
 def load_merged(

@@ -2,7 +2,9 @@
 """A training run, from a recipe to a directory with the finished model."""
 
 import json
+import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from ..random_streams import kept_random_streams
 from ..storage.atomic_files import write_lines
 from .arguments import training_arguments
 from .callbacks import LinesAboveBar, LogLines, SampleAnswers
+from .ending import ending
 from .exporting import export, is_finished
 from .parts import set_trainable
 from .recipe_loading import load_data, load_model, prepare_encoder
@@ -22,6 +25,8 @@ from .summary import summary
 from .trainer import FastVLMTrainer, last_checkpoint
 
 __all__ = ["RECIPE_FILE", "run"]
+
+logger = logging.getLogger(__name__)
 
 RECIPE_FILE, ROWS_FILE = "recipe.yaml", "rows.json"
 
@@ -40,8 +45,9 @@ def run(
         recipe: see `load_recipe`.
         resume: resume from the newest checkpoint, or start if there is none; a finished run is not changed.
         dry_run: stop before the first step; nothing is written.
-        report: called with the summary and the progress, line by line, on the main process. Without it the memory
-            estimate, which takes some seconds, is skipped.
+        report: called with the summary and the progress, line by line, on the main process. Without it there is no
+            progress bar, the memory estimate, which takes some seconds, is skipped, and changes since an interrupted
+            run started are logged as warnings.
 
     Returns:
         The directory.
@@ -88,8 +94,9 @@ def run(
             tell(line)
     rows = {"data.source": _rows_of(train), "data.eval_source": _rows_of(evaluation)}
     changes += _changed_rows(out, rows) if resume else []
+    warn = logger.warning if report is None and arguments.process_index == 0 else tell
     for line in changes:
-        tell(f"changed since the run started: {line}")
+        warn(f"changed since the run started: {line}")
     if checkpoint is not None:
         tell(f"resuming from {checkpoint}")
     if dry_run:
@@ -109,11 +116,15 @@ def run(
         group=recipe.data.group,
     )
     _add_callbacks(trainer, recipe, tell)
+    started, first = time.monotonic(), 0
     if checkpoint is None or not _is_last(checkpoint, arguments):
+        first = 0 if checkpoint is None else _state(checkpoint)["global_step"]
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         checkpoint = None
+    seconds = time.monotonic() - started
     export(trainer, recipe, out, checkpoint)
-    tell(f"finished: {out}")
+    for line in ending(out, trainer.state.log_history, seconds, trainer.state.global_step - first, train):
+        tell(line)
     return out
 
 
@@ -124,7 +135,7 @@ def _silent(line: str) -> None:
 def _add_callbacks(trainer: FastVLMTrainer, recipe: Recipe, tell: Callable[[str], None]) -> None:
     # The progress bar is only for terminals; lines also go to logs.
     trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None and sys.stderr.isatty():
+    if trainer.pop_callback(ProgressCallback) is not None and tell is not _silent and sys.stderr.isatty():
         bar = LinesAboveBar(tell)
         trainer.add_callback(bar)
         tell = bar.report
@@ -202,9 +213,14 @@ def _flat_pairs(first: Any, second: Any, key: str = "") -> dict[str, tuple[Any, 
     return pairs
 
 
+def _state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return state
+
+
 def _is_last(checkpoint: Path, arguments: TrainingArguments) -> bool:
     """Return whether a checkpoint is of the last step; from it `Trainer` would train one step more."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = _state(checkpoint)
     if arguments.max_steps > 0:
         return bool(state["global_step"] >= arguments.max_steps)
     return bool(state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= arguments.num_train_epochs)
