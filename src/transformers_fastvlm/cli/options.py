@@ -113,15 +113,13 @@ NumBeams = Annotated[int, typer.Option(min=1, help="Beams of beam search; above 
 Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling, to repeat an answer.")]
 SchemaFile = Annotated[
     Path | None,
-    typer.Option("--schema", metavar="FILE", help="JSON file with the JSON schema that an answer must follow."),
+    typer.Option("--schema", metavar="FILE", help="JSON file: the JSON schema of an answer."),
 ]
 Choices = Annotated[
     str | None,
-    typer.Option(callback=utf8, metavar="A,B,C", help="An answer is one of these texts, with commas between them."),
+    typer.Option(callback=utf8, metavar="A,B,C", help="Texts that an answer is one of."),
 ]
-Regex = Annotated[
-    str | None, typer.Option(callback=utf8, help="Regular expression that an answer must match as a whole.")
-]
+Regex = Annotated[str | None, typer.Option(callback=utf8, help="Regular expression of a whole answer.")]
 ExifTranspose = Annotated[
     bool,
     typer.Option(
