@@ -50,6 +50,11 @@ class StoredImage:
         self._counted = False
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors now."""
+        return sum(one.nbytes for one in (*self.inputs.values(), self.features) if one is not None)
+
+    @property
     def encoded(self) -> bool:
         """Whether its features are there."""
         return self.features is not None

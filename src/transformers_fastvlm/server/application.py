@@ -252,8 +252,16 @@ def _samplings(chat: ChatRequest, max_tokens: int) -> list[Sampling]:
 
 def _size(prompt: Prompt) -> int:
     """Return the bytes of a prompt's images and tensors."""
-    tensors = sum(value.numel() * value.element_size() for value in prompt.inputs.values())
-    return tensors + sum(image.width * image.height * len(image.getbands()) for image in prompt.images)
+    return _bytes(prompt.inputs) + sum(image.width * image.height * len(image.getbands()) for image in prompt.images)
+
+
+def _bytes(value: Any) -> int:
+    """Return the bytes of tensors and arrays, alone or inside of dicts, lists and objects of an engine."""
+    if isinstance(value, dict):
+        return sum(_bytes(one) for one in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_bytes(one) for one in value)
+    return int(getattr(value, "nbytes", 0))
 
 
 def _note(record: Record, requests: Sequence[Request]) -> None:
