@@ -89,8 +89,6 @@ def batch(
 
     Examples:
 
-        fastvlm batch photos -o captions.jsonl -p "Describe the image."
-
         fastvlm batch rows.csv -o out.parquet -p "{question}" --image-column file
 
         fastvlm batch photos -o signs.parquet -p "Describe the sign." --schema sign.json
