@@ -91,7 +91,7 @@ def batch(
 
         fastvlm batch rows.csv -o out.parquet -p "{question}" --image-column file
 
-        fastvlm batch photos -o signs.parquet -p "Describe the sign." --schema sign.json
+        fastvlm batch photos -o signs.jsonl -p "What sign?" --schema sign.json
     """
     from ..batch import BatchOptions, Interrupted, run_batch
     from .asking import check_model, engine_settings, load, sampling_of, schema_of
