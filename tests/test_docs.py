@@ -83,6 +83,7 @@ NO_TABS = {
     "quantization.md": "the command only installs",
     "training-recipes.md": "the command and the program make different models",
     "evaluation-report.md": "the program needs no run",
+    "structured-answers.md": "commands and programs have sections",
     "tiny-model.md": "the program shows a scene's right answer",
     "vllm.md": "the commands are vLLM's",
 }

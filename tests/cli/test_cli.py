@@ -55,7 +55,7 @@ def test_help_of_a_verb_has_an_example_and_fits(run, verb: str, monkeypatch: pyt
     assert re.search(r"[{}]", re.sub(r"\{\{?column\}?\}|\{question\}", "", shown)) is None, "syntax of Typer"
     examples = re.findall(rf"^ +fastvlm {verb}\b.*\n *(.*)$", shown.partition("Examples:")[2], re.MULTILINE)
     assert not any(examples), "an example that takes two lines cannot be copied"
-    assert len(re.findall(rf"^ +fastvlm {verb}\b", shown.partition("Examples:")[2], re.MULTILINE)) == 2
+    assert len(re.findall(rf"^ +fastvlm {verb}\b", shown.partition("Examples:")[2], re.MULTILINE)) in (2, 3)
     lines = shown.splitlines()
     assert len(lines) <= 90 and max(map(len, lines)) <= 80
 

@@ -89,9 +89,9 @@ def batch(
 
     Examples:
 
-        fastvlm batch photos -o captions.jsonl -p "Describe the image."
-
         fastvlm batch rows.csv -o out.parquet -p "{question}" --image-column file
+
+        fastvlm batch photos -o signs.jsonl -p "What sign?" --schema sign.json
     """
     from ..batch import BatchOptions, Interrupted, run_batch
     from .asking import check_model, engine_settings, load, sampling_of, schema_of

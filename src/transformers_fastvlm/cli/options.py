@@ -90,8 +90,7 @@ Size = Annotated[
         min=256,
         max=2048,
         callback=_multiple_of_64,
-        help="Height and width in pixels that images are resized to, a multiple of 64: smaller is faster, larger "
-        "shows more detail. Default: the checkpoint's size.",
+        help="Height and width of images in pixels, a multiple of 64; smaller is faster. Default: the checkpoint's.",
     ),
 ]
 System = Annotated[str | None, typer.Option(callback=utf8, help="System message that replaces the chat template's.")]
@@ -101,8 +100,7 @@ Temperature = Annotated[
     typer.Option(
         metavar="FLOAT",
         callback=_temperature,
-        help="From 0 to 2. 0: greedy decoding, which always gives the same answer. Above 0: sampling. Apple's script "
-        "uses 0.2.",
+        help="From 0, which is greedy decoding, to 2. Apple's script uses 0.2.",
     ),
 ]
 TopP = Annotated[
@@ -132,15 +130,13 @@ AlphaBackground = Annotated[
     typer.Option(
         metavar="COLOUR",
         callback=_colour,
-        help="Background colour for transparent images, as a name or #rrggbb; or none, which drops the alpha channel "
-        "and shows hidden colours, as Apple's code does.",
+        help="Background colour for transparent images: a name, #rrggbb, or none, which drops the alpha channel, as "
+        "Apple's code does.",
     ),
 ]
 MaxPixels = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Maximum pixels of an image. Default: 89 million, as a guard against decompression bombs."
-    ),
+    typer.Option(min=1, help="Maximum pixels of an image. Default: 89 million."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
