@@ -78,6 +78,7 @@ def test_pages_say_what_they_are_for_and_where_to_go_next(page: Path) -> None:
 
 
 NO_TABS = {
+    "embeddings.md": "the command embeds files, the programs embed inputs of any kind",
     "gallery.md": "only makes images",
     "migration.md": "each block stands for one foreign program",
     "quantization.md": "the command only installs",

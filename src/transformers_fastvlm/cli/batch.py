@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..batch import Report
     from ..engines import Engine
 
-__all__ = ["batch"]
+__all__ = ["Stopping", "batch"]
 
 
 @reports_errors
@@ -120,7 +120,7 @@ def batch(
         batch_size=batch_size,
     )
     about = {"model": model, "engine": engine.value, **settings}
-    stopping = _Stopping()
+    stopping = Stopping()
     try:
         with stopping, progress_bar("answering", "rows") as show:
             report = run_batch(
@@ -141,7 +141,7 @@ def batch(
         raise typer.Exit(FAILURE)
 
 
-class _Stopping:
+class Stopping:
     """A context in which SIGTERM ends a run as Ctrl-C does, with another exit code.
 
     Attributes:

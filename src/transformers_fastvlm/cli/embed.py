@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .batch import _Stopping
-from .cli_errors import FAILURE, UserError, notice, one_line, reports_errors
+from .batch import Stopping
+from .cli_errors import FAILURE, UserError, notice, one_line, reports_errors, warn
 from .progress_bars import progress_bar
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def embed(
     do_exif_transpose: options.ExifTranspose = True,
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Write one vector for each image or text.
@@ -127,18 +128,18 @@ def embed(
         system=system,
         batch_size=batch_size,
     )
-    stopping = _Stopping()
+    stopping = Stopping()
     try:
-        with stopping, progress_bar("embedding") as show:
+        with stopping, progress_bar("embedding", "rows") as show:
             report = run_embed(
                 inputs, output, start, chosen, about={"model": model, **how}, restart=restart, progress=show
             )
     except Interrupted as error:
         kept = f" They are kept in {error.journal}; repeat the command to resume." if error.rows else ""
-        notice(f"fastvlm: {one_line(error)}{kept}")
+        warn(f"fastvlm: {one_line(error)}{kept}")
         raise typer.Exit(stopping.code) from None
     except KeyboardInterrupt:
-        notice("fastvlm: stopped before the first row.")
+        warn("fastvlm: stopped before the first row.")
         raise typer.Exit(stopping.code) from None
     advice = advice_about(report.left_out)
     _tell(report, advice)
@@ -157,8 +158,8 @@ def _tell(report: "Report", advice: str) -> None:
     if report.first_only:
         notice(f"{counted(report.first_only, 'image')} with several frames or pages: only the first was used")
     if report.errors:
-        notice(f"fastvlm: {counted(report.errors, 'row')} without a vector:")
+        warn(f"fastvlm: {counted(report.errors, 'row')} without a vector:")
         for place, error in report.examples:
-            notice(f"  {place}: {one_line(ValueError(error))}")
+            warn(f"  {place}: {one_line(ValueError(error))}")
         if report.errors > len(report.examples):
-            notice(f"  and {report.errors - len(report.examples):,} more; see `error` in the output")
+            warn(f"  and {report.errors - len(report.examples):,} more; see `error` in the output")
