@@ -214,8 +214,7 @@ def test_a_client_that_leaves_while_it_waits_is_noticed(half: bool, stream: bool
             second.shutdown(socket.SHUT_WR)
             time.sleep(0.3)
         second.close()
-        until(lambda: one.service.active == 1)
-        assert one.service.waiting == 0
+        until(lambda: (one.service.active, one.service.waiting) == (1, 0))
         first.close()
         until(lambda: one.service.active == 0)
 

@@ -25,6 +25,7 @@ from http_running import PATIENCE, Process, Running, asks, load_tiny, request_by
 from helpers import own_words
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.engines import TransformersEngine
+from transformers_fastvlm.engines.continuous_rows import ContinuousRows
 from transformers_fastvlm.server import Settings, listen, serve
 
 TOKENS = 150
@@ -79,7 +80,7 @@ def test_sigterm_finishes_what_was_taken_on(process: Process) -> None:
 def test_a_model_that_ended_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(*load_tiny()) as server:
         engine = server.service.engine
-        monkeypatch.setattr(engine, "_answer", lambda requests: (_ for _ in ()).throw(SystemExit))
+        monkeypatch.setattr(ContinuousRows, "step", lambda rows: (_ for _ in ()).throw(SystemExit))
         status, answer, _ = server.post(asks())
         assert status == 500 and answer["error"]["code"] == "internal_error"
         until(lambda: not engine.is_alive)
