@@ -68,24 +68,24 @@ def test_stops_and_goes_on(run, model, photos, tmp_path, monkeypatch: pytest.Mon
     out = tmp_path / "out.jsonl"
     words = ("batch", photos, "-o", out, "-p", PROMPT, "-m", model, "--max-new-tokens", 2, "--batch-size", 1)
     with monkeypatch.context() as patch:
-        plain, calls = TransformersEngine.generate, [0]
+        plain, calls = TransformersEngine.stream, [0]
 
-        def generate(self: Any, *arguments: Any) -> Any:
+        def stream(self: Any, *arguments: Any) -> Any:
             calls[0] += 1
             if calls[0] == 3:
                 raise KeyboardInterrupt
             return plain(self, *arguments)
 
-        patch.setattr(TransformersEngine, "generate", generate)
+        patch.setattr(TransformersEngine, "stream", stream)
         stopped = run(*words, code=130)
     assert stopped.stderr == (
-        f"fastvlm: stopped after 2 rows. They are kept in {out}.journal; repeat the command to resume.\n"
+        f"fastvlm: stopped after 1 row. They are kept in {out}.journal; repeat the command to resume.\n"
     )
     assert not out.exists()
     other = run(*words, "--temperature", 1, code=2)
     assert "out.jsonl.journal belongs to a run with temperature 0.0, not 1.0." in other.stderr
     done = run(*words)
-    assert done.stderr.startswith(f"3 rows in {out} (2 of them from earlier runs")
+    assert done.stderr.startswith(f"3 rows in {out} (1 of them from earlier runs")
     assert "exists already" in run(*words, code=2).stderr
     assert run(*words, "--restart").stderr.startswith(f"3 rows in {out}")
 
@@ -166,22 +166,22 @@ def test_names_reach_the_terminal_as_text(run, model, tmp_path) -> None:
 def test_sigterm_stops_and_says_how_to_go_on(run, model, photos, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.jsonl"
     words = ("batch", photos, "-o", out, "-p", PROMPT, "-m", model, "--max-new-tokens", 2, "--batch-size", 1)
-    plain, calls, before = TransformersEngine.generate, [0], signal.getsignal(signal.SIGTERM)
+    plain, calls, before = TransformersEngine.stream, [0], signal.getsignal(signal.SIGTERM)
 
-    def generate(self: Any, *arguments: Any) -> Any:
+    def stream(self: Any, *arguments: Any) -> Any:
         calls[0] += 1
         if calls[0] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TransformersEngine, "generate", generate)
+        patch.setattr(TransformersEngine, "stream", stream)
         stopped = run(*words, code=143)
     assert stopped.stderr == (
-        f"fastvlm: stopped after 2 rows. They are kept in {out}.journal; repeat the command to resume.\n"
+        f"fastvlm: stopped after 1 row. They are kept in {out}.journal; repeat the command to resume.\n"
     )
     assert signal.getsignal(signal.SIGTERM) == before
-    assert run(*words).stderr.startswith(f"3 rows in {out} (2 of them from earlier runs")
+    assert run(*words).stderr.startswith(f"3 rows in {out} (1 of them from earlier runs")
     assert len(rows_of(out)) == 3
 
 

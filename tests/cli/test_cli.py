@@ -16,7 +16,7 @@ from transformers_fastvlm.cli import cli_errors
 
 VERBS = (
     *("generate", "chat", "info", "convert", "export", "new", "train", "merge", "data"),
-    *("batch", "serve", "demo", "bench", "eval", "eval-report", "eval-encoder", "env"),
+    *("batch", "serve", "demo", "bench", "eval", "eval-report", "eval-encoder", "embed", "env"),
 )
 
 

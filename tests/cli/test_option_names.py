@@ -48,7 +48,7 @@ ONE_NAME = {
 """A pattern of help texts, and the names that an option with such a text may have. --max-answer-tokens is a limit for
 other people's requests, not the length of one answer."""
 
-BELONG_TO_ANOTHER = {"--image": "image", "--page": "page", "--prompt": "prompt"}
+BELONG_TO_ANOTHER = {"--image": "image", "--page": "page", "--prompt": "prompt", "--text": "text"}
 """Names that are the first words of longer ones, which are about a part of the same thing."""
 
 OTHER_DEFAULTS = {
@@ -56,6 +56,7 @@ OTHER_DEFAULTS = {
     "--max-new-tokens": "answers to benchmarks are short",
     "--max-pixels": "a server reads images of strangers",
     "--model": "data check counts tokens only if a model is given",
+    "--prompt": "an image is embedded without a text unless one is given",
     "--port": "the web page and the server may run together",
     "--seed": "an answer is sampled anew unless a seed is given; figures must repeat",
     "--show": "a switch of train, a number of rows for data check",

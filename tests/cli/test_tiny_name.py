@@ -76,6 +76,7 @@ VERBS: dict[str, tuple[tuple[str, ...], str | None, str]] = {
     "generate --json": (("generate", SIGN, "-p", NUMBER, "-m", "tiny", "--json"), None, '"model": "tiny"'),
     "chat": (("chat", SIGN, "-m", "tiny"), None, "628\n"),
     "batch": (("batch", SIGN, "-o", "out.jsonl", "-p", NUMBER, "-m", "tiny"), None, ""),
+    "embed": (("embed", SIGN, "-o", "vectors.npy", "-m", "tiny"), None, ""),
     "info": (("info", "tiny"), None, "model             tiny\n"),
     "convert": (("convert", "tiny", "converted", "--to", "transformers"), None, "from apple to transformers\n"),
     "export": (("export", "apple", "tiny", "exported"), None, "MB for apple"),
