@@ -33,7 +33,7 @@ class BatchOptions(SourceOptions):
     Args:
         system: system message that replaces the chat template's.
         sampling: sampling options. A row's seed is `sampling.seed` plus its index.
-        batch_size: number of rows that are answered together; a killed run loses at most one batch.
+        batch_size: number of rows that are answered at the same time; a killed run loses at most two batches.
     """
 
     system: str | None = None
@@ -54,9 +54,9 @@ def run_batch(
 ) -> Report:
     """Ask a question about each image and write the answers to one file.
 
-    The journal, named like the output plus `.journal`, stores every batch on disk before the next one starts. If it
-    exists, its run is resumed. It is removed when the output is complete. For an output that is a link, the journal is
-    beside the link's target.
+    The journal, named like the output plus `.journal`, stores every finished batch on disk, while the next one is
+    answered. If it exists, its run is resumed. It is removed when the output is complete. For an output that is a link,
+    the journal is beside the link's target.
 
     Args:
         inputs: files, folders, patterns and tables; see `find_sources`.

@@ -46,7 +46,7 @@ def batch(
     engine: options.Engine = options.EngineName.transformers,
     precision: options.Precision = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images that are answered together. A killed run loses at most one batch.")
+        int, typer.Option(min=1, help="Images that are answered together. A killed run loses at most two batches.")
     ] = 16,
     image_column: Annotated[str, typer.Option(help="Column of a table with the paths or the bytes of images.")] = (
         "image"
