@@ -19,7 +19,8 @@ from safetensors import safe_open
 from transformers import AutoProcessor, AutoTokenizer
 
 from transformers_fastvlm.cli.cli_images import question
-from transformers_fastvlm.engines import Request, TransformersEngine
+from transformers_fastvlm.engines import Request
+from transformers_fastvlm.engines.continuous_rows import ContinuousRows
 from transformers_fastvlm.images.read_options import ReadOptions
 
 QUESTION = "Describe the image."
@@ -320,20 +321,23 @@ def test_a_temperature_near_0_is_greedy(model, run, temperature: str) -> None:
 def test_interrupting_an_answer_ends_with_130(model, run, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
     hi = AutoTokenizer.from_pretrained(model)("hi").input_ids
 
-    def answer(self: TransformersEngine, requests: list[Any]) -> None:
+    def step(self: ContinuousRows) -> list[Request]:
+        (request,) = self.running
         for token in hi:
-            requests[0].take(token)
+            request.take(token)
         time.sleep(0.1)  # the main thread waits for more
         _thread.interrupt_main()
-        while not requests[0].take(hi[0]):
+        while not request.take(hi[0]):
             time.sleep(0.01)
+        self.remove(request)
+        return [request]
 
     def take(self: Request, token: int) -> bool:
         return plain(self, token) if self.tokens < len(hi) else self.cancelled
 
     plain = Request.take
     monkeypatch.setattr(Request, "take", take)
-    monkeypatch.setattr(TransformersEngine, "_answer", answer)
+    monkeypatch.setattr(ContinuousRows, "step", step)
     # Programs that a shell starts in the background ignore Ctrl-C, and the suite may be one of them.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -25,7 +25,6 @@ BARS = {
     "export": (("export", "native", "tiny", "out"), "exporting"),
     "data check": (("data", "check", "train.json", "--image-folder", "classes"), "reading"),
     "batch": (("batch", "photos", "-o", "out.jsonl", "-p", "What?", "-m", "tiny", "--max-new-tokens", 4), "answering"),
-    "eval-encoder": (("eval-encoder", "tiny", "classes", "--method", "knn", "-o", "out.json"), "encoding"),
     "bench": (
         ("bench", "tiny", "--image", "photos/a.png", "--repetitions", 1, "--warmup", 0, "--new-tokens", 4, "-o", "b"),
         "measuring",
@@ -65,7 +64,7 @@ def drawn(text: str) -> str:
 
 
 def needs(verb: str) -> None:
-    for package in {"train": ("accelerate",), "export": ("timm",), "eval-encoder": ("sklearn",)}.get(verb, ()):
+    for package in {"train": ("accelerate",), "export": ("timm",)}.get(verb, ()):
         pytest.importorskip(package)
 
 

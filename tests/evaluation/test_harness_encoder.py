@@ -338,6 +338,13 @@ def test_command(bare: Path, pictures: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "without the CLIP head" in result.stderr
 
 
+def test_quiet_hides_the_bar(bare: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what Rich takes for a terminal
+    words = ["eval-encoder", str(bare), str(pictures), "--method", "knn", "-o", str(tmp_path / "r.json")]
+    assert "encoding" in CliRunner().invoke(app, words).stderr
+    assert CliRunner().invoke(app, [*words, "--quiet"]).stderr == ""
+
+
 def _texts(folder: Path) -> Path:
     save_file({name: torch.ones(6) for name in COLOURS}, folder / "t.safetensors")
     return folder / "t.safetensors"
