@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "server")]
@@ -95,10 +96,15 @@ class Watch:
 class Echo:
     """An engine without a model: what is tried here are the ways to it."""
 
-    def generate(self, conversations: Sequence[Any], sampling: Any) -> list[Any]:
+    def check(self, sampling: Any) -> None:
+        """Every option is fine."""
+
+    def stream(self, conversation: Any, sampling: Any) -> Any:
+        """Return a request that is answered."""
         from transformers_fastvlm.engines import Answer
 
-        return [Answer(text="x", finish_reason="stop", prompt_tokens=1, completion_tokens=1) for _ in conversations]
+        answer = Answer(text="x", finish_reason="stop", prompt_tokens=1, completion_tokens=1)
+        return SimpleNamespace(result=lambda: answer)
 
     def close(self) -> None:
         """Nothing to give back."""
