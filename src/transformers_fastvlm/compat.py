@@ -7,6 +7,7 @@ Each item names the version after which it can be deleted.
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -184,21 +185,29 @@ def open_pages(model: Any, processors: LogitsProcessorList, *, page_tokens: int,
     before = model.config._attn_implementation
     manager = ContinuousBatchingManager(model, GenerationConfig(eos_token_id=-1), config)
     manager.logit_processor = ContinuousBatchingLogitsProcessorList(processors)
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        processor = manager._create_batch_processor()
+    # Before 5.19 the cache is made for the whole configuration, which has no attention heads.
+    text = model.config.get_text_config()
+    manager.model = SimpleNamespace(config=text, device=model.device, dtype=model.dtype)
     paged = model.config._attn_implementation
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            processor = manager._create_batch_processor()
+    finally:
+        if paged != before:
+            model.set_attn_implementation(before)
     if paged != before:
-        model.set_attn_implementation(before)
         model.get_decoder().set_attn_implementation(paged)
     return manager, processor
 
 
-def pages_fit(model: Any) -> bool:
-    """Return whether Transformers can page the cache of the language model."""
-    config = model.config.get_text_config()
+def check_pages(model: Any) -> None:
+    """Raise ValueError if Transformers cannot page the cache of the language model."""
     attention = model.config._attn_implementation or ""
-    kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-    return kinds <= {"full_attention", "sliding_attention"} and (attention in ("eager", "sdpa") or "flash" in attention)
+    if attention not in ("eager", "sdpa") and "flash" not in attention:
+        raise ValueError(f"attn_implementation is {attention!r}; expected eager, sdpa or flash attention")
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if others := layers - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"it has layers of the types {sorted(others)}")
 
 
 def close_pages(model: Any) -> None:

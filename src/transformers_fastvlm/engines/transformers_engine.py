@@ -289,16 +289,15 @@ class TransformersEngine(Engine):
     def _open_rows(self) -> ContinuousRows | None:
         """Return the rows; None if every request is answered alone."""
         if self._rows is None and self._paged:
-            if compat.pages_fit(self.model):
-                context = min(self.context or MAX_TOKENS, MAX_TOKENS)
-                tokens = max(ROW_TOKENS * self.batch_size, context)
-                self._rows = ContinuousRows(
-                    self.model, self._images, self._config(1), rows=self.batch_size, tokens=tokens
-                )
-            else:
+            tokens = max(ROW_TOKENS * self.batch_size, min(self.context or MAX_TOKENS, MAX_TOKENS))
+            options: dict[str, Any] = {"rows": self.batch_size, "tokens": tokens}
+            try:
+                compat.check_pages(self.model)
+                self._rows = ContinuousRows(self.model, self._images, self._config(1), **options)
+            except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
                 self._paged = False
                 kind = type(self.model.get_decoder()).__name__
-                logger.warning("Transformers has no paged cache for %s: requests are answered one by one", kind)
+                logger.warning("requests are answered one by one: %s has no paged cache (%s)", kind, error)
         return self._rows
 
     def _answer(self, request: Request) -> None:
