@@ -6,6 +6,7 @@ Each item names the version after which it can be deleted.
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -183,7 +184,13 @@ def open_pages(model: Any, processors: LogitsProcessorList, *, page_tokens: int,
         **options,
     )
     before = model.config._attn_implementation
-    manager = ContinuousBatchingManager(model, GenerationConfig(eos_token_id=-1), config)
+    log = logging.getLogger("ContinuousBatchingLogger")
+    level = log.level
+    log.setLevel(logging.ERROR)  # before 5.19 it warns of every attention but flash
+    try:
+        manager = ContinuousBatchingManager(model, GenerationConfig(eos_token_id=-1), config)
+    finally:
+        log.setLevel(level)
     manager.logit_processor = ContinuousBatchingLogitsProcessorList(processors)
     # Before 5.19 the cache is made for the whole configuration, which has no attention heads.
     text = model.config.get_text_config()

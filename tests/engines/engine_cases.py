@@ -5,6 +5,8 @@ from typing import Any
 
 from PIL import Image
 
+from transformers_fastvlm import compat
+
 QUESTION = "Describe the image."
 
 
@@ -20,5 +22,6 @@ def plain(engine: Any, conversation: list[dict[str, Any]], tokens: int) -> tuple
         conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     length = inputs["input_ids"].shape[1]
-    new = engine.model.generate(**inputs, do_sample=False, max_new_tokens=tokens)[0, length:]
+    with compat.plain_attention(engine.model):  # a running engine changes it before Transformers 5.19
+        new = engine.model.generate(**inputs, do_sample=False, max_new_tokens=tokens)[0, length:]
     return engine.processor.decode(new, skip_special_tokens=True).strip(), length, len(new)
