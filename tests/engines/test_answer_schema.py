@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_cases import QUESTION, ask
 
+from transformers_fastvlm import compat
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.engines import Sampling, Schema, TransformersEngine
 from transformers_fastvlm.engines.row_sampling import RowChooser, choose_tokens
@@ -115,9 +116,9 @@ def test_logprobs_of_an_answer_equal_those_of_the_model(engine, images) -> None:
     inputs = engine.processor.apply_chat_template(
         conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    output = engine.model.generate(
-        **inputs, do_sample=False, max_new_tokens=6, output_logits=True, return_dict_in_generate=True
-    )
+    options = {"do_sample": False, "max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    with compat.plain_attention(engine.model):
+        output = engine.model.generate(**inputs, **options)
     for noted, logits in zip(answer.logprobs, output.logits, strict=True):
         expected = logits[0].float().log_softmax(-1)
         values, ids = expected.topk(2)

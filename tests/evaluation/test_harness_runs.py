@@ -61,7 +61,7 @@ def direct_answers(count: int, batch: int) -> list[tuple[str, str]]:
 
 
 def own(data: Path, **changes: Any) -> EvaluationOptions:
-    chosen: dict[str, Any] = {"data": data, "max_new_tokens": 16, "engine_options": FLOAT32, "pictures": False}
+    chosen: dict[str, Any] = {"data": data, "max_new_tokens": 16, "engine_options": FLOAT32, "images": False}
     return EvaluationOptions(**(chosen | {"time_first_token": False} | changes))
 
 
