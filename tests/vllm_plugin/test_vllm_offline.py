@@ -251,7 +251,7 @@ class Kept:
     """An engine that outlives a run."""
 
     def __init__(self, engine: Any) -> None:
-        self.generate = engine.generate
+        self.stream, self.check = engine.stream, engine.check
 
     def close(self) -> None:
         pass
