@@ -189,7 +189,7 @@ def test_commands_run(page: Path, checkpoint: Callable[[str], Path], folder: Cal
     where = folder("\n".join(block.code for block in shell))
     for block in shell:
         lines = block.code.replace("\\\n", " ").splitlines() if block.needs is None or runs_here(block) else []
-        for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        for line, after in zip(lines, [*lines[1:], ""][: len(lines)], strict=True):
             words = shlex.split(line, comments=True)
             if words[:1] != ["fastvlm"] or words[1] not in RUN or "cuda" in words:
                 continue

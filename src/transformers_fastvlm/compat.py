@@ -156,6 +156,20 @@ def encode_and_expand_images(
     return model_kwargs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence Transformers' continuous batching: before 5.19 it warns of every attention but flash, and without psutil
+    of memory that it does not measure, though the size of the cache is given."""
+    log = logging.getLogger("ContinuousBatchingLogger")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@_quiet()
 def open_pages(model: Any, processors: LogitsProcessorList, *, page_tokens: int, **options: Any) -> tuple[Any, Any]:
     """Return the manager and the batch processor of Transformers' continuous batching; the manager is not started.
 
@@ -184,13 +198,7 @@ def open_pages(model: Any, processors: LogitsProcessorList, *, page_tokens: int,
         **options,
     )
     before = model.config._attn_implementation
-    log = logging.getLogger("ContinuousBatchingLogger")
-    level = log.level
-    log.setLevel(logging.ERROR)  # before 5.19 it warns of every attention but flash
-    try:
-        manager = ContinuousBatchingManager(model, GenerationConfig(eos_token_id=-1), config)
-    finally:
-        log.setLevel(level)
+    manager = ContinuousBatchingManager(model, GenerationConfig(eos_token_id=-1), config)
     manager.logit_processor = ContinuousBatchingLogitsProcessorList(processors)
     # Before 5.19 the cache is made for the whole configuration, which has no attention heads.
     text = model.config.get_text_config()
