@@ -31,6 +31,7 @@ EXTRAS = {
     "torchvision",
     "training",
     "quantization",
+    "embedding",
     "schema",
     "serving",
     "demo",
