@@ -26,7 +26,7 @@ demo: .venv/installed-package ## answer questions about an image, offline
 # garbage collector, which pytest reports as an error of a later test, so the page runs in a separate process.
 SERVING := tests/batch tests/demo tests/fuzz tests/server tests/cli/test_serve.py tests/test_process_state.py
 BROWSER := tests/demo/test_page_browser.py
-SUITE := $(SERVING:%=--ignore=%) --ignore=tests/vllm_plugin --ignore=tests/export \
+SUITE := $(SERVING:%=--ignore=%) --ignore=tests/vllm_plugin --ignore=tests/export --ignore=tests/llamacpp \
 	--ignore-glob='*/test_harness_*.py' -n auto
 
 # Modules that call Transformers or are called by it: Auto classes, configurations, processors, models, generate() and cache,
@@ -111,6 +111,12 @@ test-serving: .venvs/serving/installed .venvs/vllm/installed $(CHROMIUM) ## test
 .PHONY: test-export
 test-export: .venvs/export/installed tests/export/javascript/node_modules/installed $(CHROMIUM) ## export and run the results in their own runtimes
 	.venvs/export/bin/python -m pytest tests/export $(PYTEST_ARGS)
+
+LLAMACPP := tests/llamacpp
+
+.PHONY: test-llamacpp
+test-llamacpp: .venvs/llamacpp/installed ## export to GGUF and answer by llama.cpp; builds it once, about ten minutes
+	.venvs/llamacpp/bin/python -m pytest $(LLAMACPP) $(PYTEST_ARGS)
 
 HARNESS_VLLM := tests/evaluation/test_harness_vllm.py
 HARNESS := $(filter-out $(HARNESS_VLLM),$(wildcard tests/evaluation/test_harness_*.py))

@@ -38,6 +38,7 @@ STARTS_FROM = {
     "minimal": "dev",
     "serving": "dev",
     "export": "dev",
+    "llamacpp": "dev",
     "eval": "dev",
     "transformers-5.16.1": "dev",
     "transformers-5.19": "dev",
