@@ -86,7 +86,7 @@ def expected_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 def blockwise_error(values: np.ndarray, wanted: np.ndarray, block: int) -> float:
     """Return the largest error of a value divided by the largest magnitude in its block."""
-    shape = (-1, block) if wanted.shape[-1] % block == 0 else (-1, 1)
+    shape = (-1, block if wanted.shape[-1] % block == 0 else wanted.shape[-1])
     error, size = np.abs(values - wanted).reshape(shape).max(1), np.abs(wanted).reshape(shape).max(1)
     return float((error / np.maximum(size, 1e-20)).max())
 
