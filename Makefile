@@ -196,7 +196,7 @@ DECLARED := setup.cfg pyproject.toml src/transformers_fastvlm/_version.py tools/
 .venvs/wheel/installed: dist/built
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install $(if $(CI),--quiet --progress-bar off) dist/*.whl
+	$(@D)/bin/python -m pip install --retries 10 $(if $(CI),--quiet --progress-bar off) dist/*.whl
 	@touch $@
 
 tests/export/javascript/node_modules/installed: tests/export/javascript/package-lock.json
