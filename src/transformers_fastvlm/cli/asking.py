@@ -80,9 +80,9 @@ def engine_settings(
     """
     chosen: dict[str, Any] = {"dtype": dtype.value, "device": device, "size": size}
     if engine == EngineName.onnx:
-        if chosen != {"dtype": "auto", "device": "auto", "size": None}:
-            raise UserError("--dtype, --device and --size are fixed in an ONNX export; choose its --precision.")
-        return {"precision": precision}
+        if dtype != DtypeName.auto or size is not None:
+            raise UserError("--dtype and --size are fixed in an ONNX export; choose its --precision.")
+        return {"precision": precision, "device": device}
     if precision is not None:
         raise UserError(f"--precision is for --engine onnx; use --dtype with --engine {engine.value}.")
     return chosen
@@ -118,9 +118,12 @@ def load(engine: EngineName, model: str, settings: dict[str, Any], batch_size: i
 
     from ..engines import load_engine
     from ..engines.model_loading import find_device
+    from ..engines.onnx_sessions import session_device
 
     if engine == EngineName.transformers:
         find_device(settings["device"], "--device")
+    elif engine == EngineName.onnx:
+        session_device(settings["device"], "--device")
     if batch_size is not None and engine != EngineName.onnx:
         settings = settings | {"batch_size": batch_size}
     loaded = load_engine(engine.value, model, **settings)

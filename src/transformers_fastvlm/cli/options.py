@@ -79,7 +79,10 @@ Dtype = Annotated[
 ]
 Engine = Annotated[
     EngineName,
-    typer.Option(help="Runtime: transformers; vllm, if it is installed; onnx, for the directory of an export."),
+    typer.Option(
+        help="Runtime: transformers; vllm, if it is installed; onnx, for the directory of an export, with --device "
+        "auto, cpu, cuda, directml or coreml."
+    ),
 ]
 Precision = Annotated[
     str | None, typer.Option(help="With --engine onnx: one of the export's precisions, such as q4f16.")
