@@ -9,7 +9,7 @@ from .embedded import resolve_model
 
 __all__ = ["checkpoint_identity"]
 
-_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model", ".bin", ".onnx", ".onnx_data")
+_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model", ".bin", ".onnx", ".onnx_data", ".gguf")
 
 
 def checkpoint_identity(model: str) -> dict[str, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine over onnxruntime: runs the files of `fastvlm export onnx` on the CPU."""
+"""The engine over onnxruntime: runs the files of `fastvlm export onnx`."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from .. import FastVLMImageProcessorPil, FastVLMProcessor
-from .._optional import needs
 from ..processing_fastvlm import chat_template_for
 from .base import end_tokens
 from .engine import Engine
+from .onnx_sessions import open_session, session_device
 from .prompts import Prompt
 from .request import Request
 from .row_sampling import choose_tokens
@@ -24,8 +24,6 @@ __all__ = ["FILE_SUFFIX", "OnnxEngine", "OnnxModel"]
 FILE_SUFFIX = {"float32": "", "float16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 """Suffix of the file names of each precision, as in transformers.js."""
 
-_EXTRA = 'pip install "transformers-fastvlm[onnx]"'
-
 
 class OnnxModel:
     """The three graphs of an export in one precision.
@@ -33,16 +31,17 @@ class OnnxModel:
     Args:
         directory: directory of `fastvlm export onnx`.
         precision: one of the export's precisions; by default float32, or the only one.
-        threads: threads of onnxruntime; by default as many as PyTorch uses.
-        prepack: copy the weights into the fastest memory layout; False needs half the memory.
+        device, threads, prepack: see `open_session`.
 
     Attributes:
         precision: the loaded precision.
+        device: the device; never "auto".
         config: the directory's config.json.
 
     Raises:
         FileNotFoundError: no such directory or precision.
         ImportError: onnxruntime is not installed.
+        ValueError: unknown device, or one that onnxruntime cannot use here.
     """
 
     def __init__(
@@ -50,11 +49,11 @@ class OnnxModel:
         directory: str | os.PathLike[str],
         precision: str | None = None,
         *,
+        device: str = "cpu",
         threads: int | None = None,
         prepack: bool = True,
     ) -> None:
-        with needs("onnxruntime", "The engine onnx", _EXTRA):
-            import onnxruntime
+        self.device = session_device(device)
         self.directory = Path(directory)
         found = [name for name, suffix in FILE_SUFFIX.items() if self._file("decoder_model_merged", suffix).is_file()]
         if precision is None:
@@ -65,12 +64,7 @@ class OnnxModel:
             )
         self.precision = precision
         self.config = _json(self.directory / "config.json")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3
-        if not prepack:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        self._options, self._runtime = options, onnxruntime
+        self._options: dict[str, Any] = {"threads": threads, "prepack": prepack}
         self._sessions: dict[str, Any] = {}
 
     def _file(self, part: str, suffix: str) -> Path:
@@ -80,8 +74,7 @@ class OnnxModel:
         """Return the session of `vision_encoder`, `embed_tokens` or `decoder_model_merged`, loaded on first use."""
         if part not in self._sessions:
             path = self._file(part, FILE_SUFFIX[self.precision])
-            providers = ["CPUExecutionProvider"]
-            self._sessions[part] = self._runtime.InferenceSession(str(path), self._options, providers=providers)
+            self._sessions[part] = open_session(path, device=self.device, **self._options)
         return self._sessions[part]
 
     def close(self) -> None:
@@ -145,7 +138,10 @@ class OnnxEngine(Engine):
 
     Args:
         directory: directory of `fastvlm export onnx`.
-        precision, threads: see `OnnxModel`.
+        precision: see `OnnxModel`.
+        device: "auto" (CUDA, else DirectML, else the CPU), "cpu", "cuda", "cuda:1", "directml" or "coreml", as far as
+            the installed package of onnxruntime has it.
+        threads: threads on the CPU; by default as many as PyTorch uses.
 
     Attributes:
         model: the `OnnxModel`.
@@ -154,7 +150,7 @@ class OnnxEngine(Engine):
     Raises:
         FileNotFoundError: no such directory or precision.
         ImportError: onnxruntime is not installed.
-        ValueError: the directory's config.json is not from such an export.
+        ValueError: the directory's config.json is not from such an export, or onnxruntime cannot use the device here.
 
     Example:
         >>> engine = OnnxEngine("fastvlm-onnx", "q4f16")  # doctest: +SKIP
@@ -163,15 +159,26 @@ class OnnxEngine(Engine):
     """
 
     _NAME = "onnx"
-    device = "cpu"
 
     def __init__(
-        self, directory: str | os.PathLike[str], precision: str | None = None, *, threads: int | None = None
+        self,
+        directory: str | os.PathLike[str],
+        precision: str | None = None,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
     ) -> None:
-        self.model = OnnxModel(directory, precision, threads=threads)
+        self.model = OnnxModel(directory, precision, device=device, threads=threads)
+        if self.model.device != "cpu":
+            self.model.session("embed_tokens")  # a device that does not start is an error here, not of a request
         super().__init__(_processor(self.model), batch_size=1)
         ends = _json(self.model.directory / "generation_config.json").get("eos_token_id")
         self._end_tokens = end_tokens(self.model.config.get("eos_token_id") if ends is None else ends)
+
+    @property
+    def device(self) -> str:
+        """Device of the graphs."""
+        return self.model.device
 
     @property
     def dtype(self) -> str:
