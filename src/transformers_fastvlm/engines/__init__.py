@@ -56,8 +56,24 @@ __all__ = [
     "TokenLogprob",
     "TransformersEngine",
     "VllmEngine",
+    "engine_class",
     "load_engine",
 ]
+
+
+def engine_class(engine: str) -> "type[Engine]":
+    """Return the class of an engine, whose signature has its options.
+
+    Args:
+        engine: one of `ENGINES`.
+
+    Raises:
+        ValueError: unknown engine.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+    found: type[Engine] = __getattr__(_CLASS_OF[engine])
+    return found
 
 
 def load_engine(engine: str, model: str, **options: Any) -> "Engine":
@@ -75,9 +91,8 @@ def load_engine(engine: str, model: str, **options: Any) -> "Engine":
         ImportError: the engine's package is not installed.
         OSError: there is no such checkpoint, or its files are damaged.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
-    loaded: Engine = __getattr__(_CLASS_OF[engine])(model, **options)
+    make: Any = engine_class(engine)
+    loaded: Engine = make(model, **options)
     return loaded
 
 
