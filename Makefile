@@ -112,7 +112,7 @@ test-serving: .venvs/serving/installed .venvs/vllm/installed $(CHROMIUM) ## test
 test-export: .venvs/export/installed tests/export/javascript/node_modules/installed $(CHROMIUM) ## export and run the results in their own runtimes
 	.venvs/export/bin/python -m pytest tests/export $(PYTEST_ARGS)
 
-LLAMACPP := tests/llamacpp
+LLAMACPP := tests/llamacpp tests/export/test_export_frame.py
 
 .PHONY: test-llamacpp
 test-llamacpp: .venvs/llamacpp/installed ## export to GGUF and answer by llama.cpp; builds it once, about ten minutes

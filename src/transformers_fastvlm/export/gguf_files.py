@@ -168,7 +168,8 @@ def _describe_tokenizer(writer: Any, model: Any, source: Source, rows: int) -> N
     for name, token in ids.items():
         if token is not None and 0 <= token < rows:
             getattr(writer, f"add_{name}_token_id")(token)
-    writer.add_add_bos_token(False)
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    writer.add_add_bos_token(begins)
     writer.add_chat_template(plain_template(text.model_type))
 
 

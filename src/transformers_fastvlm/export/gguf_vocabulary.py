@@ -82,9 +82,8 @@ def _tokens(tokenizer: Any, content: dict[str, Any], rows: int) -> tuple[tuple[s
         if row < rows:
             tokens[row] = added.content
             types[row] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
-    unknown = content["vocab"].get(content.get("unk_token") or "")
-    if unknown is not None and unknown < rows:
-        types[unknown] = int(TokenType.UNKNOWN)
+    if content.get("byte_fallback") and tokenizer.unk_token_id is not None:
+        types[tokenizer.unk_token_id] = int(TokenType.UNKNOWN)
     return tuple(tokens), tuple(types)
 
 

@@ -74,6 +74,9 @@ def _model(functions: Any, path: Path) -> Iterator[tuple[Any, list[str]]]:
     with _log(functions) as lines:
         parameters = functions.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        # The plain layout of weights: in the layouts for some CPUs they are multiplied less exactly, and llama.cpp of
+        # llama-cpp-python 0.3.36 crashes on 8-bit weights in the one for AMX.
+        parameters.use_extra_bufts = False
         functions.llama_backend_init()
         model = functions.llama_model_load_from_file(os.fsencode(path), parameters)
         if not model:
