@@ -57,7 +57,7 @@ def test_generate(fastvlm: Callable[..., Any], image: Path) -> None:
     text, answer = question()
     words = (image, "-p", text, "--max-new-tokens", "16")
     found = json.loads(fastvlm("generate", *words, "--precision", "float32", "--json").stdout)
-    assert found["text"] == answer
+    assert (found["answer"], found["device"], found["dtype"]) == (answer, "cpu", "float32")
     assert fastvlm("generate", *words, "--device", "cpu").stdout.strip() == answer
     assert fastvlm("generate", *words, "--choices", "yes,no").stdout.strip() in ("yes", "no")
 
@@ -96,7 +96,7 @@ def test_serve(image: Path) -> None:
             assert found["choices"][0]["message"]["content"] == answer
         finally:
             process.send_signal(signal.SIGTERM)
-    assert process.returncode == 143
+    assert process.returncode == 0
 
 
 def base64_of(path: Path) -> str:
