@@ -49,13 +49,13 @@ def test_chat(run, form: Path) -> None:
 
 def test_a_cut_answer_is_a_failure(run, form: Path) -> None:
     result = run("generate", SIGN, *QUESTION, "--schema", form, "--max-new-tokens", 3, code=1)
-    assert "the answer was cut after 3 tokens before it was whole by its schema" in result.stderr
+    assert "the answer was cut after 3 tokens, before it was complete by its schema" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--choices", "a,b", "--regex", "a"), "--choices and --regex are both given"),
+        (("--choices", "a,b", "--regex", "a"), "--choices and --regex cannot be combined"),
         (("--choices", "a,,b"), "--choices: a choice is ''"),
         (("--regex", ""), "--regex: the regular expression is empty"),
         (("--regex", "("), "the regular expression cannot be held"),
@@ -99,7 +99,7 @@ def test_batch(run, form: Path, tmp_path: Path) -> None:
 def test_batch_marks_cut_answers(run, form: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     result = run("batch", IMAGES, *QUESTION, "--schema", form, "-o", output, "--max-new-tokens", 3, code=1)
-    assert "the answer was cut after 3 tokens, before it was whole." in result.stderr
+    assert "the answer was cut after 3 tokens, before it was complete." in result.stderr
     assert {(row["answer"], row["fields"], row["finish_reason"]) for row in rows_of(output)} == {(None, None, "length")}
 
 

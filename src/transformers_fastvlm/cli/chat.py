@@ -18,8 +18,8 @@ __all__ = ["chat"]
 
 _HELP = """\
 /image PATH   add an image (file or http address) to the next question
-/clear        start again with the images of the command line
-/exit         leave; Ctrl-D leaves too"""
+/clear        start a new conversation with the images of the command line
+/exit         end the chat, like Ctrl-D"""
 
 
 @reports_errors
@@ -50,8 +50,9 @@ def chat(
 ) -> None:
     """Talk about images in several turns.
 
-    Each line is a question, and the whole conversation is kept. /image PATH adds an image, /clear starts again, /exit
-    leaves. Questions may also come from a pipe, one per line; the first error then ends the command.
+    Each line is a question, and the model sees the whole conversation. /image PATH adds an image, /clear starts a new
+    conversation, /exit ends the chat. Questions may also come from a pipe, one per line; the first error then ends the
+    command.
 
     Examples:
 
