@@ -112,7 +112,6 @@ def test_a_full_queue_refuses(slow: Running) -> None:
 
 
 def test_clients_that_stop_reading_do_not_block_others(endless: tuple[Any, Any]) -> None:
-    # Long answers, since a busy machine joins what it sends.
     options = {"max_answer_tokens": 400, "batch_size": 16, "queue": 0, "client_timeout": 5.0}
     with running(*endless, send_buffer=4096, **options) as server:
         given_up: list[Any] = []
@@ -123,8 +122,9 @@ def test_clients_that_stop_reading_do_not_block_others(endless: tuple[Any, Any])
             connection = socket.socket()
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", server.port))
-            # Sixteen choices make each token an event of four kilobytes.
-            connection.sendall(request_bytes(server.port, asks(stream=True, n=16)))
+            # A busy server joins the texts of several tokens, but not their logprobs: twenty kilobytes a token.
+            asked = asks(stream=True, n=16, logprobs=True, top_logprobs=20)
+            connection.sendall(request_bytes(server.port, asked))
             connections.append(connection)
         status, answer, _ = server.post(asks(max_tokens=3))
         assert status == 200 and answer["usage"]["completion_tokens"] == 3
