@@ -24,6 +24,7 @@ MAX_SEQUENCES = 256
 
 _LEVEL_OF_ERRORS = 4
 _NO_ROOM = 1
+_AMX = b"AMX_INT8 = 1"
 _ALL_LAYERS = -1
 
 _Array = np.ndarray[Any, Any]
@@ -56,6 +57,8 @@ class LlamaModel:
             raise ValueError("the installed llama-cpp-python was built for the CPU only.")
         options = self.library.llama_model_default_params()
         options.n_gpu_layers = _ALL_LAYERS if offload else 0
+        # Quantized weights in the layout for AMX crash the process at the first prompt (llama-cpp-python 0.3.36).
+        options.use_extra_bufts = _AMX not in self.library.llama_print_system_info()
         self.offload = offload
         self._pointer = _called(
             f"load {Path(path)}", lambda: self.library.llama_model_load_from_file(os.fsencode(path), options)
