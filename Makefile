@@ -153,7 +153,7 @@ soak: .venv/installed-dev .venvs/serving/installed .venvs/vllm/installed .venvs/
 	$(BIN)/python -m pytest -m soak $(filter-out -n auto,$(SUITE)) $(PYTEST_ARGS)
 	.venvs/eval/bin/python -m pytest -m soak $(HARNESS) $(PYTEST_ARGS)
 	.venvs/eval-vllm/bin/python -m pytest -m soak $(HARNESS_VLLM) $(PYTEST_ARGS)
-	.venvs/serving/bin/python -m pytest -m soak $(SERVING) --ignore=$(BROWSER) $(PYTEST_ARGS)
+	ONEDNN_PRIMITIVE_CACHE_CAPACITY=32 .venvs/serving/bin/python -m pytest -m soak $(SERVING) --ignore=$(BROWSER) $(PYTEST_ARGS)
 	.venvs/vllm/bin/python -m pytest -m soak tests/vllm_plugin $(PYTEST_ARGS)
 	.venvs/export/bin/python -m pytest -m soak tests/export $(PYTEST_ARGS)
 	.venvs/llamacpp/bin/python -m pytest -m soak $(LLAMACPP) $(PYTEST_ARGS)

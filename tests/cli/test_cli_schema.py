@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm generate` and `fastvlm batch` with --schema, --choices and --regex."""
+"""`fastvlm generate`, `chat` and `batch` with --schema, --choices and --regex."""
 
 import json
 from pathlib import Path
@@ -39,15 +39,23 @@ def test_generate(run, form: Path) -> None:
     assert result["answer"] in ("a", "b") and result["sampling"]["schema"] == {"choices": ["a", "b"]}
 
 
+def test_chat(run, form: Path) -> None:
+    words, lines = ("chat", SIGN, "-m", "tiny"), "What number is written?\nAnd what else?\n"
+    answers = [json.loads(line) for line in run(*words, "--schema", form, stdin=lines).stdout.splitlines()]
+    assert [list(answer) for answer in answers] == [["number", "sure"]] * 2
+    assert set(run(*words, "--choices", "cat, dog", stdin=lines).stdout.split()) <= {"cat", "dog"}
+    assert run(*words, "--regex", "[0-9]{3}", stdin="What number is written?").stdout == "628\n"
+
+
 def test_a_cut_answer_is_a_failure(run, form: Path) -> None:
     result = run("generate", SIGN, *QUESTION, "--schema", form, "--max-new-tokens", 3, code=1)
-    assert "the answer was cut after 3 tokens before it was whole by its schema" in result.stderr
+    assert "the answer was cut after 3 tokens, before it was complete by its schema" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--choices", "a,b", "--regex", "a"), "--choices and --regex are both given"),
+        (("--choices", "a,b", "--regex", "a"), "--choices and --regex cannot be combined"),
         (("--choices", "a,,b"), "--choices: a choice is ''"),
         (("--regex", ""), "--regex: the regular expression is empty"),
         (("--regex", "("), "the regular expression cannot be held"),
@@ -56,6 +64,7 @@ def test_a_cut_answer_is_a_failure(run, form: Path) -> None:
 )
 def test_refuses(fails, words: tuple[str, ...], said: str) -> None:
     assert said in fails("generate", SIGN, *QUESTION, *words)
+    assert said in fails("chat", SIGN, "-m", "tiny", *words)  # before the first question
 
 
 @pytest.mark.parametrize(
@@ -90,7 +99,7 @@ def test_batch(run, form: Path, tmp_path: Path) -> None:
 def test_batch_marks_cut_answers(run, form: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     result = run("batch", IMAGES, *QUESTION, "--schema", form, "-o", output, "--max-new-tokens", 3, code=1)
-    assert "the answer was cut after 3 tokens, before it was whole." in result.stderr
+    assert "the answer was cut after 3 tokens, before it was complete." in result.stderr
     assert {(row["answer"], row["fields"], row["finish_reason"]) for row in rows_of(output)} == {(None, None, "length")}
 
 

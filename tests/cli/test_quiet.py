@@ -14,8 +14,9 @@ import pytest
 import typer
 from test_option_names import OPTIONS
 
+from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.cli import cli_errors
-from transformers_fastvlm.cli.progress_bars import progress_bar
+from transformers_fastvlm.cli.progress_bars import progress_bar, reading_bar
 from transformers_fastvlm.data.scenes import SceneDataset
 
 Run = Callable[..., Any]
@@ -151,3 +152,40 @@ def test_there_is_no_bar_elsewhere() -> None:
     with progress_bar("reading", "rows", stream) as show:
         show(1, 2)
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("words", [BARS["batch"][0], ("embed", "photos", "-o", "out.npy", "-m", "tiny")])
+def test_reading_large_files_has_a_bar_that_quiet_hides(
+    run: Run, place: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what Rich takes for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    words = tuple("big" if word == "tiny" else word for word in words)
+    shutil.copytree(tiny_checkpoint(), "big")
+    with open("big/notes.txt", "wb") as sparse:
+        sparse.truncate(2**30)
+    loud = drawn(run(*words).stderr)
+    assert re.search(r"reading files .*(MB|GB).*(-:--:--|0:00:\d\d)", loud), loud
+    assert run(*words, "--quiet", "--restart").stderr == ""
+
+
+def test_a_bar_of_files_ends_with_the_last_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = Terminal()
+    with reading_bar(stream=terminal) as reading:
+        for _ in range(2):  # as for two data sets
+            for done in (10**9, 2 * 10**9, 4 * 10**9):
+                reading(done, 4 * 10**9)
+                time.sleep(0.2)
+        ended = terminal.getvalue()
+        with progress_bar("training", "steps", terminal) as show:  # another bar may follow
+            show(1, 2)
+            show.reading(10**9, 4 * 10**9)
+            time.sleep(0.2)
+            show.reading(4 * 10**9, 4 * 10**9)
+    assert re.search(r"reading files .*GB +[\d.]+ \w+/s +\d+:\d\d:\d\d", drawn(ended)), drawn(ended)
+    both = drawn(terminal.getvalue().removeprefix(ended))
+    assert "reading files" in both and "training" in both and both.rstrip().endswith("-:--:--")
+    with reading_bar(shown=False, stream=(other := Terminal())) as reading:
+        reading(1, 2)
+    assert other.getvalue() == ""

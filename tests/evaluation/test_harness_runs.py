@@ -134,11 +134,18 @@ def test_answers_of_another_checkpoint_or_with_other_settings_are_not_used(
     content = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps(content | {"top_k": 3}))
     assert asked() == 6
-    evaluate(str(model), tmp_path / "out", own(scenes, engine="scripted", limit=8))
+    read: list[tuple[int, int]] = []
+    evaluate(
+        str(model),
+        tmp_path / "out",
+        own(scenes, engine="scripted", limit=8),
+        reading=lambda *bytes_of: read.append(bytes_of),
+    )
+    assert read[-1][0] == read[-1][1] > (model / "model.safetensors").stat().st_size
     assert len(engines[-1].asked) == 2, "more rows of the same need only what is new"
 
 
-def test_several_pictures_and_none_in_one_batch(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
+def test_several_images_and_none_in_one_batch(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
     for colour in ("red", "blue"):
         Image.new("RGB", (70, 40), colour).save(tmp_path / f"{colour}.png")
     rows = [
@@ -164,7 +171,7 @@ def test_several_pictures_and_none_in_one_batch(tmp_path: Path, checkpoint: Call
     assert len(journal) == 2 and len(json.loads(journal[1])) == 3
 
 
-def test_a_picture_that_cannot_be_read_stops_the_run_and_is_named(
+def test_an_image_that_cannot_be_read_stops_the_run_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = ScriptedEngine(lambda text: "red")
@@ -176,7 +183,7 @@ def test_a_picture_that_cannot_be_read_stops_the_run_and_is_named(
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_the_next_batchs_pictures_are_opened_while_the_model_answers_and_no_others(
+def test_the_next_batchs_images_are_opened_while_the_model_answers_and_no_others(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[int] = []

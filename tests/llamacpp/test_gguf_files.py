@@ -311,8 +311,9 @@ def test_logits_and_answer_are_pytorchs(name: str, exported: Any) -> None:
     assert errors["float32: image features"] < 1e-5
     assert errors["float32: logits"] < 1e-4
     assert errors["float16: logits"] < 1e-2
-    assert 1e-4 < errors["q8_0: logits"] < 0.1
-    assert errors["q8_0: logits"] < errors["q4_k_m: logits"] < errors["q4_0: logits"] < 1
+    # Far from exact: these files do hold quantized weights.
+    assert 1e-4 < errors["q8_0: logits"] < errors["q4_0: logits"] < 0.5
+    assert 1e-4 < errors["q4_k_m: logits"] < 0.5
 
 
 @torch.no_grad()

@@ -243,8 +243,9 @@ def test_requests_that_leave_or_fail_cost_others_nothing(
     draw = random.Random(2026)
     kinds = draw.choices(("leaves", "malformed", "fails", "whole"), (10, 5, 2, 83), k=count)
     kinds[:3] = ("leaves", "malformed", "fails")  # each of them in a short run too
+    loaded = load_tiny()  # its progress bar leaves a thread of tqdm's
     before, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
-    with running(*load_tiny(), batch_size=4, queue=20) as server:
+    with running(*loaded, batch_size=4, queue=20) as server:
         alone = [answers_of(server.post(body)) for body in bodies]
 
         def run(index: int) -> tuple[str, int, Any]:
@@ -271,6 +272,7 @@ def test_requests_that_leave_or_fail_cost_others_nothing(
         check(range(count // 2))
         half = memory()
         check(range(count // 2, count))
+        # `make soak` lets oneDNN keep few shapes; its cache of 1,024 fills for thousands of requests.
         assert count < 1000 or memory() < half * 1.03
         until(lambda: is_idle(server))
         assert server.service.waiting == server.service.admission.count == server.service.admission.bytes == 0

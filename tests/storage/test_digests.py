@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from transformers_fastvlm.storage.digests import file_digest, file_digests, joined
+from transformers_fastvlm.storage.digests import counted_bytes, file_digest, file_digests, joined
 
 LARGE = 2**27
 
@@ -46,3 +46,31 @@ def test_of_several_files_in_their_order(tmp_path: Path) -> None:
 def test_of_several_texts() -> None:
     texts = [["a", "b"], ["b", "a"], ["ab"], ["a"], [], ["\udce9"]]
     assert len({joined(each) for each in texts}) == len(texts)
+
+
+def test_bytes_are_counted_while_files_are_read(tmp_path: Path) -> None:
+    sizes = [0, 1, 5 * 2**20, 2**23]
+    files = [tmp_path / str(number) for number in range(len(sizes))]
+    for file, size in zip(files, sizes, strict=True):
+        file.write_bytes(bytes(size))
+    told: list[tuple[int, int]] = []
+    digests = file_digests(files, counted_bytes(lambda done, total: told.append((done, total)), files))
+    assert digests == file_digests(files)
+    assert [done for done, _ in told] == sorted(done for done, _ in told) and len(told) >= 4
+    assert {total for _, total in told} == {sum(sizes)} and told[-1][0] == sum(sizes)
+
+
+def test_no_file_is_read_further_after_ctrl_c(tmp_path: Path) -> None:
+    files = [tmp_path / str(number) for number in range(4)]
+    for file in files:
+        with open(file, "wb") as sparse:
+            sparse.truncate(2**32)  # seconds of work
+    told: list[int] = []
+
+    def advance(size: int) -> None:
+        told.append(size)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        file_digests(files, advance)
+    assert len(told) <= len(files)

@@ -90,7 +90,7 @@ def test_overrides_are_typed_by_yaml(override: str, read) -> None:
         ("arguments.gradient_accumulation_steps=2", "train.global_batch_size and arguments.gradient_accumulation"),
         ("data.questions=generic", "data.questions needs data.conversation: sft"),
         ("model.image_size=100", "model.image_size is 100; expected a positive multiple of 64"),
-        ("model.drop_path_rate=1", "model.drop_path_rate is 1.0; expected a number from 0 to 1, without 1"),
+        ("model.drop_path_rate=1", "model.drop_path_rate is 1.0; expected a number of at least 0 and below 1"),
         ("data.streaming=true", r"data.streaming has no known length: set arguments.max_steps"),
         ("model=small", "model is 'small'; expected a section"),
         ("data.streaming", "'data.streaming' is not a recipe override; expected key=value"),

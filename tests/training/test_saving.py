@@ -236,7 +236,11 @@ def test_other_rows_are_named_when_a_run_is_resumed(recipe: MakeRecipe, rows_fil
     made = recipe(
         model={"image_size": 64}, data={"source": str(file)}, arguments={"max_steps": 1, "save_strategy": "no"}
     )
-    run(made)
+    read: list[tuple[int, int]] = []
+    run(made, dry_run=True, reading=lambda *bytes_of: read.append(bytes_of))
+    assert read == [], "a dry run compares nothing"
+    run(made, reading=lambda *bytes_of: read.append(bytes_of))
+    assert read[-1] == (file.stat().st_size,) * 2
     (tmp_path / "out" / "config.json").unlink()  # as if it were not finished
 
     def told() -> list[str]:

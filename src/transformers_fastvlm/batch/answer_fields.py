@@ -40,7 +40,7 @@ def with_fields(row: dict[str, Any], schema: Schema) -> dict[str, Any]:
     fields = None
     if row["error"] is None and row["finish_reason"] != "stop":
         tokens = row["completion_tokens"]
-        row = {**row, "answer": None, "error": f"the answer was cut after {tokens} tokens, before it was whole."}
+        row = {**row, "answer": None, "error": f"the answer was cut after {tokens} tokens, before it was complete."}
     elif row["error"] is None and schema.kind == "json":
         try:
             value = json.loads(row["answer"], parse_int=_whole_number, parse_float=_real_number)

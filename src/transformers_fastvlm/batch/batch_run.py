@@ -51,6 +51,7 @@ def run_batch(
     subtitles: str | os.PathLike[str] | None = None,
     restart: bool = False,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
+    reading: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Ask a question about each image and write the answers to one file.
 
@@ -68,6 +69,8 @@ def run_batch(
         subtitles: folder for one additional .srt file per video; it is created.
         restart: discard an existing journal, and replace an existing output at the end.
         progress: called with the number of finished rows and the approximate total, or None if that is unknown.
+        reading: called with the bytes read so far and in all, while tables and the model's files are read to notice
+            changes; first for the tables, then for the model.
 
     Raises:
         ValueError: invalid options or inputs, an output that is one of the inputs, a journal of another run, or
@@ -83,7 +86,7 @@ def run_batch(
     found = find_sources(inputs, options)
     outputs = outputs_for(out, found, subtitles, field_types(options.sampling.schema))
     outputs.refuse_inputs(found.read_files())
-    with resumable(outputs, _identity(found, options, about), restart) as journal:
+    with resumable(outputs, _identity(found, options, about, reading), restart) as journal:
         resumed = journal.rows
         try:
             _answer_all(found, load, options, journal, progress)
@@ -95,10 +98,12 @@ def run_batch(
     return report
 
 
-def _identity(found: Inputs, options: BatchOptions, about: dict[str, Any]) -> dict[str, Any]:
+def _identity(
+    found: Inputs, options: BatchOptions, about: dict[str, Any], reading: Callable[[int, int], None]
+) -> dict[str, Any]:
     """Return the identity of a run, which must not change when it is resumed."""
     values = dataclasses.asdict(options)
-    return identity_of(found, about, {**values.pop("sampling"), **values})
+    return identity_of(found, about, {**values.pop("sampling"), **values}, reading)
 
 
 def _answer_all(

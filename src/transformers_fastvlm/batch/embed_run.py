@@ -47,6 +47,7 @@ def run_embed(
     about: dict[str, Any],
     restart: bool = False,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
+    reading: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Write the vectors of images and texts to one file.
 
@@ -61,6 +62,7 @@ def run_embed(
         about: everything else that the vectors depend on, see `run_batch`.
         restart: discard an existing journal, and replace existing outputs at the end.
         progress: called with the number of finished rows and the approximate total, or None if that is unknown.
+        reading: called with the bytes read so far and in all, see `run_batch`.
 
     Raises:
         ValueError, OSError, ImportError, Interrupted: see `run_batch`.
@@ -70,7 +72,7 @@ def run_embed(
         raise ValueError(f"batch_size is {options.batch_size}; expected 1 or more.")
     found = find_sources(inputs, options)
     outputs.refuse_inputs(found.read_files())
-    with resumable(outputs, identity_of(found, about, dataclasses.asdict(options)), restart) as journal:
+    with resumable(outputs, identity_of(found, about, dataclasses.asdict(options), reading), restart) as journal:
         resumed = journal.rows
         try:
             _embed_all(found, load, options, journal, progress)

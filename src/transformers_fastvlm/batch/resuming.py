@@ -2,7 +2,7 @@
 """Runs that can be stopped and resumed: their identity, and the time of life of their journal."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +53,20 @@ def resumable(outputs: Outputs, identity: Mapping[str, Any], restart: bool) -> I
         journal.remove()
 
 
-def identity_of(found: Inputs, about: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def identity_of(
+    found: Inputs, about: Mapping[str, Any], options: Mapping[str, Any], reading: Callable[[int, int], None]
+) -> dict[str, Any]:
     """Return the identity of a run, which must not change when it is resumed.
 
     Args:
         found: the inputs.
         about: what else the rows depend on; the files of its "model" count too, if it has one.
         options: options of the run.
+        reading: called with the bytes read so far and in all: first of tables and text files, then of the model's.
     """
-    identity = {**about, **options, "inputs": found.identity()}
+    identity = {**about, **options, "inputs": found.identity(reading)}
     if (model := about.get("model")) is not None:
-        identity["model_files"] = checkpoint_identity(str(model))
+        identity["model_files"] = checkpoint_identity(str(model), reading)
     return identity
 
 

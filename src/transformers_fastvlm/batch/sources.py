@@ -6,13 +6,13 @@ import glob
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..data.folders import files_below, is_of_macos
 from ..images.read_options import ReadOptions
-from ..storage.digests import joined
+from ..storage.digests import counted_bytes, joined
 from .requests import PromptTemplate, Request, SourceOptions, printable
 from .table_sources import TableSource, open_table
 from .text_sources import TEXTS, TextSource
@@ -41,8 +41,8 @@ class FileSource:
     def __init__(self, name: str, files: Sequence[str], options: SourceOptions) -> None:
         self.name, self.files, self.options = name, list(files), options
 
-    def identity(self) -> dict[str, Any]:
-        """Return name, number of files, and a digest of their names and sizes."""
+    def identity(self, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Return name, number of files, and a digest of their names and sizes; nothing is read."""
         digest = joined(f"{printable(file)}\0{_size_of(file)}" for file in self.files)
         return {"name": printable(self.name), "count": len(self.files), "digest": digest}
 
@@ -80,9 +80,14 @@ class Inputs:
         for source in self.sources:
             yield from source
 
-    def identity(self) -> list[dict[str, Any]]:
-        """Return the identity of the inputs, which changes with them."""
-        return [source.identity() for source in self.sources]
+    def identity(self, reading: Callable[[int, int], None] = lambda done, total: None) -> list[dict[str, Any]]:
+        """Return the identity of the inputs, which changes with them.
+
+        Args:
+            reading: called with the bytes read so far and of all tables and text files, which are read completely.
+        """
+        advance = counted_bytes(reading, [each.name for each in self.sources if not isinstance(each, FileSource)])
+        return [source.identity(advance) for source in self.sources]
 
     def rows(self) -> int | None:
         """Return the approximate number of requests; None if it is unknown."""

@@ -8,7 +8,7 @@ import csv
 import functools
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,9 +47,9 @@ class TableSource:
         folder = os.path.dirname(os.path.abspath(name)) if options.image_folder is None else options.image_folder
         self._images = ImageFolder(folder, reading=options)
 
-    def identity(self) -> dict[str, Any]:
-        """Return name, number of rows, and a digest of the file."""
-        return {"name": printable(self.name), "count": self.rows(), "digest": file_digest(self.name)}
+    def identity(self, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Return name, number of rows, and a digest of the file; `advance` gets the number of bytes of each chunk."""
+        return {"name": printable(self.name), "count": self.rows(), "digest": file_digest(self.name, advance)}
 
     def rows(self) -> int:
         """Return the number of rows."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text files, each line of which is a request without an image."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..storage.digests import file_digest
@@ -30,9 +30,9 @@ class TextSource:
         self.name, self.options = name, options
         self._count = sum(1 for _ in self._lines())
 
-    def identity(self) -> dict[str, Any]:
-        """Return name, number of texts, and a digest of the file."""
-        return {"name": printable(self.name), "count": self._count, "digest": file_digest(self.name)}
+    def identity(self, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Return name, number of texts, and a digest of the file; `advance` gets the number of bytes of each chunk."""
+        return {"name": printable(self.name), "count": self._count, "digest": file_digest(self.name, advance)}
 
     def rows(self) -> int:
         """Return the number of texts."""

@@ -59,7 +59,7 @@ def schema_of(file: Path | None, choices: str | None, regex: str | None) -> Sche
         name for name, value in (("--schema", file), ("--choices", choices), ("--regex", regex)) if value is not None
     ]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} are both given; an answer follows one of them.")
+        raise UserError(f"{' and '.join(given)} cannot be combined; give one of them.")
     try:
         if file is not None:
             return Schema.json(file.read_text(encoding="utf-8"))
@@ -163,5 +163,5 @@ def remark(answer: Answer, sampling: Sampling) -> None:
     tokens = answer.completion_tokens
     full = "the model's context is full."
     why = "--max-new-tokens allows longer ones." if tokens == sampling.max_new_tokens else full
-    whole = "" if sampling.schema is None else " before it was whole by its schema"
+    whole = "" if sampling.schema is None else ", before it was complete by its schema"
     warn(f"fastvlm: the answer was cut after {tokens} tokens{whole}; {why}")

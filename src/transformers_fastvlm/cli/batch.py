@@ -46,7 +46,7 @@ def batch(
     engine: options.Engine = options.EngineName.transformers,
     precision: options.Precision = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images that are answered together. A killed run loses at most two batches.")
+        int, typer.Option(min=1, help="Images answered together. A killed run loses at most two batches.")
     ] = 16,
     image_column: Annotated[str, typer.Option(help="Column of a table with the paths or the bytes of images.")] = (
         "image"
@@ -124,7 +124,15 @@ def batch(
     try:
         with stopping, progress_bar("answering", "rows") as show:
             report = run_batch(
-                inputs, output, start, chosen, about=about, subtitles=srt, restart=restart, progress=show
+                inputs,
+                output,
+                start,
+                chosen,
+                about=about,
+                subtitles=srt,
+                restart=restart,
+                progress=show,
+                reading=show.reading,
             )
     except Interrupted as error:
         kept = f" They are kept in {error.journal}; repeat the command to resume." if error.rows else ""

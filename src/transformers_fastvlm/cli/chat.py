@@ -18,8 +18,8 @@ __all__ = ["chat"]
 
 _HELP = """\
 /image PATH   add an image (file or http address) to the next question
-/clear        start again with the images of the command line
-/exit         leave; Ctrl-D leaves too"""
+/clear        start a new conversation with the images of the command line
+/exit         end the chat, like Ctrl-D"""
 
 
 @reports_errors
@@ -39,6 +39,9 @@ def chat(
     top_p: options.TopP = None,
     num_beams: options.NumBeams = 1,
     seed: options.Seed = None,
+    schema: options.SchemaFile = None,
+    choices: options.Choices = None,
+    regex: options.Regex = None,
     do_exif_transpose: options.ExifTranspose = True,
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
@@ -47,8 +50,9 @@ def chat(
 ) -> None:
     """Talk about images in several turns.
 
-    Each line is a question, and the whole conversation is kept. /image PATH adds an image, /clear starts again, /exit
-    leaves. Questions may also come from a pipe, one per line; the first error then ends the command.
+    Each line is a question, and the model sees the whole conversation. /image PATH adds an image, /clear starts a new
+    conversation, /exit ends the chat. Questions may also come from a pipe, one per line; the first error then ends the
+    command.
 
     Examples:
 
@@ -57,9 +61,9 @@ def chat(
         fastvlm chat street.jpg --temperature 0.2 --system "Answer in one word."
     """
     from ..images.read_options import ReadOptions
-    from .asking import engine_settings, load, sampling_of
+    from .asking import engine_settings, load, sampling_of, schema_of
 
-    sampling = sampling_of(max_new_tokens, temperature, top_p, seed, num_beams)
+    sampling = sampling_of(max_new_tokens, temperature, top_p, seed, num_beams, schema_of(schema, choices, regex))
     settings = engine_settings(engine, precision, device, dtype, size)
     if STDIN in (images or []):
         raise UserError("chat reads questions from standard input, so an image cannot come from there. Give a file.")
@@ -73,6 +77,7 @@ def chat(
         notice(_HELP)
     talk = _Conversation(loaded, sampling, system, first, reading)
     with contextlib.closing(loaded):
+        loaded.check(sampling)  # not at the first question
         while (line := _next_line(interactive)) is not None:
             try:
                 if not talk.turn(line):

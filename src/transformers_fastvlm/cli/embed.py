@@ -40,15 +40,15 @@ def embed(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="File to write: .parquet, or .npy, beside which .ids.jsonl says what each row is."
+            "--output", "-o", help="File to write: .parquet; or .npy, with a file .ids.jsonl that describes its rows."
         ),
     ],
     model: options.Model = options.DEFAULT_MODEL,
     pooling: Annotated[
         PoolingName,
         typer.Option(
-            help="last: state of the language model's last token; mean: of all tokens; encoder: the encoder's own "
-            "vector of an image, without the language model."
+            help="last: the language model's state at the last token; mean: the mean over all tokens; encoder: the "
+            "vector of the image encoder, without the language model."
         ),
     ] = PoolingName.last,
     normalize: Annotated[bool, typer.Option("--normalize/--no-normalize", help="Give every vector length 1.")] = True,
@@ -58,7 +58,7 @@ def embed(
             "--prompt",
             "-p",
             callback=options.utf8,
-            help="Text that belongs to each image. {column} is replaced by the row's value in that column of a table.",
+            help="Text to embed with each image. {column} is replaced by the row's value in that column of a table.",
         ),
     ] = "",
     text_column: Annotated[
@@ -66,7 +66,7 @@ def embed(
     ] = None,
     system: options.System = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows that are embedded together. A killed run loses at most one batch.")
+        int, typer.Option(min=1, help="Rows embedded together. A killed run loses at most one batch.")
     ] = 16,
     image_column: Annotated[str, typer.Option(help="Column of a table with the paths or the bytes of images.")] = (
         "image"
@@ -132,7 +132,14 @@ def embed(
     try:
         with stopping, progress_bar("embedding", "rows") as show:
             report = run_embed(
-                inputs, output, start, chosen, about={"model": model, **how}, restart=restart, progress=show
+                inputs,
+                output,
+                start,
+                chosen,
+                about={"model": model, **how},
+                restart=restart,
+                progress=show,
+                reading=show.reading,
             )
     except Interrupted as error:
         kept = f" They are kept in {error.journal}; repeat the command to resume." if error.rows else ""

@@ -37,7 +37,7 @@ def evaluate(
     ],
     tasks: Annotated[
         str | None,
-        typer.Option(help="lmms-eval tasks, separated by commas, or card: the eleven of the model card."),
+        typer.Option(help="lmms-eval tasks, separated by commas; card: the eleven tasks of Apple's model card."),
     ] = None,
     data: Annotated[
         Path | None,
@@ -54,7 +54,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer to --data.")] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many samples of each task.")] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Questions that are answered together. A killed run loses at most one batch.")
+        int, typer.Option(min=1, help="Questions answered together. A killed run loses at most one batch.")
     ] = 16,
     engine: options.Engine = options.EngineName.transformers,
     precision: options.Precision = None,
@@ -125,6 +125,7 @@ def evaluate(
                 time_first_token=first_token,
             ),
             progress=show,
+            reading=show.reading,
             loaded=loaded,
         )
     _tell(run, output)

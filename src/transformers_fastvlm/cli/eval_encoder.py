@@ -22,7 +22,7 @@ def eval_encoder(
     model: options.ModelArgument,
     folder: Annotated[
         Path,
-        typer.Argument(help="Images: train/CLASS/… and val/CLASS/…, or only CLASS/…, which is then split."),
+        typer.Argument(help="Folder of images: train/CLASS/… and val/CLASS/…, or CLASS/…, which is then split."),
     ],
     method: Annotated[
         str | None,
@@ -43,7 +43,7 @@ def eval_encoder(
     aspect: Annotated[
         str | None, typer.Option(help="pad, or square, which crops the centre. Default: the checkpoint's setting.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that are encoded together.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 16,
     k: Annotated[
         int | None, typer.Option("-k", min=1, help="Neighbours for knn. Default: 20, or all if there are fewer.")
     ] = None,

@@ -29,7 +29,9 @@ class CardName(enum.StrEnum):
 def eval_report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Results of fastvlm eval; later ones are compared with the first."),
+        typer.Argument(
+            metavar="RUN...", help="Output directories of fastvlm eval; later ones are compared with the first."
+        ),
     ],
     card: Annotated[
         CardName,

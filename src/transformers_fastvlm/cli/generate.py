@@ -26,7 +26,7 @@ def generate(
             "--prompt",
             "-p",
             callback=options.utf8,
-            help="The question. It may hold the placeholder `<image>` once for each image, to place the images.",
+            help="The question. To place the images in it, write `<image>` once for each.",
         ),
     ],
     images: Annotated[

@@ -83,7 +83,8 @@ def _skip_an_unreachable_hub() -> None:
 
 def _unreachable(model: str) -> UserError:
     return UserError(
-        f"no network or unknown repository {model!r}: use a local directory, or check the name and the connection."
+        f"no network or unknown repository {model!r}: use a local directory, or check the name and the connection. "
+        "tiny, the test model, needs no network."
     )
 
 

@@ -73,7 +73,7 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help=NAMES)]
 OutDirectory = Annotated[
     Path, typer.Argument(metavar="OUT", help="Directory to create; an existing one must be empty.")
 ]
-RecordFile = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the record.")]
+RecordFile = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write the record to.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA, else Apple's GPU, else the CPU), cpu, cuda, cuda:1, mps, …")]
 Dtype = Annotated[
     DtypeName, typer.Option(help="auto: the checkpoint's dtype, but float32 for a float16 checkpoint on a CPU.")
@@ -81,8 +81,8 @@ Dtype = Annotated[
 Engine = Annotated[
     EngineName,
     typer.Option(
-        help="Runtime: transformers; vllm, if it is installed; onnx, for the directory of an export, with --device "
-        "auto, cpu, cuda, directml or coreml; llamacpp, for that of an export to GGUF, with --device auto, cpu or gpu."
+        help="Runtime: transformers; vllm, if it is installed; onnx, if the model is an ONNX export (--device auto, "
+        "cpu, cuda, directml or coreml); llamacpp, if it is a GGUF export (--device auto, cpu or gpu)."
     ),
 ]
 Precision = Annotated[
@@ -105,7 +105,7 @@ Temperature = Annotated[
     typer.Option(
         metavar="FLOAT",
         callback=_temperature,
-        help="From 0, which is greedy decoding, to 2. Apple's script uses 0.2.",
+        help="Sampling temperature from 0, which is greedy decoding, to 2. Apple's script uses 0.2.",
     ),
 ]
 TopP = Annotated[
@@ -113,16 +113,16 @@ TopP = Annotated[
     typer.Option(min=0.0, max=1.0, help="Sample from the most probable tokens with this total probability."),
 ]
 NumBeams = Annotated[int, typer.Option(min=1, help="Beams of beam search; above 1 the answer is not streamed.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling, to repeat an answer.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Random seed for sampling; repeats an answer.")]
 SchemaFile = Annotated[
     Path | None,
-    typer.Option("--schema", metavar="FILE", help="JSON file: the JSON schema of an answer."),
+    typer.Option("--schema", metavar="FILE", help="JSON file with the JSON schema that the answer follows."),
 ]
 Choices = Annotated[
     str | None,
-    typer.Option(callback=utf8, metavar="A,B,C", help="Texts that an answer is one of."),
+    typer.Option(callback=utf8, metavar="A,B,C", help="Allowed answers, separated by commas."),
 ]
-Regex = Annotated[str | None, typer.Option(callback=utf8, help="Regular expression of a whole answer.")]
+Regex = Annotated[str | None, typer.Option(callback=utf8, help="Regular expression that the whole answer matches.")]
 ExifTranspose = Annotated[
     bool,
     typer.Option(

@@ -11,6 +11,7 @@ import typer
 
 from . import options
 from .cli_errors import FAILURE, UserError, notice, reports_errors, warn
+from .progress_bars import reading_bar
 
 if TYPE_CHECKING:
     from ..training import Recipe
@@ -83,10 +84,11 @@ def train(
         if is_main:
             notice(line)
     logging.disable_progress_bar()  # of reading and writing files; the training's progress bar stays
-    with contextlib.redirect_stdout(sys.stderr), _advises(debug):  # only the result goes to standard output
+    # Only the result goes to standard output.
+    with contextlib.redirect_stdout(sys.stderr), _advises(debug), reading_bar(shown=is_main) as reading:
         # The plan is the result of a dry run, so --quiet does not hide it.
         report = warn if dry_run else None if quiet else notice
-        out = run(loaded, resume=resume, dry_run=dry_run, report=report)
+        out = run(loaded, resume=resume, dry_run=dry_run, report=report, reading=reading)
     if is_main and not dry_run:
         typer.echo(str(out))
 

@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -121,8 +121,11 @@ class JsonRows(Rows):
                 return os.read(self._descriptor, size)
         return os.pread(self._descriptor, size, start)
 
-    def digest(self) -> str:
-        return file_digest(self.path)
+    def files(self) -> Sequence[str]:
+        return [str(self.path)]
+
+    def digest(self, advance: Callable[[int], None]) -> str:
+        return file_digest(self.path, advance)
 
     def _why(self, error: Exception, content: bytes) -> str:
         if isinstance(error, UnicodeDecodeError):

@@ -2,7 +2,7 @@
 """Rows by index: the common interface, data sets of Hugging Face's `datasets`, and lists in memory."""
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -40,8 +40,16 @@ class Rows:
         """Return the place of a row, which names it in errors."""
         return Place(self.name, row, None, sample_id)
 
-    def digest(self) -> str:
-        """Return a digest that changes with the rows where the source allows it; images are not included."""
+    def files(self) -> Sequence[str]:
+        """Return the files that `digest` reads."""
+        return ()
+
+    def digest(self, advance: Callable[[int], None]) -> str:
+        """Return a digest that changes with the rows where the source allows it; image files are not included.
+
+        Args:
+            advance: called with the number of bytes of each chunk that was read of `files`.
+        """
         return ""
 
 
@@ -67,8 +75,11 @@ class HubRows(Rows):
     def text_of(self, row: int) -> Mapping[str, Any]:
         return self._read(self._words, row)
 
-    def digest(self) -> str:
-        return joined(file_digests(self._files)) if self._files else self._made
+    def files(self) -> Sequence[str]:
+        return self._files
+
+    def digest(self, advance: Callable[[int], None]) -> str:
+        return joined(file_digests(self._files, advance)) if self._files else self._made
 
     def _read(self, table: Any, row: int) -> Mapping[str, Any]:
         values: Mapping[str, Any] = table[row : row + 1].to_pylist()[0]
@@ -103,8 +114,11 @@ class JoinedRows(Rows):
         number, inside = self.locate(row)
         return self._parts[number].place(inside, sample_id)
 
-    def digest(self) -> str:
-        return joined(part.digest() for part in self._parts)
+    def files(self) -> Sequence[str]:
+        return [file for part in self._parts for file in part.files()]
+
+    def digest(self, advance: Callable[[int], None]) -> str:
+        return joined(part.digest(advance) for part in self._parts)
 
 
 class ListRows(Rows):

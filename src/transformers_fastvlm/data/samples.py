@@ -6,13 +6,13 @@ a user's content has one "<image>" for each image, in order, and `place` names t
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from ..storage.digests import joined
+from ..storage.digests import counted_bytes, joined
 from .folders import package
 from .image_files import ImageFolder
 from .messages import check_messages, messages_and_sources
@@ -86,13 +86,16 @@ class SampleDataset(Dataset):
         except ValueError as error:
             raise SampleError(str(error), self._rows.place(row, _id_of(raw))) from error
 
-    def digest(self) -> str:
+    def digest(self, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
         """Return a digest of the rows and their order.
 
-        The content of images is not included. All files with rows are read.
+        The content of image files is not included. All files with rows are read.
+
+        Args:
+            progress: called with the bytes read so far and of all files.
         """
         chosen = "" if isinstance(self._index, range) else hashlib.sha256(self._index.tobytes()).hexdigest()
-        return joined([self._rows.digest(), chosen])
+        return joined([self._rows.digest(counted_bytes(progress, self._rows.files())), chosen])
 
     def image_folder(self, index: int) -> ImageFolder:
         """Return the `ImageFolder` that opens the images of a sample."""

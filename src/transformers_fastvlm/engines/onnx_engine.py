@@ -14,7 +14,7 @@ from .. import FastVLMImageProcessorPil, FastVLMProcessor
 from ..processing_fastvlm import chat_template_for
 from .base import end_tokens
 from .engine import Engine
-from .onnx_sessions import open_session, session_device
+from .onnx_sessions import open_session, run_and_keep, session_device
 from .prompts import Prompt
 from .request import Request
 from .row_sampling import choose_tokens
@@ -92,17 +92,23 @@ class OnnxModel:
         return embeds
 
     def decode(
-        self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, past: dict[str, np.ndarray] | None = None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        self,
+        inputs_embeds: np.ndarray,
+        attention_mask: np.ndarray,
+        past: dict[str, Any] | None = None,
+        logits_to_keep: int = 0,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Run new tokens.
 
         Args:
             inputs_embeds: (batch, length, hidden).
             attention_mask: (batch, past + length), 1 for tokens and 0 for padding.
             past: keys and values that the last call returned; None at the start.
+            logits_to_keep: number of last positions whose logits are returned; 0 for all.
 
         Returns:
-            Logits (batch, length, vocabulary), and keys and values of all tokens by the names of the graph's inputs.
+            Logits (batch, positions, vocabulary), and keys and values of all tokens by the names of the graph's inputs:
+            arrays, or on a GPU the runtime's own values, which stay there.
         """
         session = self.session("decoder_model_merged")
         batch, length = inputs_embeds.shape[:2]
@@ -112,11 +118,14 @@ class OnnxModel:
             "attention_mask": attention_mask.astype(np.int64),
             "position_ids": positions.astype(np.int64),
         }
-        caches = [entry for entry in session.get_inputs() if entry.name.startswith("past_key_values.")]
+        inputs = session.get_inputs()
+        caches = [entry for entry in inputs if entry.name.startswith("past_key_values.")]
+        if any(entry.name == "num_logits_to_keep" for entry in inputs):  # older exports have no such input
+            feeds["num_logits_to_keep"] = np.array(logits_to_keep, dtype=np.int64)
         if past is None:
             past = {e.name: np.zeros((batch, e.shape[1], 0, e.shape[3]), dtype=np.float32) for e in caches}
-        logits, *present = session.run(None, feeds | past)
-        return logits, {entry.name: values for entry, values in zip(caches, present, strict=True)}
+        logits, *present = run_and_keep(session, feeds | past)
+        return logits[:, -logits_to_keep:], {entry.name: kept for entry, kept in zip(caches, present, strict=True)}
 
     def merge(self, input_ids: np.ndarray, features: np.ndarray | None) -> np.ndarray:
         """Return the embeddings of `input_ids` with image features, in order, at the placeholders.
@@ -207,10 +216,10 @@ class OnnxEngine(Engine):
         pixels = request.prompt.inputs.get("pixel_values")
         embeds = self.model.merge(ids, None if pixels is None else self.model.image_features(np.asarray(pixels)))
         mask, choosers = np.ones_like(ids), [self._chooser(request)]
-        logits, past = self.model.decode(embeds, mask)
+        logits, past = self.model.decode(embeds, mask, logits_to_keep=1)
         while not request.take(token := choose_tokens(choosers, torch.from_numpy(logits[:, -1]))[0]):
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
-            logits, past = self.model.decode(self.model.embeddings(np.array([[token]])), mask, past)
+            logits, past = self.model.decode(self.model.embeddings(np.array([[token]])), mask, past, logits_to_keep=1)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -4,11 +4,12 @@
 import os
 from typing import Any
 
+import numpy as np
 import torch
 
 from .._optional import needs
 
-__all__ = ["open_session", "session_device"]
+__all__ = ["open_session", "run_and_keep", "session_device"]
 
 _PROVIDER_OF = {
     "cpu": "CPUExecutionProvider",
@@ -16,6 +17,9 @@ _PROVIDER_OF = {
     "directml": "DmlExecutionProvider",
     "coreml": "CoreMLExecutionProvider",
 }
+_MEMORY_OF = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}
+"""Names of the memory of providers that do not compute in the CPU's."""
+
 _PACKAGE_WITH = {
     "cpu": "onnxruntime",
     "cuda": "onnxruntime-gpu in place of onnxruntime",
@@ -90,6 +94,39 @@ def open_session(
             "See onnxruntime's page of this provider for the versions that it needs, or choose device 'cpu'."
         )
     return session
+
+
+def run_and_keep(session: Any, feeds: dict[str, Any]) -> list[Any]:
+    """Run a graph and return its outputs: the first as an array, on a GPU the others as values that stay there.
+
+    On the CPU all are arrays: onnxruntime copies neither these nor the inputs, so binding them would only cost time.
+
+    Args:
+        session: from `open_session`.
+        feeds: arrays, or outputs of an earlier call, by the names of the inputs.
+    """
+    provider = session.get_providers()[0]
+    if provider not in _MEMORY_OF:
+        outputs: list[Any] = session.run(None, feeds)
+        return outputs
+    number = int(session.get_provider_options()[provider].get("device_id", 0))
+    return _run_bound(session, feeds, _MEMORY_OF[provider], number)
+
+
+def _run_bound(session: Any, feeds: dict[str, Any], memory: str, number: int) -> list[Any]:
+    binding = session.io_binding()
+    for name, value in feeds.items():
+        if isinstance(value, np.ndarray):
+            binding.bind_cpu_input(name, np.asarray(value, order="C"))
+        else:
+            binding.bind_ortvalue_input(name, value)
+    first, *others = (output.name for output in session.get_outputs())
+    binding.bind_output(first)
+    for name in others:
+        binding.bind_output(name, memory, number)
+    session.run_with_iobinding(binding)
+    outputs = binding.get_outputs()
+    return [outputs[0].numpy(), *outputs[1:]]
 
 
 def _runtime() -> Any:

@@ -81,6 +81,7 @@ def evaluate(
     options: EvaluationOptions,
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    reading: Callable[[int, int], None] = lambda done, total: None,
     loaded: Callable[[], None] = lambda: None,
 ) -> EvaluationRun:
     """Evaluate a model and write the files that `results` describes.
@@ -95,6 +96,7 @@ def evaluate(
             far), `harness.log` (the output of lmms-eval) and `harness` (files that the tasks write).
         options: of the evaluation.
         progress: called with the numbers of answered questions and of all questions.
+        reading: called with the bytes read so far and in all, while the model's files are read to notice changes.
         loaded: called when the model is loaded.
 
     Returns:
@@ -133,6 +135,7 @@ def evaluate(
             journal=folder / JOURNAL,
             identity=about,
             progress=progress,
+            reading=reading,
             time_first_token=options.time_first_token,
             **chosen,
         )

@@ -49,6 +49,7 @@ class _Answering:
         identity: JSON values that stored answers depend on besides the checkpoint, the task and the question. The
             default is the engine's name and its options.
         progress: called with the numbers of answered questions and of all questions.
+        reading: called with the bytes read so far and of all files of the checkpoint, which are read for the journal.
         time_first_token: measure the time to the first token after all answers.
         **options: of the engine, such as `dtype`, `device` and `size`; see `transformers_fastvlm.engines`.
 
@@ -76,6 +77,7 @@ class _Answering:
         journal: str | os.PathLike[str] | None = None,
         identity: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        reading: Callable[[int, int], None] = lambda done, total: None,
         time_first_token: bool = False,
         max_batch_size: Any = None,  # lmms-eval passes it to every model
         **options: Any,
@@ -96,7 +98,7 @@ class _Answering:
         name = engine if isinstance(engine, str) else type(engine).__name__
         if identity is None:
             identity = {"engine": name, **options}
-        self._identity = {"files": checkpoint_identity(pretrained), **identity} if journal is not None else {}
+        self._identity = {} if journal is None else {"files": checkpoint_identity(pretrained, reading), **identity}
         self._journal = None if journal is None else AnswerJournal(journal)
         self._progress, self._time_first_token = progress, time_first_token
         self.generate_seconds = self.reused_seconds = self.timing_seconds = 0.0

@@ -252,7 +252,7 @@ class Recipe:
         if size is not None and (size < 64 or size % 64):
             raise ValueError(f"model.image_size is {size}; expected a positive multiple of 64.")
         if rate is not None and not 0 <= rate < 1:
-            raise ValueError(f"model.drop_path_rate is {rate}; expected a number from 0 to 1, without 1.")
+            raise ValueError(f"model.drop_path_rate is {rate}; expected a number of at least 0 and below 1.")
         if self.train.precision == "float16" and self.model.dtype != "float32":
             raise ValueError(
                 f"train.precision is float16 and model.dtype {self.model.dtype}: float16 scales the loss, which needs "

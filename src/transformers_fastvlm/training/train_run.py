@@ -33,7 +33,12 @@ RECIPE_FILE, ROWS_FILE = "recipe.yaml", "rows.json"
 
 @kept_random_streams()
 def run(
-    recipe: Recipe, *, resume: bool = False, dry_run: bool = False, report: Callable[[str], None] | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    report: Callable[[str], None] | None = None,
+    reading: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Train a model with a recipe.
 
@@ -48,6 +53,8 @@ def run(
         report: called with the summary and the progress, line by line, on the main process. Without it there is no
             progress bar, the memory estimate, which takes some seconds, is skipped, and changes since an interrupted
             run started are logged as warnings.
+        reading: called with the bytes read so far and in all, while the files of a data set are read to notice changes
+            when the run is resumed.
 
     Returns:
         The directory.
@@ -92,7 +99,9 @@ def run(
     if tell is not _silent:
         for line in summary(recipe, arguments, model, train, evaluation, collator):
             tell(line)
-    rows = {"data.source": _rows_of(train), "data.eval_source": _rows_of(evaluation)}
+    rows = {}
+    if resume or not dry_run:
+        rows = {"data.source": _rows_of(train, reading), "data.eval_source": _rows_of(evaluation, reading)}
     changes += _changed_rows(out, rows) if resume else []
     warn = logger.warning if report is None and arguments.process_index == 0 else tell
     for line in changes:
@@ -180,12 +189,12 @@ def _changes(out: Path, recipe: Recipe) -> list[str]:
     ]
 
 
-def _rows_of(dataset: Any) -> dict[str, Any] | None:
+def _rows_of(dataset: Any, reading: Callable[[int, int], None]) -> dict[str, Any] | None:
     """Return the number of samples and a digest of their rows; None for a stream, or where there are none."""
     if not hasattr(dataset, "__len__"):
         return None
     digest = getattr(getattr(dataset, "captions", dataset), "digest", None)
-    return {"rows": len(dataset), "digest": None if digest is None else digest()}
+    return {"rows": len(dataset), "digest": None if digest is None else digest(reading)}
 
 
 def _changed_rows(out: Path, rows: dict[str, Any]) -> list[str]:
