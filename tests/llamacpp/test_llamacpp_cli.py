@@ -68,7 +68,7 @@ def test_chat(fastvlm: Callable[..., Any], image: Path) -> None:
     assert answer in said
 
 
-def test_batch_goes_on_where_it_was_stopped(fastvlm: Callable[..., Any], image: Path, tmp_path: Path) -> None:
+def test_batch(fastvlm: Callable[..., Any], image: Path, tmp_path: Path) -> None:
     text, answer = question()
     words = (image, "-p", text, "--max-new-tokens", "16", "-o", tmp_path / "out.jsonl", "--batch-size", "4")
     fastvlm("batch", *words)
