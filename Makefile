@@ -112,7 +112,7 @@ test-serving: .venvs/serving/installed .venvs/vllm/installed $(CHROMIUM) ## test
 test-export: .venvs/export/installed tests/export/javascript/node_modules/installed $(CHROMIUM) ## export and run the results in their own runtimes
 	.venvs/export/bin/python -m pytest tests/export $(PYTEST_ARGS)
 
-LLAMACPP := tests/llamacpp
+LLAMACPP := tests/llamacpp tests/export/test_export_frame.py
 
 .PHONY: test-llamacpp
 test-llamacpp: .venvs/llamacpp/installed ## export to GGUF and answer by llama.cpp; builds it once, about ten minutes
@@ -149,13 +149,14 @@ bench-gpu: ## compare speed with other models on a CUDA machine, in GPU_PYTHON; 
 	$(BENCH_GPU) --encoders --dtype bfloat16 --batch-size 1,32 --fuse --output benchmarks/results/gpu_encoders.json
 
 .PHONY: soak
-soak: .venv/installed-dev .venvs/serving/installed .venvs/vllm/installed .venvs/export/installed tests/export/javascript/node_modules/installed .venvs/eval/installed .venvs/eval-vllm/installed ## run the long tests: kills at many moments, large data, load
+soak: .venv/installed-dev .venvs/serving/installed .venvs/vllm/installed .venvs/export/installed .venvs/llamacpp/installed tests/export/javascript/node_modules/installed .venvs/eval/installed .venvs/eval-vllm/installed ## run the long tests: kills at many moments, large data, load
 	$(BIN)/python -m pytest -m soak $(filter-out -n auto,$(SUITE)) $(PYTEST_ARGS)
 	.venvs/eval/bin/python -m pytest -m soak $(HARNESS) $(PYTEST_ARGS)
 	.venvs/eval-vllm/bin/python -m pytest -m soak $(HARNESS_VLLM) $(PYTEST_ARGS)
-	.venvs/serving/bin/python -m pytest -m soak $(SERVING) --ignore=$(BROWSER) $(PYTEST_ARGS)
+	ONEDNN_PRIMITIVE_CACHE_CAPACITY=32 .venvs/serving/bin/python -m pytest -m soak $(SERVING) --ignore=$(BROWSER) $(PYTEST_ARGS)
 	.venvs/vllm/bin/python -m pytest -m soak tests/vllm_plugin $(PYTEST_ARGS)
 	.venvs/export/bin/python -m pytest -m soak tests/export $(PYTEST_ARGS)
+	.venvs/llamacpp/bin/python -m pytest -m soak $(LLAMACPP) $(PYTEST_ARGS)
 
 TINY_WORK ?= .cache/train-tiny
 
@@ -196,7 +197,7 @@ DECLARED := setup.cfg pyproject.toml src/transformers_fastvlm/_version.py tools/
 .venvs/wheel/installed: dist/built
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install $(if $(CI),--quiet --progress-bar off) dist/*.whl
+	$(@D)/bin/python -m pip install --retries 10 $(if $(CI),--quiet --progress-bar off) dist/*.whl
 	@touch $@
 
 tests/export/javascript/node_modules/installed: tests/export/javascript/package-lock.json

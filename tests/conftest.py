@@ -2,6 +2,7 @@
 """Fixtures shared by the suite: golden data and the tiny checkpoints rebuilt from it."""
 
 import functools
+import gc
 import importlib
 import importlib.util
 import shutil
@@ -25,6 +26,17 @@ torch.set_num_threads(1)
 torch.zeros((), requires_grad=True).backward()
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of all later collections of garbage: Transformers collects after each engine."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter free everything at its end, or libraries report what they think was leaked."""
+    gc.unfreeze()
 
 
 def _load_golden_module(name: str) -> ModuleType:

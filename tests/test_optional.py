@@ -70,6 +70,19 @@ def test_a_missing_package() -> None:
     assert str(caught.value) == f"The plot needs no-such-package: {CURE}"
 
 
+def test_a_package_whose_module_has_another_name(packages: Path) -> None:
+    """As llama-cpp-python, whose module is llama_cpp."""
+    with pytest.raises(ImportError) as caught, needs("some-python", "This", CURE, module="no_such_module"):
+        import no_such_module  # noqa: F401
+    assert str(caught.value) == f"This needs some-python: {CURE}"
+    install(packages, "filelock-like", "4.3.1", __init__="raise OSError('no library')")
+    with (
+        pytest.raises(ImportError, match=r"some-python, and filelock-like 4\.3\.1 cannot be imported: no library"),
+        needs("some-python", "This", CURE, module="filelock_like"),
+    ):
+        import filelock_like  # noqa: F401
+
+
 def test_a_package_that_works_is_let_through() -> None:
     with needs("packaging", "This", CURE):
         import packaging as imported

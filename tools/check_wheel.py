@@ -37,6 +37,8 @@ EXTRAS = {
     "demo",
     "batch",
     "onnx",
+    "gguf",
+    "llamacpp",
     "coreml",
     "mlx",
     "apple-app",

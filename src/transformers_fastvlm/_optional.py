@@ -32,18 +32,19 @@ def lazy_names(package: str, modules: dict[str, str]) -> tuple[Any, Any, list[st
 
 
 @contextlib.contextmanager
-def needs(package: str, why: str, cure: str) -> Iterator[None]:
+def needs(package: str, why: str, cure: str, *, module: str | None = None) -> Iterator[None]:
     """Explain import errors of a block that only imports an optional package.
 
     Args:
         package: its name on PyPI, such as "lmms-eval".
         why: the feature that needs it, as the subject of a sentence.
         cure: a command, such as `pip install "transformers-fastvlm[eval]"`.
+        module: the package's module, if it has another name.
 
     Raises:
         ImportError: the package is not installed, or its import fails, e.g. because of another package's version.
     """
-    module = package.replace("-", "_")
+    module = module or package.replace("-", "_")
     try:
         yield
     except Exception as error:

@@ -47,6 +47,36 @@ def test_the_packages_own_model(run: Run, tmp_path: Path, capfd: pytest.CaptureF
     assert own_words(capfd.readouterr().err) == "", "the processes that measure have nothing to say"
 
 
+def test_engines_are_compared_and_one_is_recommended(
+    run: Run, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    picture, other, out = tmp_path / "photo.jpg", checkpoint("qwen2_tied"), tmp_path / "bench.json"
+    make_photo(300, 200).save(picture)
+    words = ["--image", picture, "--threads", "1", "--repetitions", "2", "--new-tokens", "4", "--device", "cpu"]
+    named = f"transformers:float32,transformers:bfloat16={other}"
+    lines = run("bench", "tiny", "--engine", named, *words, "-o", out).stdout.splitlines()
+    header = next(line for line in lines if "first token" in line).split()
+    rows = [line.split() for line in lines if line.split()[:1] == ["transformers"]]
+    assert header[:5] == ["engine", "precision", "device", "px", "load"] and header[-1] == "GiB"
+    assert [row[1:4] for row in rows] == [["float32", "cpu", "256"], ["bfloat16", "cpu", "256"]]
+    assert all(float(number) > 0 for row in rows for number in (*row[4:7], *row[8:10]))
+    record = json.loads(out.read_text())
+    assert record["kind"] == "engines" and record["machine"]["cpu"] and record["options"]["repetitions"] == 2
+    for result in record["results"]:
+        seconds = result["seconds"]
+        assert 0 < seconds["preprocess"]["median"] < seconds["first_token"]["median"] < result["answer_seconds"]
+        assert seconds["first_token"]["runs"] == 2 and result["tokens_per_second"]["median"] > 0
+        assert result["image_tokens"] == 16 < result["prompt_tokens"] and result["tokens"] == [4, 4]
+        assert result["peak_bytes"] is None or result["peak_bytes"] >= result["imports_bytes"] > 0
+    best = record["fastest"]["result"]
+    assert record["results"][best]["answer_seconds"] == min(one["answer_seconds"] for one in record["results"])
+    model, dtype = (("tiny", "float32"), (other, "bfloat16"))[best]
+    command = f"fastvlm generate IMAGE -p QUESTION -m {model} --engine transformers --dtype {dtype} --device cpu"
+    assert record["fastest"]["command"] == command
+    assert lines[-1].startswith(f"fastest here: transformers in {dtype}, first token after ")
+    assert lines[-1].endswith(f" tokens/s: {command}")
+
+
 def _check(record: dict[str, Any]) -> None:
     parts = ("kind", "machine", "versions", "options", "picture", "results", "ratios")
     assert list(record) == ["format", *parts]
@@ -87,6 +117,16 @@ def _check(record: dict[str, Any]) -> None:
         (("--out", "gone/bench.json"), "there is no directory gone"),
         (("--encoders", "7B"), "leave out MODEL"),
         (("--encoders", "--size", "512"), "leave out --size"),
+        (("tiny", "--engine", "abacus"), "--engine names 'abacus'; expected ENGINE, ENGINE:PRECISION or"),
+        (("--engine", "transformers:float32"), "and there is no MODEL; add one, or write transformers:float32="),
+        (("tiny", "--engine", "onnx:q8"), "onnx answers from the directory of an export, and 'tiny' is none."),
+        (("tiny", "7B", "--engine", "transformers"), "--engine takes one MODEL, but tiny and 7B are given"),
+        (("tiny", "--engine", "transformers,transformers"), "the engine transformers tiny is named twice"),
+        (("tiny", "--engine", "transformers,"), "--engine is 'transformers,'; expected names separated by single"),
+        (("tiny", "--engine", "transformers", "--fuse"), "leave out --fuse"),
+        (("tiny", "--engine", "transformers", "--dtype", "bfloat16"), "leave out --dtype"),
+        (("tiny", "--engine", "transformers", "--new-tokens", "1"), "new_tokens is 1; expected at least 2"),
+        (("tiny", "--engine", "transformers:int3"), "dtype is 'int3'; expected one of auto, float32"),
     ],
 )
 def test_options_that_cannot_be_used(fails: Callable[..., str], words: tuple[str, ...], message: str) -> None:

@@ -280,7 +280,9 @@ def test_without_a_network(fails, monkeypatch: pytest.MonkeyPatch, tmp_path) -> 
 def test_refuses_options(model, run, fails) -> None:
     options = ("generate", "-p", "?", "-m", model)
     assert "--precision is for --engine onnx" in fails(*options, "--precision", "q4")
-    assert "are fixed in an ONNX export" in fails(*options, "--engine", "onnx", "--dtype", "float32")
+    for fixed in (("--dtype", "float32"), ("--size", 512)):
+        assert "--dtype and --size are fixed in an ONNX export" in fails(*options, "--engine", "onnx", *fixed)
+        assert "--dtype and --size are fixed in a GGUF export" in fails(*options, "--engine", "llamacpp", *fixed)
     assert "--top-p has no effect" in fails(*options, "--top-p", 0.5)
     assert "--seed has no effect" in fails(*options, "--seed", 1)
     assert "--top-p is 0" in fails(*options, "--top-p", 0, "--temperature", 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm generate` and `fastvlm batch` with --schema, --choices and --regex."""
+"""`fastvlm generate`, `chat` and `batch` with --schema, --choices and --regex."""
 
 import json
 from pathlib import Path
@@ -39,6 +39,14 @@ def test_generate(run, form: Path) -> None:
     assert result["answer"] in ("a", "b") and result["sampling"]["schema"] == {"choices": ["a", "b"]}
 
 
+def test_chat(run, form: Path) -> None:
+    words, lines = ("chat", SIGN, "-m", "tiny"), "What number is written?\nAnd what else?\n"
+    answers = [json.loads(line) for line in run(*words, "--schema", form, stdin=lines).stdout.splitlines()]
+    assert [list(answer) for answer in answers] == [["number", "sure"]] * 2
+    assert set(run(*words, "--choices", "cat, dog", stdin=lines).stdout.split()) <= {"cat", "dog"}
+    assert run(*words, "--regex", "[0-9]{3}", stdin="What number is written?").stdout == "628\n"
+
+
 def test_a_cut_answer_is_a_failure(run, form: Path) -> None:
     result = run("generate", SIGN, *QUESTION, "--schema", form, "--max-new-tokens", 3, code=1)
     assert "the answer was cut after 3 tokens, before it was complete by its schema" in result.stderr
@@ -56,6 +64,7 @@ def test_a_cut_answer_is_a_failure(run, form: Path) -> None:
 )
 def test_refuses(fails, words: tuple[str, ...], said: str) -> None:
     assert said in fails("generate", SIGN, *QUESTION, *words)
+    assert said in fails("chat", SIGN, "-m", "tiny", *words)  # before the first question
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ BELONG_TO_ANOTHER = {"--image": "image", "--page": "page", "--prompt": "prompt",
 """Names that are the first words of longer ones, which are about a part of the same thing."""
 
 OTHER_DEFAULTS = {
+    "--engine": "a benchmark measures generate() unless engines are named",
     "--batch-size": "a server's requests wait for each other; a benchmark measures one image first",
     "--max-new-tokens": "answers to benchmarks are short",
     "--max-pixels": "a server reads images of strangers",

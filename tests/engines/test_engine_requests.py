@@ -17,7 +17,7 @@ from engine_cases import QUESTION, ask, plain
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_fastvlm import compat
-from transformers_fastvlm.engines import Request, Sampling, TransformersEngine, transformers_engine
+from transformers_fastvlm.engines import Request, Sampling, TransformersEngine, batching_engine, transformers_engine
 from transformers_fastvlm.engines.continuous_rows import PAGE_TOKENS, ContinuousRows
 from transformers_fastvlm.inference.image_table import FIRST_ID, SLOT, ImageTable
 
@@ -344,7 +344,7 @@ def test_closing_answers_what_is_queued(engine, mixed) -> None:
 def test_images_that_are_encoded_together_are_bounded(engine, images, monkeypatch: pytest.MonkeyPatch) -> None:
     """First as many as fit, then one between two steps, so that no row waits for more than one."""
     pixels = engine.prepare(ask(QUESTION, images[0])).inputs["images"][0].pixels
-    monkeypatch.setattr(transformers_engine, "MAX_PIXELS", 2 * pixels)
+    monkeypatch.setattr(batching_engine, "MAX_PIXELS", 2 * pixels)
     done: list[Any] = []
     encode, step = ImageTable.encode, ContinuousRows.step
     monkeypatch.setattr(ImageTable, "encode", lambda *args: (done.append(len(args[2])), encode(*args))[1])

@@ -17,6 +17,7 @@ from transformers_fastvlm import compat
 from transformers_fastvlm.engines import (
     ENGINES,
     Engine,
+    LlamaCppEngine,
     OnnxEngine,
     Sampling,
     TransformersEngine,
@@ -192,10 +193,10 @@ def test_refuses_options(model, options: dict[str, Any], message: str) -> None:
 
 
 def test_names() -> None:
-    with pytest.raises(ValueError, match=r"engine is 'tensorrt'; expected one of transformers, vllm, onnx\."):
+    with pytest.raises(ValueError, match=r"engine is 'tensorrt'; expected one of transformers, vllm, onnx, llamacpp\."):
         load_engine("tensorrt", "tiny")
-    assert ENGINES == ("transformers", "vllm", "onnx")
-    for kind in (TransformersEngine, OnnxEngine, VllmEngine):
+    assert ENGINES == ("transformers", "vllm", "onnx", "llamacpp")
+    for kind in (TransformersEngine, OnnxEngine, VllmEngine, LlamaCppEngine):
         assert issubclass(kind, Engine)
         assert {"device", "dtype", "_ends"} <= vars(kind).keys()
 

@@ -165,6 +165,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         ("onnx", {"precision": "float32"}),
         ("onnx", {"precision": ["q8", "q4f16"]}),
+        ("gguf", {"precision": ["q8_0", "q4_0"]}),
         ("coreml", {"sizes": (256, 512)}),
         ("mlx", {}),
         ("apple-app", {}),

@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """`OnnxEngine`: several images, sampling, stops, and what it refuses."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("onnx", reason="the export to ONNX is an extra")
+onnx = pytest.importorskip("onnx", reason="the export to ONNX is an extra")
 pytest.importorskip("onnxruntime", reason="the export to ONNX is an extra")
 pytest.importorskip("onnxscript", reason="the export to ONNX is an extra")
 
-from onnx_cases import conversation, scenes, tiny_export, tiny_model
+from onnx_cases import conversation, scenes, tiny_export, tiny_model  # noqa: E402
 
-from schema_cases import SCHEMAS
-from transformers_fastvlm.engines import OnnxEngine, Sampling, TransformersEngine, load_engine
+from schema_cases import SCHEMAS  # noqa: E402
+from transformers_fastvlm.engines import (  # noqa: E402
+    OnnxEngine,
+    Sampling,
+    TransformersEngine,
+    load_engine,
+    onnx_sessions,
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +72,29 @@ def test_length_and_stop(engine: OnnxEngine) -> None:
     assert (cut.finish_reason, cut.completion_tokens) == ("length", 1)
     stopped = engine.generate([conversation(picture, question)], Sampling(stop=(whole.text[1:],)))[0]
     assert (stopped.finish_reason, stopped.text) == ("stop", whole.text[:1].strip())
+
+
+def test_a_directory_without_the_number_of_logits(engine: OnnxEngine, tmp_path: Path) -> None:
+    """As earlier versions wrote them: all logits are computed."""
+    old = Path(shutil.copytree(tiny_export().directory, tmp_path / "old"))
+    for file in (old / "onnx").glob("decoder_model_merged*.onnx"):
+        model = onnx.load(file)
+        model.graph.input.remove(next(value for value in model.graph.input if value.name == "num_logits_to_keep"))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0), "num_logits_to_keep"))
+        onnx.save(model, file)
+    questions = [conversation(picture, question) for picture, question, _ in scenes(2)]
+    expected = engine.generate(questions, Sampling(max_new_tokens=8))
+    assert load_engine("onnx", old, precision="float32").generate(questions, Sampling(max_new_tokens=8)) == expected
+
+
+def test_keys_and_values_that_stay_in_the_runtime(engine: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, here in the CPU's memory."""
+    questions = [conversation(picture, question) for picture, question, _ in scenes(2)]
+    expected = engine.generate(questions, Sampling(max_new_tokens=8))
+    monkeypatch.setitem(onnx_sessions._MEMORY_OF, "CPUExecutionProvider", "cpu")
+    assert engine.generate(questions, Sampling(max_new_tokens=8)) == expected
+    _, past = engine.model.decode(engine.model.embeddings(np.array([[5, 6]])), np.ones((1, 2)))
+    assert {type(value).__name__ for value in past.values()} == {"OrtValue"}
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

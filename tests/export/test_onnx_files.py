@@ -81,21 +81,38 @@ def test_inputs_and_outputs(precision: str) -> None:
         ("attention_mask", onnx.TensorProto.INT64, ["batch_size", "total_sequence_length"]),
         ("position_ids", onnx.TensorProto.INT64, ["batch_size", "sequence_length"]),
         *((f"past_key_values.{name}", FLOAT, past) for name in names),
+        ("num_logits_to_keep", onnx.TensorProto.INT64, []),
     ]
     total = ["batch_size", heads, "total_sequence_length", size]
     assert signature(decoder.output) == [
-        ("logits", FLOAT, ["batch_size", "sequence_length", text.vocab_size]),
+        ("logits", FLOAT, ["batch_size", "num_logits", text.vocab_size]),
         *((f"present.{name}", FLOAT, total) for name in names),
     ]
 
 
-@pytest.mark.parametrize(("precision", "level"), [("q8", 4), ("q4", 4), ("q4f16", 0)])
-def test_quantized_multiplications_round_float32_activations(precision: str, level: int) -> None:
-    """onnxruntime's kernels without this are slower; float16 activations have none."""
+@pytest.mark.parametrize("precision", ["q8", "q4", "q4f16"])
+def test_quantized_multiplications_round_their_activations(precision: str) -> None:
+    """onnxruntime's kernels without this are slower."""
     graph = onnx.load(tiny_export().directory / "onnx" / f"decoder_model_merged{FILE_SUFFIX[precision]}.onnx").graph
     nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
-    levels = {next((a.i for a in node.attribute if a.name == "accuracy_level"), 0) for node in nodes}
-    assert levels == {level}
+    assert {next((a.i for a in node.attribute if a.name == "accuracy_level"), 0) for node in nodes} == {4}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_only_the_last_logits(precision: str) -> None:
+    """Of a prompt and of tokens after it, in a batch too, and the head multiplies no more than these."""
+    runner = OnnxModel(tiny_export().directory, precision)
+    embeds = runner.embeddings(np.arange(18).reshape(2, 9))
+    mask = np.ones((2, 9), dtype=np.int64)
+    everything, past = runner.decode(embeds[:, :6], mask[:, :6])
+    rest, _ = runner.decode(embeds[:, 6:], mask, past)
+    assert everything.shape[1] == 6 and rest.shape[1] == 3
+    for count in (1, 2, 20):
+        first, past = runner.decode(embeds[:, :6], mask[:, :6], logits_to_keep=count)
+        second, _ = runner.decode(embeds[:, 6:], mask, past, logits_to_keep=count)
+        for found, logits in ((first, everything), (second, rest)):
+            assert found.shape[1] == min(count, logits.shape[1])
+            assert relative_error(found, torch.as_tensor(logits[:, -count:])) < 1e-5
 
 
 def test_matrices_are_transposed_when_they_are_saved(tmp_path: Path) -> None:

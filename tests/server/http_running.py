@@ -26,7 +26,7 @@ from transformers_fastvlm.server.application import Service
 from transformers_fastvlm.server.server import server_of
 
 SOURCE = Path(__file__).parents[2] / "src"
-PATIENCE = 600.0
+PATIENCE = 240.0
 """Seconds after which something that must come is given up; never what a test measures."""
 
 

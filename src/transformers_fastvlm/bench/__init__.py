@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory: where the time to the first token goes, beside other implementations and models."""
+"""Speed and memory: where the time to the first token goes, beside other implementations, models
+and engines."""
 
 from .._optional import lazy_names
 
@@ -10,6 +11,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "bench_run": "run",
         "cases": "Options",
         "encoders": "run_encoders",
+        "engine_cases": "EngineCase EngineOptions",
+        "engines_run": "run_engines",
         "photo": "make_photo photo_jpeg",
     },
 )

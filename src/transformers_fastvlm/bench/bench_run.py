@@ -3,10 +3,6 @@
 
 import contextlib
 import itertools
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,6 +15,7 @@ import torch
 from .cases import Case, Options, cases
 from .measuring import ratio, spread, surroundings
 from .photo import photo_jpeg
+from .worker_process import WorkerProcess, run_in_turns
 
 __all__ = ["FORMAT", "Progress", "run"]
 
@@ -111,71 +108,13 @@ def _run_group(
         workers = []
         for case in group:
             progress(f"building {_name(case)}")
-            worker = stack.enter_context(_Worker(case, options))
+            worker = stack.enter_context(WorkerProcess(_name(case), options.threads))
             worker.facts = worker.ask({"case": asdict(case), "options": options.as_dict(), "picture": picture})
             workers.append(worker)
-        runs: list[list[dict[str, Any]]] = [[] for _ in workers]
-        for turn in range(options.warmup + options.repetitions):
-            kind = "warm-up" if turn < options.warmup else "run"
-            progress(f"{kind} {turn + 1} of {options.warmup + options.repetitions}: {', '.join(map(_name, group))}")
-            for worker, own in zip(workers, runs, strict=True):
-                own.append(worker.ask({"run": True}))
+        runs = run_in_turns(workers, options.warmup, options.repetitions, progress)
         return [
             _result(case, options, worker.facts, own) for case, worker, own in zip(group, workers, runs, strict=True)
         ]
-
-
-class _Worker:
-    """A process of `worker.py`, with one line of JSON for each request and answer."""
-
-    def __init__(self, case: Case, options: Options) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
-        # The package may be imported from a source tree that is not on a new process's path.
-        root = str(Path(__file__).parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-        self.case = case
-        command = [sys.executable, "-m", f"{__package__}.worker"]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.requests, self.answers = self.process.stdin, self.process.stdout
-        self.facts: dict[str, Any] = {}
-
-    def __enter__(self) -> "_Worker":
-        return self
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send a request and return the answer; an error in the process is raised again."""
-        line = ""
-        with contextlib.suppress(BrokenPipeError):
-            self.requests.write(json.dumps(request) + "\n")
-            self.requests.flush()
-            line = self.answers.readline()
-        if not line:
-            code = self.process.wait()
-            hint = "; killed, most likely out of memory" if code in (-9, 137) else ""
-            raise RuntimeError(
-                f"the process of {_name(self.case)} ended with status {code}{hint}. Try a smaller model, batch or "
-                "size, or fewer models at once."
-            )
-        found: dict[str, Any] = json.loads(line)
-        if "error" in found:
-            kinds = {"ImportError": ImportError, "ModuleNotFoundError": ImportError, "ValueError": ValueError}
-            kind = kinds.get(found["error"], OSError if found["error"] == "OSError" else RuntimeError)
-            named = "" if kind is not RuntimeError else f"{found['error']}: "
-            raise kind(f"{_name(self.case)}: {named}{found['message']}")
-        return found
-
-    def __exit__(self, *_: object) -> None:
-        """End the process."""
-        with contextlib.suppress(BrokenPipeError):
-            self.requests.close()
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.answers.close()
 
 
 def _name(case: Case) -> str:

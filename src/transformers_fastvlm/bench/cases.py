@@ -12,7 +12,18 @@ from ..checkpoints.embedded import resolve_model
 from ..checkpoints.published import SIZES
 from ..configuration_fastvlm import ENCODER_STRIDE, FastVLMConfig
 
-__all__ = ["LLAVA_ONEVISION", "NATIVE", "SIZES", "Case", "Options", "cases", "fastvlm_config"]
+__all__ = [
+    "LEAST",
+    "LLAVA_ONEVISION",
+    "NATIVE",
+    "SIZES",
+    "Case",
+    "Options",
+    "cases",
+    "check_at_least",
+    "check_image",
+    "fastvlm_config",
+]
 
 NATIVE = "native"
 LLAVA_ONEVISION = "llava-onevision-0.5b"
@@ -20,6 +31,8 @@ LLAVA_ONEVISION_SIDE = 1152
 MIN_SIDE, MAX_SIDE = 256, 2048
 DTYPES = ("float32", "bfloat16", "float16")
 IMAGE_BACKENDS = ("pil", "torchvision")
+LEAST = {"threads": 1, "warmup": 0, "repetitions": 1}
+"""Least values of the options of every kind of run."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +102,11 @@ class Options:
         _one_of("dtype", self.dtypes, DTYPES)
         _one_of("image backend", (self.image_backend,), IMAGE_BACKENDS)
         # The second token is timed separately, and a rate needs two more.
-        least = {"batch": 1, "threads": 1, "warmup": 0, "repetitions": 1, "new_tokens": 4, "prompt_tokens": 2}
-        for name, low in least.items():
-            values = self.batches if name == "batch" else (getattr(self, name),)
-            for value in values:
-                if value < low:
-                    raise ValueError(f"{name} is {value}; expected at least {low}.")
-        if self.image is not None and not os.path.isfile(self.image):
-            raise ValueError(f"there is no image at {self.image!r}; name a file, or leave it out for a drawn image.")
+        for batch in self.batches:
+            check_at_least("batch", batch, 1)
+        for name, low in (*LEAST.items(), ("new_tokens", 4), ("prompt_tokens", 2)):
+            check_at_least(name, getattr(self, name), low)
+        check_image(self.image)
         for name in self.models:
             if name in (NATIVE, LLAVA_ONEVISION):
                 raise ValueError(f"{name!r} is not a FastVLM, but a model to compare with; use --against {name}.")
@@ -148,6 +158,18 @@ def fastvlm_config(model: str) -> Any:
             f"--against {model}."
         )
     return config
+
+
+def check_at_least(name: str, value: int, low: int) -> None:
+    """Raise ValueError unless an option has at least the value `low`."""
+    if value < low:
+        raise ValueError(f"{name} is {value}; expected at least {low}.")
+
+
+def check_image(path: str | None) -> None:
+    """Raise ValueError if a path is given that is no file."""
+    if path is not None and not os.path.isfile(path):
+        raise ValueError(f"there is no image at {path!r}; name a file, or leave it out for a drawn image.")
 
 
 def _one_of(what: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process of one case: it builds the model, and runs it on request of its parent.
+"""The process of one case or engine: it loads the model, and runs it on request of its parent.
 
-It reads one JSON object per line from standard input: first the case, then {"run": true} for each run. It writes one
-JSON object for each to the original standard output. Output of libraries goes to standard error.
+It reads one JSON object per line from standard input: first what to measure, then {"run": true} for each run. It writes
+one JSON object for each to the original standard output. Output of libraries goes to standard error.
 """
 
 import json
@@ -11,6 +11,8 @@ import os
 import sys
 import time
 from typing import Any
+
+from .engine_worker import EngineRunner
 
 __all__ = ["Runner", "main"]
 
@@ -27,11 +29,11 @@ def main() -> None:
         answers.flush()
 
     try:
-        runner = None
+        runner: Runner | EngineRunner | None = None
         for line in sys.stdin:
             request = json.loads(line)
             if runner is None:
-                runner = Runner(request)
+                runner = EngineRunner(request) if "engine" in request else Runner(request)
                 answer(runner.facts)
             else:
                 answer(runner.run())

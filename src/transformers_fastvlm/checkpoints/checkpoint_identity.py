@@ -10,7 +10,7 @@ from .embedded import resolve_model
 
 __all__ = ["checkpoint_identity"]
 
-_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model", ".bin", ".onnx", ".onnx_data")
+_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model", ".bin", ".onnx", ".onnx_data", ".gguf")
 
 
 def checkpoint_identity(model: str, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, str]:

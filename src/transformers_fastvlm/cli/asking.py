@@ -79,12 +79,13 @@ def engine_settings(
         UserError: this engine does not have one of the given options.
     """
     chosen: dict[str, Any] = {"dtype": dtype.value, "device": device, "size": size}
-    if engine == EngineName.onnx:
-        if chosen != {"dtype": "auto", "device": "auto", "size": None}:
-            raise UserError("--dtype, --device and --size are fixed in an ONNX export; choose its --precision.")
-        return {"precision": precision}
+    if engine in (EngineName.onnx, EngineName.llamacpp):
+        if dtype != DtypeName.auto or size is not None:
+            kind = "an ONNX" if engine == EngineName.onnx else "a GGUF"
+            raise UserError(f"--dtype and --size are fixed in {kind} export; choose its --precision.")
+        return {"precision": precision, "device": device}
     if precision is not None:
-        raise UserError(f"--precision is for --engine onnx; use --dtype with --engine {engine.value}.")
+        raise UserError(f"--precision is for --engine onnx and llamacpp; use --dtype with --engine {engine.value}.")
     return chosen
 
 
@@ -105,7 +106,7 @@ def load(engine: EngineName, model: str, settings: dict[str, Any], batch_size: i
 
     Args:
         engine: name of the engine.
-        model: directory or hub repository; for onnx, an export's directory.
+        model: directory or hub repository; for onnx and llamacpp, an export's directory.
         settings: see `engine_settings`.
         batch_size: maximum number of requests that are answered together; onnx answers one at a time.
 
@@ -118,9 +119,12 @@ def load(engine: EngineName, model: str, settings: dict[str, Any], batch_size: i
 
     from ..engines import load_engine
     from ..engines.model_loading import find_device
+    from ..engines.onnx_sessions import session_device
 
     if engine == EngineName.transformers:
         find_device(settings["device"], "--device")
+    elif engine == EngineName.onnx:
+        session_device(settings["device"], "--device")
     if batch_size is not None and engine != EngineName.onnx:
         settings = settings | {"batch_size": batch_size}
     loaded = load_engine(engine.value, model, **settings)

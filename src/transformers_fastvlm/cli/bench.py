@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm bench`: time to the first token and its parts, throughput and memory, compared with other models."""
+"""`fastvlm bench`: time to the first token, throughput and memory, beside other models or between engines."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,14 @@ def bench(
             help="0.5B, 1.5B or 7B: that architecture with random weights, which does not change the speed; or a "
             "checkpoint's directory or name; or tiny, the test model that ships with the package. Default: 0.5B.",
             show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENGINE[:PRECISION][=DIRECTORY],…",
+            help="Measure these engines instead, separated by commas, such as transformers:bfloat16,onnx:q8=DIRECTORY; "
+            "without a directory each takes MODEL.",
         ),
     ] = None,
     against: Annotated[
@@ -76,22 +85,33 @@ def bench(
         fastvlm bench 0.5B --size 512,1024 --against native -o bench.json
 
         fastvlm bench --encoders --size 512 --plots plots
+
+        fastvlm bench tiny --engine transformers,onnx:q8=tiny-onnx
     """
     names = _words(against, "--against")
+    if engine is not None:
+        given = {"--against": names, "--size": size, "--dtype": dtype != "auto", "--batch-size": batch_size != "1"}
+        given |= {"--prompt-tokens": prompt_tokens != 20, "--image-backend": image_backend != "pil"}
+        given |= {"--attn-implementation": attn_implementation, "--compile": compile, "--fuse": fuse}
+        _leave_out("--engine asks engines as they are", given | {"--encoders": encoders, "--plots": plots})
     if encoders:
-        given = {"MODEL": models, "--against": names, "--size": size, "--image": image}
+        given = {"MODEL": bool(models), "--against": names, "--size": size, "--image": image}
         given["--attn-implementation"] = attn_implementation
-        for option, value in given.items():
-            if value:
-                raise UserError(f"--encoders measures only encoders, at fixed sizes; leave out {option}.")
+        _leave_out("--encoders measures only encoders, at fixed sizes", given)
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output is {output}, but there is no directory {output.parent}. Create it first.")
     sizes, batches = _numbers(size, "--size") if size else (), _numbers(batch_size, "--batch-size")
     if plots is not None:
         _check_matplotlib()
+    cpus = _cpus() if threads is None else threads
+    if engine is not None:
+        common: dict[str, Any] = {"threads": cpus, "warmup": warmup, "repetitions": repetitions}
+        common |= {"new_tokens": new_tokens, "image": image, "note": note}
+        record = _measure_engines(_words(engine, "--engine"), models or [], device, common)
+        _show(record, _print_engines, output, as_json)
+        return
 
-    from ..bench import Options, run, run_encoders, write_plots
-    from ..bench.measuring import write_record
+    from ..bench import Options, run, run_encoders
 
     place = _device(device)
     chosen = Options(
@@ -101,7 +121,7 @@ def bench(
         dtypes=_dtypes(dtype, place),
         batches=batches,
         device=place,
-        threads=_cpus() if threads is None else threads,
+        threads=cpus,
         warmup=warmup,
         repetitions=repetitions,
         new_tokens=new_tokens,
@@ -116,6 +136,31 @@ def bench(
 
     with progress_bar("measuring", "steps") as show:
         record = run_encoders(chosen, progress=show) if encoders else run(chosen, show)
+    _show(record, _print_encoders if encoders else _print_models, output, as_json, plots)
+
+
+def _measure_engines(named: tuple[str, ...], models: list[str], device: str, common: dict[str, Any]) -> dict[str, Any]:
+    from ..bench import EngineOptions, run_engines
+    from ..bench.engine_cases import engine_cases
+
+    if len(models) > 1:
+        raise UserError(f"--engine takes one MODEL, but {' and '.join(models)} are given.")
+    chosen = EngineOptions(engine_cases(named, models[0] if models else None, device), **common)
+    with progress_bar("measuring", "steps") as show:
+        return run_engines(chosen, show)
+
+
+def _show(
+    record: dict[str, Any],
+    print_tables: Callable[[dict[str, Any]], None],
+    output: Path | None,
+    as_json: bool,
+    plots: Path | None = None,
+) -> None:
+    """Write the record and its plots where they are wanted, and print it or its tables."""
+    from ..bench import write_plots
+    from ..bench.measuring import write_record
+
     text = write_record(record, output)
     if output is not None:
         notice(f"wrote {output}")
@@ -123,10 +168,15 @@ def bench(
         notice(f"wrote {file}")
     if as_json:
         typer.echo(text, nl=False)
-    elif encoders:
-        _print_encoders(record)
     else:
-        _print_models(record)
+        print_tables(record)
+
+
+def _leave_out(why: str, given: dict[str, Any]) -> None:
+    """Raise UserError if one of these options has a value."""
+    for option, value in given.items():
+        if value:
+            raise UserError(f"{why}; leave out {option}.")
 
 
 def _words(text: str, option: str) -> tuple[str, ...]:
@@ -233,6 +283,35 @@ def _print_encoders(record: dict[str, Any]) -> None:
     columns = ("encoder", "px", "dtype", "batch", "M parameters", "tokens", "milliseconds", "GFLOP", "of GEMM rate")
     print_table("milliseconds: medians (quartiles)", columns, rows)
     _print_machine(record)
+
+
+def _print_engines(record: dict[str, Any]) -> None:
+    columns = ("engine", "precision", "device", "px", "load s", "preprocess", "first token", "tokens/s", "GiB")
+    rows: list[tuple[str, ...]] = []
+    for result in record["results"]:
+        load, rate, first = result["load_seconds"], result["tokens_per_second"], result["seconds"]["first_token"]
+        rows.append(
+            (
+                result["engine"],
+                result["precision"],
+                result["device"],
+                str(result["size"]),
+                f"{load['engine'] + load['first_answer']:.1f}",
+                _ms(result["seconds"]["preprocess"]),
+                f"{_ms(first)} ({1000 * first['q1']:.0f}-{1000 * first['q3']:.0f})",
+                "-" if rate is None else f"{rate['median']:.1f}",
+                "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.2f}",
+            )
+        )
+    print_table("milliseconds: medians (quartiles)", columns, rows)
+    _print_machine(record)
+    fastest = record["results"][record["fastest"]["result"]]
+    rate = fastest["tokens_per_second"]
+    speed = "" if rate is None else f" and {rate['median']:.1f} tokens/s"
+    typer.echo(
+        f"fastest here: {fastest['engine']} in {fastest['precision']}, first token after "
+        f"{_ms(fastest['seconds']['first_token'])} ms{speed}: {record['fastest']['command']}"
+    )
 
 
 def _print_machine(record: dict[str, Any]) -> None:

@@ -39,6 +39,9 @@ def chat(
     top_p: options.TopP = None,
     num_beams: options.NumBeams = 1,
     seed: options.Seed = None,
+    schema: options.SchemaFile = None,
+    choices: options.Choices = None,
+    regex: options.Regex = None,
     do_exif_transpose: options.ExifTranspose = True,
     alpha_background: options.AlphaBackground = "white",
     max_pixels: options.MaxPixels = None,
@@ -58,9 +61,9 @@ def chat(
         fastvlm chat street.jpg --temperature 0.2 --system "Answer in one word."
     """
     from ..images.read_options import ReadOptions
-    from .asking import engine_settings, load, sampling_of
+    from .asking import engine_settings, load, sampling_of, schema_of
 
-    sampling = sampling_of(max_new_tokens, temperature, top_p, seed, num_beams)
+    sampling = sampling_of(max_new_tokens, temperature, top_p, seed, num_beams, schema_of(schema, choices, regex))
     settings = engine_settings(engine, precision, device, dtype, size)
     if STDIN in (images or []):
         raise UserError("chat reads questions from standard input, so an image cannot come from there. Give a file.")
@@ -74,6 +77,7 @@ def chat(
         notice(_HELP)
     talk = _Conversation(loaded, sampling, system, first, reading)
     with contextlib.closing(loaded):
+        loaded.check(sampling)  # not at the first question
         while (line := _next_line(interactive)) is not None:
             try:
                 if not talk.turn(line):

@@ -31,8 +31,8 @@ def export(
     precision: Annotated[
         str | None,
         typer.Option(
-            help=f"{_PRECISIONS}. The first is the default. onnx takes several, separated by commas, and writes "
-            "files for each."
+            help=f"{_PRECISIONS}. The first is the default. onnx and gguf take several, separated by commas, "
+            "and write files for each."
         ),
     ] = None,
     size: Annotated[

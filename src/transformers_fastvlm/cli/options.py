@@ -28,6 +28,7 @@ class EngineName(enum.StrEnum):
     transformers = "transformers"
     vllm = "vllm"
     onnx = "onnx"
+    llamacpp = "llamacpp"
 
 
 def _multiple_of_64(size: int | None) -> int | None:
@@ -79,10 +80,14 @@ Dtype = Annotated[
 ]
 Engine = Annotated[
     EngineName,
-    typer.Option(help="Runtime: transformers; vllm, if it is installed; onnx, if the model is an ONNX export."),
+    typer.Option(
+        help="Runtime: transformers; vllm, if it is installed; onnx, if the model is an ONNX export (--device auto, "
+        "cpu, cuda, directml or coreml); llamacpp, if it is a GGUF export (--device auto, cpu or gpu)."
+    ),
 ]
 Precision = Annotated[
-    str | None, typer.Option(help="With --engine onnx: one of the export's precisions, such as q4f16.")
+    str | None,
+    typer.Option(help="With --engine onnx and llamacpp: a precision of the export, such as q4f16 or q4_0."),
 ]
 Size = Annotated[
     int | None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines generate the answers of all tools: one interface over Transformers, vLLM and onnxruntime."""
+"""Engines generate the answers of all tools: one interface over Transformers, vLLM, onnxruntime and llama.cpp."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .answer_schema import Schema
     from .base import Answer, Conversation, PromptTooLong, Sampling, TokenLogprob
     from .engine import Engine
+    from .llamacpp_engine import LlamaCppEngine
     from .onnx_engine import OnnxEngine
     from .prompts import Prompt
     from .request import Request
@@ -18,6 +19,7 @@ _MODULE_OF = {
     "Answer": "base",
     "Conversation": "base",
     "Engine": "engine",
+    "LlamaCppEngine": "llamacpp_engine",
     "OnnxEngine": "onnx_engine",
     "Prompt": "prompts",
     "PromptTooLong": "base",
@@ -29,7 +31,12 @@ _MODULE_OF = {
     "VllmEngine": "vllm_engine",
 }
 
-_CLASS_OF = {"transformers": "TransformersEngine", "vllm": "VllmEngine", "onnx": "OnnxEngine"}
+_CLASS_OF = {
+    "transformers": "TransformersEngine",
+    "vllm": "VllmEngine",
+    "onnx": "OnnxEngine",
+    "llamacpp": "LlamaCppEngine",
+}
 
 ENGINES = tuple(_CLASS_OF)
 """Names that `load_engine` takes."""
@@ -39,6 +46,7 @@ __all__ = [
     "Answer",
     "Conversation",
     "Engine",
+    "LlamaCppEngine",
     "OnnxEngine",
     "Prompt",
     "PromptTooLong",
@@ -48,27 +56,43 @@ __all__ = [
     "TokenLogprob",
     "TransformersEngine",
     "VllmEngine",
+    "engine_class",
     "load_engine",
 ]
+
+
+def engine_class(engine: str) -> "type[Engine]":
+    """Return the class of an engine, whose signature has its options.
+
+    Args:
+        engine: one of `ENGINES`.
+
+    Raises:
+        ValueError: unknown engine.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+    found: type[Engine] = __getattr__(_CLASS_OF[engine])
+    return found
 
 
 def load_engine(engine: str, model: str, **options: Any) -> "Engine":
     """Load a model into an engine.
 
     Args:
-        engine: "transformers", "vllm" or "onnx".
-        model: directory or hub repository of a FastVLM checkpoint, or "tiny"; for "onnx", the directory of
-            `fastvlm export onnx`.
-        **options: options such as `dtype` and `device`; see `TransformersEngine`, `VllmEngine` and `OnnxEngine`.
+        engine: "transformers", "vllm", "onnx" or "llamacpp".
+        model: directory or hub repository of a FastVLM checkpoint, or "tiny"; for "onnx" and "llamacpp", the directory
+            of `fastvlm export onnx` and of `fastvlm export gguf`.
+        **options: options such as `dtype` and `device`; see `TransformersEngine`, `VllmEngine`, `OnnxEngine` and
+            `LlamaCppEngine`.
 
     Raises:
         ValueError: unknown engine, or it cannot use the checkpoint or an option.
         ImportError: the engine's package is not installed.
         OSError: there is no such checkpoint, or its files are damaged.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
-    loaded: Engine = __getattr__(_CLASS_OF[engine])(model, **options)
+    make: Any = engine_class(engine)
+    loaded: Engine = make(model, **options)
     return loaded
 
 

@@ -62,19 +62,14 @@ class ContinuousRows:
         return [row.request for row in self._running.values()]
 
     @property
+    def full(self) -> bool:
+        """Whether every row is taken."""
+        return len(self._running) == self.rows
+
+    @property
     def stale(self) -> bool:
         """Whether the cache may hold another image under the ids of a new one; `clear` drops it."""
         return self._round != self.images.rounds
-
-    def computes_beginning_of(self, request: Request) -> bool:
-        """Whether the next step computes much of a prompt's beginning, which the prompt can share afterwards."""
-        ids = request.prompt.inputs["ids"]
-        for one in self.running:
-            if not one.tokens:
-                pairs = zip(ids, one.prompt.inputs["ids"], strict=False)
-                if sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) > len(ids) / 2:
-                    return True
-        return False
 
     def add(self, request: Request) -> None:
         """Give a request a row; its images must be encoded."""

@@ -13,7 +13,7 @@ from ..configuration_checks import check_directory
 from ..images.anyres import scaled_pinpoints
 from ..tokens import IMAGE_TOKEN
 
-__all__ = ["DTYPES", "check_dtype", "find_device", "image_options", "load_model"]
+__all__ = ["DTYPES", "check_dtype", "check_tokenizer", "find_device", "image_options", "load_model"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -106,18 +106,21 @@ def load_model(model: str, device: torch.device, dtype: str = "auto", size: int 
     for name in ("num_beam_groups", "penalty_alpha", "prefill_chunk_size", "early_stopping", "length_penalty"):
         if getattr(loaded.generation_config, name, None) is not None:
             setattr(loaded.generation_config, name, None)
-    _check_vocabulary(model, loaded, processor)
-    if loaded.config.image_token_id != processor.image_token_id:
-        raise ValueError(
-            f"{model!r}: config.json has image_token_id {loaded.config.image_token_id}, but {IMAGE_TOKEN} is "
-            f"{processor.image_token_id} in the tokenizer. The files belong to different checkpoints."
-        )
+    check_tokenizer(model, loaded.config, processor)
     return loaded, processor
 
 
-def _check_vocabulary(name: str, model: Any, processor: Any) -> None:
-    """Raise ValueError if the tokenizer has ids without an embedding in the model; <image> needs none."""
-    rows = model.config.text_config.vocab_size
+def check_tokenizer(name: str, config: Any, processor: Any) -> None:
+    """Check that a checkpoint's tokenizer fits its `FastVLMConfig`.
+
+    Args:
+        name: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: the tokenizer has ids without an embedding in the model (<image> needs none), or another id of
+            <image>.
+    """
+    rows = config.text_config.vocab_size
     own = {token: index for token, index in processor.tokenizer.get_vocab().items() if token != IMAGE_TOKEN}
     token, highest = max(own.items(), key=lambda item: item[1])
     if highest >= rows:
@@ -125,4 +128,9 @@ def _check_vocabulary(name: str, model: Any, processor: Any) -> None:
             f"{name!r}: the tokenizer gives {token!r} the id {highest}, but the model has embeddings for 0 to "
             f"{rows - 1} (vocab_size in config.json). The files belong to different checkpoints, or tokens were added "
             "without model.resize_token_embeddings."
+        )
+    if config.image_token_id != processor.image_token_id:
+        raise ValueError(
+            f"{name!r}: config.json has image_token_id {config.image_token_id}, but {IMAGE_TOKEN} is "
+            f"{processor.image_token_id} in the tokenizer. The files belong to different checkpoints."
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine over onnxruntime: runs the files of `fastvlm export onnx` on the CPU."""
+"""The engine over onnxruntime: runs the files of `fastvlm export onnx`."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from .. import FastVLMImageProcessorPil, FastVLMProcessor
-from .._optional import needs
 from ..processing_fastvlm import chat_template_for
 from .base import end_tokens
 from .engine import Engine
+from .onnx_sessions import open_session, run_and_keep, session_device
 from .prompts import Prompt
 from .request import Request
 from .row_sampling import choose_tokens
@@ -24,8 +24,6 @@ __all__ = ["FILE_SUFFIX", "OnnxEngine", "OnnxModel"]
 FILE_SUFFIX = {"float32": "", "float16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 """Suffix of the file names of each precision, as in transformers.js."""
 
-_EXTRA = 'pip install "transformers-fastvlm[onnx]"'
-
 
 class OnnxModel:
     """The three graphs of an export in one precision.
@@ -33,16 +31,17 @@ class OnnxModel:
     Args:
         directory: directory of `fastvlm export onnx`.
         precision: one of the export's precisions; by default float32, or the only one.
-        threads: threads of onnxruntime; by default as many as PyTorch uses.
-        prepack: copy the weights into the fastest memory layout; False needs half the memory.
+        device, threads, prepack: see `open_session`.
 
     Attributes:
         precision: the loaded precision.
+        device: the device; never "auto".
         config: the directory's config.json.
 
     Raises:
         FileNotFoundError: no such directory or precision.
         ImportError: onnxruntime is not installed.
+        ValueError: unknown device, or one that onnxruntime cannot use here.
     """
 
     def __init__(
@@ -50,11 +49,11 @@ class OnnxModel:
         directory: str | os.PathLike[str],
         precision: str | None = None,
         *,
+        device: str = "cpu",
         threads: int | None = None,
         prepack: bool = True,
     ) -> None:
-        with needs("onnxruntime", "The engine onnx", _EXTRA):
-            import onnxruntime
+        self.device = session_device(device)
         self.directory = Path(directory)
         found = [name for name, suffix in FILE_SUFFIX.items() if self._file("decoder_model_merged", suffix).is_file()]
         if precision is None:
@@ -65,12 +64,7 @@ class OnnxModel:
             )
         self.precision = precision
         self.config = _json(self.directory / "config.json")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3
-        if not prepack:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        self._options, self._runtime = options, onnxruntime
+        self._options: dict[str, Any] = {"threads": threads, "prepack": prepack}
         self._sessions: dict[str, Any] = {}
 
     def _file(self, part: str, suffix: str) -> Path:
@@ -80,8 +74,7 @@ class OnnxModel:
         """Return the session of `vision_encoder`, `embed_tokens` or `decoder_model_merged`, loaded on first use."""
         if part not in self._sessions:
             path = self._file(part, FILE_SUFFIX[self.precision])
-            providers = ["CPUExecutionProvider"]
-            self._sessions[part] = self._runtime.InferenceSession(str(path), self._options, providers=providers)
+            self._sessions[part] = open_session(path, device=self.device, **self._options)
         return self._sessions[part]
 
     def close(self) -> None:
@@ -99,17 +92,23 @@ class OnnxModel:
         return embeds
 
     def decode(
-        self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, past: dict[str, np.ndarray] | None = None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        self,
+        inputs_embeds: np.ndarray,
+        attention_mask: np.ndarray,
+        past: dict[str, Any] | None = None,
+        logits_to_keep: int = 0,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Run new tokens.
 
         Args:
             inputs_embeds: (batch, length, hidden).
             attention_mask: (batch, past + length), 1 for tokens and 0 for padding.
             past: keys and values that the last call returned; None at the start.
+            logits_to_keep: number of last positions whose logits are returned; 0 for all.
 
         Returns:
-            Logits (batch, length, vocabulary), and keys and values of all tokens by the names of the graph's inputs.
+            Logits (batch, positions, vocabulary), and keys and values of all tokens by the names of the graph's inputs:
+            arrays, or on a GPU the runtime's own values, which stay there.
         """
         session = self.session("decoder_model_merged")
         batch, length = inputs_embeds.shape[:2]
@@ -119,11 +118,14 @@ class OnnxModel:
             "attention_mask": attention_mask.astype(np.int64),
             "position_ids": positions.astype(np.int64),
         }
-        caches = [entry for entry in session.get_inputs() if entry.name.startswith("past_key_values.")]
+        inputs = session.get_inputs()
+        caches = [entry for entry in inputs if entry.name.startswith("past_key_values.")]
+        if any(entry.name == "num_logits_to_keep" for entry in inputs):  # older exports have no such input
+            feeds["num_logits_to_keep"] = np.array(logits_to_keep, dtype=np.int64)
         if past is None:
             past = {e.name: np.zeros((batch, e.shape[1], 0, e.shape[3]), dtype=np.float32) for e in caches}
-        logits, *present = session.run(None, feeds | past)
-        return logits, {entry.name: values for entry, values in zip(caches, present, strict=True)}
+        logits, *present = run_and_keep(session, feeds | past)
+        return logits[:, -logits_to_keep:], {entry.name: kept for entry, kept in zip(caches, present, strict=True)}
 
     def merge(self, input_ids: np.ndarray, features: np.ndarray | None) -> np.ndarray:
         """Return the embeddings of `input_ids` with image features, in order, at the placeholders.
@@ -145,7 +147,10 @@ class OnnxEngine(Engine):
 
     Args:
         directory: directory of `fastvlm export onnx`.
-        precision, threads: see `OnnxModel`.
+        precision: see `OnnxModel`.
+        device: "auto" (CUDA, else DirectML, else the CPU), "cpu", "cuda", "cuda:1", "directml" or "coreml", as far as
+            the installed package of onnxruntime has it.
+        threads: threads on the CPU; by default as many as PyTorch uses.
 
     Attributes:
         model: the `OnnxModel`.
@@ -154,7 +159,7 @@ class OnnxEngine(Engine):
     Raises:
         FileNotFoundError: no such directory or precision.
         ImportError: onnxruntime is not installed.
-        ValueError: the directory's config.json is not from such an export.
+        ValueError: the directory's config.json is not from such an export, or onnxruntime cannot use the device here.
 
     Example:
         >>> engine = OnnxEngine("fastvlm-onnx", "q4f16")  # doctest: +SKIP
@@ -163,15 +168,26 @@ class OnnxEngine(Engine):
     """
 
     _NAME = "onnx"
-    device = "cpu"
 
     def __init__(
-        self, directory: str | os.PathLike[str], precision: str | None = None, *, threads: int | None = None
+        self,
+        directory: str | os.PathLike[str],
+        precision: str | None = None,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
     ) -> None:
-        self.model = OnnxModel(directory, precision, threads=threads)
+        self.model = OnnxModel(directory, precision, device=device, threads=threads)
+        if self.model.device != "cpu":
+            self.model.session("embed_tokens")  # a device that does not start is an error here, not of a request
         super().__init__(_processor(self.model), batch_size=1)
         ends = _json(self.model.directory / "generation_config.json").get("eos_token_id")
         self._end_tokens = end_tokens(self.model.config.get("eos_token_id") if ends is None else ends)
+
+    @property
+    def device(self) -> str:
+        """Device of the graphs."""
+        return self.model.device
 
     @property
     def dtype(self) -> str:
@@ -200,10 +216,10 @@ class OnnxEngine(Engine):
         pixels = request.prompt.inputs.get("pixel_values")
         embeds = self.model.merge(ids, None if pixels is None else self.model.image_features(np.asarray(pixels)))
         mask, choosers = np.ones_like(ids), [self._chooser(request)]
-        logits, past = self.model.decode(embeds, mask)
+        logits, past = self.model.decode(embeds, mask, logits_to_keep=1)
         while not request.take(token := choose_tokens(choosers, torch.from_numpy(logits[:, -1]))[0]):
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
-            logits, past = self.model.decode(self.model.embeddings(np.array([[token]])), mask, past)
+            logits, past = self.model.decode(self.model.embeddings(np.array([[token]])), mask, past, logits_to_keep=1)
 
 
 def _json(path: Path) -> dict[str, Any]:

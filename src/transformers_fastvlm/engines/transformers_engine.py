@@ -3,24 +3,19 @@
 
 import copy
 import gc
-import hashlib
 import logging
-from collections import deque
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from .. import compat
 from ..inference import PromptCache
-from ..inference.image_table import ImageTable, StoredImage
 from .base import end_tokens
+from .batching_engine import BatchingEngine, Rows
 from .continuous_rows import ContinuousRows
-from .engine import Engine, ended_engine
 from .model_loading import find_device, load_model
-from .prompts import Prompt
 from .request import Request
 from .row_sampling import RowSampling
 
@@ -29,19 +24,13 @@ __all__ = ["TransformersEngine"]
 ROW_TOKENS = 1024
 """Tokens that the cache has room for, for each row on average."""
 
-MAX_PIXELS = 1 << 20
-"""Pixels of images that are encoded together, at least one image: more would let the running rows wait for long."""
-
-GPU_PIXELS = 16 << 20
-"""The same on a GPU, if no row is running."""
-
 MAX_TOKENS = 32768
 """Tokens that the cache has room for at most, unless all rows need more; a longer conversation is answered alone."""
 
 logger = logging.getLogger(__name__)
 
 
-class TransformersEngine(Engine):
+class TransformersEngine(BatchingEngine):
     """An `Engine` with Transformers' continuous batching.
 
     Each request has a row of its own: it joins the others as soon as a row is free, gets one token in each step of the
@@ -96,12 +85,8 @@ class TransformersEngine(Engine):
         if processor is None:
             model, processor = load_model(model, find_device(device), dtype, size)
         super().__init__(processor, batch_size)
-        self.batch_size: int = batch_size
         self.model = model
-        self._images = ImageTable()
-        self._rows: ContinuousRows | None = None
         self._paged = True
-        self._suspects: deque[Request] = deque()  # of a failed step; each is tried again alone
         self._alone = PromptCache(model, processor)
 
     @property
@@ -116,12 +101,12 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         """Answer the queued requests, end the thread and free the memory; the engine cannot be used afterwards."""
+        paged = self._rows is not None
         super().close()
-        if self._rows is not None:
-            self._rows.close()
+        if paged:
             compat.close_pages(self.model)
         self._alone.reset()
-        self._rows = self.model = self.processor = None
+        self.model = self.processor = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -132,162 +117,19 @@ class TransformersEngine(Engine):
     def _vocabulary(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
-    def _encoded(self, prompt: Prompt) -> Prompt:
-        stored = [self._store(image, n) for image, n in zip(prompt.images, prompt.image_tokens, strict=True)]
-        prompt.inputs = {"ids": prompt.expanded([image.ids for image in stored]), "images": stored}
-        prompt.images = []
-        return prompt
+    @property
+    def _encoder(self) -> Any:
+        return self.model
 
-    def _store(self, image: Image.Image, tokens: int) -> StoredImage:
-        """Return the image as the table has it, or process it and add it to the table."""
-        digest = hashlib.blake2b(repr((image.mode, image.size, image.getpalette(), image.info)).encode())
-        digest.update(image.tobytes())
-        return self._images.find(digest.digest()) or self._images.add(
-            digest.digest(), tokens, dict(self.processor.image_processor([image], return_tensors="pt"))
-        )
+    def _fits(self, request: Request, rows: Rows) -> bool:
+        return request.sampling.num_beams == 1 and super()._fits(request, rows)
+
+    def _next_unfit(self, rows: Rows) -> None:
+        self._next_alone()
 
     # In the model's thread
 
-    def _work(self) -> None:
-        try:
-            while self._wait():
-                if (rows := self._open_rows()) is None:
-                    self._next_alone()
-                else:
-                    self._end_cancelled(rows)
-                    self._admit(rows)
-                    self._step(rows)
-        finally:
-            for request in (*self._suspects, *(self._rows.running if self._rows else ())):
-                request.end(ended_engine())
-
-    def _wait(self) -> bool:
-        """Wait for something to do; return False at the end."""
-        busy = bool(self._suspects or (self._rows and self._rows.running))
-        with self._news:
-            while not self._queue and not busy and not self._closed:
-                self._news.wait()
-            return bool(self._queue) or busy
-
-    def _end_cancelled(self, rows: ContinuousRows) -> None:
-        for request in rows.running:
-            if request.cancelled:
-                rows.remove(request)
-                request.end()
-
-    def _admit(self, rows: ContinuousRows) -> None:
-        """Give waiting requests their rows, in the order of the queue."""
-        if self._suspects:
-            if not rows.running:
-                self._begin(self._suspects.popleft(), rows)
-            return
-        encoded = False
-        while request := self._first():
-            running = len(rows.running)
-            if request.sampling.num_beams > 1 or request.prompt.tokens + request.room > rows.tokens:
-                if not running:
-                    self._next_alone()
-                return
-            if running == self.batch_size or (rows.stale and running) or rows.computes_beginning_of(request):
-                return
-            if rows.stale:
-                rows.clear()
-            if not all(image.encoded for image in request.prompt.inputs["images"]):
-                if encoded and running:
-                    return  # the others get a token first
-                self._encode(alone=not running)
-                encoded = True
-            elif self._leave_queue(request):
-                self._begin(request, rows)
-
-    def _next_alone(self) -> None:
-        request = self._first()
-        if request is not None and self._leave_queue(request):
-            request.start()
-            self._answer_alone(request)
-
-    def _first(self) -> Request | None:
-        with self._news:
-            return self._queue[0] if self._queue else None
-
-    def _leave_queue(self, request: Request) -> bool:
-        """Take a request out of the queue; return False if it is not there, since it was cancelled."""
-        with self._news:
-            if request not in self._queue:
-                return False
-            self._queue.remove(request)
-        return True
-
-    def _begin(self, request: Request, rows: ContinuousRows) -> None:
-        """Give a request a row."""
-        if request.begun_at is None:
-            request.start()
-        request.begin()
-        try:
-            self._chooser(request)
-        except ValueError as error:
-            request.end(error)
-            return
-        request.encoded_images = sum(image.count_once() for image in request.prompt.inputs["images"])
-        rows.add(request)
-
-    def _step(self, rows: ContinuousRows) -> None:
-        """Run one step of the model. If it fails, each of its requests is tried again alone."""
-        if not rows.running:
-            return
-        try:
-            ended = rows.step()
-        except Exception as failure:
-            logger.exception("a step of %d requests failed", len(rows.running))
-            self._recover(failure)
-            left = rows.clear()
-            if len(left) == 1:
-                left[0].end(failure)
-            else:
-                self._suspects += left
-            return
-        for request in ended:
-            request.end()
-            self._measure(request)
-
-    def _encode(self, alone: bool) -> None:
-        """Encode images of the first waiting requests together; the requests of those that fail end.
-
-        Args:
-            alone: whether no row waits for its next token meanwhile.
-        """
-        with self._news:
-            waiting = list(self._queue)[: self.batch_size]
-        limit = GPU_PIXELS if alone and self.model.device.type != "cpu" else MAX_PIXELS
-        group: list[StoredImage] = []
-        for image in dict.fromkeys(image for one in waiting for image in one.prompt.inputs["images"]):
-            if image.encoded:
-                continue
-            if group and (image.kind != group[0].kind or sum(one.pixels for one in group) + image.pixels > limit):
-                break
-            group.append(image)
-        for request in waiting:
-            if request.begun_at is None and any(image in group for image in request.prompt.inputs["images"]):
-                request.start()
-        try:
-            self._images.encode(self.model, group)
-        except Exception as failure:
-            self._recover(failure)
-            for image in group:
-                self._encode_or_fail(image, waiting)
-
-    def _encode_or_fail(self, image: StoredImage, waiting: list[Request]) -> None:
-        try:
-            self._images.encode(self.model, [image])
-        except Exception as failure:
-            logger.exception("an image cannot be encoded")
-            self._recover(failure)
-            for request in waiting:
-                if image in request.prompt.inputs["images"] and self._leave_queue(request):
-                    request.end(failure)
-
-    def _open_rows(self) -> ContinuousRows | None:
-        """Return the rows; None if every request is answered alone."""
+    def _open_rows(self) -> Rows | None:
         if self._rows is None and self._paged:
             tokens = max(ROW_TOKENS * self.batch_size, min(self.context or MAX_TOKENS, MAX_TOKENS))
             options: dict[str, Any] = {"rows": self.batch_size, "tokens": tokens}
@@ -298,7 +140,8 @@ class TransformersEngine(Engine):
                 self._paged = False
                 kind = type(self.model.get_decoder()).__name__
                 logger.warning("requests are answered one by one: %s has no paged cache (%s)", kind, error)
-        return self._rows
+        rows: Rows | None = self._rows
+        return rows
 
     def _answer(self, request: Request) -> None:
         """Answer a request by generate()."""

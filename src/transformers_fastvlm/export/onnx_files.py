@@ -11,10 +11,10 @@ from ..checkpoints.files import write_json
 from ..processing_fastvlm import chat_template_for
 from .export_source import Source
 
-__all__ = ["javascript_template", "write_files"]
+__all__ = ["NOT_OF_THE_TOKENIZER", "javascript_template", "write_files"]
 
-# Fields about the place that a tokenizer was loaded from, which Transformers writes into its files.
-_NOT_OF_THE_TOKENIZER = ("is_local", "local_files_only", "name_or_path")
+NOT_OF_THE_TOKENIZER = ("is_local", "local_files_only", "name_or_path")
+"""Fields about the place that a tokenizer was loaded from, which Transformers writes into its files."""
 # Expressions of the templates in Python's Jinja, and their equivalents for @huggingface/jinja.
 _DIALECT = (
     ("\\U000f0000", "\U000f0000"),
@@ -54,7 +54,7 @@ def _write_tokenizer(source: Source, out: Path, template: str) -> None:
     source.processor.tokenizer.save_pretrained(out)
     (out / "chat_template.jinja").unlink(missing_ok=True)
     content = read_json(out / "tokenizer_config.json")
-    for key in _NOT_OF_THE_TOKENIZER:
+    for key in NOT_OF_THE_TOKENIZER:
         content.pop(key, None)
     content["chat_template"] = template
     write_json(out / "tokenizer_config.json", content)

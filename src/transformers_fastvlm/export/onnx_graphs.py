@@ -55,6 +55,8 @@ def embedding_graph(model: Any, dtype: torch.dtype | None = None) -> Any:
 def decoder_graph(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Return `Decoder` as an `onnx_ir.Model`: one graph for the prompt, with a past of length 0, and for decoding.
 
+    It has one more input, the scalar `num_logits_to_keep`: the number of last positions with logits, or 0 for all.
+
     Args:
         dtype: of the graph's weights; by default the model's.
     """
@@ -63,9 +65,38 @@ def decoder_graph(model: Any, dtype: torch.dtype | None = None) -> Any:
     inputs = {"inputs_embeds": new, "attention_mask": {0: _BATCH, 1: "total_sequence_length"}, "position_ids": new}
     kinds = ("key", "value")
     inputs |= {f"past_key_values.{i}.{kind}": {0: _BATCH, 2: "past_sequence_length"} for i in layers for kind in kinds}
-    outputs = {"logits": new}
+    outputs = {"logits": {0: _BATCH, 1: "num_logits"}}
     outputs |= {f"present.{i}.{kind}": {0: _BATCH, 2: "total_sequence_length"} for i in layers for kind in kinds}
-    return _graph(model, dtype, programs.export_decode, inputs, outputs)
+    graph = _graph(model, dtype, programs.export_decode, inputs, outputs)
+    _choose_positions(graph.graph)
+    return graph
+
+
+def _choose_positions(graph: Any) -> None:
+    """Slice the head's input to the last `num_logits_to_keep` positions.
+
+    torch.export could do so only with the number as a dimension, not as the tensor that transformers.js feeds.
+    """
+    import onnx_ir as ir
+
+    head = next(value for value in graph.outputs if value.name == "logits").producer()
+    while head.op_type != "MatMul":
+        head = head.inputs[0].producer()
+
+    def constant(name: str, number: int) -> Any:
+        tensor = ir.tensor([number], dtype=ir.DataType.INT64, name=f"num_logits_to_keep.{name}")
+        value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(value)
+        return value
+
+    count = ir.Value(name="num_logits_to_keep", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
+    graph.inputs.append(count)
+    end, one = constant("end", torch.iinfo(torch.int64).max), constant("one", 1)
+    negative = ir.node("Neg", [count])
+    start = ir.node("Reshape", [negative.outputs[0], one])
+    kept = ir.node("Slice", [head.inputs[0], start.outputs[0], end, one])  # along axis 1
+    graph.insert_before(head, [negative, start, kept])
+    head.replace_input_with(0, kept.outputs[0])
 
 
 def _graph(

@@ -8,8 +8,9 @@
 | 1 x 1 convolutions | 8 bits a channel | 8 bits a channel in q4, float16 in q4f16 |
 
 Quantization is asymmetric in blocks and symmetric in rows and channels, and rounds to nearest. Activations keep their
-dtype, but onnxruntime rounds those of q8 and q4 matrices to 8 bits a block inside the multiplication: its CPU kernels
-for float32 activations are slower. The rest (biases, norms, depthwise kernels) is small and keeps its precision.
+dtype between the operations, but a multiplication by a quantized matrix may round its own to 8 bits a block: the
+runtimes' other kernels are slower, on CPUs most of all. The rest (biases, norms, depthwise kernels) is small and keeps
+its precision.
 """
 
 from collections.abc import Callable
@@ -106,9 +107,7 @@ def _quantize_matrix(graph: Any, node: Any, bits: int) -> None:
         parts.value(graph, "scales", tensor.dtype, [width * blocks]),
         parts.value(graph, "zero_points", ir.DataType.UINT8, [width * -(-blocks * bits // 8)]),
     ]
-    attributes = {"K": depth, "N": width, "bits": bits, "block_size": BLOCK}
-    if tensor.dtype == ir.DataType.FLOAT:
-        attributes["accuracy_level"] = _INT8_ACTIVATIONS
+    attributes = {"K": depth, "N": width, "bits": bits, "block_size": BLOCK, "accuracy_level": _INT8_ACTIVATIONS}
     _replace(graph, node, [ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=node.name)])
 
 

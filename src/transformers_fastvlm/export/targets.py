@@ -3,10 +3,11 @@
 
 A target is a function `write(source, out, options)` in a module of this folder, which imports optional packages inside
 functions. `source` must not be changed. `out` is an empty temporary directory. It is renamed after success and deleted
-after an error, so `write` never cleans up. config.json is written last. `options` are valid for the target's row below.
-`export` writes README.md from the `Report`, and copies the licence files.
+after an error, so `write` never cleans up. config.json is written last, unless other files hold its digest. `options`
+are valid for the target's row below. `export` writes README.md from the `Report`, and copies the licence files.
 """
 
+import importlib.util
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,6 +107,12 @@ def _onnx_steps(options: ExportOptions) -> int:
     return 2 * dtypes + 4 * len(options.precisions)
 
 
+def _gguf_steps(options: ExportOptions) -> int:
+    """A file for each precision and the encoder; each is checked if llama.cpp is installed, the encoder always."""
+    checks = importlib.util.find_spec("llama_cpp") is not None
+    return 2 + (1 + checks) * len(options.precisions)
+
+
 def _coreml_steps(options: ExportOptions) -> int:
     """One conversion, and an evaluation for each size."""
     return 1 + max(1, len(options.sizes))
@@ -121,6 +128,16 @@ TARGETS: dict[str, Target] = {
         extra="onnx",
         packages=("onnx", "onnxruntime", "onnxscript"),
         steps=_onnx_steps,
+    ),
+    "gguf": Target(
+        summary="the language model for llama.cpp, and the encoder for onnxruntime",
+        module="gguf_export",
+        precisions=("q8_0", "float32", "float16", "q4_0", "q4_k_m"),
+        several_precisions=True,
+        sizes="one",
+        extra="gguf",
+        packages=("gguf", "onnx", "onnxruntime", "onnxscript"),
+        steps=_gguf_steps,
     ),
     "coreml": Target(
         summary="the encoder as fastvithd.mlpackage, for Core ML",
