@@ -34,9 +34,9 @@ QUESTIONS = (
 COLUMNS, CELL, MARGIN = 3, 360, 24
 
 
-def ask(model: str, picture: Path, question: str) -> dict[str, Any]:
+def ask(model: str, file: Path, question: str) -> dict[str, Any]:
     """Run `fastvlm generate --json` and return what it printed."""
-    command = ["generate", os.path.relpath(picture), "-p", question, "--model", model, "--json"]
+    command = ["generate", os.path.relpath(file), "-p", question, "--model", model, "--json"]
     print("$", shlex.join(["fastvlm", *command]))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -49,11 +49,11 @@ def ask(model: str, picture: Path, question: str) -> dict[str, Any]:
     return result
 
 
-def cell(picture: Path, question: str, answer: str) -> Image.Image:
+def cell(file: Path, question: str, answer: str) -> Image.Image:
     """Return an image, CELL pixels wide or high, with question and answer under it."""
     lines = [(line, "#1d1f23") for line in textwrap.wrap(question, 36)]
     lines += [(line, "#0b5fa5") for line in textwrap.wrap(answer, 36) or ["(nothing)"]]
-    with Image.open(picture) as image:
+    with Image.open(file) as image:
         shown = image.convert("RGB")
     scale = CELL / max(shown.size)
     shown = shown.resize((max(1, round(shown.width * scale)), max(1, round(shown.height * scale))))
@@ -86,11 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
     cells = []
-    for picture, question in [(options.image, options.question)] if options.image else QUESTIONS:
-        result = ask(options.model, picture, question)
+    for file, question in [(options.image, options.question)] if options.image else QUESTIONS:
+        result = ask(options.model, file, question)
         print(f"question  {question}")
         print(f"answer    {result['answer']}\n")
-        cells.append(cell(picture, question, result["answer"]))
+        cells.append(cell(file, question, result["answer"]))
     draw(cells).save(options.out)
     print(f"images with questions and answers: {options.out}")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw examples/images, the images of the demo: scenes that the tiny model was not trained on.
 
-python examples/make_pictures.py [DIRECTORY]
+python examples/make_images.py [DIRECTORY]
 """
 
 import argparse

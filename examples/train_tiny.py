@@ -61,7 +61,7 @@ LANGUAGE_MODEL = {
 
 
 # Pre-training of the encoder: half collages, half scenes.
-ENCODER_PICTURES = 56_000
+ENCODER_IMAGES = 56_000
 ENCODER_BATCH = 16
 SCENES = ("attribute", "relation", "count", "number", "word", "chart")
 GROUPS = {
@@ -110,7 +110,7 @@ class MarkFinder(nn.Module):
         return {"loss": loss, "logits": logits > 0}
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """Collages and scenes in turn, as pixel values and the labels of `MarkFinder`: `(labels, rows, columns)`, 0 or 1.
 
     Args:
@@ -174,8 +174,8 @@ def pretrain_encoder(work: Path, steps: int) -> Path:
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
     )
-    pictures = Pictures(steps * ENCODER_BATCH, seed=4), Pictures(256, seed=10)
-    trainer = Trainer(model, arguments, train_dataset=pictures[0], eval_dataset=pictures[1], compute_metrics=found)
+    images = Images(steps * ENCODER_BATCH, seed=4), Images(256, seed=10)
+    trainer = Trainer(model, arguments, train_dataset=images[0], eval_dataset=images[1], compute_metrics=found)
     begun = Path(arguments.output_dir).is_dir() and get_last_checkpoint(arguments.output_dir) is not None
     trainer.train(resume_from_checkpoint=begun)
     model.encoder.save_pretrained(out)
@@ -193,7 +193,7 @@ def train(work: Path, processes: int = 1, steps: int | None = None) -> Path:
     previous = work / "new"
     if not previous.exists():
         write_tokenizer(work / "tokenizer")
-        encoder = pretrain_encoder(work, steps or ENCODER_PICTURES // ENCODER_BATCH)
+        encoder = pretrain_encoder(work, steps or ENCODER_IMAGES // ENCODER_BATCH)
         save_model(*new_model(encoder, LANGUAGE_MODEL, work / "tokenizer"), previous)
     for stage in STAGES:
         out = work / stage

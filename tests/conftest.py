@@ -92,7 +92,7 @@ def processor(processors: Callable[[str], FastVLMProcessor]) -> FastVLMProcessor
 
 
 @pytest.fixture
-def picture(golden: Path) -> Image.Image:
+def image(golden: Path) -> Image.Image:
     """A wide golden image."""
     return golden_images(golden, ["wide_rgb.png"])[0]
 

@@ -119,10 +119,10 @@ def test_golden_label_masks(
         assert mask[real].tolist() == expand(in_place, lengths, processor.image_token_id, fill=0)
 
 
-def test_vicuna_learns_answer_and_end(processors: Callable[[str], FastVLMProcessor], picture: Image.Image) -> None:
+def test_vicuna_learns_answer_and_end(processors: Callable[[str], FastVLMProcessor], image: Image.Image) -> None:
     processor = processors("llama")
     chat = [
-        *user({"type": "image", "image": picture}, text("What?")),
+        *user({"type": "image", "image": image}, text("What?")),
         {"role": "assistant", "content": "A cat."},
         {"role": "user", "content": "And?"},
         {"role": "assistant", "content": [text("A dog.")]},
@@ -248,10 +248,10 @@ def test_template_of_text_model() -> None:
 
 
 @pytest.mark.parametrize("key", ["image", "path", "url", "base64"])
-def test_image_sources_in_messages(processor: FastVLMProcessor, golden: Path, picture: Image.Image, key: str) -> None:
+def test_image_sources_in_messages(processor: FastVLMProcessor, golden: Path, image: Image.Image, key: str) -> None:
     path = golden / "images" / "wide_rgb.png"
     source = {
-        "image": picture,
+        "image": image,
         "path": str(path),
         "url": str(path),
         "base64": base64.b64encode(path.read_bytes()).decode(),
@@ -262,7 +262,7 @@ def test_image_sources_in_messages(processor: FastVLMProcessor, golden: Path, pi
     )
     case = json.loads((golden / "qwen2_tied" / "expected.json").read_text())["single0"]
     assert inputs["input_ids"][0].tolist() == expand(case["input_ids"], [16], processor.image_token_id)
-    expected = processor(text=case["prompt"], images=picture, return_tensors="pt")
+    expected = processor(text=case["prompt"], images=image, return_tensors="pt")
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
 
 
@@ -280,9 +280,9 @@ def test_batch_of_conversations(processor: FastVLMProcessor, golden: Path) -> No
 
 
 def test_options_of_the_call_in_a_conversation(
-    processor: FastVLMProcessor, picture: Image.Image, capfd: pytest.CaptureFixture[str]
+    processor: FastVLMProcessor, image: Image.Image, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    chat = user({"type": "image", "image": picture}, text("Q"))
+    chat = user({"type": "image", "image": image}, text("Q"))
     both: dict[str, Any] = {"size": 128, "processor_kwargs": {"padding": True}}
     for kwargs in ({"processor_kwargs": {"size": 128}}, {"size": 128}, both):
         inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt", **kwargs)
@@ -291,8 +291,8 @@ def test_options_of_the_call_in_a_conversation(
     assert capfd.readouterr().err == ""
 
 
-def test_conversation_is_not_changed(processor: FastVLMProcessor, picture: Image.Image) -> None:
-    chat = user({"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "video", "video": [picture] * 3})
+def test_conversation_is_not_changed(processor: FastVLMProcessor, image: Image.Image) -> None:
+    chat = user({"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "video", "video": [image] * 3})
     before = copy.deepcopy(chat)
     processor.apply_chat_template(chat)
     assert chat == before
@@ -361,8 +361,8 @@ def test_video_file_that_cannot_be_read(content: bytes | None, processor: FastVL
     Version(transformers.__version__) < Version("5.23"), reason="sanitize_control_tokens came to processors with 5.23"
 )
 @pytest.mark.parametrize("content", [[PART, text("What is <image>?")], [text("What is <image>?"), PART]])
-def test_literal_placeholder_beside_an_image(processor: FastVLMProcessor, picture: Image.Image, content: Any) -> None:
-    content = [{**part, "image": picture} if part is PART else part for part in content]
+def test_literal_placeholder_beside_an_image(processor: FastVLMProcessor, image: Image.Image, content: Any) -> None:
+    content = [{**part, "image": image} if part is PART else part for part in content]
     with pytest.raises(ValueError, match="The text has 2 <image>, but 1 images"):
         processor.apply_chat_template(user(*content), tokenize=True, return_dict=True)
     inputs = processor.apply_chat_template(

@@ -41,7 +41,7 @@ def to_bytes(pixel_values: np.ndarray) -> np.ndarray:
     return np.rint(255 * pixel_values).astype(np.uint8)
 
 
-def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+def random_image(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -79,7 +79,7 @@ def test_values_are_bytes_over_255(processor: FastVLMImageProcessorPil) -> None:
 
 
 def test_resizing_does_not_depend_on_the_order_that_pillow_chooses() -> None:
-    tall = picture(100, 900)
+    tall = random_image(100, 900)
     by_columns = tall.resize((100, 64), 3).resize((64, 64), 3)
     by_rows = tall.resize((64, 900), 3).resize((64, 64), 3)
     assert by_columns.tobytes() != by_rows.tobytes()
@@ -93,7 +93,7 @@ def test_resizing_does_not_depend_on_the_order_that_pillow_chooses() -> None:
 
 
 def test_outputs(processor: FastVLMImageProcessorPil) -> None:
-    images = [picture(40, 30), picture(10, 90)]
+    images = [random_image(40, 30), random_image(10, 90)]
     features = processor(images, return_tensors="pt")
     assert set(features) == {"pixel_values"} == set(processor.model_input_names)
     assert features.pixel_values.shape == (2, 3, 64, 64) and features.pixel_values.dtype == torch.float32
@@ -106,7 +106,7 @@ def test_anyres_outputs() -> None:
     processor = FastVLMImageProcessorPil(
         size=64, image_aspect_ratio="anyres", image_grid_pinpoints=[[128, 64], [128, 128]]
     )
-    images = [picture(100, 40), picture(120, 110)]
+    images = [random_image(100, 40), random_image(120, 110)]
     features = processor(images, return_tensors="pt")
     assert set(features) == {"pixel_values", "image_sizes", "num_tiles"} == set(processor.model_input_names)
     assert features.image_sizes.tolist() == [[40, 100], [110, 120]] and features.image_sizes.dtype == torch.int64
@@ -124,7 +124,7 @@ def test_anyres_outputs() -> None:
 
 
 def test_options_of_a_call_replace_the_processors_own(processor: FastVLMImageProcessorPil) -> None:
-    image = picture()
+    image = random_image()
     for size in (128, {"height": 128, "width": 128}, (128, 128)):
         assert pixels_of(processor, image, size=size).shape == (1, 3, 128, 128)
     assert pixels_of(processor, image, size=None).shape == (1, 3, 64, 64)
@@ -139,7 +139,7 @@ def test_options_of_a_call_replace_the_processors_own(processor: FastVLMImagePro
 
 
 def test_mean_std_and_scale(processor: FastVLMImageProcessorPil) -> None:
-    image = picture(64, 64)
+    image = random_image(64, 64)
     raw = np.asarray(image).transpose(2, 0, 1)[None].astype(np.float32)
     assert np.array_equal(pixels_of(processor, image, do_rescale=False, do_normalize=False), raw)
     normalized = pixels_of(processor, image, image_mean=[0.5, 0.4, 0.3], image_std=0.25)
@@ -154,14 +154,14 @@ def test_mean_std_and_scale(processor: FastVLMImageProcessorPil) -> None:
 
 
 def test_without_resizing(processor: FastVLMImageProcessorPil) -> None:
-    image = picture(192, 128)
+    image = random_image(192, 128)
     values = pixels_of(processor, image, do_resize=False)
     assert np.array_equal(to_bytes(values[0]), np.asarray(image).transpose(2, 0, 1))
     assert processor.get_number_of_image_tokens(128, 192, images_kwargs={"do_resize": False}) == 6
     with pytest.raises(ValueError, match=r"100x128 \(width x height\).*multiples of 64"):
-        pixels_of(processor, picture(100, 128), do_resize=False)
+        pixels_of(processor, random_image(100, 128), do_resize=False)
     with pytest.raises(ValueError, match="2 different shapes"):
-        pixels_of(processor, [image, picture(64, 64)], do_resize=False)
+        pixels_of(processor, [image, random_image(64, 64)], do_resize=False)
     with pytest.raises(ValueError, match="do_resize=False contradicts"):
         pixels_of(processor, image, do_resize=False, image_aspect_ratio="anyres", image_grid_pinpoints=[[64, 64]])
 
@@ -186,7 +186,7 @@ def test_bad_options(options: dict[str, Any], message: str, processor: FastVLMIm
     with pytest.raises(ValueError, match=message):
         FastVLMImageProcessorPil(**({"size": 64} | options))
     with pytest.raises(ValueError, match=message):
-        processor(picture(), **options)
+        processor(random_image(), **options)
 
 
 # What is read
@@ -194,7 +194,7 @@ def test_bad_options(options: dict[str, Any], message: str, processor: FastVLMIm
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV"])
 def test_eight_bit_modes(processor: FastVLMImageProcessorPil, mode: str) -> None:
-    source = picture(64, 64)
+    source = random_image(64, 64)
     image = source.convert("RGBA").convert(mode) if mode == "RGBa" else source.convert("P" if mode == "PA" else mode)
     image = image.convert("PA") if mode == "PA" else image
     assert image.mode == mode
@@ -203,7 +203,7 @@ def test_eight_bit_modes(processor: FastVLMImageProcessorPil, mode: str) -> None
 
 
 def test_premultiplied_gray(processor: FastVLMImageProcessorPil) -> None:
-    image = picture(64, 64).convert("L").convert("LA").convert("La")
+    image = random_image(64, 64).convert("L").convert("LA").convert("La")
     expected = np.asarray(image.convert("LA").convert("RGB")).transpose(2, 0, 1)
     assert np.array_equal(to_bytes(pixels_of(processor, image)[0]), expected)
 
@@ -220,7 +220,7 @@ def test_lab(processor: FastVLMImageProcessorPil) -> None:
 
 
 def test_palette_with_transparency_warns_nobody(processor: FastVLMImageProcessorPil) -> None:
-    image = picture(64, 64).quantize(16)
+    image = random_image(64, 64).quantize(16)
     image.info["transparency"] = bytes(16)
     values = pixels_of(processor, image, alpha_background=None)
     assert image.info["transparency"] == bytes(16)
@@ -245,7 +245,7 @@ def test_modes_of_more_than_eight_bits(processor: FastVLMImageProcessorPil) -> N
 
 
 def test_arrays_and_tensors_of_every_layout(processor: FastVLMImageProcessorPil) -> None:
-    image = picture(40, 30)
+    image = random_image(40, 30)
     hwc = np.asarray(image)
     expected = pixels_of(processor, image)
     unit = hwc.astype(np.float64) / 255
@@ -269,7 +269,7 @@ def test_arrays_and_tensors_of_every_layout(processor: FastVLMImageProcessorPil)
 
 
 def test_gray_arrays(processor: FastVLMImageProcessorPil) -> None:
-    gray = np.asarray(picture(40, 30).convert("L"))
+    gray = np.asarray(random_image(40, 30).convert("L"))
     expected = pixels_of(processor, Image.fromarray(gray))
     for array in (gray, gray[None], gray[..., None], torch.from_numpy(gray.copy())):
         assert np.array_equal(pixels_of(processor, array), expected)
@@ -296,11 +296,11 @@ def test_other_numbers_of_channels_without_conversion(processor: FastVLMImagePro
         alone = pixels_of(processor, array[..., channel])
         assert np.array_equal(values[:, channel], alone[:, 0])
     with pytest.raises(ValueError, match="mode L, RGB or RGBX, this one is 'P'"):
-        pixels_of(processor, picture().quantize(16), do_convert_rgb=False)
+        pixels_of(processor, random_image().quantize(16), do_convert_rgb=False)
 
 
 def test_lists(processor: FastVLMImageProcessorPil) -> None:
-    a, b, c = (picture(40, 30, seed) for seed in range(3))
+    a, b, c = (random_image(40, 30, seed) for seed in range(3))
     flat = pixels_of(processor, [a, b, c])
     assert np.array_equal(flat, np.concatenate([pixels_of(processor, image) for image in (a, b, c)]))
     assert np.array_equal(pixels_of(processor, [[a], [], (b, np.asarray(c))]), flat)
@@ -310,8 +310,8 @@ def test_lists(processor: FastVLMImageProcessorPil) -> None:
 
 def test_files_and_base64(processor: FastVLMImageProcessorPil, tmp_path: Path) -> None:
     path = tmp_path / "image.png"
-    picture().save(path)
-    expected = pixels_of(processor, picture())
+    random_image().save(path)
+    expected = pixels_of(processor, random_image())
     text = base64.b64encode(path.read_bytes()).decode()
     for source in (
         path,
@@ -344,11 +344,11 @@ def served(folder: Path) -> Iterator[str]:
 
 def test_addresses(processor: FastVLMImageProcessorPil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    picture().save(tmp_path / "image.png")
+    random_image().save(tmp_path / "image.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "page.html").write_text("<html></html>")
     with served(tmp_path) as address:
-        assert np.array_equal(pixels_of(processor, f"{address}/image.png"), pixels_of(processor, picture()))
+        assert np.array_equal(pixels_of(processor, f"{address}/image.png"), pixels_of(processor, random_image()))
         with pytest.raises(ConnectionError, match=r"missing.png: the server answered .*404"):
             processor(f"{address}/missing.png")
         with pytest.raises(ValueError, match="empty"):
@@ -370,9 +370,9 @@ def four_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_processing_common, "_cpus", lambda: 4)
 
 
-def paths_of(pictures: list[Image.Image], folder: Path) -> list[Path]:
-    paths = [folder / f"{index}.png" for index in range(len(pictures))]
-    for image, path in zip(pictures, paths, strict=True):
+def paths_of(images: list[Image.Image], folder: Path) -> list[Path]:
+    paths = [folder / f"{index}.png" for index in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
         image.save(path)
     return paths
 
@@ -380,11 +380,11 @@ def paths_of(pictures: list[Image.Image], folder: Path) -> list[Path]:
 @pytest.mark.parametrize("mode", ["pad", "square", "anyres"])
 def test_batches_in_parallel(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processor = FastVLMImageProcessorPil(size=64, image_aspect_ratio=mode, image_grid_pinpoints=[[128, 64], [64, 128]])
-    pictures = [picture(40 + 13 * index, 90 - 7 * index, index) for index in range(7)]
-    batches: list[Any] = [pictures, paths_of(pictures, tmp_path), [np.asarray(image) for image in pictures]]
-    batches.append([image.convert("RGBA") for image in pictures])
-    batches.append([[*pictures[:3]], [[str(path) for path in batches[1][3:]]]])
-    batches.append([pictures[0]] * 7)
+    images = [random_image(40 + 13 * index, 90 - 7 * index, index) for index in range(7)]
+    batches: list[Any] = [images, paths_of(images, tmp_path), [np.asarray(image) for image in images]]
+    batches.append([image.convert("RGBA") for image in images])
+    batches.append([[*images[:3]], [[str(path) for path in batches[1][3:]]]])
+    batches.append([images[0]] * 7)
     in_turn = [processor(batch, return_tensors="np") for batch in batches]
     monkeypatch.setattr(image_processing_common, "_cpus", lambda: 4)
     for batch, expected in zip(batches, in_turn, strict=True):
@@ -393,7 +393,7 @@ def test_batches_in_parallel(mode: str, tmp_path: Path, monkeypatch: pytest.Monk
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-def test_two_pictures_are_resized_at_once(
+def test_two_images_are_resized_at_once(
     processor: FastVLMImageProcessorPil, monkeypatch: pytest.MonkeyPatch, four_threads: None
 ) -> None:
     resize, both = image_processing_pil_fastvlm.pad_to_square, threading.Barrier(2, timeout=60)
@@ -403,8 +403,8 @@ def test_two_pictures_are_resized_at_once(
         return resize(*args)
 
     monkeypatch.setattr(image_processing_pil_fastvlm, "pad_to_square", meet)
-    pictures = [picture(), picture(seed=1)]
-    assert pixels_of(processor, pictures).shape == (2, 3, 64, 64)
+    images = [random_image(), random_image(seed=1)]
+    assert pixels_of(processor, images).shape == (2, 3, 64, 64)
 
 
 def test_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,10 +432,10 @@ def test_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert in_parallel(str, range(5), 1) == list("01234") and in_parallel(str, [1]) == ["1"] and len(started) == 2
 
 
-def test_the_first_bad_picture_of_a_batch_is_named(
+def test_the_first_bad_image_of_a_batch_is_named(
     processor: FastVLMImageProcessorPil, tmp_path: Path, four_threads: None
 ) -> None:
-    paths = paths_of([picture(300, 300, seed) for seed in range(5)], tmp_path)
+    paths = paths_of([random_image(300, 300, seed) for seed in range(5)], tmp_path)
     for index in (3, 1):
         paths[index].write_bytes(paths[index].read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"1\.png' is truncated"):
@@ -444,26 +444,26 @@ def test_the_first_bad_picture_of_a_batch_is_named(
         lazy = [stack.enter_context(Image.open(path)) for path in paths]
         with pytest.raises(ValueError, match=r"image 1 \(counting from 0\) of 5: the image is truncated"):
             processor(lazy)
-    sizes = [picture(64, 64), picture(64, 65), picture(64, 66)]
+    sizes = [random_image(64, 64), random_image(64, 65), random_image(64, 66)]
     with pytest.raises(ValueError, match="an image is 64x65"):
         processor(sizes, do_resize=False)
 
 
-def test_pictures_that_read_one_file_are_decoded_in_turn(
+def test_images_that_read_one_file_are_decoded_in_turn(
     processor: FastVLMImageProcessorPil, tmp_path: Path, four_threads: None
 ) -> None:
-    pictures = [picture(300, 300, seed) for seed in range(6)]
-    paths = paths_of(pictures, tmp_path)
+    images = [random_image(300, 300, seed) for seed in range(6)]
+    paths = paths_of(images, tmp_path)
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
         for path in paths:
             tar.add(path, path.name)
     with tarfile.open(tmp_path / "all.tar") as tar:
         members = [Image.open(tar.extractfile(path.name)) for path in paths]  # type: ignore[arg-type]
         assert not image_processing_common._independent(members)
-        assert np.array_equal(pixels_of(processor, members), pixels_of(processor, pictures))
+        assert np.array_equal(pixels_of(processor, members), pixels_of(processor, images))
     with Image.open(paths[0]) as lazy:
         assert not image_processing_common._independent([lazy, lazy])
-        assert np.array_equal(pixels_of(processor, [lazy] * 4), pixels_of(processor, [pictures[0]] * 4))
+        assert np.array_equal(pixels_of(processor, [lazy] * 4), pixels_of(processor, [images[0]] * 4))
     with Image.open(paths[0]) as first, Image.open(paths[1]) as second:
         assert image_processing_common._independent([first, second, np.zeros(3), torch.zeros(3)])
 
@@ -473,14 +473,14 @@ def test_pictures_that_read_one_file_are_decoded_in_turn(
 
 def test_damaged_files(processor: FastVLMImageProcessorPil, tmp_path: Path) -> None:
     whole = io.BytesIO()
-    picture(200, 200).save(whole, "PNG")
+    random_image(200, 200).save(whole, "PNG")
     cases = {
         "empty.png": (b"", r"empty.png' is empty \(0 bytes\)"),
         "short.png": (whole.getvalue()[:20000], "truncated or damaged"),
         "header.png": (whole.getvalue()[:30], "header.png' is (damaged|not an image)"),
-        "text.png": (b"no picture at all", "not an image of a supported format"),
+        "text.png": (b"no image at all", "not an image of a supported format"),
     }
-    picture(200, 200).save(tmp_path / "whole.jpg")
+    random_image(200, 200).save(tmp_path / "whole.jpg")
     cases["short.jpg"] = ((tmp_path / "whole.jpg").read_bytes()[:5000], "truncated")
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -492,7 +492,7 @@ def test_damaged_files(processor: FastVLMImageProcessorPil, tmp_path: Path) -> N
         Image.open(tmp_path / "short.jpg") as lazy,
         pytest.raises(ValueError, match=r"image 1 .* of 2: the image is trunc"),
     ):
-        processor([picture(), lazy])
+        processor([random_image(), lazy])
 
 
 def test_missing_files(processor: FastVLMImageProcessorPil, tmp_path: Path) -> None:
@@ -509,14 +509,14 @@ def test_decompression_bombs(
     processor: FastVLMImageProcessorPil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "image.png"
-    picture(40, 30).save(path)
+    random_image(40, 30).save(path)
     # Pillow itself warns above the limit, and raises above twice the limit.
     for limit in (1199, 700, 100):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(ValueError, match="MAX_IMAGE_PIXELS"):
             processor(path)
-        array = np.asarray(picture(40, 30))
-        assert pixels_of(processor, picture(40, 30)).shape == (1, 3, 64, 64)  # decoded already, by the caller
+        array = np.asarray(random_image(40, 30))
+        assert pixels_of(processor, random_image(40, 30)).shape == (1, 3, 64, 64)  # decoded already, by the caller
         for image in (path, array) if limit == 1199 else (array,):
             with pytest.raises(ValueError, match=f"40x30 = 1200 pixels, more than the limit of {limit}"):
                 processor(image)
@@ -567,7 +567,7 @@ def test_bad_channels_under_a_given_layout(processor: FastVLMImageProcessorPil) 
         processor(np.zeros((8, 8, 3), np.uint8), input_data_format="channels_first")
 
 
-@pytest.mark.parametrize("image", [3, None, b"bytes", {"url": "x"}, [picture(), 3.5]])
+@pytest.mark.parametrize("image", [3, None, b"bytes", {"url": "x"}, [random_image(), 3.5]])
 def test_no_image_at_all(processor: FastVLMImageProcessorPil, image: Any) -> None:
     with pytest.raises(TypeError, match="expected a Pillow image, a numpy array"):
         processor(image)
@@ -623,8 +623,8 @@ def test_panoramas_need_no_large_canvas(
 
 
 @pytest.mark.parametrize("shape", [(300, 700), (1, 600), (511, 512), (700, 1400)])
-def test_bands_of_a_tall_picture_are_the_whole(shape: tuple[int, int]) -> None:
-    image, (width, height) = picture(*shape), shape
+def test_bands_of_a_tall_image_are_the_whole(shape: tuple[int, int]) -> None:
+    image, (width, height) = random_image(*shape), shape
     canvas = Image.new("RGB", (height, height))
     canvas.paste(image, ((height - width) // 2, 0))
     for resample in (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS):
@@ -727,7 +727,7 @@ def test_a_saved_processor_stays_what_it_was(tmp_path: Path) -> None:
     for again in (FastVLMImageProcessorPil.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)):
         assert type(again) is FastVLMImageProcessorPil
         assert again.to_dict() == first.to_dict()
-        assert np.array_equal(pixels_of(again, picture()), pixels_of(first, picture()))
+        assert np.array_equal(pixels_of(again, random_image()), pixels_of(first, random_image()))
 
 
 def test_a_saved_processor_wins_over_the_model_config(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ PINPOINTS = json.loads((GOLDEN / "qwen2_anyres" / "config.json").read_text())["i
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+def random_image(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -82,20 +82,20 @@ def test_sharp_edges_are_close_to_pillows(shape: tuple[int, int], mode: str, dev
 def test_panoramas(shape: tuple[int, int], mode: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (image_processing_fastvlm, resizing):
         monkeypatch.setattr(module, "MAX_CANVAS_PIXELS", 2**22)
-    ours, reference = both(picture(*shape), None, device, size=128, image_aspect_ratio=mode)
+    ours, reference = both(random_image(*shape), None, device, size=128, image_aspect_ratio=mode)
     mean, largest = grey_levels(ours.pixel_values, reference.pixel_values)
     assert mean < 0.3 and largest < 8
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_huge_downscale(device: str) -> None:
-    ours, reference = both(picture(4500, 4200), None, device, size=64)
+    ours, reference = both(random_image(4500, 4200), None, device, size=64)
     mean, largest = grey_levels(ours.pixel_values, reference.pixel_values)
     assert mean < 0.3 and largest < 8
 
 
 def test_every_kind_of_input() -> None:
-    image = picture(64, 64)
+    image = random_image(64, 64)
     hwc = np.asarray(image)
     tensor = torch.from_numpy(hwc.copy())
     rgba = np.concatenate([hwc, np.full((64, 64, 1), 255, np.uint8)], axis=2)
@@ -118,8 +118,8 @@ def test_every_kind_of_input() -> None:
 def test_files_keep_their_mode_and_orientation(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(64, 64).save(tmp_path / "image.jpg", exif=exif)
-    picture(64, 64).quantize(8).save(tmp_path / "image.png")
+    random_image(64, 64).save(tmp_path / "image.jpg", exif=exif)
+    random_image(64, 64).quantize(8).save(tmp_path / "image.png")
     for name in ("image.jpg", "image.png"):
         for option in (False, True):
             ours, reference = both(tmp_path / name, size=64, do_exif_transpose=option)
@@ -128,7 +128,7 @@ def test_files_keep_their_mode_and_orientation(tmp_path: Path) -> None:
 
 def test_outputs() -> None:
     options = {"size": 64, "image_aspect_ratio": "anyres", "image_grid_pinpoints": [[128, 64], [128, 128]]}
-    images = [picture(100, 40), picture(120, 110)]
+    images = [random_image(100, 40), random_image(120, 110)]
     ours, reference = both(images, **options)
     assert set(ours) == {"pixel_values", "image_sizes", "num_tiles"}
     for name in ("image_sizes", "num_tiles"):
@@ -153,7 +153,7 @@ def test_outputs() -> None:
     ],
 )
 def test_options_of_a_call(call: dict[str, Any]) -> None:
-    ours, reference = both(picture(64, 128), call, size=64)
+    ours, reference = both(random_image(64, 128), call, size=64)
     mean, largest = grey_levels(ours.pixel_values, reference.pixel_values)
     scale = 255 if call.get("do_rescale") is False else 5
     assert mean < 0.3 * scale and largest < 2 * scale
@@ -198,9 +198,9 @@ def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_images_of_different_shapes_without_resizing() -> None:
     with pytest.raises(ValueError, match="2 different shapes"):
-        FastVLMImageProcessor(size=64)([picture(64, 64), picture(128, 64)], do_resize=False)
+        FastVLMImageProcessor(size=64)([random_image(64, 64), random_image(128, 64)], do_resize=False)
     with pytest.raises(ValueError, match="multiples of 64"):
-        FastVLMImageProcessor(size=64)(picture(), do_resize=False)
+        FastVLMImageProcessor(size=64)(random_image(), do_resize=False)
 
 
 def test_bad_options() -> None:

@@ -160,8 +160,8 @@ class Turn:
 
 
 @pytest.mark.parametrize("kind", [Pydantic, Turn])
-def test_messages_may_be_objects(kind: Any, processor: FastVLMProcessor, picture: Any) -> None:
-    plain = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+def test_messages_may_be_objects(kind: Any, processor: FastVLMProcessor, image: Any) -> None:
+    plain = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     expected = processor.apply_chat_template(plain, **options)
     for objects in ([kind(**plain[0], name=None)], [[kind(**plain[0])]]):
@@ -171,7 +171,7 @@ def test_messages_may_be_objects(kind: Any, processor: FastVLMProcessor, picture
         processor.apply_chat_template([*plain, "hello"], **options)
 
 
-def test_nothing_is_logged_or_warned_about(model: Any, processor: FastVLMProcessor, picture: Any) -> None:
+def test_nothing_is_logged_or_warned_about(model: Any, processor: FastVLMProcessor, image: Any) -> None:
     """Transformers first announces renamed arguments in its log. Warnings are errors anyway."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
@@ -180,7 +180,7 @@ def test_nothing_is_logged_or_warned_about(model: Any, processor: FastVLMProcess
     logger.addHandler(handler)
     try:
         cache = PromptCache(model, processor)
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]
+        content = [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]
         options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
         cache.answer([{"role": "user", "content": content}], **options)
         inputs = cache.prepare([{"role": "user", "content": content}])

@@ -213,30 +213,30 @@ def test_foreign_directory(tmp_path: Path, checkpoint: Callable[[str], Path]) ->
 # Calling
 
 
-def test_forms_of_images(processor: FastVLMProcessor, golden: Path, picture: Image.Image) -> None:
+def test_forms_of_images(processor: FastVLMProcessor, golden: Path, image: Image.Image) -> None:
     """A single image, lists, lists per row, paths, arrays and tensors give the same result."""
-    array = np.asarray(picture.convert("RGB"))
+    array = np.asarray(image.convert("RGB"))
     forms: list[Any] = [
-        picture,
-        [picture],
-        [[picture]],
-        (picture,),
+        image,
+        [image],
+        [[image]],
+        (image,),
         str(golden / "images" / "wide_rgb.png"),
         array,
         array[None],
         torch.from_numpy(array.copy()).permute(2, 0, 1),
     ]
-    first = processor(text=ASK, images=picture, return_tensors="pt")
+    first = processor(text=ASK, images=image, return_tensors="pt")
     for form in forms:
         inputs = processor(text=ASK, images=form, return_tensors="pt")
         assert torch.equal(inputs["input_ids"], first["input_ids"])
         assert torch.equal(inputs["pixel_values"], first["pixel_values"])
 
 
-def test_rows_of_images(processor: FastVLMProcessor, picture: Image.Image) -> None:
+def test_rows_of_images(processor: FastVLMProcessor, image: Image.Image) -> None:
     rows = ["<image> a", "none", "<image> and <image>"]
-    nested = processor(text=rows, images=[[picture], [], [picture, picture]])
-    flat = processor(text=rows, images=[picture] * 3)
+    nested = processor(text=rows, images=[[image], [], [image, image]])
+    flat = processor(text=rows, images=[image] * 3)
     assert nested["input_ids"] == flat["input_ids"]
     assert [ids.count(processor.image_token_id) for ids in nested["input_ids"]] == [16, 0, 32]
     assert len(nested["pixel_values"]) == 3
@@ -249,13 +249,13 @@ def test_text_only(processor: FastVLMProcessor, images: Any) -> None:
     assert len(inputs["input_ids"]) == 2
 
 
-def test_images_only(processor: FastVLMProcessor, picture: Image.Image) -> None:
-    assert set(processor(images=picture, return_tensors="pt")) == {"pixel_values"}
+def test_images_only(processor: FastVLMProcessor, image: Image.Image) -> None:
+    assert set(processor(images=image, return_tensors="pt")) == {"pixel_values"}
 
 
-def test_text_is_not_changed(processor: FastVLMProcessor, picture: Image.Image) -> None:
+def test_text_is_not_changed(processor: FastVLMProcessor, image: Image.Image) -> None:
     rows = [ASK]
-    processor(text=rows, images=picture)
+    processor(text=rows, images=image)
     assert rows == [ASK]
 
 
@@ -272,9 +272,9 @@ def test_text_is_not_changed(processor: FastVLMProcessor, picture: Image.Image) 
     ],
 )
 def test_counts_that_differ(
-    processor: FastVLMProcessor, picture: Image.Image, rows: Any, images: Any, message: str
+    processor: FastVLMProcessor, image: Image.Image, rows: Any, images: Any, message: str
 ) -> None:
-    given: Any = [[picture] * n for n in images] if isinstance(images, list) else [picture] * images
+    given: Any = [[image] * n for n in images] if isinstance(images, list) else [image] * images
     with pytest.raises(ValueError, match=message):
         processor(text=rows, images=given)
 
@@ -291,11 +291,11 @@ def test_text_of_another_type(processor: FastVLMProcessor, rows: Any) -> None:
         processor(text=rows)
 
 
-def test_nothing_given(processor: FastVLMProcessor, picture: Image.Image) -> None:
+def test_nothing_given(processor: FastVLMProcessor, image: Image.Image) -> None:
     with pytest.raises(ValueError, match="Neither text nor images"):
         processor()
     with pytest.raises(ValueError, match="Image 1 is None"):
-        processor(text=[ASK, ASK], images=[picture, None])
+        processor(text=[ASK, ASK], images=[image, None])
 
 
 @pytest.mark.parametrize("name", ["videos", "audio"])
@@ -304,19 +304,19 @@ def test_what_the_model_does_not_take(processor: FastVLMProcessor, name: str) ->
         processor(text="Hello", **{name: [np.zeros((2, 8, 8, 3), np.uint8)]})
 
 
-def test_truncation(processor: FastVLMProcessor, picture: Image.Image) -> None:
+def test_truncation(processor: FastVLMProcessor, image: Image.Image) -> None:
     long = "<image>\n" + "You are a user? " * 20
-    inputs = processor(text=long, images=picture, truncation=True, max_length=24)
+    inputs = processor(text=long, images=image, truncation=True, max_length=24)
     assert len(inputs["input_ids"][0]) == 24
     with pytest.raises(ValueError, match="Truncation would leave 10 of the 16 image tokens of text 0"):
-        processor(text=long, images=picture, truncation=True, max_length=10)
+        processor(text=long, images=image, truncation=True, max_length=10)
 
 
-def test_longer_than_the_context(own: FastVLMProcessor, picture: Image.Image) -> None:
+def test_longer_than_the_context(own: FastVLMProcessor, image: Image.Image) -> None:
     own.context_length = 40
-    own(text=ASK, images=picture, padding="max_length", max_length=60)
+    own(text=ASK, images=image, padding="max_length", max_length=60)
     with pytest.raises(ValueError, match=r"Text 1 has \d+ tokens, 16 of them for images, .* holds 40"):
-        own(text=["Hi", "<image>\n" + "You are a user? " * 20], images=picture)
+        own(text=["Hi", "<image>\n" + "You are a user? " * 20], images=image)
     long = own(text="You are a user? " * 50, truncation=True, max_length=40)
     assert len(long["input_ids"][0]) == 40
     own.context_length = None
@@ -333,9 +333,9 @@ def test_decoding(processor: FastVLMProcessor) -> None:
 # What servers ask for
 
 
-def test_replacements_and_types(processor: FastVLMProcessor, picture: Image.Image) -> None:
+def test_replacements_and_types(processor: FastVLMProcessor, image: Image.Image) -> None:
     inputs = processor(
-        text=f"a {ASK}", images=picture, return_mm_token_type_ids=True, return_text_replacement_offsets=True
+        text=f"a {ASK}", images=image, return_mm_token_type_ids=True, return_text_replacement_offsets=True
     )
     ids = inputs["input_ids"][0]
     assert inputs["mm_token_type_ids"][0] == [int(token == processor.image_token_id) for token in ids]
@@ -358,7 +358,7 @@ def test_planned_tokens_are_the_real_ones(checkpoint: Callable[[str], Path], nam
     assert processor._get_num_multimodal_tokens().num_image_tokens is None
 
 
-def test_planned_tokens_with_options(processor: FastVLMProcessor, picture: Image.Image) -> None:
+def test_planned_tokens_with_options(processor: FastVLMProcessor, image: Image.Image) -> None:
     grid = [[128, 256], [256, 128]]
     options: list[dict[str, Any]] = [
         {"size": 512},
@@ -366,8 +366,8 @@ def test_planned_tokens_with_options(processor: FastVLMProcessor, picture: Image
         {"size": 128, "image_aspect_ratio": "anyres", "image_grid_pinpoints": grid},
     ]
     for option in options:
-        ids = processor(text="<image>", images=picture, **option)["input_ids"][0]
-        size = [(picture.height, picture.width)]
+        ids = processor(text="<image>", images=image, **option)["input_ids"][0]
+        size = [(image.height, image.width)]
         for kwargs in (option, {"images_kwargs": option}):
             assert processor._get_num_multimodal_tokens(size, **kwargs).num_image_tokens == [ids.count(483)]
 

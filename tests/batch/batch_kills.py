@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that are killed: `python batch_kills.py MODEL FOLDER MOMENTS SEED`, in a process without other threads.
 
-Loads the model once; each run is a process forked from here. FOLDER has the pictures and gets the outputs. First one
+Loads the model once; each run is a process forked from here. FOLDER has the images and gets the outputs. First one
 run is undisturbed. Then others are killed with SIGKILL at each step of the journal and of the output, and at MOMENTS
 random moments, and gone on with. Prints, as JSON, how many were killed and how many outputs differ.
 """

@@ -51,7 +51,7 @@ def table(tmp_path: Path) -> Path:
     return tmp_path / "rows.parquet"
 
 
-def test_columns_of_pictures(table: Path) -> None:
+def test_columns_of_images(table: Path) -> None:
     paths = requests_of(table, image_column="path")
     assert [request.row for request in paths] == list(range(200)) and paths[7].question == "question 7"
     found = widths(paths)

@@ -77,9 +77,9 @@ def photos(tmp_path) -> Path:
 def draw(folder: Path, number: int) -> Path:
     folder.mkdir()
     for index in range(number):
-        picture = Image.new("RGB", (40 + index, 30), (index * 29 % 256, 90, 200))
-        picture.paste((250, 20, index * 31 % 256), (0, 0, 5 + 2 * index, 20))
-        picture.save(folder / f"{index:02}.png")
+        image = Image.new("RGB", (40 + index, 30), (index * 29 % 256, 90, 200))
+        image.paste((250, 20, index * 31 % 256), (0, 0, 5 + 2 * index, 20))
+        image.save(folder / f"{index:02}.png")
     return folder
 
 
@@ -98,8 +98,8 @@ def test_answers(run, engine, loaded, photos, tmp_path) -> None:
     files = sorted(photos.iterdir())
     assert [row["source"] for row in rows] == [str(file) for file in files]
     for row, file in zip(rows, files, strict=True):
-        with Image.open(file) as picture:
-            content = [{"type": "image", "image": picture.copy()}, {"type": "text", "text": PROMPT}]
+        with Image.open(file) as image:
+            content = [{"type": "image", "image": image.copy()}, {"type": "text", "text": PROMPT}]
         conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
         answer = loaded.generate([conversation], SHORT)[0]
         assert (row["answer"], row["finish_reason"]) == (answer.text, answer.finish_reason)
@@ -239,7 +239,7 @@ def test_subtitles_need_videos(run, photos) -> None:
 
 
 def kills(model: str, folder: Path, moments: int) -> dict[str, Any]:
-    """Kill runs over 10 pictures, one of them damaged; see batch_kills.py."""
+    """Kill runs over 10 images, one of them damaged; see batch_kills.py."""
     photos = draw(folder / "photos", 10)
     (photos / "04.png").write_text("no picture")
     script = Path(__file__).parent / "batch_kills.py"
@@ -351,12 +351,12 @@ def test_a_link_is_written_through(run, engine, photos, tmp_path) -> None:
     assert link.is_symlink() and len(rows_of(tmp_path / "disk" / "real.jsonl")) == 8
 
 
-# Pictures that change
+# Images that change
 
 
 @pytest.mark.parametrize("kind", ["a folder", "a table"])
 @pytest.mark.parametrize("change", ["bytes", "time", "gone", "none"])
-def test_pictures_that_changed_are_noticed(run, engine, photos, tmp_path, kind: str, change: str) -> None:
+def test_images_that_changed_are_noticed(run, engine, photos, tmp_path, kind: str, change: str) -> None:
     source = photos
     if kind == "a table":
         source = photos / "rows.jsonl"

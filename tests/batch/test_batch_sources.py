@@ -20,7 +20,7 @@ PROMPT = "What is it?"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures of different widths, in a folder and below it, among other files."""
+    """Images of different widths, in a folder and below it, among other files."""
     for width, name in ((11, "b.png"), (12, "a.JPG"), (13, "sub/c.webp"), (14, "sub/deep/d e.bmp")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (width, 9), "red").save(tmp_path / name)
@@ -34,7 +34,7 @@ def requests_of(*inputs: Path | str, prompt: str = PROMPT, **options: Any) -> li
 
 
 def widths(requests: list[Request]) -> list[Any]:
-    """Return the width of each request's picture, or why there is none."""
+    """Return the width of each request's image, or why there is none."""
     found: list[Any] = []
     for request in requests:
         try:
@@ -96,7 +96,7 @@ def test_a_file_goes_before_a_pattern(folder: Path) -> None:
     assert widths(requests_of(folder / "[ab].png")) == [11]
 
 
-def test_unreadable_pictures_are_found_when_they_are_opened(folder: Path) -> None:
+def test_unreadable_images_are_found_when_they_are_opened(folder: Path) -> None:
     Image.effect_noise((64, 64), 50).save(folder / "b.png")
     (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:2000])
     (folder / "a.JPG").write_text("text")

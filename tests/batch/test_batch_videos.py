@@ -34,7 +34,7 @@ def film(path: Path, frames: int = 60, rate: int = 10, codec: str = "mpeg4", key
 
 
 def number_of(image: Image.Image) -> int:
-    """Return which frame a picture is, by its gray."""
+    """Return which frame an image is, by its gray."""
     return round(sum(image.getpixel((32, 24))) / 12)
 
 
@@ -98,7 +98,7 @@ def test_damaged_videos(tmp_path: Path) -> None:
     assert "no images, only sound" in request.error
 
 
-def test_a_folder_with_films_and_pictures(tmp_path: Path) -> None:
+def test_a_folder_with_films_and_images(tmp_path: Path) -> None:
     film(tmp_path / "b.mp4", frames=20)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "c.png")

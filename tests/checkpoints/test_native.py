@@ -83,8 +83,8 @@ def test_processor_loads_without_this_package(checkpoint, tmp_path: Path):
     processor = AutoProcessor.from_pretrained(tmp_path / "native")
     assert type(processor).__name__ == "LlavaProcessor"
     assert processor.image_token_id == 483
-    picture = torch.full((3, 64, 128), 255, dtype=torch.uint8)
-    inputs = processor(images=[picture], text=["<image>\nWhat?"], return_tensors="pt")
+    image = torch.full((3, 64, 128), 255, dtype=torch.uint8)
+    inputs = processor(images=[image], text=["<image>\nWhat?"], return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 256, 256)
     assert inputs["pixel_values"][0, :, 0].max() < 0.01, "padded with black above and below"
     assert (inputs["input_ids"] == 483).sum() == 16

@@ -109,9 +109,9 @@ def test_the_command_killed_at_20_moments(tmp_path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for index in range(120):
-        picture = Image.new("RGB", (64, 48), (index * 29 % 256, 90, 200))
-        picture.paste((250, 20, index * 31 % 256), (0, 0, 4 + index % 50, 20))
-        picture.save(photos / f"{index:03}.png")
+        image = Image.new("RGB", (64, 48), (index * 29 % 256, 90, 200))
+        image.paste((250, 20, index * 31 % 256), (0, 0, 4 + index % 50, 20))
+        image.save(photos / f"{index:03}.png")
     (photos / "060.png").write_text("no picture")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 

@@ -16,9 +16,9 @@ Run = Callable[..., Any]
 
 
 def test_a_table_and_a_record(run: Run, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    directory, picture, out = checkpoint("qwen2_tied"), tmp_path / "photo.jpg", tmp_path / "bench.json"
-    make_photo(300, 200).save(picture)
-    words = ["bench", directory, "--against", directory, "--size", "256", "--image", picture, "--threads", "1"]
+    directory, image, out = checkpoint("qwen2_tied"), tmp_path / "photo.jpg", tmp_path / "bench.json"
+    make_photo(300, 200).save(image)
+    words = ["bench", directory, "--against", directory, "--size", "256", "--image", image, "--threads", "1"]
     words += ["--repetitions", "2", "--new-tokens", "4", "--device", "cpu", "--note", "tiny", "--out", out]
     result = run(*words)
     lines = result.stdout.splitlines()
@@ -37,9 +37,9 @@ def test_a_table_and_a_record(run: Run, checkpoint: Callable[[str], Path], tmp_p
 
 
 def test_the_packages_own_model(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "photo.jpg"
-    make_photo(300, 200).save(picture)
-    words = ["--image", picture, "--threads", "1", "--repetitions", "1", "--warmup", "0", "--new-tokens", "4"]
+    image = tmp_path / "photo.jpg"
+    make_photo(300, 200).save(image)
+    words = ["--image", image, "--threads", "1", "--repetitions", "1", "--warmup", "0", "--new-tokens", "4"]
     record = json.loads(run("bench", "tiny", *words, "--device", "cpu", "--json").stdout)
     (result,) = record["results"]
     assert (result["model"], result["resolution"], result["image_tokens"]) == ("tiny", 256, 16)

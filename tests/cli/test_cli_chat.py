@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastvlm chat`: turns, pictures, commands."""
+"""`fastvlm chat`: turns, images, commands."""
 
 import functools
 from pathlib import Path
@@ -73,8 +73,8 @@ def test_answers_as_generate_does(checkpoint, golden, run) -> None:
     assert run("chat", *words, stdin="What is it?").stdout == run("generate", *words, "-p", "What is it?").stdout
 
 
-def test_a_picture_is_encoded_and_prefilled_once(checkpoint, golden, run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three questions and a fresh start about one picture, and an answer like that of a chat that begins there."""
+def test_an_image_is_encoded_and_prefilled_once(checkpoint, golden, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three questions and a fresh start about one image, and an answer like that of a chat that begins there."""
     encoded: list[int] = []
     fed: list[int] = []
     encode, feed = FastViTHDModel.forward, FastVLMModel.forward
@@ -103,7 +103,7 @@ def test_ends_at_the_first_error_of_a_pipe(checkpoint, run) -> None:
     assert result.stdout == "" and "no such file: 'gone.png'" in result.stderr
 
 
-def test_refuses_a_picture_from_standard_input(checkpoint, fails) -> None:
+def test_refuses_an_image_from_standard_input(checkpoint, fails) -> None:
     assert "Give a file" in fails("chat", "-", "-m", checkpoint("llama"))
 
 

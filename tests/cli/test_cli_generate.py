@@ -62,19 +62,19 @@ def golden_answer(golden: Path, model: Path, case: str, tokens: int) -> str:
 @pytest.mark.parametrize("name", ["qwen2_tied", "qwen2_untied", "qwen2_anyres"])
 def test_answers_as_the_reference(checkpoint, golden, run, name: str) -> None:
     case = json.loads((golden / name / "expected.json").read_text())["single0"]
-    picture = golden / "images" / case["image"]
-    result = run("generate", picture, "-p", QUESTION, "--model", checkpoint(name), "--max-new-tokens", 8)
+    image = golden / "images" / case["image"]
+    result = run("generate", image, "-p", QUESTION, "--model", checkpoint(name), "--max-new-tokens", 8)
     assert result.stdout == golden_answer(golden, checkpoint(name), "single0", 8) + "\n"
 
 
-def test_two_pictures_as_the_reference(model, golden, ask) -> None:
+def test_two_images_as_the_reference(model, golden, ask) -> None:
     case = json.loads((golden / model.name / "expected.json").read_text())["two_images"]
-    pictures = [golden / "images" / name for name in case["images"]]
+    images = [golden / "images" / name for name in case["images"]]
     text = "How many dogs are there, and what colour is the sign?"
-    first = ask(*pictures, "-p", text, "-m", model)
+    first = ask(*images, "-p", text, "-m", model)
     assert first["answer"] == golden_answer(golden, model, "two_images", 6)
     assert (first["tokens"]["prompt"], first["tokens"]["image"]) == (case["length"], 32)
-    assert ask(*pictures, "-p", f"<image>\n<image>\n{text}", "-m", model)["tokens"] == first["tokens"]
+    assert ask(*images, "-p", f"<image>\n<image>\n{text}", "-m", model)["tokens"] == first["tokens"]
 
 
 def test_json(model, wide, ask) -> None:
@@ -117,17 +117,17 @@ def server(golden) -> Iterator[str]:
         thread.join()
 
 
-def test_downloads_a_picture(model, wide, ask, fails, server: str) -> None:
+def test_downloads_an_image(model, wide, ask, fails, server: str) -> None:
     result = ask(f"{server}/wide_rgb.png", "-p", QUESTION, "-m", model)
     assert result["answer"] == ask(wide, "-p", QUESTION, "-m", model)["answer"]
     assert "could not download" in fails("generate", "http://127.0.0.1:1/none.png", "-p", QUESTION, "-m", model)
 
 
 def test_images_are_turned_by_exif(model, tmp_path, ask) -> None:
-    picture = Image.new("RGB", (64, 32), "red")
-    picture.paste("blue", (0, 0, 20, 32))
-    picture.save(tmp_path / "turned.png", exif=exif_orientation(6))
-    picture.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "plain.png")
+    image = Image.new("RGB", (64, 32), "red")
+    image.paste("blue", (0, 0, 20, 32))
+    image.save(tmp_path / "turned.png", exif=exif_orientation(6))
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "plain.png")
     seen = []
     processor = AutoProcessor.from_pretrained(model)
 
@@ -139,8 +139,8 @@ def test_images_are_turned_by_exif(model, tmp_path, ask) -> None:
     from transformers_fastvlm.cli.cli_images import read_images
 
     for name, turns in (("turned", True), ("turned", False), ("plain", True)):
-        pictures = read_images([str(tmp_path / f"{name}.png")], ReadOptions(do_exif_transpose=turns))
-        seen.append(pixels([{"role": "user", "content": question("?", pictures)}]))
+        images = read_images([str(tmp_path / f"{name}.png")], ReadOptions(do_exif_transpose=turns))
+        seen.append(pixels([{"role": "user", "content": question("?", images)}]))
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[1], seen[2])
     assert ask(tmp_path / "turned.png", "-p", "?", "-m", model, "--no-exif-transpose")["tokens"]["image"] == 16
 
@@ -211,17 +211,17 @@ def test_says_by_what_an_answer_was_cut(checkpoint, copy_of, run, ask) -> None:
         ("First <image>, then <image>", ["First ", "image", ", then ", "image"]),
     ],
 )
-def test_places_of_pictures(text: str, expected: list[str]) -> None:
-    pictures = [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))]
-    parts = question(text, pictures)
+def test_places_of_images(text: str, expected: list[str]) -> None:
+    images = [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))]
+    parts = question(text, images)
     assert [part.get("text", part["type"]) for part in parts] == expected
-    assert [part["image"] for part in parts if "image" in part] == pictures
+    assert [part["image"] for part in parts if "image" in part] == images
 
 
 # What it refuses
 
 
-def test_refuses_pictures(model, wide, tmp_path, fails) -> None:
+def test_refuses_images(model, wide, tmp_path, fails) -> None:
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "cut.png").write_bytes(wide.read_bytes()[:2000])
     (tmp_path / "empty.png").touch()

@@ -108,8 +108,8 @@ def test_a_run_prints_where_its_result_is(
     assert result.stdout == f"{out}\n"
     assert "step 2/2: loss " in result.stderr
     assert "it/s" not in result.stderr  # no bars where nobody is looking
-    picture = golden / "images" / "square_rgb.png"
-    assert run("generate", picture, "-p", "What?", "-m", out, "--max-new-tokens", 3).stdout.strip()
+    image = golden / "images" / "square_rgb.png"
+    assert run("generate", image, "-p", "What?", "-m", out, "--max-new-tokens", 3).stdout.strip()
     assert "out already holds checkpoint-2, which is not overwritten. Resume it" in fails("train", "finetune", *changes)
     assert "is already finished" in run("train", "finetune", *changes, "--resume").stderr
 

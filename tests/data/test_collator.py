@@ -17,12 +17,12 @@ from transformers_fastvlm import FastVLMForConditionalGeneration, FastVLMProcess
 from transformers_fastvlm.data import FastVLMDataCollator, SampleError
 
 ROLES = {"human": "user", "gpt": "assistant"}
-PICTURE = Image.new("RGB", (8, 8))
+IMAGE = Image.new("RGB", (8, 8))
 TOKENS = 16  # of an image of the golden checkpoints, 256 pixels
 
 
 @pytest.fixture
-def picture(golden: Path) -> Image.Image:
+def image(golden: Path) -> Image.Image:
     return golden_images(golden, ["tiny_rgb.png"])[0]
 
 
@@ -112,10 +112,10 @@ def test_ids_and_pixels_are_the_processor_s(
 
 
 def test_vicuna_learns_the_answers_and_their_ends(
-    processors: Callable[[str], FastVLMProcessor], picture: Image.Image
+    processors: Callable[[str], FastVLMProcessor], image: Image.Image
 ) -> None:
     processor = processors("llama")
-    batch = FastVLMDataCollator(processor)([sample("<image>\nWhat?", "A cat.", "And?", "42", images=[picture])])
+    batch = FastVLMDataCollator(processor)([sample("<image>\nWhat?", "A cat.", "And?", "42", images=[image])])
     assert learned(processor, batch).replace(" ", "") == "Acat.</s>42</s>"
 
 
@@ -125,22 +125,22 @@ def test_text_alone_has_no_pixels(processor: FastVLMProcessor) -> None:
     assert learned(processor, batch, 1) == "2.<|im_end|>\n"
 
 
-def test_parts_are_as_strings(processor: FastVLMProcessor, picture: Image.Image) -> None:
+def test_parts_are_as_strings(processor: FastVLMProcessor, image: Image.Image) -> None:
     """The messages of TRL, with the images beside them or inside."""
     collator = FastVLMDataCollator(processor)
     answer = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
     text = {"type": "text", "text": "What?"}
-    beside = {"messages": [{"role": "user", "content": [{"type": "image"}, text]}, answer], "images": [picture]}
-    inside = {"messages": [{"role": "user", "content": [text, {"type": "image", "image": picture}]}, answer]}
-    expected = collator([sample("<image>\nWhat?", "A cat.", images=[picture])])
+    beside = {"messages": [{"role": "user", "content": [{"type": "image"}, text]}, answer], "images": [image]}
+    inside = {"messages": [{"role": "user", "content": [text, {"type": "image", "image": image}]}, answer]}
+    expected = collator([sample("<image>\nWhat?", "A cat.", images=[image])])
     for row in (beside, inside):
         batch = collator([row])
         assert batch.keys() == expected.keys()
         assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
-def test_truncation_cuts_the_answer(processor: FastVLMProcessor, picture: Image.Image) -> None:
-    rows = [sample("<image>\nWhat?", "A cat, two dogs and a red sign.", images=[picture]), sample("Hi?", "Hi.")]
+def test_truncation_cuts_the_answer(processor: FastVLMProcessor, image: Image.Image) -> None:
+    rows = [sample("<image>\nWhat?", "A cat, two dogs and a red sign.", images=[image]), sample("Hi?", "Hi.")]
     whole = FastVLMDataCollator(processor)(rows)
     length = int(whole["attention_mask"].sum(1).max())
     for cut in (1, 5, 9):
@@ -163,15 +163,15 @@ def test_truncation_cuts_the_answer(processor: FastVLMProcessor, picture: Image.
     ],
 )
 def test_rows_that_cannot_be_cut(
-    processor: FastVLMProcessor, picture: Image.Image, max_length: int, expected: str
+    processor: FastVLMProcessor, image: Image.Image, max_length: int, expected: str
 ) -> None:
-    rows = [sample("<image>\nWhat?", "A cat.", images=[picture], id="x"), sample("H", "A.")]
+    rows = [sample("<image>\nWhat?", "A cat.", images=[image], id="x"), sample("H", "A.")]
     with pytest.raises(SampleError, match=expected):
         FastVLMDataCollator(processor, max_length=max_length)(rows)
 
 
-def test_a_later_image_is_not_cut(processor: FastVLMProcessor, picture: Image.Image) -> None:
-    row = sample("Hi?", "A long answer.", "<image>\nAnd this?", "A cat.", images=[picture])
+def test_a_later_image_is_not_cut(processor: FastVLMProcessor, image: Image.Image) -> None:
+    row = sample("Hi?", "A long answer.", "<image>\nAnd this?", "A cat.", images=[image])
     length = FastVLMDataCollator(processor)([row])["input_ids"].shape[1]
     with pytest.raises(SampleError, match="an image is never cut"):
         FastVLMDataCollator(processor, max_length=length - 30)([row])
@@ -214,8 +214,8 @@ def test_images_of_any_shape_and_mode(golden: Path, processor: FastVLMProcessor)
         ({"messages": [{"role": "robot", "content": "Hi."}]}, "unknown role 'robot'; expected 'user', 'assistant'"),
         (sample("Hi?", "  "), "answer 0 .* is empty"),
         (sample("Hi?", "Yes.", "And?"), "ends with a question"),
-        (sample("<image><image>", "Yes.", images=[PICTURE]), "2 <image>, but the row has 1 images"),
-        (sample("What?", "Yes.", images=[PICTURE]), "0 <image>, but the row has 1 images"),
+        (sample("<image><image>", "Yes.", images=[IMAGE]), "2 <image>, but the row has 1 images"),
+        (sample("What?", "Yes.", images=[IMAGE]), "0 <image>, but the row has 1 images"),
         (sample("What?", "<image>"), "role 'assistant' has <image>, but only user messages may have images"),
         (sample("<image>", "Yes.", images=[None]), r"an image is None \(NoneType\); expected a Pillow"),
         (sample("<image>", "Yes.", images=["http://x/y.png"]), r"an image is 'http://x/y.png' \(str\); expected"),
@@ -228,14 +228,14 @@ def test_refused_rows_are_named(processor: FastVLMProcessor, row: dict[str, Any]
         FastVLMDataCollator(processor)([sample("Hi?", "Fine."), {**row, "id": "r7"}])
 
 
-def test_the_image_that_is_refused_is_named(processor: FastVLMProcessor, picture: Image.Image) -> None:
-    rows = [sample("<image>", "Yes.", images=[picture], id=number) for number in range(3)]
+def test_the_image_that_is_refused_is_named(processor: FastVLMProcessor, image: Image.Image) -> None:
+    rows = [sample("<image>", "Yes.", images=[image], id=number) for number in range(3)]
     rows[1]["images"] = [np.full((8, 8, 3), 2.5, np.float32)]
     with pytest.raises(SampleError, match=r"^sample 1 of the batch \(id 1\): a floating-point image has values"):
         FastVLMDataCollator(processor)(rows)
 
 
-@pytest.mark.parametrize("row", [sample("Hi?", "Yes."), sample("<image>", "1", "Two?", "2", images=[PICTURE])])
+@pytest.mark.parametrize("row", [sample("Hi?", "Yes."), sample("<image>", "1", "Two?", "2", images=[IMAGE])])
 def test_plain_takes_captions_only(processor: FastVLMProcessor, row: dict[str, Any]) -> None:
     with pytest.raises(SampleError, match="conversation='plain' expects a caption"):
         FastVLMDataCollator(processor, conversation="plain")([row])

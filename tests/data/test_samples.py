@@ -112,11 +112,11 @@ def test_images_are_beside_the_file_by_default(write: Write, folder: Path) -> No
 
 
 def test_rows_with_messages(write: Write, folder: Path) -> None:
-    picture = Image.open(folder / "a.png")
+    image = Image.open(folder / "a.png")
     rows = [
         chat("<image>\nWhat?", images=["a.png"]),
-        chat("<image>\nWhat?", images=[picture]),
-        chat("<image>\nWhat?", images=[{"bytes": encoded(picture), "path": "../ignored.png"}]),
+        chat("<image>\nWhat?", images=[image]),
+        chat("<image>\nWhat?", images=[{"bytes": encoded(image), "path": "../ignored.png"}]),
         chat(
             [{"type": "image"}, {"type": "text", "text": "What?"}],
             [{"type": "text", "text": "A cat."}],
@@ -127,7 +127,7 @@ def test_rows_with_messages(write: Write, folder: Path) -> None:
     samples = list(data.load(rows, folder))
     for sample in samples:
         assert sample["messages"] == chat("<image>\nWhat?")["messages"]
-        assert np.array_equal(sample["images"][0], picture)
+        assert np.array_equal(sample["images"][0], image)
 
 
 TEXT, IMAGE = {"type": "text", "text": "Look at"}, {"type": "image"}

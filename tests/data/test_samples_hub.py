@@ -39,7 +39,7 @@ def encoded(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def picture(number: int) -> Image.Image:
+def numbered_image(number: int) -> Image.Image:
     return Image.new("RGB", (10 + number, 8), (number, 0, 0))
 
 
@@ -52,7 +52,7 @@ def rows(count: int = 6) -> list[Row]:
                 {"role": "user", "content": "Hi?" if number % 3 == 2 else "<image>\nWhat?"},
                 {"role": "assistant", "content": f"It is {number}."},
             ],
-            "images": [] if number % 3 == 2 else [{"bytes": encoded(picture(number)), "path": None}],
+            "images": [] if number % 3 == 2 else [{"bytes": encoded(numbered_image(number)), "path": None}],
         }
         for number in range(count)
     ]
@@ -77,7 +77,7 @@ def check_samples(samples: list[Row], numbers: list[int]) -> None:
     assert [sample["id"] for sample in samples] == [f"r{number}" for number in numbers]
     for sample, number in zip(samples, numbers, strict=True):
         assert sample["messages"] == rows()[number]["messages"]
-        expected = [] if number % 3 == 2 else [picture(number)]
+        expected = [] if number % 3 == 2 else [numbered_image(number)]
         assert len(sample["images"]) == len(expected)
         for image, original in zip(sample["images"], expected, strict=True):
             assert isinstance(image, Image.Image) and np.array_equal(image, original)
@@ -107,7 +107,7 @@ def test_a_dataset_of_parts(hub: Any) -> None:
     answer = [{"type": "text", "text": "This.", "index": None}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     parts = datasets.Dataset.from_list(
-        [{"messages": messages, "images": [picture(0)]}],
+        [{"messages": messages, "images": [numbered_image(0)]}],
         features=datasets.Features(
             {
                 "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.List(kinds)}),
@@ -117,20 +117,20 @@ def test_a_dataset_of_parts(hub: Any) -> None:
     )
     sample = data.load(parts)[0]
     assert [turn["content"] for turn in sample["messages"]] == ["<image>\nWhat?", "This."]
-    assert np.array_equal(sample["images"][0], picture(0))
+    assert np.array_equal(sample["images"][0], numbered_image(0))
 
 
 def test_llava_columns_and_one_image(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A wall."}]
-    picture(1).save(tmp_path / "a.png")
+    numbered_image(1).save(tmp_path / "a.png")
     columns = {"conversations": [turns, turns], "image": ["a.png", "../a.png"]}
     dataset = data.load(datasets.Dataset.from_dict(columns), tmp_path)
-    assert np.array_equal(dataset[0]["images"][0], picture(1))
+    assert np.array_equal(dataset[0]["images"][0], numbered_image(1))
     with pytest.raises(SampleError, match=r"the Dataset, row 1: the image '\.\./a\.png' leaves the image folder"):
         dataset[1]
     lazy = datasets.Dataset.from_dict({**columns, "image": [str(tmp_path / "a.png")] * 2})
     lazy = lazy.cast_column("image", datasets.Image())
-    assert np.array_equal(data.load(lazy, tmp_path)[0]["images"][0], picture(1))
+    assert np.array_equal(data.load(lazy, tmp_path)[0]["images"][0], numbered_image(1))
     with pytest.raises(SampleError, match="no image folder was given"):
         data.load(lazy)[0]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes follow from their numbers, and what is asked about them has the answer that the picture shows."""
+"""Scenes follow from their numbers, and what is asked about them has the answer that the image shows."""
 
 import json
 import pickle
@@ -77,7 +77,7 @@ def test_counts_are_those_of_the_caption(scenes: list[Scene]) -> None:
 
 
 def test_relations_and_names_are_those_of_the_places_in_the_caption(scenes: list[Scene]) -> None:
-    """A caption names a third of the picture's height and width for each object; across thirds the order is certain."""
+    """A caption names a third of the image's height and width for each object; across thirds the order is certain."""
     order = {"top": 0, "middle": 1, "bottom": 2, "left": 0, "center": 1, "right": 2}
     relations = named = 0
     for scene in scenes:
@@ -102,7 +102,7 @@ def test_relations_and_names_are_those_of_the_places_in_the_caption(scenes: list
 
 
 def test_objects_are_where_and_what_the_caption_says(scenes: list[Scene]) -> None:
-    """Looked up in the picture: the middle of the object's third has its colour somewhere near."""
+    """Looked up in the image: the middle of the object's third has its colour somewhere near."""
     order = {"top": 0, "middle": 1, "bottom": 2, "left": 0, "center": 1, "right": 2}
     for scene in scenes:
         array = np.asarray(scene.image, np.int16)
@@ -137,7 +137,7 @@ def test_single_characters_are_those_of_the_text() -> None:
 
 
 def test_bars_are_as_high_as_the_answers_say() -> None:
-    """Measured in the picture: the share of the middle of the bar's column that has its colour."""
+    """Measured in the image: the share of the middle of the bar's column that has its colour."""
     checked = 0
     for index in range(25):
         scene = make_scene(9, index, ("chart",))
@@ -160,7 +160,7 @@ def test_bars_are_as_high_as_the_answers_say() -> None:
 
 
 def test_marks_lie_on_what_they_name(scenes: list[Scene]) -> None:
-    """Looked up in the picture: a mark of an object or, just below it, of a bar lies on its colour."""
+    """Looked up in the image: a mark of an object or, just below it, of a bar lies on its colour."""
     checked = set()
     for scene in [*scenes, *(make_collage(5, index) for index in range(20))]:
         array = np.asarray(scene.image, np.int16)

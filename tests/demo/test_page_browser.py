@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The web page in a real headless Chromium: pictures, answers, presets, camera, phone, keyboard, and nothing outside.
+"""The web page in a real headless Chromium: images, answers, presets, camera, phone, keyboard, and nothing outside.
 
 Nothing here waits a fixed time; every wait polls, and allows for a slow machine.
 """
@@ -160,12 +160,12 @@ def opened(file: Path) -> Image.Image:
 def expected(parts: tuple[Any, Any], *turns: str, files: tuple[Path, ...] = ()) -> str:
     """What plain generate() answers greedily to the last of these turns."""
     model, processor = parts
-    pictures = [{"type": "image", "image": opened(file)} for file in files]
+    images = [{"type": "image", "image": opened(file)} for file in files]
     messages: list[dict[str, Any]] = []
     for number, text in enumerate(turns):
         role = "assistant" if number % 2 else "user"
-        messages.append({"role": role, "content": [*pictures, {"type": "text", "text": text}]})
-        pictures = []
+        messages.append({"role": role, "content": [*images, {"type": "text", "text": text}]})
+        images = []
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -181,14 +181,14 @@ def scenes(tmp_path: Path) -> tuple[Path, Path]:
     return files
 
 
-def test_two_questions_about_a_picture_and_then_another(
+def test_two_questions_about_an_image_and_then_another(
     visit: Callable[..., Any],
     parts: tuple[Any, Any],
     scenes: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Answers are generate's, the second question encodes nothing, errors change nothing, a new picture starts over."""
+    """Answers are generate's, the second question encodes nothing, errors change nothing, a new image starts over."""
     encoded: list[int] = []
     encode = FastViTHDModel.forward
 
@@ -249,7 +249,7 @@ def test_an_example_and_a_preset(visit: Callable[..., Any], parts: tuple[Any, An
 
 
 @pytest.mark.parametrize("how", ["paste", "drop"])
-def test_pasted_and_dropped_pictures(visit: Callable[..., Any], scenes: tuple[Path, Path], how: str) -> None:
+def test_pasted_and_dropped_images(visit: Callable[..., Any], scenes: tuple[Path, Path], how: str) -> None:
     tab = visit()
     tab.evaluate(
         """async ([how, bytes]) => {

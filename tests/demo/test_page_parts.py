@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The web page's parts without a browser: answers in turn, visitors, pictures, one turn of a conversation."""
+"""The web page's parts without a browser: answers in turn, visitors, images, one turn of a conversation."""
 
 import asyncio
 import itertools
@@ -40,7 +40,7 @@ def answerer(parts: tuple[Any, Any]) -> Iterator[Answerer]:
 
 
 @pytest.fixture
-def picture(golden: Path) -> str:
+def image(golden: Path) -> str:
     return str(golden / "images" / "wide_rgb.png")
 
 
@@ -76,8 +76,8 @@ def show(image: Image.Image, words: str) -> str:
     return f"{words}, {image.width}x{image.height}"
 
 
-def test_streams_what_generate_answers(answerer: Answerer, parts: tuple[Any, Any], picture: str) -> None:
-    messages = [asks("What is it?", picture)]
+def test_streams_what_generate_answers(answerer: Answerer, parts: tuple[Any, Any], image: str) -> None:
+    messages = [asks("What is it?", image)]
 
     async def ask() -> Any:
         reply = answerer.ask(messages)
@@ -90,10 +90,10 @@ def test_streams_what_generate_answers(answerer: Answerer, parts: tuple[Any, Any
     assert "image encoded; cut at the maximum" in summary(reply)
 
 
-def test_a_second_question_computes_only_what_is_new(answerer: Answerer, parts: tuple[Any, Any], picture: str) -> None:
+def test_a_second_question_computes_only_what_is_new(answerer: Answerer, parts: tuple[Any, Any], image: str) -> None:
     async def talk() -> Any:
         visitor = Visitors(answerer).come("a")
-        async for _ in turn(answerer, visitor, "What is it?", [picture], show):
+        async for _ in turn(answerer, visitor, "What is it?", [image], show):
             pass
         async for _ in turn(answerer, visitor, "And now?", [], show):
             pass
@@ -110,12 +110,12 @@ def test_a_second_question_computes_only_what_is_new(answerer: Answerer, parts: 
 
 
 def test_answers_of_several_visitors_run_beside_each_other(
-    answerer: Answerer, parts: tuple[Any, Any], picture: str, monkeypatch: pytest.MonkeyPatch
+    answerer: Answerer, parts: tuple[Any, Any], image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running: list[int] = []
     step = ContinuousRows.step
     monkeypatch.setattr(ContinuousRows, "step", lambda self: (running.append(len(self.running)), step(self))[1])
-    messages = [asks("What?", picture)]
+    messages = [asks("What?", image)]
     answerer.engine.batch_size = answerer.max_new_tokens = 60
 
     async def ask() -> list[str]:
@@ -127,11 +127,11 @@ def test_answers_of_several_visitors_run_beside_each_other(
     assert max(running) > 1
 
 
-def test_stop_keeps_what_there_is(answerer: Answerer, picture: str) -> None:
+def test_stop_keeps_what_there_is(answerer: Answerer, image: str) -> None:
     async def ask() -> Any:
         visitor = Visitors(answerer).come("a")
         answerer.max_new_tokens = 200
-        async for _ in turn(answerer, visitor, "What is it?", [picture], show):
+        async for _ in turn(answerer, visitor, "What is it?", [image], show):
             if visitor.shown[-1]["role"] == "assistant":
                 visitor.stop()
         stopped = visitor.messages[-1]["content"]
@@ -145,9 +145,9 @@ def test_stop_keeps_what_there_is(answerer: Answerer, picture: str) -> None:
     assert len(visitor.messages) == 4 and visitor.reply.encoded_images == 0
 
 
-def test_stop_before_its_turn(answerer: Answerer, picture: str) -> None:
+def test_stop_before_its_turn(answerer: Answerer, image: str) -> None:
     async def ask() -> Any:
-        first, second = answerer.ask([asks("a", picture)]), answerer.ask([asks("b", picture)])
+        first, second = answerer.ask([asks("a", image)]), answerer.ask([asks("b", image)])
         second.stop()
         return await texts(first), await texts(second), second
 
@@ -155,13 +155,11 @@ def test_stop_before_its_turn(answerer: Answerer, picture: str) -> None:
     assert first and second == [] and reply.done and summary(reply) == "Stopped."
 
 
-def test_too_long_is_told_in_terms_of_the_page(
-    answerer: Answerer, picture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_long_is_told_in_terms_of_the_page(answerer: Answerer, image: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answerer.engine.processor, "context_length", 8)
 
     async def ask() -> None:
-        await texts(answerer.ask([asks("What is it?", picture)]))
+        await texts(answerer.ask([asks("What is it?", image)]))
 
     with pytest.raises(UnusableInput, match=r"has become too long.* the model reads 8\. Start a new one"):
         run(ask())
@@ -190,14 +188,14 @@ def test_a_placeholder_in_the_text_is_an_error(answerer: Answerer) -> None:
 
 
 def test_what_the_model_raises_reaches_the_one_who_asked(
-    answerer: Answerer, picture: str, monkeypatch: pytest.MonkeyPatch
+    answerer: Answerer, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ContinuousRows, "step", lambda rows: 1 / 0)
 
     async def ask() -> Any:
         visitor = Visitors(answerer).come("a")
         with pytest.raises(ZeroDivisionError):
-            async for _ in turn(answerer, visitor, "What is it?", [picture], show):
+            async for _ in turn(answerer, visitor, "What is it?", [image], show):
                 pass
         return visitor
 
@@ -205,15 +203,13 @@ def test_what_the_model_raises_reaches_the_one_who_asked(
     assert visitor.messages == visitor.shown == [] and not visitor.waits
 
 
-def test_a_new_picture_starts_over_and_an_error_changes_nothing(
-    answerer: Answerer, picture: str, tmp_path: Path
-) -> None:
+def test_a_new_image_starts_over_and_an_error_changes_nothing(answerer: Answerer, image: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
-    broken.write_bytes(Path(picture).read_bytes()[:400])
+    broken.write_bytes(Path(image).read_bytes()[:400])
 
     async def talk() -> Any:
         visitor = Visitors(answerer).come("a")
-        for question, files in (("One?", [picture]), ("Two?", []), ("Three?", [picture, picture])):
+        for question, files in (("One?", [image]), ("Two?", []), ("Three?", [image, image])):
             async for _ in turn(answerer, visitor, question, files, show, system="Be brief."):
                 pass
         kept = visitor.messages, visitor.shown
@@ -239,13 +235,13 @@ def test_a_new_picture_starts_over_and_an_error_changes_nothing(
     ]
 
 
-def test_a_visitor_who_leaves_frees_everything(answerer: Answerer, picture: str) -> None:
+def test_a_visitor_who_leaves_frees_everything(answerer: Answerer, image: str) -> None:
     answerer.max_new_tokens = 200
     visitors = Visitors(answerer, most=2)
 
     async def talk() -> Any:
         visitor = visitors.come("a")
-        async for _ in turn(answerer, visitor, "What is it?", [picture], show):
+        async for _ in turn(answerer, visitor, "What is it?", [image], show):
             if visitor.shown and visitor.shown[-1]["role"] == "assistant":
                 visitors.leave("a")
         return visitor
@@ -288,22 +284,22 @@ def png(width: int, height: int) -> bytes:
         (png(9000, 9000), "81 million pixels together"),
     ],
 )
-def test_pictures_that_cannot_be_used(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_images_that_cannot_be_used(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "it.png"
     path.write_bytes(content)
     with pytest.raises(UnusableInput, match=reason):
         page_images.read_images([str(path)])
 
 
-def test_too_many_pictures(picture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_images(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnusableInput, match="9 images are too many at once; send up to 8"):
-        page_images.read_images([picture] * 9)
+        page_images.read_images([image] * 9)
     monkeypatch.setattr(page_images, "MAX_PIXELS", 1000)
     with pytest.raises(UnusableInput, match="million pixels together"):
-        page_images.read_images([picture])
+        page_images.read_images([image])
 
 
-def test_pictures_are_upright_and_any_browser_can_show_them(tmp_path: Path) -> None:
+def test_images_are_upright_and_any_browser_can_show_them(tmp_path: Path) -> None:
     image = Image.new("CMYK", (1600, 800))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
@@ -324,7 +320,7 @@ def test_frames_are_data_only(frame: Any) -> None:
         page_images.read_frame(frame)
 
 
-def test_a_damaged_frame(picture: str) -> None:
+def test_a_damaged_frame(image: str) -> None:
     with pytest.raises(UnusableInput, match="An image of the camera cannot be read"):
         page_images.read_frame({"url": "data:image/png;base64,iVBORw0KGgo="})
 

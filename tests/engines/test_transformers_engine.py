@@ -202,7 +202,7 @@ def test_names() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_an_adapter_is_loaded_with_its_base(model: Path, tmp_path: Path, picture: Image.Image) -> None:
+def test_an_adapter_is_loaded_with_its_base(model: Path, tmp_path: Path, image: Image.Image) -> None:
     """The directory that training with LoRA leaves answers as the merged model does, on the command line too."""
     peft = pytest.importorskip("peft", reason="adapters need peft")
     base = AutoModelForImageTextToText.from_pretrained(model)
@@ -210,7 +210,7 @@ def test_an_adapter_is_loaded_with_its_base(model: Path, tmp_path: Path, picture
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
     adapted = peft.get_peft_model(base, config)
     adapted.save_pretrained(tmp_path / "adapter")
-    content = ask(QUESTION, picture)
+    content = ask(QUESTION, image)
     before = load_engine("transformers", str(model), device="cpu").generate([content], SHORT)
     engine: Any = load_engine("transformers", str(tmp_path / "adapter"), device="cpu")
     ids = torch.arange(3, 20)[None]

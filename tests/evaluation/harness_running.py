@@ -30,8 +30,8 @@ class ScriptedEngine:
         answers = []
         for (message,) in conversations:
             text = "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
-            pictures = [part["image"] for part in message["content"] if part["type"] == "image"]
-            self.asked.append((text, pictures, sampling.max_new_tokens))
+            images = [part["image"] for part in message["content"] if part["type"] == "image"]
+            self.asked.append((text, images, sampling.max_new_tokens))
             answers.append(
                 Answer(text=self.say(text), finish_reason="stop", prompt_tokens=len(text), completion_tokens=1)
             )

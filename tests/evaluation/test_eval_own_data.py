@@ -30,7 +30,7 @@ def write(folder: Path, *rows: Any) -> Path:
 GOOD = {"image": "red.png", "question": "Colour?", "answer": "red"}
 
 
-def test_rows_with_one_picture_several_and_none(folder: Path) -> None:
+def test_rows_with_one_image_several_and_none(folder: Path) -> None:
     file = write(
         folder,
         GOOD,
@@ -41,7 +41,7 @@ def test_rows_with_one_picture_several_and_none(folder: Path) -> None:
     assert data.name == "my_questions"
     assert [document["question"] for document in data.documents] == ["Colour?", "Same?", "2 + 3?"]
     assert [document["answers"] for document in data.documents] == [["red"], ["no", "different"], ["5"]]
-    assert [[picture.getpixel((0, 0)) for picture in data.open_images(row)] for row in range(3)] == [
+    assert [[image.getpixel((0, 0)) for image in data.open_images(row)] for row in range(3)] == [
         [(255, 0, 0)],
         [(0, 0, 255), (255, 0, 0)],
         [],
@@ -49,7 +49,7 @@ def test_rows_with_one_picture_several_and_none(folder: Path) -> None:
     assert len(read_own_data(file, "exact", limit=2).documents) == 2
 
 
-def test_a_changed_picture_changes_the_stamp_of_its_rows_only(folder: Path) -> None:
+def test_a_changed_image_changes_the_stamp_of_its_rows_only(folder: Path) -> None:
     file = write(folder, GOOD, GOOD | {"image": "blue.png"})
     before = [document["stamp"] for document in read_own_data(file, "exact").documents]
     Image.new("RGB", (80, 60), "red").save(folder / "red.png")
@@ -82,7 +82,7 @@ def test_a_row_that_cannot_be_used_is_named(folder: Path, row: Any, metric: str,
     assert "my questions.jsonl, row 1 (line 2" in str(caught.value)
 
 
-def test_a_picture_that_cannot_be_decoded_is_named_when_it_is_opened(folder: Path) -> None:
+def test_an_image_that_cannot_be_decoded_is_named_when_it_is_opened(folder: Path) -> None:
     (folder / "red.png").write_bytes((folder / "red.png").read_bytes()[:45])
     data = read_own_data(write(folder, GOOD), "exact")
     with pytest.raises(ValueError, match=r"row 0 \(line 1\).*'red.png'"):

@@ -180,16 +180,16 @@ def test_all_eleven_tasks_score_what_was_worked_out_by_hand(tmp_path: Path, monk
     assert shown["ai2d"] == shown["scienceqa_img"] == shown["mmmu_val"] == shown["seedbench"] == ("B",)
     assert (shown["docvqa_val"], shown["chartqa"]) == (("1 km", "1000 m"), ("100",))
 
-    # The protocol of the card: each task's words, and its pictures before them.
-    asked = {text.split("?")[0].lower(): (text, pictures, limit) for text, pictures, limit in engine.asked}
+    # The protocol of the card: each task's words, and its images before them.
+    asked = {text.split("?")[0].lower(): (text, images, limit) for text, images, limit in engine.asked}
     assert len(asked) == len(engine.asked) == sum(task.count for task in run.tasks.values())
     for name, (suffix, rows, _) in TASKS.items():
         if name != "mmmu_val":
-            text, pictures, _ = asked[rows[0]["question"].split("?")[0].lower()]
+            text, images, _ = asked[rows[0]["question"].split("?")[0].lower()]
             assert text.endswith(f"\n{suffix}" if suffix else rows[0]["question"]), (name, text)
-            assert len(pictures) == (2 if name == "seedbench" else 1)
-    mmmu = [(text, pictures) for text, pictures, _ in engine.asked if text.startswith("mmmu")]
-    assert sorted(len(pictures) for _, pictures in mmmu) == [1, 1, 1, 2]
+            assert len(images) == (2 if name == "seedbench" else 1)
+    mmmu = [(text, images) for text, images, _ in engine.asked if text.startswith("mmmu")]
+    assert sorted(len(images) for _, images in mmmu) == [1, 1, 1, 2]
     assert [text.endswith(PHRASE) for text, _ in sorted(mmmu, key=lambda one: one[0])] == [False, False, False, True]
     assert all(text.endswith((PHRASE, LETTER)) and "<image" not in text for text, _ in mmmu)
     assert asked["chart 0"][2] == 16 and asked["doc 0"][2] == 32

@@ -152,9 +152,9 @@ def test_bad_text_embeddings(tmp_path: Path, tensors: dict[str, Tensor], words: 
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures by colour, eight of each."""
-    root = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images by colour, eight of each."""
+    root = tmp_path_factory.mktemp("images")
     for number, (name, colour) in enumerate(COLOURS.items()):
         (root / name).mkdir()
         for at in range(8):
@@ -174,17 +174,17 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_folders_are_divided_by_class(pictures: Path) -> None:
-    images = read_class_folders(pictures)
+def test_folders_are_divided_by_class(image_folder: Path) -> None:
+    images = read_class_folders(image_folder)
     assert images.classes == ("blue", "green", "red") and len(images) == 24 and images.paths[8] == "green/0.png"
-    train, val, divided = read_labelled_images(pictures, 0.25, seed=0)
+    train, val, divided = read_labelled_images(image_folder, 0.25, seed=0)
     assert not divided and sorted(train.paths + val.paths) == sorted(images.paths)
     assert [val.labels.count(label) for label in range(3)] == [2, 2, 2]
     assert all(
         images.labels[images.paths.index(path)] == label for path, label in zip(val.paths, val.labels, strict=True)
     )
-    assert read_labelled_images(pictures, 0.25, seed=0)[1] == val
-    assert read_labelled_images(pictures, 0.25, seed=1)[1] != val
+    assert read_labelled_images(image_folder, 0.25, seed=0)[1] == val
+    assert read_labelled_images(image_folder, 0.25, seed=1)[1] != val
     assert [len(split(images, share, 0)[1]) for share in (0.001, 0.999)] == [3, 21]
     with pytest.raises(ValueError, match=r"hold out is 1\.0"):
         split(images, 1.0, 0)
@@ -223,8 +223,8 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         read_labelled_images(tmp_path / "only", 0.2, 0)
 
 
-def test_a_whole_run(bare: Path, pictures: Path) -> None:
-    record = judge_encoder(bare, pictures, held_out=0.5, batch_size=5, seed=1)
+def test_a_whole_run(bare: Path, image_folder: Path) -> None:
+    record = judge_encoder(bare, image_folder, held_out=0.5, batch_size=5, seed=1)
     assert (record["classes"], record["train"], record["val"], record["size"], record["features"]) == (
         3,
         12,
@@ -236,58 +236,58 @@ def test_a_whole_run(bare: Path, pictures: Path) -> None:
     # Flat colours: whatever the encoder's weights, they are easily told apart.
     assert record["results"]["probe"]["accuracy"] == 100.0 and record["results"]["probe"]["interval"] == [100.0, 100.0]
     assert record["results"]["knn"]["k"] == 12
-    one = judge_encoder(bare, pictures, methods=("knn",), held_out=0.5, k=1, seed=1, aspect="square", size=64)
+    one = judge_encoder(bare, image_folder, methods=("knn",), held_out=0.5, k=1, seed=1, aspect="square", size=64)
     assert one["results"]["knn"]["accuracy"] == 100.0 and (one["size"], one["aspect"]) == (64, "square")
 
 
-def test_features_are_the_encoders_and_batches_change_nothing(bare: Path, pictures: Path) -> None:
+def test_features_are_the_encoders_and_batches_change_nothing(bare: Path, image_folder: Path) -> None:
     encoder, processor = load_encoder(bare)
-    images = read_class_folders(pictures)
+    images = read_class_folders(image_folder)
     features, pooled = encode(encoder, processor, images, batch_size=7)
     alone, alone_pooled = encode(encoder, processor, images.part([9]), batch_size=1)
     assert torch.allclose(features[9], alone[0], atol=1e-5) and torch.allclose(pooled[9], alone_pooled[0], atol=1e-5)
-    with Image.open(pictures / "green" / "1.png") as image, torch.no_grad():
+    with Image.open(image_folder / "green" / "1.png") as image, torch.no_grad():
         output = encoder(processor(image, return_tensors="pt").pixel_values)
     assert torch.allclose(alone[0], output.last_hidden_state.mean((2, 3))[0], atol=1e-5)
     assert torch.allclose(alone_pooled, output.pooler_output, atol=1e-5)
     assert features.shape == (24, 128) and pooled.shape == (24, 6)
 
 
-def test_zero_shot_run(bare: Path, pictures: Path, tmp_path: Path) -> None:
+def test_zero_shot_run(bare: Path, image_folder: Path, tmp_path: Path) -> None:
     encoder, processor = load_encoder(bare)
-    images = read_class_folders(pictures)
+    images = read_class_folders(image_folder)
     pooled = encode(encoder, processor, images, 24)[1]
-    # The text of each class is the mean embedding of its pictures.
+    # The text of each class is the mean embedding of its images.
     texts = {name: pooled[[label == at for label in images.labels]].mean(0) for at, name in enumerate(images.classes)}
     save_file(texts, tmp_path / "t.safetensors")
-    record = judge_encoder(bare, pictures, methods=("zero-shot",), text=tmp_path / "t.safetensors")
+    record = judge_encoder(bare, image_folder, methods=("zero-shot",), text=tmp_path / "t.safetensors")
     vectors = F.normalize(torch.stack([texts[name] for name in images.classes]), dim=-1)
     right = (F.normalize(pooled, dim=-1) @ vectors.T).argmax(-1) == torch.tensor(images.labels)
     assert (record["val"], record["train"], record["divided_by"]) == (24, 0, "nothing")
     assert record["results"]["zero-shot"]["accuracy"] == pytest.approx(100 * float(right.float().mean()), abs=1e-3)
-    # A class that is not there but is every picture's nearest makes all of them wrong.
+    # A class that is not there but is every image's nearest makes all of them wrong.
     everything = {"elsewhere": pooled.mean(0)} | {name: -pooled.mean(0) for name in texts}
     save_file(everything, tmp_path / "w.safetensors")
-    record = judge_encoder(bare, pictures, methods=("zero-shot",), text=tmp_path / "w.safetensors")
+    record = judge_encoder(bare, image_folder, methods=("zero-shot",), text=tmp_path / "w.safetensors")
     assert record["results"]["zero-shot"]["accuracy"] == 0.0 and record["results"]["zero-shot"]["candidates"] == 4
     save_file({name: texts[name] for name in ("blue", "green")}, tmp_path / "few.safetensors")
     with pytest.raises(ValueError, match="no tensor for 1 of the folder's classes, such as 'red'"):
-        judge_encoder(bare, pictures, methods=("zero-shot",), text=tmp_path / "few.safetensors")
+        judge_encoder(bare, image_folder, methods=("zero-shot",), text=tmp_path / "few.safetensors")
     save_file({name: torch.ones(5) for name in COLOURS}, tmp_path / "five.safetensors")
     with pytest.raises(ValueError, match="5 dimensions, but the encoder's embedding has 6"):
-        judge_encoder(bare, pictures, methods=("zero-shot",), text=tmp_path / "five.safetensors")
+        judge_encoder(bare, image_folder, methods=("zero-shot",), text=tmp_path / "five.safetensors")
 
 
-def test_out_of_a_whole_checkpoint(checkpoint: Callable[[str], Path], pictures: Path) -> None:
+def test_out_of_a_whole_checkpoint(checkpoint: Callable[[str], Path], image_folder: Path) -> None:
     directory = checkpoint("qwen2_anyres")
     whole = AutoModelForImageTextToText.from_pretrained(directory, dtype="float32")
     encoder, processor = load_encoder(directory)
     own = encoder.state_dict()
     assert own.keys() >= {"conv_exp.se.reduce.weight"}
     assert all(torch.equal(own[name], tensor) for name, tensor in whole.model.vision_tower.state_dict().items())
-    # One view of the whole picture, without AnyRes' tiles.
+    # One view of the whole image, without AnyRes' tiles.
     assert processor.image_aspect_ratio == "pad"
-    record = judge_encoder(directory, pictures, methods=("knn",), held_out=0.5, size=64)
+    record = judge_encoder(directory, image_folder, methods=("knn",), held_out=0.5, size=64)
     assert (record["aspect"], record["size"], record["results"]["knn"]["count"]) == ("pad", 64, 12)
 
 
@@ -301,28 +301,30 @@ def test_out_of_a_whole_checkpoint(checkpoint: Callable[[str], Path], pictures: 
         ({"k": 100}, "k is 100; expected 1 to 18"),
     ],
 )
-def test_options_out_of_range(bare: Path, pictures: Path, options: dict[str, Any], words: str) -> None:
+def test_options_out_of_range(bare: Path, image_folder: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        judge_encoder(bare, pictures, **options)
+        judge_encoder(bare, image_folder, **options)
 
 
-def test_bad_pictures_are_named(bare: Path, pictures: Path, tmp_path: Path) -> None:
+def test_bad_images_are_named(bare: Path, image_folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for at in range(3):
-            (tmp_path / name / f"{at}.png").write_bytes((pictures / "red" / "1.png").read_bytes())
-    (tmp_path / "b" / "1.png").write_bytes((pictures / "red" / "1.png").read_bytes()[:60])
+            (tmp_path / name / f"{at}.png").write_bytes((image_folder / "red" / "1.png").read_bytes())
+    (tmp_path / "b" / "1.png").write_bytes((image_folder / "red" / "1.png").read_bytes()[:60])
     with pytest.raises(ValueError, match=r"b/1\.png"):
         judge_encoder(bare, tmp_path, methods=("knn",))
     (tmp_path / "b" / "1.png").unlink()
-    (tmp_path / "b" / "1.png").symlink_to(pictures / "red" / "1.png")
+    (tmp_path / "b" / "1.png").symlink_to(image_folder / "red" / "1.png")
     with pytest.raises(ValueError, match="leaves the image folder"):
         judge_encoder(bare, tmp_path, methods=("knn",))
 
 
-def test_command(bare: Path, pictures: Path, tmp_path: Path) -> None:
+def test_command(bare: Path, image_folder: Path, tmp_path: Path) -> None:
     call = CliRunner().invoke
-    result = call(app, ["eval-encoder", str(bare), str(pictures), "--out", str(tmp_path / "r.json"), "--device", "cpu"])
+    result = call(
+        app, ["eval-encoder", str(bare), str(image_folder), "--out", str(tmp_path / "r.json"), "--device", "cpu"]
+    )
     assert result.exit_code == 0, result.stderr
     assert "probe" in result.stdout and "128 features at 128 px (pad), float32; 18 training images" in result.stdout
     assert json.loads((tmp_path / "r.json").read_text())["results"]["knn"]["k"] == 18
@@ -332,15 +334,15 @@ def test_command(bare: Path, pictures: Path, tmp_path: Path) -> None:
         (["--aspect", "oval"], "expected pad or square"),
         (["--method", "zero-shot", "--text", str(tmp_path / "no.safetensors")], "does not exist"),
     ):
-        result = call(app, ["eval-encoder", str(bare), str(pictures), *words])
+        result = call(app, ["eval-encoder", str(bare), str(image_folder), *words])
         assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
-    result = call(app, ["eval-encoder", "tiny", str(pictures), "--text", str(_texts(tmp_path)), "--device", "cpu"])
+    result = call(app, ["eval-encoder", "tiny", str(image_folder), "--text", str(_texts(tmp_path)), "--device", "cpu"])
     assert result.exit_code == 2 and "without the CLIP head" in result.stderr
 
 
-def test_quiet_hides_the_bar(bare: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quiet_hides_the_bar(bare: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # what Rich takes for a terminal
-    words = ["eval-encoder", str(bare), str(pictures), "--method", "knn", "-o", str(tmp_path / "r.json")]
+    words = ["eval-encoder", str(bare), str(image_folder), "--method", "knn", "-o", str(tmp_path / "r.json")]
     assert "encoding" in CliRunner().invoke(app, words).stderr
     assert CliRunner().invoke(app, [*words, "--quiet"]).stderr == ""
 

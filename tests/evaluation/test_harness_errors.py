@@ -77,7 +77,7 @@ def test_a_task_whose_column_of_answers_is_empty(tmp_path: Path) -> None:
     assert "task local has no answers: the column answer of parquet is empty" in said
 
 
-def test_a_picture_of_a_task_that_cannot_be_read(tmp_path: Path) -> None:
+def test_an_image_of_a_task_that_cannot_be_read(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     good = {"bytes": (tmp_path / "good.png").read_bytes(), "path": None}
     rows = [

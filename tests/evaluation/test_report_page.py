@@ -115,20 +115,20 @@ def test_the_policy_lets_only_the_pages_own_script_and_style_work(tmp_path: Path
     assert not re.search(r'<[^>]* style="', text)  # the policy would drop it
 
 
-def test_pictures_are_in_the_page_and_small(tmp_path: Path) -> None:
+def test_images_are_in_the_page_and_small(tmp_path: Path) -> None:
     (tmp_path / "images" / "sub").mkdir(parents=True)
     Image.new("RGBA", (1600, 400), (255, 0, 0, 0)).save(tmp_path / "images" / "sub" / "wide.png")
     Image.new("L", (30, 20), 128).save(tmp_path / "images" / "small.png")
     page, _, text = page_of(tmp_path, sample(0, 1.0, images=("sub/wide.png", "small.png")))
     sources = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', text)
-    pictures = [Image.open(io.BytesIO(base64.b64decode(source))) for source in sources]
-    assert [picture.size for picture in pictures] == [(640, 160), (30, 20)]
-    assert min(pictures[0].convert("RGB").getpixel((5, 5))) > 240  # as the model sees it: on white
+    images = [Image.open(io.BytesIO(base64.b64decode(source))) for source in sources]
+    assert [image.size for image in images] == [(640, 160), (30, 20)]
+    assert min(images[0].convert("RGB").getpixel((5, 5))) > 240  # as the model sees it: on white
     assert ("alt", "image 2 of 2, t · 0") in page.attributes
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no picture"])
-def test_bad_pictures_are_named_and_an_old_page_stays(tmp_path: Path, content: bytes | None) -> None:
+def test_bad_images_are_named_and_an_old_page_stays(tmp_path: Path, content: bytes | None) -> None:
     (tmp_path / "images").mkdir()
     if content is not None:
         (tmp_path / "images" / "bad.png").write_bytes(content)
@@ -154,7 +154,7 @@ def test_several_runs_share_a_question(tmp_path: Path) -> None:
     assert "Given by other" in text and "runs differ (1)" in text
 
 
-def test_questions_whose_picture_was_kept_come_first_and_others_say_so(tmp_path: Path) -> None:
+def test_questions_whose_image_was_kept_come_first_and_others_say_so(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (30, 20)).save(tmp_path / "images" / "a.png")
     kept = [at for at in range(40) if at % 10 == 3]
@@ -164,4 +164,4 @@ def test_questions_whose_picture_was_kept_come_first_and_others_say_so(tmp_path:
     _, _, text = page_of(tmp_path, *samples, most=6)
     assert text.count("stored no image") == 2 and text.count("<img src") == 4
     _, _, text = page_of(tmp_path, sample(0, 0.0))
-    assert "stored no image" not in text  # a task without pictures
+    assert "stored no image" not in text  # a task without images

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plot of accuracy against time: a picture, made only of runs that have a time."""
+"""The plot of accuracy against time: an image, made only of runs that have a time."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def run_of(first: float | None) -> EvaluationRun:
     )
 
 
-def test_a_picture(tmp_path: Path) -> None:
+def test_an_image(tmp_path: Path) -> None:
     report = make_report({"$one$": run_of(0.2), "two": run_of(0.4), "three": run_of(None)})
     file = write_plot(report, tmp_path / "plot.png")
     assert file is not None

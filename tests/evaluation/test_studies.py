@@ -68,7 +68,7 @@ def test_the_train_time_form_computes_the_same_before_and_after_merging(script: 
         assert torch.allclose(made.state_dict()[name], tensor, atol=1e-5), name
 
 
-def test_further_pictures(script: Any) -> None:
+def test_further_images(script: Any) -> None:
     scenes = SceneDataset(3, seed=5)
     plain = scenes[1]
     row = script.WithOthers(scenes, "scenes-before", 2)[1]
@@ -77,9 +77,7 @@ def test_further_pictures(script: Any) -> None:
     assert row["images"][2].tobytes() == plain["images"][0].tobytes()
     after = script.WithOthers(scenes, "scenes-after", 2)[1]
     assert after["images"][0].tobytes() == plain["images"][0].tobytes()
-    assert [picture.tobytes() for picture in after["images"][1:]] == [
-        picture.tobytes() for picture in row["images"][:2]
-    ]
+    assert [image.tobytes() for image in after["images"][1:]] == [image.tobytes() for image in row["images"][:2]]
     black = script.WithOthers(scenes, "black-before", 1)[1]
     assert black["images"][0].getextrema() == ((0, 0),) * 3 and len(black["images"]) == 2
 

@@ -262,9 +262,9 @@ def work(jobs: Sequence[Job]) -> None:
         folder = base / "inputs"
         folder.mkdir()
         secret = base / "secret.png"
-        mutating.picture().save(secret)
+        mutating.drawn_image().save(secret)
         for name in ("a.png", "b.png"):
-            mutating.picture().save(folder / name)
+            mutating.drawn_image().save(folder / name)
         watch = Watch(str(folder), str(secret))
         sys.addaudithook(watch.hook)
         for kind, first, count in jobs:

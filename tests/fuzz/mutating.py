@@ -61,7 +61,7 @@ def source_of(kind: str, number: int) -> random.Random:
     return random.Random(f"{kind} {number}")
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (48, 40), mode: str = "RGB") -> Image.Image:
+def drawn_image(seed: int = 0, size: tuple[int, int] = (48, 40), mode: str = "RGB") -> Image.Image:
     """Return a small image with edges and a gradient."""
     image = Image.linear_gradient("L").resize(size).convert("RGB")
     draw = ImageDraw.Draw(image)
@@ -77,36 +77,36 @@ def image_seeds() -> dict[str, bytes]:
     exif[0x0112] = 6
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 200, zip=True)
-    frames = [picture(seed) for seed in range(3)]
+    frames = [drawn_image(seed) for seed in range(3)]
     moving: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 50}
     wide = Image.frombytes("I;16", (16, 12), struct.pack("<192H", *range(0, 192 * 300, 300)))
     saved: list[tuple[str, Image.Image, dict[str, Any]]] = [
         ("plain.jpg", frames[0], {"quality": 80, "exif": exif}),
         ("progressive.jpg", frames[0], {"progressive": True}),
-        ("gray.jpg", picture(mode="L"), {}),
-        ("cmyk.jpg", picture(mode="CMYK"), {}),
+        ("gray.jpg", drawn_image(mode="L"), {}),
+        ("cmyk.jpg", drawn_image(mode="CMYK"), {}),
         ("plain.png", frames[0], {"pnginfo": text, "exif": exif}),
-        ("palette.png", picture(mode="P"), {"transparency": 3}),
-        ("alpha.png", picture(mode="RGBA"), {}),
+        ("palette.png", drawn_image(mode="P"), {"transparency": 3}),
+        ("alpha.png", drawn_image(mode="RGBA"), {}),
         ("wide.png", wide, {}),
-        ("bit.png", picture(mode="1"), {}),
+        ("bit.png", drawn_image(mode="1"), {}),
         ("moving.png", frames[0], moving),
         ("plain.webp", frames[0], {"exif": exif}),
-        ("lossless.webp", picture(mode="RGBA"), {"lossless": True}),
+        ("lossless.webp", drawn_image(mode="RGBA"), {"lossless": True}),
         ("moving.webp", frames[0], moving),
-        ("plain.gif", picture(mode="P"), {}),
+        ("plain.gif", drawn_image(mode="P"), {}),
         ("moving.gif", frames[0], moving),
         ("plain.bmp", frames[0], {}),
         ("plain.tif", frames[0], {"exif": exif}),
         ("packed.tif", frames[0], {"compression": "tiff_lzw"}),
         ("deflate.tif", frames[0], {"compression": "tiff_adobe_deflate"}),
         ("jpeg.tif", frames[0], {"compression": "jpeg"}),
-        ("fax.tif", picture(mode="1"), {"compression": "group4"}),
+        ("fax.tif", drawn_image(mode="1"), {"compression": "group4"}),
         ("pages.tif", frames[0], {"save_all": True, "append_images": frames[1:]}),
         ("plain.avif", frames[0], {}),
         ("plain.ppm", frames[0], {}),
-        ("plain.pgm", picture(mode="L"), {}),
-        ("plain.pbm", picture(mode="1"), {}),
+        ("plain.pgm", drawn_image(mode="L"), {}),
+        ("plain.pbm", drawn_image(mode="1"), {}),
         ("plain.jp2", frames[0], {}),
         ("plain.ico", frames[0], {}),
         ("plain.eps", frames[0], {}),
@@ -301,7 +301,7 @@ def video_seeds() -> dict[str, bytes]:
                 stream.width, stream.height = 48, 40
                 stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
                 for seed in range(8):
-                    container.mux(stream.encode(av.VideoFrame.from_image(picture(seed))))
+                    container.mux(stream.encode(av.VideoFrame.from_image(drawn_image(seed))))
                 container.mux(stream.encode())
             found[path.name] = path.read_bytes()
     return found

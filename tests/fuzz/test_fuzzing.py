@@ -9,7 +9,7 @@ for name in ("av", "pyarrow", "fastapi"):
     pytest.importorskip(name, reason="needs the extras batch and serving: make test-serving")
 
 from fuzzing import Job, jobs_of, report_of  # noqa: E402
-from mutating import KINDS, image, image_seeds, picture, request, rows, table, video  # noqa: E402
+from mutating import KINDS, drawn_image, image, image_seeds, request, rows, table, video  # noqa: E402
 
 FOUND = ("exceptions", "hangs", "large", "touched")
 FEW: list[Job] = [("image", 0, 800), ("rows", 0, 400), ("table", 0, 200), ("video", 0, 60), ("request", 0, 200)]
@@ -36,4 +36,4 @@ def test_an_input_follows_from_its_number() -> None:
     for make in (image, rows, table, video, request):
         assert make(17) == make(17) != make(18)
     assert set(KINDS) == {"image", "rows", "table", "video", "request"}
-    assert len(image_seeds()) > 25 and picture().size == (48, 40)
+    assert len(image_seeds()) > 25 and drawn_image().size == (48, 40)

@@ -71,7 +71,7 @@ def test_unpadded_grid_cuts_both_sides_equally() -> None:
     assert unpadded_grid((512, 512), 8, 8) == (0, 0, 8, 8)
     assert unpadded_grid((256, 512), 8, 8) == (2, 0, 4, 8)
     assert unpadded_grid((512, 256), 8, 8) == (0, 2, 8, 4)
-    # int(8 * 300 / 512) = 4 of 8 rows show the picture; of 3 rows of 8 an odd one stays.
+    # int(8 * 300 / 512) = 4 of 8 rows show the image; of 3 rows of 8 an odd one stays.
     assert unpadded_grid((300, 512), 8, 8) == (2, 0, 4, 8)
     assert unpadded_grid((200, 512), 8, 8) == (2, 0, 4, 8)
     assert unpadded_grid((1, 1000), 8, 8) == (4, 0, 0, 8)

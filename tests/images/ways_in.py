@@ -22,7 +22,7 @@ from transformers_fastvlm.images.decoding import oriented
 from transformers_fastvlm.images.read_options import ReadOptions
 from transformers_fastvlm.images.reading import read_image
 from transformers_fastvlm.server import request_images as http_images
-from transformers_fastvlm.server.protocol import Picture
+from transformers_fastvlm.server.protocol import ImageUrl
 
 Way = Callable[[Path, bytes, bool], Any]
 
@@ -88,7 +88,7 @@ def by_demo(path: Path, content: bytes, turns: bool) -> Any:
 
 def by_server(path: Path, content: bytes, turns: bool) -> Any:
     options = ReadOptions(do_exif_transpose=turns, max_pixels=10**6)
-    (image,) = http_images.decode([Picture("data:", "messages[0]")], [content], options, lambda: None)
+    (image,) = http_images.decode([ImageUrl("data:", "messages[0]")], [content], options, lambda: None)
     return image
 
 

@@ -22,9 +22,9 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id
 NAMES = ["wide_rgb.png", "tall_rgb.jpg", "square_rgb.png"]
 
 
-def user(text: str, *pictures: Image.Image) -> dict[str, Any]:
-    images: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
-    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+def user(text: str, *images: Image.Image) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
 def said(text: str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class Setup:
     def __init__(self, directory: Path, golden: Path):
         self.model = AutoModelForImageTextToText.from_pretrained(directory)
         self.processor = AutoProcessor.from_pretrained(directory)
-        self.pictures = golden_images(golden, NAMES)
+        self.images = golden_images(golden, NAMES)
         self.encoded = self.fed = self.prepared = 0
         vision, language = self.model.model.vision_tower, self.model.model.language_model
         vision.register_forward_pre_hook(self._count_tiles, with_kwargs=True)
@@ -91,8 +91,8 @@ def new_tokens(setup: Setup, messages: list[dict[str, Any]]) -> int:
 
 
 def test_turns_encode_nothing_again_and_prefill_what_is_new(setup: Setup) -> None:
-    """The second turn feeds the last answer's end and the question; the third brings a picture, encoded alone."""
-    first, second, third = setup.pictures
+    """The second turn feeds the last answer's end and the question; the third brings an image, encoded alone."""
+    first, second, third = setup.images
     talk = [user("What is it?", first)]
     tokens, tiles, fed = setup.ask(talk)
     assert tiles > 0 and fed == new_tokens(setup, talk) + 5  # the last of six new tokens is never fed
@@ -111,23 +111,23 @@ def test_turns_encode_nothing_again_and_prefill_what_is_new(setup: Setup) -> Non
     assert setup.cache.reused_tokens > before
 
 
-def test_questions_of_their_own_share_the_picture(setup: Setup) -> None:
-    """Question two does not see question one, yet the picture is neither encoded nor prefilled again."""
-    picture = setup.pictures[0]
-    image_tokens = int((setup.cache.prepare([user("a", picture)])["input_ids"] == setup.processor.image_token_id).sum())
+def test_questions_of_their_own_share_the_image(setup: Setup) -> None:
+    """Question two does not see question one, yet the image is neither encoded nor prefilled again."""
+    image = setup.images[0]
+    image_tokens = int((setup.cache.prepare([user("a", image)])["input_ids"] == setup.processor.image_token_id).sum())
     answers = set()
     for index, question in enumerate(["What is it?", "How many dogs are there?", "What is it?"]):
-        tokens, tiles, _ = setup.ask([user(question, picture)])
+        tokens, tiles, _ = setup.ask([user(question, image)])
         answers.add(tuple(tokens[0]))
         assert bool(tiles) == (index == 0)
         assert (setup.cache.reused_tokens > image_tokens) == (index > 0)
     assert len(answers) == 2
-    setup.ask([user("What is it?", picture)])
+    setup.ask([user("What is it?", image)])
     assert setup.cache.prefilled_tokens == 1  # the very same prompt: only its last token
 
 
-def test_edited_history_and_other_pictures_fall_back_to_what_is_common(setup: Setup) -> None:
-    first, second, _ = setup.pictures
+def test_edited_history_and_other_images_fall_back_to_what_is_common(setup: Setup) -> None:
+    first, second, _ = setup.images
     talk = [user("What is it?", first), said("a dog"), user("Where?")]
     setup.ask(talk)
     edited = [talk[0], said("two cats on a mat"), talk[2]]
@@ -137,21 +137,21 @@ def test_edited_history_and_other_pictures_fall_back_to_what_is_common(setup: Se
     _, tiles, _ = setup.ask(other)
     shared = setup.cache.reused_tokens
     assert tiles > 0 and 0 < shared < new_tokens(setup, [user("")])  # the system prompt
-    _, tiles, _ = setup.ask(talk)  # back to a picture that left the prompt: prefilled, but not encoded
+    _, tiles, _ = setup.ask(talk)  # back to an image that left the prompt: prefilled, but not encoded
     assert tiles == 0 and setup.cache.reused_tokens == shared
     _, tiles, _ = setup.ask([{"role": "system", "content": "Zzz."}, *talk])
     assert tiles == 0 and setup.cache.prefilled_tokens > 20
-    _, tiles, _ = setup.ask([user("No picture.")])
+    _, tiles, _ = setup.ask([user("No image.")])
     assert tiles == 0
 
 
-def test_the_same_picture_twice_is_encoded_once(setup: Setup) -> None:
-    picture = setup.pictures[0]
-    _, alone, _ = setup.ask([user("One?", picture)])
+def test_the_same_image_twice_is_encoded_once(setup: Setup) -> None:
+    image = setup.images[0]
+    _, alone, _ = setup.ask([user("One?", image)])
     setup.cache.reset()
-    _, both, _ = setup.ask([user("Alike?", picture, picture.copy())])
+    _, both, _ = setup.ask([user("Alike?", image, image.copy())])
     assert both == alone and setup.cache.encoded_images == 1
-    _, tiles, _ = setup.ask([user("Alike now?", picture, picture, picture)])
+    _, tiles, _ = setup.ask([user("Alike now?", image, image, image)])
     assert tiles == 0
 
 
@@ -170,7 +170,7 @@ def test_the_same_picture_twice_is_encoded_once(setup: Setup) -> None:
 @pytest.mark.parametrize("loaded", ["qwen2_anyres"], indirect=True)
 def test_ways_of_decoding(options: dict[str, Any], setup: Setup) -> None:
     """Whatever the order of plain and other decoding, each call continues from what the last one left."""
-    first, second, _ = setup.pictures
+    first, second, _ = setup.images
     talk = [user("What is it?", first)]
     _, tiles, fed = setup.ask(talk, **options)
     assert tiles > 0
@@ -187,7 +187,7 @@ def test_ways_of_decoding(options: dict[str, Any], setup: Setup) -> None:
 
 def test_beams_of_the_models_own_configuration(setup: Setup) -> None:
     setup.model.generation_config.num_beams = 2
-    talk = [user("What is it?", setup.pictures[0])]
+    talk = [user("What is it?", setup.images[0])]
     for _ in range(2):
         setup.ask(talk)
     assert setup.cache.prefilled_tokens == 1
@@ -206,7 +206,7 @@ def test_an_interrupted_answer_leaves_its_prompt(setup: Setup) -> None:
         def end(self) -> None:
             raise AssertionError
 
-    talk = [user("What is it?", setup.pictures[0])]
+    talk = [user("What is it?", setup.images[0])]
     inputs = setup.cache.prepare(talk)
     with pytest.raises(KeyboardInterrupt):
         setup.cache.generate(**inputs, **GREEDY, streamer=Interrupt(3))
@@ -219,7 +219,7 @@ def test_an_error_within_the_prefill_leaves_nothing_half_done(layer: int, setup:
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    talk = [user("What is it?", setup.pictures[0])]
+    talk = [user("What is it?", setup.images[0])]
     for messages in (talk, [*talk, said("a cat"), user("Where?")]):
         hook = setup.model.model.language_model.layers[layer].mlp.register_forward_pre_hook(fail)
         with pytest.raises(KeyboardInterrupt):
@@ -237,16 +237,16 @@ def test_a_sliding_window_of_attention(checkpoint: Callable[[str], Path], golden
     config.layer_types = ["sliding_attention"] * config.num_hidden_layers
     setup.model = type(setup.model)(setup.model.config).eval()
     setup.cache = PromptCache(setup.model, setup.processor)
-    talk = [user("What is it?", setup.pictures[0])]
+    talk = [user("What is it?", setup.images[0])]
     setup.ask(talk)
     setup.ask([*talk, said("a cat"), user("Where?")])
     assert setup.cache.reused_tokens > 20
-    setup.ask([user("Who?", setup.pictures[0])])
+    setup.ask([user("Who?", setup.images[0])])
     assert setup.cache.reused_tokens > 20
 
 
 def test_answer_streams_and_decodes(plain: Setup) -> None:
-    talk = [user("What is it?", plain.pictures[0])]
+    talk = [user("What is it?", plain.images[0])]
     tokens, *_ = plain.ask(talk)
     streamer = TextIteratorStreamer(plain.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     text = plain.cache.answer(talk, **GREEDY, streamer=streamer)
@@ -258,38 +258,38 @@ def test_answer_streams_and_decodes(plain: Setup) -> None:
         plain.cache.answer(talk, num_beams=2, num_return_sequences=2)
 
 
-def test_a_prompt_that_ends_in_a_picture(plain: Setup) -> None:
-    inputs = plain.processor(text="Look: <image>", images=plain.pictures[0], return_tensors="pt")
+def test_a_prompt_that_ends_in_an_image(plain: Setup) -> None:
+    inputs = plain.processor(text="Look: <image>", images=plain.images[0], return_tensors="pt")
     expected = plain.model.generate(**inputs, **GREEDY).tolist()
-    for _ in range(2):  # the second time its last token is wanted again, and so the whole picture
+    for _ in range(2):  # the second time its last token is wanted again, and so the whole image
         assert plain.cache.generate(**inputs, **GREEDY).tolist() == expected
     assert 0 < plain.cache.reused_tokens < 10 and plain.cache.encoded_images == 0
     with pytest.raises(ValueError, match="ends in an image"):
         plain.cache.generate(**inputs, **GREEDY, num_beams=2)
 
 
-def test_pictures_are_forgotten_in_order_and_on_demand(plain: Setup) -> None:
+def test_images_are_forgotten_in_order_and_on_demand(plain: Setup) -> None:
     plain.cache = PromptCache(plain.model, plain.processor, max_images=1)
     encoded = []
     for index in (0, 1, 0, 2, 0, 1):
-        encoded.append(plain.ask([user("What?", plain.pictures[index])])[1])
+        encoded.append(plain.ask([user("What?", plain.images[index])])[1])
     assert encoded == [1, 1, 0, 1, 0, 1]
     plain.cache.reset()
-    assert plain.ask([user("What?", plain.pictures[1])])[1] == 1 and plain.cache.reused_tokens == 0
+    assert plain.ask([user("What?", plain.images[1])])[1] == 1 and plain.cache.reused_tokens == 0
     with pytest.raises(ValueError, match="max_images is 0"):
         PromptCache(plain.model, plain.processor, max_images=0)
 
 
-def test_pictures_are_compared_by_their_pixels(plain: Setup) -> None:
-    """A picture that was drawn on is another one; an equal copy is the same."""
-    picture = plain.pictures[0].copy()
-    assert plain.ask([user("What?", picture)])[1] == 1
-    assert plain.ask([user("What?", picture.copy())])[1] == 0
-    ImageDraw.Draw(picture).rectangle((0, 0, 200, 200), fill="red")
-    assert plain.ask([user("What?", picture)])[1] == 1
+def test_images_are_compared_by_their_pixels(plain: Setup) -> None:
+    """An image that was drawn on is another one; an equal copy is the same."""
+    image = plain.images[0].copy()
+    assert plain.ask([user("What?", image)])[1] == 1
+    assert plain.ask([user("What?", image.copy())])[1] == 0
+    ImageDraw.Draw(image).rectangle((0, 0, 200, 200), fill="red")
+    assert plain.ask([user("What?", image)])[1] == 1
 
 
-def test_the_image_processor_prepares_a_picture_once(loaded: Setup) -> None:
+def test_the_image_processor_prepares_an_image_once(loaded: Setup) -> None:
     class Counting:
         def __init__(self, inner: Any):
             self.inner, self.seen = inner, 0
@@ -303,7 +303,7 @@ def test_the_image_processor_prepares_a_picture_once(loaded: Setup) -> None:
 
     counting = Counting(loaded.processor.image_processor)
     memory = ImageMemory(counting, {}, max_images=2)
-    first, second, third = loaded.pictures
+    first, second, third = loaded.images
     palette = first.quantize(16)
     seen = []
     for images in ([first], [first, second], [second, first, second], [third], [first], [second], [palette], [palette]):
@@ -339,14 +339,14 @@ def test_the_image_processor_prepares_a_picture_once(loaded: Setup) -> None:
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_refuses(change: dict[str, Any], message: str, plain: Setup) -> None:
-    inputs = dict(plain.cache.prepare([user("What?", plain.pictures[0])]))
+    inputs = dict(plain.cache.prepare([user("What?", plain.images[0])]))
     with pytest.raises(ValueError, match=message):
         plain.cache.generate(**(inputs | GREEDY | change))
 
 
 def test_several_answers_to_one_prompt(plain: Setup) -> None:
     """Rows that are the same are prefilled once, and the next question finds the prompt in the cache."""
-    inputs = plain.cache.prepare([user("What is it?", plain.pictures[0])])
+    inputs = plain.cache.prepare([user("What is it?", plain.images[0])])
     (alone,) = plain.cache.generate(**inputs, **GREEDY).tolist()
     plain.cache.reset()
     inputs |= {name: inputs[name].expand(3, -1) for name in ("input_ids", "attention_mask")}
@@ -354,20 +354,20 @@ def test_several_answers_to_one_prompt(plain: Setup) -> None:
     rows = plain.cache.generate(**inputs, **GREEDY).tolist()
     assert rows == [alone] * 3
     assert plain.fed == inputs["input_ids"].shape[1] - 1 + 3 * GREEDY["max_new_tokens"]
-    plain.ask([user("What is it?", plain.pictures[0])])
+    plain.ask([user("What is it?", plain.images[0])])
     assert plain.cache.prefilled_tokens == 1
 
 
 def test_threads_get_their_own_answers(plain: Setup) -> None:
     questions = ["What is it?", "How many dogs are there?", "And the colour?"] * 2
-    talks = [[user(text, plain.pictures[index % 2])] for index, text in enumerate(questions)]
+    talks = [[user(text, plain.images[index % 2])] for index, text in enumerate(questions)]
     expected = [plain.cache.answer(talk, **GREEDY) for talk in talks]
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(lambda talk: plain.cache.answer(talk, **GREEDY), talks)) == expected
 
 
 def test_chunked_prefill(plain: Setup) -> None:
-    talk = [user("What is it?", plain.pictures[0])]
+    talk = [user("What is it?", plain.images[0])]
     if compat.GENERATE_KEEPS_ENCODER_OUTPUTS:
         with pytest.raises(ValueError, match=r"prefill_chunk_size is set"):
             plain.cache.generate(**plain.cache.prepare(talk), **GREEDY, prefill_chunk_size=20)
@@ -377,11 +377,11 @@ def test_chunked_prefill(plain: Setup) -> None:
     assert plain.cache.reused_tokens > 10
 
 
-def test_copies_of_an_image_memory(processor: Any, picture: Any) -> None:
+def test_copies_of_an_image_memory(processor: Any, image: Any) -> None:
     memory = ImageMemory(processor.image_processor, {}, max_images=2)
-    memory([picture], return_tensors="pt")
+    memory([image], return_tensors="pt")
     for twin in (copy.copy(memory), copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
         assert twin.size == processor.image_processor.size
-        assert twin([picture], return_tensors="pt")["pixel_values"].equal(
-            processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+        assert twin([image], return_tensors="pt")["pixel_values"].equal(
+            processor.image_processor([image], return_tensors="pt")["pixel_values"]
         )

@@ -51,7 +51,7 @@ def logits(model: Any, **inputs: Any) -> torch.Tensor:
     return found
 
 
-def pictured(model: Any) -> dict[str, torch.Tensor]:
+def with_image(model: Any) -> dict[str, torch.Tensor]:
     image_token = torch.full((1, 16), model.config.image_token_id)
     pixels = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     return {"input_ids": torch.cat((IDS[:, :9], image_token, IDS[:, 9:]), -1), "pixel_values": pixels}
@@ -81,7 +81,7 @@ def test_the_language_model_alone_is_quantized(name: str, kind: str, checkpoint:
             assert model.get_parameter(key).equal(parameter), key
     head, embeddings = model.lm_head.weight, model.get_input_embeddings().weight
     assert (head is embeddings) == (name == "qwen2_tied") == model.config.tie_word_embeddings
-    inputs = pictured(plain)
+    inputs = with_image(plain)
     found = logits(model, **inputs)
     assert relative_error(found, logits(plain, **inputs)) > 1e-3
     given_the_weights_of(model, plain, kind)

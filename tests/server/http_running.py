@@ -145,7 +145,7 @@ def data_url(image: Image.Image, kind: str = "png") -> str:
 
 
 def shows(url: str, text: str) -> dict[str, Any]:
-    """Return a user's message with a picture."""
+    """Return a user's message with an image."""
     return {
         "role": "user",
         "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures with an address: from allowed hosts of the public internet, and from nowhere else."""
+"""Images with an address: from allowed hosts of the public internet, and from nowhere else."""
 
 import contextlib
 import http.server
@@ -16,7 +16,7 @@ import pytest
 
 from transformers_fastvlm.images.fetching import Budget
 from transformers_fastvlm.server.api_errors import ApiError
-from transformers_fastvlm.server.protocol import Picture
+from transformers_fastvlm.server.protocol import ImageUrl
 from transformers_fastvlm.server.remote_images import Fetcher, is_public
 
 CONTENT = b"picture" * 1000
@@ -78,21 +78,21 @@ def fetcher(port: int, timeout: float = 60.0) -> Fetcher:
     return Fetcher((f"localhost:{port}",), timeout, is_allowed=lambda address: True)
 
 
-def picture(port: int, path: str) -> Picture:
-    return Picture(f"http://localhost:{port}{path}", "messages[0].content[0].image_url.url")
+def image_at(port: int, path: str) -> ImageUrl:
+    return ImageUrl(f"http://localhost:{port}{path}", "messages[0].content[0].image_url.url")
 
 
-def test_a_picture_of_an_allowed_host(port: int) -> None:
-    assert fetcher(port).fetch(picture(port, "/good?size=1#part"), Budget(LIMIT)) == CONTENT
+def test_an_image_of_an_allowed_host(port: int) -> None:
+    assert fetcher(port).fetch(image_at(port, "/good?size=1#part"), Budget(LIMIT)) == CONTENT
     assert Handler.seen[-1] == ("/good?size=1", f"localhost:{port}")
 
 
-def test_the_pictures_of_a_request_share_their_bytes(port: int) -> None:
+def test_the_images_of_a_request_share_their_bytes(port: int) -> None:
     budget, some = Budget(LIMIT), fetcher(port)
     for _ in range(2):
-        assert some.fetch(picture(port, "/good"), budget) == CONTENT
+        assert some.fetch(image_at(port, "/good"), budget) == CONTENT
     with pytest.raises(ApiError, match="more than 14000 bytes together"):
-        some.fetch(picture(port, "/good"), budget)
+        some.fetch(image_at(port, "/good"), budget)
 
 
 @pytest.mark.parametrize(
@@ -104,23 +104,23 @@ def test_the_pictures_of_a_request_share_their_bytes(port: int) -> None:
         ("/empty", "empty"),
     ],
 )
-def test_an_answer_that_is_no_picture(port: int, path: str, part: str) -> None:
+def test_an_answer_that_is_no_image(port: int, path: str, part: str) -> None:
     with pytest.raises(ApiError, match=part) as error:
-        fetcher(port).fetch(picture(port, path), Budget(LIMIT))
+        fetcher(port).fetch(image_at(port, path), Budget(LIMIT))
     assert error.value.status == 400 and error.value.param == "messages[0].content[0].image_url.url"
     assert Handler.seen[-1][0] == path
 
 
 def test_a_slow_host_is_given_up(port: int) -> None:
     with pytest.raises(ApiError, match=r"no answer within 0\.5 seconds"):
-        fetcher(port, timeout=0.5).fetch(picture(port, "/slow"), Budget(LIMIT))
+        fetcher(port, timeout=0.5).fetch(image_at(port, "/slow"), Budget(LIMIT))
 
 
 def test_an_allowed_host_that_is_not_public_is_not_connected_to(port: int) -> None:
     before = len(Handler.seen)
     careful = Fetcher((f"localhost:{port}",), 60.0)
     with pytest.raises(ApiError, match="from localhost: it has an address that is not public"):
-        careful.fetch(picture(port, "/good"), Budget(LIMIT))
+        careful.fetch(image_at(port, "/good"), Budget(LIMIT))
     assert len(Handler.seen) == before
 
 
@@ -134,7 +134,7 @@ def test_the_address_that_is_connected_to_is_checked(port: int) -> None:
 
     careful = Fetcher((f"127.0.0.1:{port}",), 60.0, is_allowed=once)
     with pytest.raises(ApiError, match="not public"):
-        careful.fetch(Picture(f"http://127.0.0.1:{port}/good", "url"), Budget(LIMIT))
+        careful.fetch(ImageUrl(f"http://127.0.0.1:{port}/good", "url"), Budget(LIMIT))
     assert looks == ["127.0.0.1", "127.0.0.1"]
 
 
@@ -167,20 +167,20 @@ def _trusted(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
 
 
-def secure_picture(port: int, path: str, host: str = "localhost") -> Picture:
-    return Picture(f"https://{host}:{port}{path}", "url")
+def secure_image(port: int, path: str, host: str = "localhost") -> ImageUrl:
+    return ImageUrl(f"https://{host}:{port}{path}", "url")
 
 
 @pytest.mark.usefixtures("_trusted")
-def test_a_picture_by_https(secure_port: int) -> None:
-    assert fetcher(secure_port).fetch(secure_picture(secure_port, "/good"), Budget(LIMIT)) == CONTENT
+def test_an_image_by_https(secure_port: int) -> None:
+    assert fetcher(secure_port).fetch(secure_image(secure_port, "/good"), Budget(LIMIT)) == CONTENT
     assert Handler.seen[-1] == ("/good", f"localhost:{secure_port}")
 
 
 def test_a_certificate_that_nobody_vouches_for(secure_port: int) -> None:
     before = len(Handler.seen)
     with pytest.raises(ApiError, match=r"its certificate is not accepted .*self-signed"):
-        fetcher(secure_port).fetch(secure_picture(secure_port, "/good"), Budget(LIMIT))
+        fetcher(secure_port).fetch(secure_image(secure_port, "/good"), Budget(LIMIT))
     assert len(Handler.seen) == before
 
 
@@ -189,7 +189,7 @@ def test_a_certificate_of_another_host(secure_port: int) -> None:
     before = len(Handler.seen)
     some = Fetcher((f"127.0.0.1:{secure_port}",), 60.0, is_allowed=lambda address: True)
     with pytest.raises(ApiError, match=r"its certificate is not accepted .*127\.0\.0\.1"):
-        some.fetch(secure_picture(secure_port, "/good", "127.0.0.1"), Budget(LIMIT))
+        some.fetch(secure_image(secure_port, "/good", "127.0.0.1"), Budget(LIMIT))
     assert len(Handler.seen) == before
 
 
@@ -200,11 +200,11 @@ def test_https_does_not_lead_inside(secure_port: int, port: int) -> None:
         path = f"/redirect?{target}"
         some = Fetcher((f"localhost:{secure_port}", f"localhost:{port}"), 60.0, is_allowed=lambda address: True)
         with pytest.raises(ApiError, match="answered 302, and redirects are not followed"):
-            some.fetch(secure_picture(secure_port, path), Budget(LIMIT))
+            some.fetch(secure_image(secure_port, path), Budget(LIMIT))
         assert Handler.seen[-1] == (path, f"localhost:{secure_port}")
     before = len(Handler.seen)
     with pytest.raises(ApiError, match="from localhost: it has an address that is not public"):
-        Fetcher((f"localhost:{secure_port}",), 60.0).fetch(secure_picture(secure_port, "/good"), Budget(LIMIT))
+        Fetcher((f"localhost:{secure_port}",), 60.0).fetch(secure_image(secure_port, "/good"), Budget(LIMIT))
     assert len(Handler.seen) == before
 
 
@@ -212,7 +212,7 @@ def test_a_host_that_never_begins_to_encrypt_is_given_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         number = silent.getsockname()[1]
         with pytest.raises(ApiError, match=r"no answer within 0\.5 seconds"):
-            fetcher(number, timeout=0.5).fetch(secure_picture(number, "/good"), Budget(LIMIT))
+            fetcher(number, timeout=0.5).fetch(secure_image(number, "/good"), Budget(LIMIT))
 
 
 # Which hosts, which addresses
@@ -227,7 +227,7 @@ def test_hosts_are_allowed_by_name_and_port() -> None:
         "http://[2001:db8::1]:81/",
         "http://[2001:DB8::2]/",
     ):
-        some.check(Picture(url, "url"))
+        some.check(ImageUrl(url, "url"))
     for url in (
         "http://example.com:8080/a",
         "http://www.example.com/",
@@ -241,7 +241,7 @@ def test_hosts_are_allowed_by_name_and_port() -> None:
         "http://" + "a" * 3000,
     ):
         with pytest.raises(ApiError):
-            some.check(Picture(url, "url"))
+            some.check(ImageUrl(url, "url"))
 
 
 @pytest.mark.parametrize(

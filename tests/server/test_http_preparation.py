@@ -39,13 +39,13 @@ class Held:
         self.ends: list[BaseException | None] = []
         self.gate = threading.Event()
 
-    def decode(self, pictures: Any, *arguments: Any) -> Any:
-        if not pictures:
-            return decode(pictures, *arguments)
+    def decode(self, image_urls: Any, *arguments: Any) -> Any:
+        if not image_urls:
+            return decode(image_urls, *arguments)
         self.entered.append(1)
         assert self.gate.wait(SOON * 10)
         try:
-            found = decode(pictures, *arguments)
+            found = decode(image_urls, *arguments)
         except BaseException as error:
             self.ends.append(error)
             raise

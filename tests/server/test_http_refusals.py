@@ -55,7 +55,7 @@ def bomb(width: int, height: int) -> str:
     return "data:image/png;base64," + base64.b64encode(png + part(b"IDAT", rows) + part(b"IEND", b"")).decode()
 
 
-def picture(side: int = 64) -> str:
+def image(side: int = 64) -> str:
     return data_url(Image.new("RGB", (side, side), "red"))
 
 
@@ -124,7 +124,7 @@ def test_a_body_that_is_no_request(server: Running, body: bytes, part: str) -> N
         ("http://localhost:port/a.png", "not valid"),
     ],
 )
-def test_a_picture_that_is_not_taken(server: Running, url: str, part: str) -> None:
+def test_an_image_that_is_not_taken(server: Running, url: str, part: str) -> None:
     status, answer, _ = server.post({"model": "tiny", "messages": [shows(url, "What is it?")]})
     assert status == 400, answer
     assert part in answer["error"]["message"], answer
@@ -140,8 +140,8 @@ def test_a_picture_that_is_not_taken(server: Running, url: str, part: str) -> No
         (400, asks(max_tokens=2, max_completion_tokens=3), "differ"),
         (400, asks("word " * 3000), "up to 2048 tokens"),
         (400, asks("word " * 300_000), "bytes of text"),
-        (400, messages([shows(picture(), "a")["content"][0]] * 3), "this server accepts 2"),
-        (400, messages([shows(picture(600), "a")["content"][0]] * 2), "this server accepts 500000"),
+        (400, messages([shows(image(), "a")["content"][0]] * 3), "this server accepts 2"),
+        (400, messages([shows(image(600), "a")["content"][0]] * 2), "this server accepts 500000"),
         (400, asks(n=3), "1 to 2"),
         (400, asks(temperature=3), "from 0 to 2"),
         (400, asks(temperature=True), "from 0 to 2"),
@@ -169,7 +169,7 @@ def test_a_picture_that_is_not_taken(server: Running, url: str, part: str) -> No
         (400, asks(frequency_penalty=2.5), "frequency_penalty is 2.5; expected a number from -2 to 2"),
         (400, messages("a", "tool"), "system, developer, user or assistant"),
         (400, messages("a", "system"), "last message has role system"),
-        (400, messages([shows(picture(), "a")["content"][0]], "system"), "put images into user messages"),
+        (400, messages([shows(image(), "a")["content"][0]], "system"), "put images into user messages"),
         (400, messages([{"type": "video", "video": "a.mp4"}]), "text or image_url"),
         (400, messages([{"type": "image", "path": "/etc/passwd"}]), "text or image_url"),
         (

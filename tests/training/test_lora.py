@@ -29,7 +29,7 @@ def load(directory: Path, **options: Any) -> Any:
 
 @pytest.fixture
 def inputs(checkpoint: Callable[[str], Path], golden: Path) -> Any:
-    """A question about a picture of 64 pixels, for the model qwen2_tied."""
+    """A question about an image of 64 pixels, for the model qwen2_tied."""
     processor = FastVLMProcessor.from_pretrained(checkpoint("qwen2_tied"), size=64)
     return processor(text="<image>\nWhat?", images=golden_images(golden, ["wide_rgb.png"]), return_tensors="pt")
 

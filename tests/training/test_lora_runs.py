@@ -25,7 +25,7 @@ LORA = {"r": 4, "alpha": 16, "dropout": 0.1}
 
 
 def answer(directory: Path, golden: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits for a question about a picture, and the answer, of what a directory holds."""
+    """Return logits for a question about an image, and the answer, of what a directory holds."""
     model: Any = AutoModelForImageTextToText.from_pretrained(directory)
     processor = AutoProcessor.from_pretrained(directory)
     inputs = processor(text="<image>\nWhat?", images=golden_images(golden, ["wide_rgb.png"]), return_tensors="pt")

@@ -30,8 +30,8 @@ many = pytest.mark.skipif(
     sys.platform == "win32" or not torch.distributed.is_gloo_available(), reason="processes talk through gloo"
 )
 
-# i is a row with a picture, t one of text alone. Two processes take them in turn: in the first update one of them has
-# pictures and the other has none, in the second first none has, then both.
+# i is a row with an image, t one of text alone. Two processes take them in turn: in the first update one of them has
+# images and the other has none, in the second first none has, then both.
 KINDS = "ititttii"
 
 
@@ -82,7 +82,7 @@ def assert_close(first: Path, second: Path, file: str = "model.safetensors", tol
 @many
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_two_processes_train_as_one(written: Callable[..., Path], mixed: Path, tmp_path: Path) -> None:
-    """Losses, gradients, answers and weights, with pictures on one process and none on the other."""
+    """Losses, gradients, answers and weights, with images on one process and none on the other."""
     options = {
         "data": {"eval_source": str(mixed), "eval_options": {"limit": 4}},
         "train": {"sample_answers": 1},

@@ -43,13 +43,13 @@ def arguments(configuration: Any, out: Path, **options: Any) -> Any:
     )
 
 
-def rows(picture: Any, **columns: Any) -> Any:
-    """Return four rows about one picture; a column is one value, or a list of four."""
+def rows(image: Any, **columns: Any) -> Any:
+    """Return four rows about one image; a column is one value, or a list of four."""
     prompt = [{"role": "user", "content": "What is this?"}]
     values = {name: value if isinstance(value, list) else [value] * 4 for name, value in columns.items()}
     return Dataset.from_list(
         [
-            {"images": [picture], "prompt": prompt, **{name: column[number] for name, column in values.items()}}
+            {"images": [image], "prompt": prompt, **{name: column[number] for name, column in values.items()}}
             for number in range(4)
         ]
     )
@@ -72,8 +72,8 @@ def trained(trainer: Any) -> list[dict[str, float]]:
     return logged
 
 
-def test_sft_from_a_path(checkpoint: Callable[[str], Path], picture: Any, tmp_path: Path) -> None:
-    data = rows(picture, completion=said("A sign.", "A sign.", "A sign.", "A sign."))
+def test_sft_from_a_path(checkpoint: Callable[[str], Path], image: Any, tmp_path: Path) -> None:
+    data = rows(image, completion=said("A sign.", "A sign.", "A sign.", "A sign."))
     trainer = trl.SFTTrainer(
         str(checkpoint("qwen2_tied")), args=arguments(trl.SFTConfig, tmp_path, max_length=None), train_dataset=data
     )
@@ -81,9 +81,9 @@ def test_sft_from_a_path(checkpoint: Callable[[str], Path], picture: Any, tmp_pa
     assert second["loss"] < first["loss"]
 
 
-def test_dpo_from_a_path(checkpoint: Callable[[str], Path], picture: Any, tmp_path: Path) -> None:
+def test_dpo_from_a_path(checkpoint: Callable[[str], Path], image: Any, tmp_path: Path) -> None:
     """The reference model is found by the path too: at first both agree, and then the chosen answer gains."""
-    data = rows(picture, chosen=said(*["A sign."] * 4), rejected=said(*["A street."] * 4))
+    data = rows(image, chosen=said(*["A sign."] * 4), rejected=said(*["A street."] * 4))
     trainer = trl.DPOTrainer(
         str(checkpoint("qwen2_tied")), args=arguments(trl.DPOConfig, tmp_path, max_length=None), train_dataset=data
     )
@@ -92,7 +92,7 @@ def test_dpo_from_a_path(checkpoint: Callable[[str], Path], picture: Any, tmp_pa
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4) and second["rewards/margins"] > 0
 
 
-def test_grpo_from_a_path(checkpoint: Callable[[str], Path], picture: Any, tmp_path: Path) -> None:
+def test_grpo_from_a_path(checkpoint: Callable[[str], Path], image: Any, tmp_path: Path) -> None:
     """With `beta` there is a reference model, from which the trained one begins to differ."""
     seen: list[list[dict[str, str]]] = []
 
@@ -105,7 +105,7 @@ def test_grpo_from_a_path(checkpoint: Callable[[str], Path], picture: Any, tmp_p
         str(checkpoint("qwen2_tied")),
         reward_funcs=later_is_better,
         args=arguments(trl.GRPOConfig, tmp_path, **options),
-        train_dataset=rows(picture),
+        train_dataset=rows(image),
     )
     first, second = trained(trainer)
     assert [message["role"] for messages in seen for message in messages] == ["assistant"] * 4

@@ -74,7 +74,7 @@ def llm(directory: Path, prompts_and_tokens: Any) -> Iterator[Any]:
             llm.llm_engine.engine_core.shutdown()
 
 
-def test_pictures_of_several_tiles(llm: Any, prompts_and_tokens: tuple[list[Any], list[list[int]]]) -> None:
+def test_images_of_several_tiles(llm: Any, prompts_and_tokens: tuple[list[Any], list[list[int]]]) -> None:
     from vllm import SamplingParams
 
     prompts, expected = prompts_and_tokens

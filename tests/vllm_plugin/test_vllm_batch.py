@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-serving")
 
 import psutil
-from vllm_running import ENVIRONMENT, pictures_of, scene_questions
+from vllm_running import ENVIRONMENT, images_of, scene_questions
 
 PROMPT = "Describe the picture."
 PATIENCE = 1800  # far more than it takes; a slow machine must not fail a test
@@ -28,11 +28,11 @@ def journal_of(out: Path) -> Path:
 
 
 def photos(tmp_path: Path) -> Path:
-    """A folder of scenes, one file of which is no picture."""
+    """A folder of scenes, one file of which is no image."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for index, scene in enumerate(scene_questions(20)[0]):
-        pictures_of(scene)[0].save(folder / f"{index:02}.png")
+        images_of(scene)[0].save(folder / f"{index:02}.png")
     (folder / "07.png").write_text("no picture")
     return folder
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-serving")
 
 import psutil
-from vllm_running import ENVIRONMENT, MAX_NEW_TOKENS, Peer, asked, exact, mixed_batch, pictures_of, scene_questions
+from vllm_running import ENVIRONMENT, MAX_NEW_TOKENS, Peer, asked, exact, images_of, mixed_batch, scene_questions
 
 from schema_cases import SCHEMAS
 from transformers_fastvlm.batch import BatchOptions, run_batch
@@ -52,7 +52,7 @@ def engine() -> Iterator[Any]:
 
 
 def tokens(engine: Any, peer: Peer, conversations: list[Any]) -> list[list[int]]:
-    """Return vLLM's greedy tokens for texts and pictures, as a user of `LLM` passes them."""
+    """Return vLLM's greedy tokens for texts and images, as a user of `LLM` passes them."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
@@ -63,7 +63,7 @@ def tokens(engine: Any, peer: Peer, conversations: list[Any]) -> list[list[int]]
 def test_each_form_alone(engine: Any, peer: Peer) -> None:
     (first, second), _ = scene_questions(2, "square")
     (wide, tall), _ = scene_questions(2, "oblong")
-    one, other = pictures_of(first)[0], pictures_of(second)[0]
+    one, other = images_of(first)[0], images_of(second)[0]
     cases = {
         "one": first,
         "two": asked("First:", one, "Second:", other, "Describe the picture."),
@@ -89,9 +89,9 @@ def test_prefixes_are_reused_without_changing_answers(engine: Any, peer: Peer) -
     from vllm import SamplingParams
 
     scenes, _ = scene_questions(3, "square")
-    picture, other = pictures_of(scenes[0])[0], pictures_of(scenes[1])[0]
+    image, other = images_of(scenes[0])[0], images_of(scenes[1])[0]
     # As long as several of the cache's blocks, so that the second question finds the first one's.
-    start = ("Look at this. " * 40, picture, "Now look at that. " * 40)
+    start = ("Look at this. " * 40, image, "Now look at that. " * 40)
     conversations = [asked(*start, question) for question in ("Describe the picture.", "How many circles are there?")]
     conversations.append(asked(start[0], other, *start[2:], "Describe the picture."))
     params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
@@ -100,8 +100,8 @@ def test_prefixes_are_reused_without_changing_answers(engine: Any, peer: Peer) -
         (output,) = engine.llm.generate([peer.prompt(messages)], params, use_tqdm=False)
         cached.append(output.num_cached_tokens)
         assert list(output.outputs[0].token_ids) == peer.tokens(messages)
-    same_start, another_picture, again = cached[1:]
-    assert again >= same_start > another_picture, "another picture must not be taken for the first one"
+    same_start, another_image, again = cached[1:]
+    assert again >= same_start > another_image, "another picture must not be taken for the first one"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_prefixes_are_reused_without_changing_answers(engine: Any, peer: Peer) -
 )
 def test_prompts_that_do_not_fit(engine: Any, peer: Peer, text: str, images: int, message: str) -> None:
     (messages,), _ = scene_questions(1)
-    data = {"multi_modal_data": {"image": pictures_of(messages) * images}} if images else {}
+    data = {"multi_modal_data": {"image": images_of(messages) * images}} if images else {}
     with pytest.raises(Exception, match=message):
         engine.llm.generate([{"prompt": text, **data}], use_tqdm=False)
     assert tokens(engine, peer, [messages]) == [peer.tokens(messages)], "the engine is alive"
@@ -148,7 +148,7 @@ def test_engine_counts_the_tokens_of_prompts(engine: Any, peer: Peer) -> None:
 
 def test_engine_samples_repeatably_and_stops(engine: Any) -> None:
     conversations, _ = scene_questions(4)
-    conversations = [asked(pictures_of(messages)[0], "Describe the picture.") for messages in conversations]
+    conversations = [asked(images_of(messages)[0], "Describe the picture.") for messages in conversations]
     hot = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=1.5, seed=7)
     first, second = (engine.generate(conversations, hot) for _ in range(2))
     other = engine.generate(conversations, Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=1.5, seed=8))
@@ -162,16 +162,16 @@ def test_engine_samples_repeatably_and_stops(engine: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda picture: asked("<image>", "What is it?"), "1 placeholders"),
-        (lambda picture: asked(*[picture] * 4), "has 4 images, but this engine takes at most 3"),
-        (lambda picture: asked("word " * 2000), "with no room for an answer"),
-        (lambda picture: [{"role": "user", "content": [{"type": "image", "url": "x.png"}]}], "Pillow image"),
+        (lambda image: asked("<image>", "What is it?"), "1 placeholders"),
+        (lambda image: asked(*[image] * 4), "has 4 images, but this engine takes at most 3"),
+        (lambda image: asked("word " * 2000), "with no room for an answer"),
+        (lambda image: [{"role": "user", "content": [{"type": "image", "url": "x.png"}]}], "Pillow image"),
     ],
 )
 def test_engine_refuses(engine: Any, make: Any, message: str) -> None:
     (good,), _ = scene_questions(1)
     with pytest.raises(ValueError, match=f"Conversation 1: .*{message}"):
-        engine.generate([good, make(pictures_of(good)[0])], Sampling(max_new_tokens=1))
+        engine.generate([good, make(images_of(good)[0])], Sampling(max_new_tokens=1))
     with pytest.raises(ValueError, match="top_p is 2"):
         engine.generate([good], Sampling(top_p=2.0))
     assert engine.generate([good], Sampling(max_new_tokens=1))
@@ -234,7 +234,7 @@ def test_rows_of_a_batch_are_those_of_transformers(engine: Any, tmp_path: Path) 
     folder = tmp_path / "photos"
     folder.mkdir()
     for index, scene in enumerate(scene_questions(7)[0]):
-        pictures_of(scene)[0].save(folder / f"{index}.png")
+        images_of(scene)[0].save(folder / f"{index}.png")
     (folder / "3.png").write_text("no picture")
     options = BatchOptions(prompt="Describe the picture.", sampling=Sampling(max_new_tokens=24), batch_size=3)
     plain = TransformersEngine(str(tiny_checkpoint()), dtype="float32", device="cpu", batch_size=3)

@@ -25,8 +25,8 @@ from vllm_running import (
     as_openai,
     asked,
     data_url,
+    images_of,
     mixed_batch,
-    pictures_of,
     scene_questions,
     serving,
 )
@@ -84,7 +84,7 @@ def test_chat_completions(server: str, peer: Peer) -> None:
 
 def test_stream(server: str, peer: Peer) -> None:
     (messages,), _ = scene_questions(1)
-    messages = asked(pictures_of(messages)[0], "Describe the picture.")
+    messages = asked(images_of(messages)[0], "Describe the picture.")
     body = {"model": NAME, "messages": as_openai(messages), "max_tokens": MAX_NEW_TOKENS, "temperature": 0}
     with httpx.stream(
         "POST", f"{server}/v1/chat/completions", json={**body, "stream": True}, timeout=ANSWER_SECONDS
@@ -99,21 +99,21 @@ def test_stream(server: str, peer: Peer) -> None:
 
 def test_bad_requests_leave_the_engine_alive(server: str, peer: Peer, tmp_path: Path) -> None:
     (messages,), _ = scene_questions(1)
-    picture = pictures_of(messages)[0]
+    scene_image = images_of(messages)[0]
     file = tmp_path / "picture.png"
-    picture.save(file)
+    scene_image.save(file)
 
     def image(url: str) -> list[dict[str, Any]]:
         return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
 
     cases = {
         "a place without an image": ([{"type": "text", "text": "<image> What is it?"}], {}),
-        "a place too many": ([*image(data_url(picture)), {"type": "text", "text": "<image>"}], {}),
-        "too many images": (image(data_url(picture)) * 4, {}),
+        "a place too many": ([*image(data_url(scene_image)), {"type": "text", "text": "<image>"}], {}),
+        "too many images": (image(data_url(scene_image)) * 4, {}),
         "a file": (image(file.as_uri()), {}),
         "a path": (image(str(file)), {}),
         "no picture": (image("data:image/png;base64," + base64.b64encode(b"no picture").decode()), {}),
-        "half a picture": (image(data_url(picture)[:200]), {}),
+        "half a picture": (image(data_url(scene_image)[:200]), {}),
         "no base64": (image("data:image/png;base64,%%%%"), {}),
         "nobody there": (image("http://127.0.0.1:9/picture.png"), {}),
         "too long": ("word " * 3000, {}),

@@ -36,15 +36,15 @@ Messages = list[dict[str, Any]]
 
 
 def asked(*parts: str | Image.Image) -> Messages:
-    """Return one message of a user, of texts and pictures."""
+    """Return one message of a user, of texts and images."""
     kinds = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
     ]
     return [{"role": "user", "content": kinds}]
 
 
-def pictures_of(messages: Messages) -> list[Image.Image]:
-    """Return the pictures of a conversation, in order."""
+def images_of(messages: Messages) -> list[Image.Image]:
+    """Return the images of a conversation, in order."""
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
     return [part["image"] for part in parts if part["type"] == "image"]
 
@@ -61,17 +61,17 @@ def scene_questions(count: int, aspect: str = "any") -> tuple[list[Messages], li
 
 
 def mixed_batch(count: int) -> list[Messages]:
-    """Return `count` conversations: with one picture, two, none, and of several turns, in turn."""
+    """Return `count` conversations: with one image, two, none, and of several turns, in turn."""
     scenes, answers = scene_questions(count)
     mixed: list[Messages] = []
     for index, scene in enumerate(scenes):
-        picture, question = pictures_of(scene)[0], scene[0]["content"][1]["text"]
-        other = pictures_of(scenes[index - 1])[0]
+        image, question = images_of(scene)[0], scene[0]["content"][1]["text"]
+        other = images_of(scenes[index - 1])[0]
         later = {"role": "user", "content": "How many circles are there?"}
         mixed.append(
             (
                 scene,
-                asked("First:", picture, "Second:", other, question),
+                asked("First:", image, "Second:", other, question),
                 asked(f"What is {index} and {index}?"),
                 [*scene, {"role": "assistant", "content": answers[index]}, later],
             )[index % 4]
@@ -89,8 +89,8 @@ class Peer:
     def prompt(self, messages: Messages) -> dict[str, Any]:
         """Return a conversation as `LLM.generate` takes it."""
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        pictures = pictures_of(messages)
-        return {"prompt": text, **({"multi_modal_data": {"image": pictures}} if pictures else {})}
+        images = images_of(messages)
+        return {"prompt": text, **({"multi_modal_data": {"image": images}} if images else {})}
 
     @torch.inference_mode()
     def tokens(self, messages: Messages) -> list[int]:
@@ -167,7 +167,7 @@ def _wait_until_healthy(server: Server) -> None:
 
 
 def as_openai(messages: Messages) -> Messages:
-    """Return messages with their pictures as data URLs."""
+    """Return messages with their images as data URLs."""
     sent = []
     for message in messages:
         content = message["content"]
@@ -182,7 +182,7 @@ def as_openai(messages: Messages) -> Messages:
     return sent
 
 
-def data_url(picture: Image.Image) -> str:
+def data_url(image: Image.Image) -> str:
     held = io.BytesIO()
-    picture.save(held, "PNG")
+    image.save(held, "PNG")
     return f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"

@@ -136,11 +136,11 @@ class Service:
     ) -> None:
         chat: ChatRequest = await unless_over(leaving, self.preparation.parse(_parse, api, body, self.settings))
         del body
-        record.images = len(chat.pictures)
+        record.images = len(chat.image_urls)
         await unless_over(leaving, self.preparation.parse(_check, self.engine, chat))
         self.admission.ensure(place, images=record.images)
         prompt, max_tokens = await unless_over(leaving, self.preparation.prompt(chat, place))
-        chat = dataclasses.replace(chat, messages=[], pictures=())  # the prompt holds all of it
+        chat = dataclasses.replace(chat, messages=[], image_urls=())  # the prompt holds all of it
         place.replace(_size(prompt))
         record.took("prepare")
         record.prompt_tokens = prompt.tokens

@@ -124,7 +124,7 @@ class Preparation:
                 other requests occupy all threads.
         """
         contents = await self._contents(request, place)
-        threads = self._images if request.pictures else self._texts
+        threads = self._images if request.image_urls else self._texts
         loop = asyncio.get_running_loop()
 
         def begun() -> None:
@@ -134,7 +134,7 @@ class Preparation:
         work = _Work(lambda: loop.call_soon_threadsafe(begun))
         try:
             async with asyncio.timeout(_WAIT_SECONDS) as limit:
-                with self._turn(place) if request.pictures else contextlib.nullcontext() as turn:
+                with self._turn(place) if request.image_urls else contextlib.nullcontext() as turn:
                     if turn is not None:
                         await turn.given
                     return await loop.run_in_executor(threads, self._prepare, work, request, contents)
@@ -153,9 +153,9 @@ class Preparation:
 
     async def _contents(self, request: ChatRequest, place: Place) -> list[bytes]:
         loop = asyncio.get_running_loop()
-        remote = {index: picture for index, picture in enumerate(request.pictures) if is_remote(picture)}
-        for picture in remote.values():
-            self.fetcher.check(picture)
+        remote = {index: image_url for index, image_url in enumerate(request.image_urls) if is_remote(image_url)}
+        for image_url in remote.values():
+            self.fetcher.check(image_url)
         budget = _Held(self.settings.max_body_bytes, place)
         tasks = [loop.run_in_executor(self._fetching, self.fetcher.fetch, one, budget) for one in remote.values()]
         # Two rounds: there may be as many others before it in the executor.
@@ -169,7 +169,7 @@ class Preparation:
                 "The images could not be downloaded in time.",
                 code="invalid_image_url",
             ) from error
-        return [fetched.get(index, b"") for index in range(len(request.pictures))]
+        return [fetched.get(index, b"") for index in range(len(request.image_urls))]
 
     def _prepare(self, work: _Work, request: ChatRequest, contents: list[bytes]) -> tuple[Prompt, int]:
         from jinja2 import TemplateError
@@ -177,8 +177,8 @@ class Preparation:
         work.begin()
         texts = [part["text"] for message in request.messages for part in message["content"] if "text" in part]
         self._check_texts(texts)
-        data = [content or data_of(picture) for picture, content in zip(request.pictures, contents, strict=True)]
-        images = iter(decode(request.pictures, data, self.settings, work.check))
+        data = [content or data_of(image_url) for image_url, content in zip(request.image_urls, contents, strict=True)]
+        images = iter(decode(request.image_urls, data, self.settings, work.check))
         conversation = [
             {
                 "role": message["role"],

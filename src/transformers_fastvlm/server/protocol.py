@@ -29,7 +29,7 @@ from .settings import Settings
 __all__ = [
     "FIELDS",
     "ChatRequest",
-    "Picture",
+    "ImageUrl",
     "check_model",
     "parse_chat",
     "parse_messages",
@@ -120,7 +120,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageUrl:
     """An image of a request: its URL, and the field that has it."""
 
     url: str
@@ -133,7 +133,7 @@ class ChatRequest:
 
     Attributes:
         messages: each a role ("system", "user" or "assistant") and a list of parts: {"type": "text", "text": …}, or
-            {"type": "image"} for the next of `pictures`.
+            {"type": "image"} for the next of `image_urls`.
         continues: whether the answer continues the last message, which is the assistant's and has one text.
         max_tokens: None if the request has no limit.
         temperature: 0 means greedy decoding.
@@ -142,7 +142,7 @@ class ChatRequest:
     """
 
     messages: list[dict[str, Any]]
-    pictures: tuple[Picture, ...]
+    image_urls: tuple[ImageUrl, ...]
     continues: bool
     stream: bool
     include_usage: bool = False
@@ -169,7 +169,7 @@ def parse_chat(body: Any, settings: Settings) -> ChatRequest:
         raise ApiError(400, f"The body is {shown(body)}; expected an object with model and messages.")
     refuse_others(body, FIELDS)
     check_model(body, settings)
-    messages, pictures = parse_messages(take(body, "messages", list), settings)
+    messages, image_urls = parse_messages(take(body, "messages", list), settings)
     stream = bool(take(body, "stream", bool))
     options = take(body, "stream_options", dict)
     if options is not None and not stream:
@@ -177,7 +177,7 @@ def parse_chat(body: Any, settings: Settings) -> ChatRequest:
     refuse_others(options or {}, _STREAM_OPTIONS, "stream_options.")
     return ChatRequest(
         messages=messages,
-        pictures=pictures,
+        image_urls=image_urls,
         continues=_continues(body, messages),
         stream=stream,
         include_usage=bool(take(options or {}, "include_usage", bool, "stream_options.")),
@@ -319,11 +319,11 @@ def schema_of(given: Mapping[str, Any], prefix: str, body: Mapping[str, Any]) ->
 
 def parse_messages(
     messages: list[Any] | None, settings: Settings, name: str = "messages"
-) -> tuple[list[dict[str, Any]], tuple[Picture, ...]]:
+) -> tuple[list[dict[str, Any]], tuple[ImageUrl, ...]]:
     """Check the messages of a request; `name` is the field that has them.
 
     Returns:
-        `ChatRequest.messages` and `ChatRequest.pictures`.
+        `ChatRequest.messages` and `ChatRequest.image_urls`.
     """
     if not messages:
         raise missing(name)
@@ -333,22 +333,22 @@ def parse_messages(
     parts = sum(len(content) for content in contents if isinstance(content, list))
     if parts > MAX_PARTS:
         raise _too_many(parts, "parts", MAX_PARTS)
-    pictures: list[Picture] = []
-    checked = [_message(message, f"{name}[{index}]", pictures) for index, message in enumerate(messages)]
+    image_urls: list[ImageUrl] = []
+    checked = [_message(message, f"{name}[{index}]", image_urls) for index, message in enumerate(messages)]
     if checked[-1]["role"] == "system":
         message = "The last message has role system; expected a user's to answer, or an assistant's to continue."
         raise ApiError(400, message, param=f"{name}[{len(checked) - 1}]")
     if checked[-1]["role"] == "assistant":
         text = "".join(part["text"] for part in checked[-1]["content"])
         checked[-1]["content"] = [{"type": "text", "text": text}]
-    if len(pictures) > settings.max_images:
+    if len(image_urls) > settings.max_images:
         raise ApiError(
             400,
-            f"The messages have {len(pictures)} images; this server accepts {settings.max_images} per request.",
+            f"The messages have {len(image_urls)} images; this server accepts {settings.max_images} per request.",
             param="messages",
             code="too_many_images",
         )
-    return checked, tuple(pictures)
+    return checked, tuple(image_urls)
 
 
 def _too_many(number: int, what: str, limit: int) -> ApiError:
@@ -356,7 +356,7 @@ def _too_many(number: int, what: str, limit: int) -> ApiError:
     return ApiError(400, message, param="messages", code=f"too_many_{what}")
 
 
-def _message(message: Any, where: str, pictures: list[Picture]) -> dict[str, Any]:
+def _message(message: Any, where: str, image_urls: list[ImageUrl]) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise wrong(where, message, "an object with role and content")
     role = message.get("role")
@@ -369,14 +369,14 @@ def _message(message: Any, where: str, pictures: list[Picture]) -> dict[str, Any
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not parts:
         raise wrong(f"{where}.content", content, "a text, or a list of parts")
-    before = len(pictures)
-    checked = [_part(part, f"{where}.content[{index}]", pictures) for index, part in enumerate(parts)]
-    if len(pictures) > before and role != "user":
+    before = len(image_urls)
+    checked = [_part(part, f"{where}.content[{index}]", image_urls) for index, part in enumerate(parts)]
+    if len(image_urls) > before and role != "user":
         raise ApiError(400, f"{where} has role {role} and an image; put images into user messages.", param=where)
     return {"role": _ROLES[role], "content": checked}
 
 
-def _part(part: Any, where: str, pictures: list[Picture]) -> dict[str, Any]:
+def _part(part: Any, where: str, image_urls: list[ImageUrl]) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "image_url"):
         found = part if kind is None else kind
@@ -398,5 +398,5 @@ def _part(part: Any, where: str, pictures: list[Picture]) -> dict[str, Any]:
     url = take(image, "url", str, f"{where}.image_url.")
     if url is None:
         raise missing(f"{where}.image_url.url")
-    pictures.append(Picture(url, f"{where}.image_url.url"))
+    image_urls.append(ImageUrl(url, f"{where}.image_url.url"))
     return {"type": "image"}

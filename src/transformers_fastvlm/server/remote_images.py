@@ -5,7 +5,7 @@ import ipaddress
 from collections.abc import Callable
 
 from ..images.fetching import Address, Budget, FetchError, TooManyBytesError, fetch, parse_address
-from .protocol import Picture
+from .protocol import ImageUrl
 from .request_images import refused
 from .settings import image_host
 
@@ -50,43 +50,43 @@ class Fetcher:
         self.hosts = {image_host(host) for host in hosts}
         self.timeout, self.is_allowed = timeout, is_allowed
 
-    def check(self, picture: Picture) -> None:
+    def check(self, image_url: ImageUrl) -> None:
         """Raise ApiError unless the address is well formed and its host is allowed; without a DNS lookup."""
-        self._address(picture)
+        self._address(image_url)
 
-    def fetch(self, picture: Picture, budget: Budget) -> bytes:
+    def fetch(self, image_url: ImageUrl, budget: Budget) -> bytes:
         """Return the bytes at an image's address; blocks.
 
         Raises:
             ApiError: 400, the host is not allowed, is not public, does not answer in time, answers with a status other
                 than 200, or sends more bytes than are left of `budget`.
         """
-        host = self._address(picture).host
+        host = self._address(image_url).host
         try:
-            content = fetch(picture.url, self.timeout, budget, self.is_allowed)
+            content = fetch(image_url.url, self.timeout, budget, self.is_allowed)
         except TooManyBytesError as error:
             message = f"the downloaded images have more than {budget.size} bytes together."
-            raise refused(picture, message, "image_too_large") from error
+            raise refused(image_url, message, "image_too_large") from error
         except FetchError as error:
             message = f"the image could not be downloaded from {host}: {error}."
-            raise refused(picture, message, "invalid_image_url") from error
+            raise refused(image_url, message, "invalid_image_url") from error
         if not content:
-            raise refused(picture, "the image is empty (0 bytes).")
+            raise refused(image_url, "the image is empty (0 bytes).")
         return content
 
-    def _address(self, picture: Picture) -> Address:
-        url = picture.url
+    def _address(self, image_url: ImageUrl) -> Address:
+        url = image_url.url
         if len(url) > _MAX_ADDRESS or not url.isascii() or any(character <= " " for character in url):
             message = f"the address is longer than {_MAX_ADDRESS} characters or is not printable ASCII."
-            raise refused(picture, message, "invalid_image_url")
+            raise refused(image_url, message, "invalid_image_url")
         try:
             address = parse_address(url)
         except ValueError as error:
-            raise refused(picture, f"the address is not valid: {error}.", "invalid_image_url") from error
+            raise refused(image_url, f"the address is not valid: {error}.", "invalid_image_url") from error
         host, port = address.host, address.port
         if not ((host, port) in self.hosts or ((host, None) in self.hosts and port in (80, 443))):
             raise refused(
-                picture,
+                image_url,
                 f"images are not downloaded from {host!r}, port {port}; send the image as data:image/...;base64,... "
                 "(the server's operator can allow hosts with --allow-image-host).",
                 "image_host_not_allowed",

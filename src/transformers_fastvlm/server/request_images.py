@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a request: from data: URLs or fetched bytes to pixels, within limits.
+"""Images of a request: from data: URLs or fetched bytes to pixels, within limits.
 
 Only what a browser shows is taken, and never a path: `file:` and bare names are refused.
 """
@@ -16,43 +16,43 @@ from ..images.decoding import load_stored, open_image
 from ..images.read_options import ReadOptions
 from ..images.reading import as_shown, pil_to_rgb
 from .api_errors import ApiError
-from .protocol import Picture
+from .protocol import ImageUrl
 
 __all__ = ["data_of", "decode", "is_remote"]
 
 
-def refused(picture: Picture, message: str, code: str = "invalid_image") -> ApiError:
+def refused(image_url: ImageUrl, message: str, code: str = "invalid_image") -> ApiError:
     """Return the error for an image that cannot be used."""
-    return ApiError(400, f"{picture.param}: {message}", param=picture.param, code=code)
+    return ApiError(400, f"{image_url.param}: {message}", param=image_url.param, code=code)
 
 
-def is_remote(picture: Picture) -> bool:
+def is_remote(image_url: ImageUrl) -> bool:
     """Return whether an image has an http(s) address."""
-    return picture.url[:8].lower().startswith(("http://", "https://"))
+    return image_url.url[:8].lower().startswith(("http://", "https://"))
 
 
-def data_of(picture: Picture) -> bytes:
+def data_of(image_url: ImageUrl) -> bytes:
     """Return the bytes of an image in a data: URL.
 
     Raises:
         ApiError: another kind of URL, or not base64.
     """
-    if not is_data_url(picture.url):
-        shown = picture.url[:40] + "..." * (len(picture.url) > 40)
+    if not is_data_url(image_url.url):
+        shown = image_url.url[:40] + "..." * (len(image_url.url) > 40)
         raise refused(
-            picture, f"{shown!r} is not a URL of an image; expected data:image/...;base64,... Files are never read."
+            image_url, f"{shown!r} is not a URL of an image; expected data:image/...;base64,... Files are never read."
         )
     try:
-        data = from_base64(picture.url)
+        data = from_base64(image_url.url)
     except ValueError as error:
-        raise refused(picture, f"the base64 of the image is broken: {error}.") from error
+        raise refused(image_url, f"the base64 of the image is broken: {error}.") from error
     if not data:
-        raise refused(picture, "the image is empty (0 bytes).")
+        raise refused(image_url, "the image is empty (0 bytes).")
     return data
 
 
 def decode(
-    pictures: Sequence[Picture],
+    image_urls: Sequence[ImageUrl],
     contents: Sequence[bytes],
     options: ReadOptions,
     check: Callable[[], None],
@@ -60,14 +60,16 @@ def decode(
     """Return the decoded images of a request.
 
     Args:
-        pictures, contents: the origin and the bytes of each image.
+        image_urls, contents: the origin and the bytes of each image.
         options: options for reading. `max_pixels` limits all images together, and is checked before any is decoded.
         check: called before each image is decoded; raises if the work should end.
 
     Raises:
         ApiError: not an image, damaged, animated, or too many pixels.
     """
-    opened = [_open(picture, content, options.max_pixels) for picture, content in zip(pictures, contents, strict=True)]
+    opened = [
+        _open(image_url, content, options.max_pixels) for image_url, content in zip(image_urls, contents, strict=True)
+    ]
     pixels = sum(image.width * image.height for image in opened)
     if options.max_pixels is not None and pixels > options.max_pixels:
         sizes = ", ".join(f"{image.width}x{image.height}" for image in opened)
@@ -79,26 +81,26 @@ def decode(
             code="image_too_large",
         )
     loaded = []
-    for picture, image in zip(pictures, opened, strict=True):
+    for image_url, image in zip(image_urls, opened, strict=True):
         check()
-        loaded.append(_load(picture, image, options))
+        loaded.append(_load(image_url, image, options))
     return loaded
 
 
-def _open(picture: Picture, content: bytes, max_pixels: int | None) -> Image.Image:
+def _open(image_url: ImageUrl, content: bytes, max_pixels: int | None) -> Image.Image:
     try:
         return open_image(io.BytesIO(content), "the image", max_pixels)
     except TooManyPixels as error:
         message = f"the image has too many pixels; this server accepts {max_pixels} per request. Shrink it."
-        raise refused(picture, message, "image_too_large") from error
+        raise refused(image_url, message, "image_too_large") from error
     except ValueError as error:
-        raise refused(picture, str(error)) from error
+        raise refused(image_url, str(error)) from error
 
 
-def _load(picture: Picture, image: Image.Image, options: ReadOptions) -> Image.Image:
+def _load(image_url: ImageUrl, image: Image.Image, options: ReadOptions) -> Image.Image:
     try:
         with image:
             # Copy only the pixels: an opened image would also keep its file in memory.
             return pil_to_rgb(as_shown(load_stored(image, "the image", options.max_pixels), options))
     except ValueError as error:
-        raise refused(picture, str(error)) from error
+        raise refused(image_url, str(error)) from error

@@ -81,7 +81,7 @@ def parse_response(body: Any, settings: Settings) -> ChatRequest:
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     items = take({"input": given}, "input", list) or []
-    messages, pictures = parse_messages([_message(*pair) for pair in enumerate(items)], settings, "input")
+    messages, image_urls = parse_messages([_message(*pair) for pair in enumerate(items)], settings, "input")
     if (instructions := take(body, "instructions", str)) is not None:
         first = parse_messages([{"role": "system", "content": instructions}, *_QUESTION], settings, "instructions")
         messages = [first[0][0], *messages]
@@ -89,7 +89,7 @@ def parse_response(body: Any, settings: Settings) -> ChatRequest:
     refuse_others(text, {"format": TAKEN, "verbosity": IGNORED}, "text.")
     return ChatRequest(
         messages=messages,
-        pictures=pictures,
+        image_urls=image_urls,
         continues=messages[-1]["role"] == "assistant",
         stream=bool(take(body, "stream", bool)),
         max_tokens=whole(body, "max_output_tokens", 1, settings.max_answer_tokens),

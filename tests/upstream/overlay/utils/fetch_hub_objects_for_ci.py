@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for Transformers' downloader of test pictures: the golden pictures serve for all of them."""
+"""Stands in for Transformers' downloader of test images: the golden images serve for all of them."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ IMAGES = Path(__file__).resolve().parents[1] / "fixtures" / "images"
 
 
 def url_to_local_path(url: str) -> str:
-    """Return the path of a local picture for the address of one; addresses of sound and video are returned as is."""
+    """Return the path of a local image for the address of one; addresses of sound and video are returned as is."""
     if url.endswith((".jpg", ".png")):
         return str(IMAGES / ("wide_rgb.png" if url.endswith("000000039769.jpg") else "square_rgb.png"))
     return url

@@ -42,7 +42,7 @@ class ImageTextToTextPipelineTests:
             assert answer[0]["input_text"] == conversation
             assert answer[0]["generated_text"][-1]["role"] == "assistant"
             alone.append(answer[0]["generated_text"])
-        # Pipelines do not put rows with and without pictures into one batch.
+        # Pipelines do not put rows with and without images into one batch.
         answers = pipe(chats[:2], generate_kwargs=greedy, batch_size=2)
         together = [answer[0]["generated_text"] for answer in answers]
         assert len(together) == 2

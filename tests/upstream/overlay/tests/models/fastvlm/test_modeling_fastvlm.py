@@ -90,7 +90,7 @@ class FastVLMModelTests(ModelTests):
             # Random ids stand for plain text here, so none of them may be the placeholder.
             self.model_tester.image_token_id = self.model_tester.vocab_size
         if "eager_matches_sdpa" in self._testMethodName:
-            # A smaller batch would be filled up with rows that have a picture but no placeholder.
+            # A smaller batch would be filled up with rows that have an image but no placeholder.
             self.model_tester.batch_size = 7
 
     def test_config(self) -> None:
@@ -164,7 +164,7 @@ class FastVLMModelTests(ModelTests):
                     assert bool((attention[:, :, outside] == 0).all()) is sliding
 
     def test_mismatching_num_image_tokens(self) -> None:
-        """Counts of pictures and placeholders that differ are an error; as in upstream's tests of such models."""
+        """Counts of images and placeholders that differ are an error; as in upstream's tests of such models."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         for model_class in self.all_model_classes:
             model = model_class(config).to(torch_device).eval()

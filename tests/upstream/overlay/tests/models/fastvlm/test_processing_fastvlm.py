@@ -14,7 +14,7 @@ from ...test_processing_common import ProcessorTesterMixin
 from .tiny import image_processor, leave_out, tokenizer
 
 
-# FastVLM takes pictures and text; a video is given as pictures, and there is no sound.
+# FastVLM takes images and text; a video is given as images, and there is no sound.
 @leave_out("test_*audio*", "test_*feature_extractor*", "test_*video*")
 class FastVLMProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     processor_class = FastVLMProcessor
