@@ -114,6 +114,9 @@ test-export: .venvs/export/installed tests/export/javascript/node_modules/instal
 
 LLAMACPP := tests/llamacpp tests/export/test_export_frame.py
 
+.PHONY: llamacpp
+llamacpp: .venvs/llamacpp/installed ## make .venvs/llamacpp: llama.cpp, built once in about ten minutes, and this checkout
+
 .PHONY: test-llamacpp
 test-llamacpp: .venvs/llamacpp/installed ## export to GGUF and answer by llama.cpp; builds it once, about ten minutes
 	.venvs/llamacpp/bin/python -m pytest $(LLAMACPP) $(PYTEST_ARGS)
