@@ -5,8 +5,10 @@ import atexit
 import functools
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from transformers_fastvlm.engines.llama_library import LlamaModel, library
 from transformers_fastvlm.export import Export, export
 
 PRECISIONS = ("q8_0", "float32", "float16", "q4_0", "q4_k_m")
@@ -18,3 +20,16 @@ def tiny_export() -> Export:
     folder = tempfile.mkdtemp(prefix="fastvlm-gguf-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return export("gguf", "tiny", Path(folder) / "tiny", precision=PRECISIONS)
+
+
+def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of texts by the vocabulary in a GGUF file; special tokens are recognized, none is added."""
+    functions, model, found = library(), LlamaModel(path), []
+    vocabulary = functions.llama_model_get_vocab(model.pointer)
+    for text in texts:
+        encoded = text.encode()
+        ids = (functions.llama_token * (len(encoded) + 8))()
+        number = functions.llama_tokenize(vocabulary, encoded, len(encoded), ids, len(ids), False, True)
+        found.append(list(ids[:number]))
+    model.close()
+    return found

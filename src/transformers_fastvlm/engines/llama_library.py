@@ -17,7 +17,9 @@ import numpy as np
 
 from .._optional import needs
 
-__all__ = ["MAX_SEQUENCES", "LlamaContext", "LlamaError", "LlamaModel"]
+__all__ = ["INSTALL", "MAX_SEQUENCES", "LlamaContext", "LlamaError", "LlamaModel", "library", "quantize_file"]
+
+INSTALL = 'pip install "transformers-fastvlm[llamacpp]"'
 
 MAX_SEQUENCES = 256
 """Maximum sequences of a context, in the library."""
@@ -267,27 +269,50 @@ _errors: deque[str] = deque(maxlen=8)
 _loading = threading.Lock()
 
 
-def library() -> Any:
+def library(why: str = "The engine llamacpp") -> Any:
     """Return llama-cpp-python's C interface, ready for use; what the library logs is kept and not printed.
+
+    Args:
+        why: what needs it, as the subject of a sentence.
 
     Raises:
         ImportError: llama-cpp-python is not installed, or its library cannot be loaded.
     """
     with _loading:
-        return _library()
+        with needs("llama-cpp-python", why, INSTALL, module="llama_cpp"):
+            import llama_cpp.llama_cpp as loaded
+        return _ready(loaded)
 
 
 @functools.cache
-def _library() -> Any:
-    cure = 'pip install "transformers-fastvlm[llamacpp]"'
-    with needs("llama-cpp-python", "The engine llamacpp", cure, module="llama_cpp"):
-        import llama_cpp.llama_cpp as loaded
+def _ready(loaded: Any) -> Any:
     # After a failed assertion it would start a debugger for a backtrace. Python's own copy of the environment, which
     # subprocesses inherit, stays as it is.
     os.putenv("GGML_NO_BACKTRACE", "1")
     loaded.llama_log_set(_listener(loaded), ctypes.c_void_p(0))
     loaded.llama_backend_init()
     return loaded
+
+
+def quantize_file(source: Path, path: Path, file_type: int, threads: int) -> None:
+    """Write a GGUF file in another type with llama.cpp's own quantization.
+
+    Args:
+        source: a GGUF file in a floating-point type.
+        path: of the new file.
+        file_type: in `gguf.LlamaFileType`.
+        threads: number of threads.
+
+    Raises:
+        ImportError: llama-cpp-python is not installed.
+        LlamaError: llama.cpp does not write the file.
+    """
+    functions = library("Quantization by llama.cpp")
+    options = functions.llama_model_quantize_default_params()
+    options.ftype, options.nthread = file_type, threads
+    _errors.clear()
+    if functions.llama_model_quantize(os.fsencode(source), os.fsencode(path), ctypes.byref(options)):
+        raise LlamaError(f"llama.cpp cannot write {path}: {_said()}")
 
 
 @functools.cache

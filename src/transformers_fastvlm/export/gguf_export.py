@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .. import FastVLMProcessor
 from ..checkpoint_files import read_json
 from ..checkpoints.files import write_json
+from ..engines.llama_library import INSTALL, library, quantize_file
 from ..inference import fuse
 from ..storage.digests import file_digest
-from . import llamacpp_check
 from .export_source import Source
 from .gguf_files import OWN_KEYS, check_language_model, kind_of_dtype, write_gguf
+from .llamacpp_check import greedy, is_installed
 from .onnx_files import NOT_OF_THE_TOKENIZER
 from .onnx_graphs import save_graph, vision_graph
 from .reference import Reference, reference, relative_error
@@ -40,7 +42,7 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
     """Write the directory. See `targets` for the arguments."""
     for precision in options.precisions:
         if precision in _BY_LLAMACPP:
-            llamacpp_check.library(f"The precision {precision}")
+            library(f"The precision {precision}")
     check_language_model(source.config)
     size = options.sizes[0] if options.sizes else source.image_size
     model = source.model("auto")
@@ -59,7 +61,7 @@ def write(source: Source, out: Path, options: ExportOptions) -> Report:
     options.say("checking the encoder in onnxruntime")
     features = _image_features(out / VISION_ENCODER, expected.pixel_values.numpy())
     errors = {"float32: image features": relative_error(features, expected.features)}
-    if llamacpp_check.is_installed():
+    if is_installed():
         for precision in options.precisions:
             options.say(f"checking {precision} in llama.cpp")
             errors[f"{precision}: logits"] = _logits_error(out, precision, features, expected)
@@ -75,7 +77,7 @@ def _write_language_model(source: Source, model: Any, path: Path, precision: str
 
     original = path.with_suffix(".original")
     write_gguf(original, model, source, kind_of_dtype(model.lm_head.weight.dtype), own)
-    llamacpp_check.quantize_file(original, path, gguf.LlamaFileType[_BY_LLAMACPP[precision]])
+    quantize_file(original, path, gguf.LlamaFileType[_BY_LLAMACPP[precision]], torch.get_num_threads())
     original.unlink()
 
 
@@ -137,7 +139,7 @@ def _logits_error(out: Path, precision: str, features: np.ndarray, expected: Ref
     place = expected.prompt.index(expected.image_token_id)
     parts = [expected.prompt[:place], features[0], expected.prompt[place + 1 :]]
     path = out / LANGUAGE_MODEL.format(precision)
-    logits, answer = llamacpp_check.greedy(path, parts, len(expected.answer))
+    logits, answer = greedy(path, parts, len(expected.answer))
     error = relative_error(logits, expected.logits[-1])
     exact = precision != "float32" or (error <= LARGEST_FLOAT32_ERROR and answer == expected.answer)
     if not np.isfinite(error) or not exact:
@@ -151,11 +153,11 @@ def _logits_error(out: Path, precision: str, features: np.ndarray, expected: Ref
 def _report(source: Source, options: ExportOptions, errors: dict[str, float]) -> Report:
     checked = f"onnxruntime {importlib.metadata.version('onnxruntime')}"
     notes: tuple[str, ...] = ()
-    if llamacpp_check.is_installed():
+    if is_installed():
         checked = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')} and {checked} on the CPU"
     else:
         checked += " on the CPU (the encoder only: llama-cpp-python is not installed)"
-        notes = (f"The language model was not run. With {llamacpp_check.INSTALL} the export checks it.",)
+        notes = (f"The language model was not run. With {INSTALL} the export checks it.",)
     return Report(
         checked_in=checked,
         errors=errors,
