@@ -58,8 +58,8 @@ def test_a_cut_answer_is_a_failure(run, form: Path) -> None:
         (("--choices", "a,b", "--regex", "a"), "--choices and --regex cannot be combined"),
         (("--choices", "a,,b"), "--choices: a choice is ''"),
         (("--regex", ""), "--regex: the regular expression is empty"),
-        (("--regex", "("), "the regular expression cannot be held"),
-        (("--regex", "a", "--num-beams", "2"), "beam search follows no schema"),
+        (("--regex", "("), "the regular expression is not supported"),
+        (("--regex", "a", "--num-beams", "2"), "beam search does not support schema"),
     ],
 )
 def test_refuses(fails, words: tuple[str, ...], said: str) -> None:

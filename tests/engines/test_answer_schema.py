@@ -41,8 +41,8 @@ def engine():
         (lambda: Schema.choices(["a", "b", "a"]), "'a' is given twice"),
         (lambda: Sampling(schema={"type": "object"}), r"schema is a dict; expected Schema\.json"),  # type: ignore[arg-type]
         (lambda: Sampling(schema=Schema.json_object(), stop=("}",)), "stop and schema"),
-        (lambda: Sampling(num_beams=2, schema=Schema.json_object()), "beam search follows no schema"),
-        (lambda: Sampling(num_beams=2, logprobs=1), "beam search follows no schema"),
+        (lambda: Sampling(num_beams=2, schema=Schema.json_object()), "beam search does not support schema"),
+        (lambda: Sampling(num_beams=2, logprobs=1), "beam search does not support schema"),
         (lambda: Sampling(presence_penalty=2.5), "presence_penalty is 2.5; expected a number from -2 to 2"),
         (lambda: Sampling(frequency_penalty=float("nan")), "frequency_penalty is nan"),
         (lambda: Sampling(logprobs=21), "logprobs is 21; expected a whole number from 0 to 20"),

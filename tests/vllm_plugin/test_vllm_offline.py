@@ -190,7 +190,7 @@ def test_answers_follow_a_schema(engine: Any, name: str) -> None:
 def test_a_schema_that_is_cut_or_cannot_be_held(engine: Any) -> None:
     (answer,) = engine.generate([asked("Hi")], Sampling(max_new_tokens=3, schema=Schema.regex("[0-9]{9}")))
     assert answer.finish_reason == "length"
-    with pytest.raises(ValueError, match="JSON schema cannot be held: Unimplemented keys"):
+    with pytest.raises(ValueError, match="JSON schema is not supported: Unimplemented keys"):
         engine.generate([asked("Hi")], Sampling(schema=Schema.json({"not": {}})))
 
 

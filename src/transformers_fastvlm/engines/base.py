@@ -130,7 +130,7 @@ class Sampling:
     def _check_schema(self) -> None:
         if self.num_beams > 1 and self.changes_scores:
             raise ValueError(
-                "beam search follows no schema, and has no logit_bias, penalties or logprobs; leave num_beams at 1."
+                "beam search does not support schema, logit_bias, penalties or logprobs; leave num_beams at 1."
             )
         if self.schema is None:
             return

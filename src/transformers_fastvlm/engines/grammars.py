@@ -53,7 +53,7 @@ class Grammars:
         """Return a matcher at the beginning of an answer.
 
         Raises:
-            ValueError: the schema cannot be held, and why.
+            ValueError: the schema is not supported, and why.
         """
         return Matcher(self._compiled(schema).deep_copy(), self._texts, self._end_bits)
 
@@ -72,7 +72,7 @@ class Grammars:
             Matcher(compiled, self._texts, self._end_bits).allowed()
         except ValueError as error:
             name = {"json": "JSON schema", "regex": "regular expression", "choices": "list of choices"}[schema.kind]
-            raise ValueError(f"the {name} cannot be held: {error}") from error
+            raise ValueError(f"the {name} is not supported: {error}") from error
         compiled.reset()
         return compiled
 

@@ -192,7 +192,7 @@ def _ids(processor: Any, conversation: Conversation, literal: "LiteralTexts | No
         conversation, add_generation_prompt=not continues, continue_final_message=continues, tokenize=False
     )
     if not is_utf8(text):
-        raise ValueError("the text has bytes that are not UTF-8. Decode it with its own encoding.")
+        raise ValueError("the text has bytes that are not UTF-8. Decode the bytes with their encoding first.")
     tokenizer = processor.tokenizer
     # The template may already write the token that the tokenizer would add at the start.
     bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)

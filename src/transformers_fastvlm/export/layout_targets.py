@@ -114,7 +114,7 @@ def _native_errors(directory: Path, expected: Reference) -> dict[str, float]:
     }
     answer = model.generate(**inputs, do_sample=False, temperature=None, max_new_tokens=len(expected.answer))
     if tuple(answer[0, len(expected.input_ids) :].tolist()) != expected.answer:
-        raise ValueError(f"Transformers' fast_vlm gives another answer than this package; relative errors {errors}.")
+        raise ValueError(f"Transformers' fast_vlm answers differently from this package; relative errors {errors}.")
     return errors
 
 
