@@ -263,14 +263,16 @@ def table(record: dict[str, Any]) -> str:
         for part in ("accuracy", "speed")
     }
     columns = ("runtime", "precision", "right answers", "same captions", "first token", "tokens/s", "memory", "files")
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    rows = [columns]
     for runtime in RUNTIMES:
         for precision in runtime.precisions:
             name = (runtime.engine, precision)
             answered, timed = (parts[part].get(name, {}) for part in ("accuracy", "speed"))
             if answered or timed:
-                cells = [*name, *_accuracy_cells(answered), *_speed_cells(timed)]
-                lines.append("| " + " | ".join(cells) + " |")
+                rows.append((*name, *_accuracy_cells(answered), *_speed_cells(timed)))
+    measured = [index for index in range(len(columns)) if any(row[index] for row in rows[1:])]
+    lines = ["| " + " | ".join(row[index] for index in measured) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(measured))
     return "\n".join(lines) + "\n\n" + "\n".join(_explained(record)) + "\n"
 
 
