@@ -119,6 +119,7 @@ llamacpp: .venvs/llamacpp/installed ## make .venvs/llamacpp: llama.cpp, built on
 
 .PHONY: test-llamacpp
 test-llamacpp: .venvs/llamacpp/installed ## export to GGUF and answer by llama.cpp; builds it once, about ten minutes
+	.venvs/llamacpp/bin/python tests/extras/use_llamacpp.py
 	.venvs/llamacpp/bin/python -m pytest $(LLAMACPP) $(PYTEST_ARGS)
 
 HARNESS_VLLM := tests/evaluation/test_harness_vllm.py
