@@ -169,7 +169,8 @@ def main() -> None:
         progress=print,
     )
     record: dict[str, Any] = {
-        **_results.settings(options),
+        **_results.settings(options, "seconds"),
+        "arrival_seconds": options.seconds,
         "tokens": tokens,
         "tokens_per_second": {name: round(tokens / median(times[name].wall), 1) for name in ("padded", "continuous")},
         "seconds": {name: one.spread() for name, one in times.items()},
