@@ -167,7 +167,7 @@ class FastVLMImageProcessorMixin:
             return image_url_or_urls
         raise TypeError(
             f"an image is {type(image_url_or_urls).__name__}; expected a Pillow image, a numpy array, a torch tensor, "
-            "a path, an http(s) address, base64 text, or a list of these."
+            "a path, an http(s) URL, base64 text, or a list of these."
         )
 
     def _prepare_images_structure(

@@ -101,7 +101,7 @@ class Page:
         self._page = page
 
     def start(self, host: str = "127.0.0.1", port: int | None = None) -> str:
-        """Start the server and return the page's address.
+        """Start the server and return the page's URL.
 
         Args:
             host: address to listen on; "0.0.0.0" lets everyone in who reaches this machine.
@@ -112,7 +112,7 @@ class Page:
         """
         import gradio as gr
 
-        _, address, _ = self._page.launch(
+        _, url, _ = self._page.launch(
             server_name=host,
             server_port=port,
             prevent_thread_lock=True,
@@ -130,7 +130,7 @@ class Page:
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css_paths=Path(__file__).with_name("page.css"),
         )
-        return str(address)
+        return str(url)
 
     def close(self) -> None:
         """Stop the server and all answers, and remove all uploads."""
@@ -153,14 +153,14 @@ class Page:
 def _blocks_class() -> Any:
     """Return Gradio's container of a page, changed so that it never downloads files that a request names.
 
-    Gradio would download a file from an address in a (forged) request.
+    Gradio would download a file from a URL in a (forged) request.
     """
     import gradio as gr
 
     class Blocks(gr.Blocks):
         async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
             if any("://" in path for path in _paths(inputs)):
-                raise gr.Error("Upload images; addresses are not downloaded.", print_exception=False)
+                raise gr.Error("Upload images; URLs are not downloaded.", print_exception=False)
             return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
     return Blocks

@@ -42,7 +42,7 @@ MAX_SEED = 2**64 - 1
 Conversation = list[dict[str, Any]]
 
 FinishReason = Literal["stop", "length", "cancelled"]
-"""Why an answer ended: end token or stop text, maximum length, or cancellation."""
+"""Why an answer ended: end token or stop string, maximum length, or cancellation."""
 
 
 class PromptTooLong(ValueError):
@@ -71,7 +71,7 @@ class Sampling:
         top_p: sample from the most probable tokens with this total probability, in (0, 1].
         seed: makes sampling repeatable on the same machine with the same versions; from 0 to 2**64 - 1. None: new
             random numbers each time. The caller's random state is neither used nor changed.
-        stop: texts at which an answer ends; they are not part of it.
+        stop: stop strings; they are not part of the answer.
         num_beams: beams of beam search; above 1 only for the engine transformers.
         schema: form that the answer must have; None for free text. An answer with finish reason "length" may end
             before it is whole.
@@ -140,7 +140,7 @@ class Sampling:
                 "Schema.choices(...)."
             )
         if self.stop:
-            raise ValueError("stop and schema are both given, and a stop text could cut the answer; leave stop out.")
+            raise ValueError("stop and schema are both given, and a stop string could cut the answer; leave stop out.")
 
     @property
     def changes_scores(self) -> bool:
@@ -201,7 +201,7 @@ class Answer:
     """One answer. Two answers are equal if text, finish reason and token counts are equal.
 
     Attributes:
-        text: without special tokens, stop text and surrounding white space.
+        text: without special tokens, stop string and surrounding white space.
         finish_reason: "stop", "length" (it was cut off) or "cancelled".
         prompt_tokens: tokens of the prompt, images included.
         completion_tokens: tokens of the answer, including the end token.

@@ -54,9 +54,9 @@ _MARKUP = (
     (
         b"<!doctype html",
         "a web page (HTML)",
-        "Name the address of the image itself.",
+        "Use the URL of the image itself.",
     ),
-    (b"<html", "a web page (HTML)", "Name the address of the image itself."),
+    (b"<html", "a web page (HTML)", "Use the URL of the image itself."),
     (b"<?xml", "an XML document", "Name an image."),
 )
 

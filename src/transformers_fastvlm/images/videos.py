@@ -217,11 +217,11 @@ def spread_frames(video: str | os.PathLike[str], count: int) -> "list[Image]":
     """Return `count` frames of a video, or all if it has fewer, spread evenly from the first to the last.
 
     Args:
-        video: a file, or an http(s) address, which is fetched within the bounds of images.
+        video: a file, or an http(s) URL, which is fetched within the bounds of images.
 
     Raises:
         ImportError: PyAV is not installed.
-        ConnectionError: the address cannot be downloaded.
+        ConnectionError: the URL cannot be downloaded.
         ValueError: the file is missing, not a video, damaged or too large; the message names it.
     """
     name = os.fspath(video)

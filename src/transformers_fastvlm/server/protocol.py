@@ -305,7 +305,7 @@ def schema_of(given: Mapping[str, Any], prefix: str, body: Mapping[str, Any]) ->
     if kind == "text":
         return None
     if _stops(body):
-        message = "stop and a form of the answer are both given, and a stop text could cut the JSON; leave stop out."
+        message = "stop and a form of the answer are both given, and a stop string could cut the JSON; leave stop out."
         raise ApiError(400, message, param="stop")
     if kind == "json_object":
         return Schema.json_object()

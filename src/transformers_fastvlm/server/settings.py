@@ -69,7 +69,7 @@ class Settings(ReadOptions):
         open_metrics: whether /metrics needs no key.
 
     Raises:
-        ValueError: a number below 1 (`queue`: below 0), an empty name or key, or an address instead of a host.
+        ValueError: a number below 1 (`queue`: below 0), an empty name or key, or a URL instead of a host.
     """
 
     name: str
