@@ -102,8 +102,7 @@ def download(url: str, kind: str) -> bytes:
         content = fetch(url, DOWNLOAD_SECONDS, Budget(MAX_DOWNLOAD_BYTES), redirects=_REDIRECTS)
     except FetchError as error:
         raise ConnectionError(
-            f"could not download the {kind} {url}: {error}. Check the URL and the network, or pass a local "
-            "file."
+            f"could not download the {kind} {url}: {error}. Check the URL and the network, or pass a local file."
         ) from error
     except TooManyBytesError as error:
         raise ValueError(
