@@ -22,7 +22,7 @@ class EngineRunner:
     """An engine and the means to measure it.
 
     Args:
-        request: "engine" (the fields of an `EngineCase`), "threads", "new_tokens" and "picture" (a file's path).
+        request: "engine" (the fields of an `EngineCase`), "threads", "new_tokens" and "image" (a file's path).
 
     Attributes:
         facts: device, precision and image size of the engine, and the seconds of importing and loading.
@@ -47,7 +47,7 @@ class EngineRunner:
         loaded = time.perf_counter()
         self._folder = tempfile.TemporaryDirectory()
         atexit.register(self.close)
-        self._picture, self._runs = request["picture"], 0
+        self._image_file, self._runs = request["image"], 0
         self._peak_bytes = peak_bytes
         on_gpu = self.engine.device.startswith(("cuda", "mps"))  # others are names of the runtime's own
         self._device = torch.device(self.engine.device if on_gpu else "cpu")
@@ -110,7 +110,7 @@ class EngineRunner:
         from ..images.reading import read_file
 
         self._runs += 1
-        image = read_file(self._picture, f"the image file {self._picture!r}").convert("RGB")
+        image = read_file(self._image_file, f"the image file {self._image_file!r}").convert("RGB")
         colour = tuple(self._runs * step % 256 for step in (37, 91, 151))
         ImageDraw.Draw(image).rectangle((0, 0, image.width // _CORNER, image.height // _CORNER), fill=colour)
         path = Path(self._folder.name) / "image.jpg"

@@ -35,15 +35,15 @@ def run_engines(options: EngineOptions, progress: Progress = lambda done, total,
     """
     done, total = itertools.count(), len(options.cases) + options.warmup + options.repetitions
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        picture = options.image
-        if picture is None:
-            picture = str(Path(folder) / "photo.jpg")
-            Path(picture).write_bytes(photo_jpeg(PHOTO_SIDE, PHOTO_SIDE))
+        image_file = options.image
+        if image_file is None:
+            image_file = str(Path(folder) / "photo.jpg")
+            Path(image_file).write_bytes(photo_jpeg(PHOTO_SIDE, PHOTO_SIDE))
         workers = []
         for case in options.cases:
             progress(next(done), total, f"loading {case.name}")
             worker = stack.enter_context(WorkerProcess(case.name, options.threads))
-            worker.facts = worker.ask(engine_request(case, options.threads, options.new_tokens, picture))
+            worker.facts = worker.ask(engine_request(case, options.threads, options.new_tokens, image_file))
             workers.append(worker)
         runs = run_in_turns(
             workers, options.warmup, options.repetitions, lambda line: progress(next(done), total, line)
@@ -63,9 +63,9 @@ def run_engines(options: EngineOptions, progress: Progress = lambda done, total,
     }
 
 
-def engine_request(case: EngineCase, threads: int, new_tokens: int, picture: str) -> dict[str, Any]:
+def engine_request(case: EngineCase, threads: int, new_tokens: int, image_file: str) -> dict[str, Any]:
     """Return the first request to the process of an engine."""
-    return {"engine": asdict(case), "threads": threads, "new_tokens": new_tokens, "picture": picture}
+    return {"engine": asdict(case), "threads": threads, "new_tokens": new_tokens, "image": image_file}
 
 
 def engine_result(
