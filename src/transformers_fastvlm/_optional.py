@@ -55,7 +55,7 @@ def needs(package: str, why: str, cure: str, *, module: str | None = None) -> It
         blamed = "" if other == module else f" beside {with_version(other)}"
         raise ImportError(
             f"{why} needs {package}, and {with_version(module)} cannot be imported{blamed}: {error}. "
-            f"Versions that go together: {cure}",
+            f"Install compatible versions: {cure}",
             name=module,
         ) from error
 

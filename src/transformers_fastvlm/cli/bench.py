@@ -93,7 +93,9 @@ def bench(
         given = {"--against": names, "--size": size, "--dtype": dtype != "auto", "--batch-size": batch_size != "1"}
         given |= {"--prompt-tokens": prompt_tokens != 20, "--image-backend": image_backend != "pil"}
         given |= {"--attn-implementation": attn_implementation, "--compile": compile, "--fuse": fuse}
-        _leave_out("--engine asks engines as they are", given | {"--encoders": encoders, "--plots": plots})
+        _leave_out(
+            "--engine measures engines with their own settings", given | {"--encoders": encoders, "--plots": plots}
+        )
     if encoders:
         given = {"MODEL": bool(models), "--against": names, "--size": size, "--image": image}
         given["--attn-implementation"] = attn_implementation

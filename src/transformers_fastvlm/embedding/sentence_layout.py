@@ -32,12 +32,12 @@ def save_for_sentence_transformers(embedder: Embedder, directory: str | os.PathL
         The directory.
 
     Raises:
-        ValueError: the pooling is "encoder", which sentence-transformers has not.
+        ValueError: the pooling is "encoder", which sentence-transformers does not support.
         FileExistsError: the directory exists and is not empty.
     """
     if embedder.pooling not in _MODES:
         raise ValueError(
-            f"pooling is {embedder.pooling!r}, which sentence-transformers has not; expected one of "
+            f"pooling is {embedder.pooling!r}, which sentence-transformers does not support; expected one of "
             f"{', '.join(_MODES)}."
         )
     out = Path(directory)

@@ -56,8 +56,8 @@ class PromptTooLong(ValueError):
     def __init__(self, tokens: int, context: int) -> None:
         self.tokens, self.context = tokens, context
         super().__init__(
-            f"the conversation has {tokens} tokens and fills the model's context of {context}, with no room for an "
-            "answer. Shorten it, or use fewer or smaller images."
+            f"the conversation has {tokens} tokens and fills the model's context of {context}, which leaves none "
+            "for the answer. Shorten it, or use fewer or smaller images."
         )
 
 
@@ -110,7 +110,7 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; expected above 0 and up to 1.")
         if "" in self.stop:
             raise ValueError(
-                "stop has an empty text, which would end every answer; expected texts of one or more characters."
+                "stop has an empty string, which would end every answer; expected strings of one or more characters."
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:

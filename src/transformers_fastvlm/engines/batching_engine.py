@@ -29,7 +29,7 @@ class Rows(Protocol):
     """The running requests of a model, each a row that gets its next token in each step.
 
     Attributes:
-        tokens: number of tokens that the cache has room for.
+        tokens: capacity of the cache in tokens.
     """
 
     tokens: int

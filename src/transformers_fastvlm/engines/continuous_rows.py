@@ -36,7 +36,7 @@ class ContinuousRows:
         images: its images.
         config: generation configuration; gives the processors of scores that `Sampling` lacks.
         rows: maximum number of rows.
-        tokens: number of tokens that the cache has room for; halved as long as the device's memory is too small.
+        tokens: capacity of the cache in tokens; halved as long as the device's memory is too small.
 
     Attributes:
         tokens: as above.
@@ -102,7 +102,7 @@ class ContinuousRows:
         """
         _, processor = self._parts
         if not processor.prepare_next_batch():
-            raise RuntimeError(f"no row of {len(self._running)} fits into the cache of {self.tokens} tokens.")
+            raise RuntimeError(f"the cache of {self.tokens} tokens is full: none of {len(self._running)} rows fits.")
         states = processor.inputs_and_outputs.requests_in_batch
         for one in states:
             request = self._running[one.state.request_id].request
@@ -229,5 +229,5 @@ class _Choose(LogitsProcessor):
 
 def _chooser(request: Request) -> RowChooser:
     if request.chooser is None:
-        raise RuntimeError("a request has no chooser.")
+        raise RuntimeError("a request has no token chooser.")
     return request.chooser

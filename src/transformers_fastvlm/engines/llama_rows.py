@@ -79,10 +79,10 @@ class LlamaRows:
     have left. If the cache is full, the youngest row gives up its place, and is computed again when another leaves.
 
     Args:
-        open_context: opens a context with room for a number of tokens, for `rows` + `KEPT_SEQUENCES` sequences.
+        open_context: opens a context with a cache for a number of tokens, for `rows` + `KEPT_SEQUENCES` sequences.
         images: the model's images.
         rows: maximum number of rows.
-        tokens: number of tokens that the cache has room for.
+        tokens: capacity of the cache in tokens.
         placeholder: token that is never chosen.
 
     Attributes:
@@ -118,7 +118,7 @@ class LlamaRows:
 
     @property
     def full(self) -> bool:
-        """Whether every row is taken, or one waits for room in the cache."""
+        """Whether every row is taken, or one waits because the cache is full."""
         return bool(self._paused) or len(self._rows) == self._most
 
     @property
@@ -162,7 +162,7 @@ class LlamaRows:
         return left
 
     def grow(self, tokens: int) -> None:
-        """Open a cache with room for more tokens; no row may be running.
+        """Open a cache for more tokens; no row may be running.
 
         Raises:
             LlamaError: there is not enough memory; the cache is as before.
@@ -237,9 +237,9 @@ class LlamaRows:
     # Steps
 
     def _plan(self) -> tuple[list[_Piece], list[_Piece]]:
-        """Return the pieces of this step, of texts and of images: first those of answers, then prompts by their age.
+        """Return the chunks of this step, of texts and of images: first those of answers, then prompts by their age.
 
-        They are computed in this order, so a prompt can have a piece of text and the image behind it.
+        They are computed in this order, so a prompt can have a chunk of text and the image after it.
         """
         texts: list[_Piece] = []
         images: list[_Piece] = []
@@ -255,7 +255,7 @@ class LlamaRows:
         return texts, images
 
     def _compute(self, pieces: list[_Piece], of_images: bool) -> list[Request]:
-        """Compute pieces; each row that is complete gets a token. Return the requests that have ended."""
+        """Compute chunks; each row that is complete gets a token. Return the requests that have ended."""
         while pieces := [one for one in pieces if self._rows.get(one.row.request) is one.row]:
             if self._decode(pieces, of_images):
                 break
@@ -304,7 +304,7 @@ class LlamaRows:
 
 def _chooser(request: Request) -> RowChooser:
     if request.chooser is None:
-        raise RuntimeError("a request has no chooser.")
+        raise RuntimeError("a request has no token chooser.")
     return request.chooser
 
 

@@ -30,7 +30,7 @@ PRECISIONS = ("q8_0", "float32", "float16", "q4_0", "q4_k_m")
 """Precisions of an export; the first is the default."""
 
 ROW_TOKENS = 1024
-"""Tokens that the cache has room for, for each row on average; a longer conversation gets a larger cache."""
+"""Capacity of the cache in tokens per row, on average; a longer conversation gets a larger cache."""
 
 MAX_THREADS = 512
 

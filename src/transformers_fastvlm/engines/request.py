@@ -102,7 +102,7 @@ class Request:
         """
         self._wait_for(lambda: self.done)
         if self.answer is None:
-            raise self.error or RuntimeError("there is no answer.")
+            raise self.error or RuntimeError("the request has ended without an answer.")
         return self.answer
 
     @property

@@ -22,10 +22,10 @@ from .row_sampling import RowSampling
 __all__ = ["TransformersEngine"]
 
 ROW_TOKENS = 1024
-"""Tokens that the cache has room for, for each row on average."""
+"""Capacity of the cache in tokens per row, on average."""
 
 MAX_TOKENS = 32768
-"""Tokens that the cache has room for at most, unless all rows need more; a longer conversation is answered alone."""
+"""Maximum capacity of the cache in tokens, unless all rows need more; a longer conversation is answered alone."""
 
 logger = logging.getLogger(__name__)
 

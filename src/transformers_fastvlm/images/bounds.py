@@ -47,7 +47,7 @@ def check_dimensions(width: int, height: int, what: str = "the image", max_pixel
     if max(width, height) > MAX_SIDE:
         raise ValueError(
             f"{what} is {width}x{height} pixels (width x height); sides up to {MAX_SIDE} are supported. "
-            "Cut it into pieces first."
+            "Cut it into tiles first."
         )
     limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     if limit is not None and width * height > limit:

@@ -181,7 +181,7 @@ def _list_packets(file: str) -> _Index:
     damage = None
     with open_video(file) as container:
         if not container.streams.video:
-            raise ValueError("it has no images, only sound.")
+            raise ValueError("it has no video stream, only audio.")
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise ValueError("its codec is not supported.")
@@ -200,7 +200,7 @@ def _list_packets(file: str) -> _Index:
     if not times:
         raise ValueError(damage or "it has no frames.")
     if damage is None and len(times) < stated * 0.99 - 1:
-        damage = f"is cut off: it has {len(times)} of {stated} frames."
+        damage = f"is truncated: it has {len(times)} of {stated} frames."
     return _Index(sorted(times), sorted(keys), unit, damage)
 
 

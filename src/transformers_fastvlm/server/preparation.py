@@ -216,7 +216,7 @@ class Preparation:
         tokenizer = self.engine.processor.tokenizer
         for token in tokenizer.added_tokens_encoder:
             if token.strip() and any(token in text for text in texts):
-                message = f"A text has {token!r}, which is a control token of the model; write it differently."
+                message = f"A text has {token!r}, which is a control token of the model; spell it differently."
                 raise ApiError(400, message, param="messages", code="control_token")
 
     def _too_long(self, what: str) -> ApiError:
