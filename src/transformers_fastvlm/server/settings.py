@@ -64,7 +64,7 @@ class Settings(ReadOptions):
         max_answer_tokens: maximum tokens of an answer; also the default for requests without a limit.
         batch_size: maximum number of requests in a batch, and of answers to one request.
         queue: maximum number of other requests in the server; further ones get status 429.
-        client_timeout: seconds for a client to send its request, and to read each piece of the answer.
+        client_timeout: seconds for a client to send its request, and to read each part of the answer.
         fetch_timeout: seconds to download one image.
         open_metrics: whether /metrics needs no key.
 
