@@ -33,21 +33,21 @@ def check_gradio() -> None:
 class Page:
     """A web page to ask a model about images. It is a context manager; leaving it stops the server.
 
-    Everything that the page needs comes from its own server. Uploaded files lie in a temporary folder that is removed
-    at the end; its name is in the environment (GRADIO_TEMP_DIR), so have one page at a time in a process.
+    Everything that the page needs comes from its own server. Uploaded files are stored in a temporary folder that is
+    removed at the end; its name is in the environment (GRADIO_TEMP_DIR), so a process can have one page at a time.
 
     Args:
-        engine: the model; one that answers one visitor at a time keeps their conversations. Whoever made it closes it.
-        name: of the checkpoint, shown on the page.
-        notice: what to say of its licence.
-        scenes: whether the model knows drawn scenes only: offers such images, and questions in its words.
+        engine: the model; the caller closes it.
+        name: name of the checkpoint, shown on the page.
+        notice: licence notice shown on the page.
+        scenes: whether the model knows drawn scenes only; the page then offers such images and matching questions.
         system: system message in place of the chat template's own.
-        max_new_tokens: longest answer.
-        temperature: 0 takes the likeliest token, so that a question gets the same answer each time; above 0 samples.
+        max_new_tokens: maximum number of tokens of an answer.
+        temperature: 0 for greedy decoding, which repeats the same answer to a question; above 0 samples.
 
     Attributes:
         answerer: asks the engine.
-        visitors: who looks at the page.
+        visitors: the visitors of the page.
 
     Raises:
         ImportError: Gradio is not installed.
@@ -104,7 +104,7 @@ class Page:
         """Start the server and return the page's URL.
 
         Args:
-            host: address to listen on; "0.0.0.0" lets everyone in who reaches this machine.
+            host: address to listen on; "0.0.0.0" accepts connections from other machines.
             port: None for the first free one from 7860 on.
 
         Raises:
