@@ -17,7 +17,7 @@ def lazy_names(package: str, modules: dict[str, str]) -> tuple[Any, Any, list[st
 
     Args:
         package: its `__name__`.
-        modules: public names, with spaces between them, by the module that each is of.
+        modules: public names, with spaces between them, by module.
     """
     module_of = {name: module for module, names in modules.items() for name in names.split()}
 

@@ -44,7 +44,7 @@ class FastVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
         Background colour for transparent images: red, green and blue from 0 to 255, or a name. White by default; None
         drops alpha and shows the colours beneath, as the reference does.
     max_pixels (`int`):
-        Most pixels of a file; `PIL.Image.MAX_IMAGE_PIXELS` if None.
+        Maximum pixels of a file; `PIL.Image.MAX_IMAGE_PIXELS` if None.
     """
 
     image_aspect_ratio: str | None

@@ -31,7 +31,7 @@ def field_types(schema: Schema | None) -> dict[str, FieldType]:
 
 
 def with_fields(row: dict[str, Any], schema: Schema) -> dict[str, Any]:
-    """Return a row with the fields of its answer, if the schema is of JSON; or with an error, if it is not whole.
+    """Return a row with the fields of its answer, if the schema is of JSON; or with an error, if it is incomplete.
 
     Args:
         row: row with the columns of the output.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engines to measure behind the seam, and how each is loaded."""
+"""The engines to measure, and how each is loaded."""
 
 import os
 from collections.abc import Sequence
@@ -92,8 +92,8 @@ def engine_cases(named: Sequence[str], model: str | None, device: str = "auto") 
 
     Args:
         named: each as ENGINE, ENGINE:PRECISION or ENGINE:PRECISION=DIRECTORY.
-        model: of those that name no directory; None if there is none.
-        device: of those that have a choice.
+        model: model of the engines without a directory; None if none is given.
+        device: device of the engines that have a choice.
 
     Raises:
         ValueError: an engine is unknown, or has nothing to load.

@@ -12,7 +12,7 @@ __all__ = ["QUESTION", "EngineRunner"]
 QUESTION = "Describe the picture."
 
 _REST = 0.25
-"""Seconds without work before a run, until the threads of another process no longer spin."""
+"""Idle seconds before a run, until the threads of the other processes no longer spin."""
 
 _CORNER = 16
 """This part of height and width is painted over in each image."""
@@ -39,7 +39,7 @@ class EngineRunner:
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        torch.set_num_threads(request["threads"])  # engines without a number of their own take PyTorch's
+        torch.set_num_threads(request["threads"])  # the default of engines that set no number of threads
         imported = time.perf_counter()
         self._imports_bytes = peak_bytes(torch.device("cpu"))
         case = EngineCase(**request["engine"])
@@ -49,7 +49,7 @@ class EngineRunner:
         atexit.register(self.close)
         self._image_file, self._runs = request["image"], 0
         self._peak_bytes = peak_bytes
-        on_gpu = self.engine.device.startswith(("cuda", "mps"))  # others are names of the runtime's own
+        on_gpu = self.engine.device.startswith(("cuda", "mps"))  # other devices have names of the runtime
         self._device = torch.device(self.engine.device if on_gpu else "cpu")
         self._sampling = Sampling(max_new_tokens=1)
         first = self.run()  # for engines that read their files at the first request
@@ -93,7 +93,7 @@ class EngineRunner:
             "tokens": answer.completion_tokens,
             "prompt_tokens": answer.prompt_tokens,
             "image_tokens": answer.image_tokens,
-            "peak_bytes": self._peak_bytes(self._device) or None,  # 0 where not PyTorch holds the device's memory
+            "peak_bytes": self._peak_bytes(self._device) or None,  # 0 if PyTorch does not hold the device's memory
             "imports_bytes": self._imports_bytes,
         }
 

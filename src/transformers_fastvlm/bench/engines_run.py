@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A benchmark of engines: each in a process of its own, asked in turns through the interface of all tools."""
+"""A benchmark of engines: each in a separate process, measured alternately through the interface of all tools."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ def run_engines(options: EngineOptions, progress: Progress = lambda done, total,
     """Measure engines and return the record, which `json` can write.
 
     Every engine runs in a separate process, all are loaded at the same time and run alternately. Each run has a new
-    image, so nothing that an engine keeps of an earlier one answers it.
+    image, so no engine can reuse a cache.
 
     Args:
         progress: called before each engine is loaded and before each round, as in `run`.

@@ -159,7 +159,7 @@ def _show(
     as_json: bool,
     plots: Path | None = None,
 ) -> None:
-    """Write the record and its plots where they are wanted, and print it or its tables."""
+    """Write the record and its plots to the requested files, and print the record or its tables."""
     from ..bench import write_plots
     from ..bench.measuring import write_record
 

@@ -11,7 +11,7 @@ _INCOMPLETE = "\ufffd"
 
 
 class AnswerText:
-    """The text of an answer, piece by piece; the joined pieces equal the text of decoding all tokens at once.
+    """The text of an answer, in parts; the joined parts equal the text of decoding all tokens at once.
 
     Surrounding white space is removed: many models write a space before the first word. Transformers' streamers hold
     back whole words, do not support stop strings, and take only one row.

@@ -180,14 +180,14 @@ class Seconds:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token of an answer, and how probable the model thought it.
+    """A token of an answer, and its probability by the model.
 
     Attributes:
         token: its id.
         text: its text; a part of a character that takes several tokens is "\ufffd".
         logprob: the natural logarithm of its probability by the model's scores as they are: before temperature, top_p,
             biases, penalties and schema.
-        top: the most probable tokens at this place, the first one first, without a `top` of their own.
+        top: the most probable tokens at this position, most probable first; their `top` is empty.
     """
 
     token: int

@@ -34,7 +34,7 @@ class ContinuousRows:
     Args:
         model: a `FastVLMForConditionalGeneration`.
         images: its images.
-        config: generation configuration; gives the processors of scores that `Sampling` lacks.
+        config: generation configuration; has the logits processors that `Sampling` lacks.
         rows: maximum number of rows.
         tokens: capacity of the cache in tokens; halved as long as the device's memory is too small.
 
@@ -74,7 +74,7 @@ class ContinuousRows:
     def add(self, request: Request) -> None:
         """Give a request a row; its images must be encoded."""
         name = str(next(self._numbers))
-        request.cached_tokens = request.prompt.tokens  # minus those that the steps compute
+        request.cached_tokens = request.prompt.tokens  # the steps subtract what they compute
         self._running[name] = _Row(request)
         if self._own_processors:
             self._running[name].process_by(self.model, self.config)

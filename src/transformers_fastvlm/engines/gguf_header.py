@@ -95,7 +95,7 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
     """Read a header. A vocabulary of 152,000 tokens takes a tenth of a second; no weights are read.
 
     Raises:
-        OSError: there is no such file, it is no GGUF file, or it is damaged, such as cut off.
+        OSError: there is no such file, it is no GGUF file, or it is damaged or truncated.
     """
     path = Path(path)
     with path.open("rb") as file:

@@ -21,10 +21,10 @@ STEP_TOKENS = 512
 """Maximum tokens of a step. A longer prompt takes several steps, between which the other rows get their tokens."""
 
 KEPT_SEQUENCES = 8
-"""Sequences that are kept after their answers, so that prompts with the same beginning can share it."""
+"""Number of sequences kept after their answers, so that prompts with the same beginning can share it."""
 
 KEPT_TOKENS = 2048
-"""Their tokens together, unless one alone has more: attention in every step passes over all tokens of the cache."""
+"""Their maximum tokens together, unless a single one has more: each step attends to all tokens of the cache."""
 
 
 class _Row:
@@ -43,14 +43,14 @@ class _Row:
         self.sequence, self.done = -1, 0
 
     def end_of_run(self, start: int, of_image: bool, most: int) -> int:
-        """Return where tokens of one kind end, of an image or of text, after at most `most` from `start` on."""
+        """Return the end of a run of image tokens or of text tokens from `start`, at most `most` long."""
         end = start
         while end < len(self.ids) and end - start < most and (self.ids[end] >= FIRST_ID) == of_image:
             end += 1
         return end
 
     def features(self, start: int, end: int) -> "np.ndarray[Any, Any]":
-        """Return the features (tokens, hidden_size) of tokens that are of images."""
+        """Return the features (tokens, hidden_size) of image tokens."""
         ids, found = np.array(self.ids[start:end]), None
         for image in self.request.prompt.inputs["images"]:
             own = (ids >= image.ids.start) & (ids < image.ids.stop)
@@ -76,7 +76,7 @@ class LlamaRows:
     """The running requests of a model, each a row that gets its next token in each step; see `Rows`.
 
     Prompts that begin with the same tokens and images share the cache of this beginning, also with a few rows that
-    have left. If the cache is full, the youngest row gives up its place, and is computed again when another leaves.
+    have left. If the cache is full, the youngest row gives up its sequence, and is computed again when another leaves.
 
     Args:
         open_context: opens a context with a cache for a number of tokens, for `rows` + `KEPT_SEQUENCES` sequences.
@@ -218,7 +218,7 @@ class LlamaRows:
         del self._kept[sequence]
         self._empty(sequence)
 
-    def _make_room(self) -> None:
+    def _free_tokens(self) -> None:
         """Free a part of the full cache: the sequence that was kept for the longest time, or that of the youngest row.
 
         Raises:
@@ -259,7 +259,7 @@ class LlamaRows:
         while pieces := [one for one in pieces if self._rows.get(one.row.request) is one.row]:
             if self._decode(pieces, of_images):
                 break
-            self._make_room()
+            self._free_tokens()
         complete: list[tuple[_Row, int]] = []
         last = -1
         for piece in pieces:

@@ -170,7 +170,7 @@ def _converted(module: nn.Module, precision: str, sizes: tuple[int, ...]) -> Any
 
 
 class _BeforeLastStage:
-    """Tells whether an operation belongs to the part of the encoder that computes in float16."""
+    """Whether an operation belongs to the part of the encoder that computes in float16."""
 
     def __init__(self) -> None:
         self._late: set[str] | None = None

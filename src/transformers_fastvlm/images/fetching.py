@@ -125,7 +125,7 @@ def fetch(
         is_allowed: returns whether an IP address may be connected to. The connection goes to the checked address
             itself, even if the name server changes its answer, so no proxy is used. None allows any address and uses
             the proxies of the environment.
-        redirects: most redirects to follow, to http(s) only.
+        redirects: maximum number of redirects to follow, to http(s) only.
 
     Raises:
         FetchError: not an http(s) URL, not allowed, no answer in time, or an error or incomplete answer.

@@ -77,7 +77,7 @@ class VideoFrames:
         damage: a description of what is missing at the video's end; None if nothing is.
 
     Raises:
-        OSError, ValueError: the file is not a video, has only sound, is damaged, or its frames are too large.
+        OSError, ValueError: the file is not a video, has only audio, is damaged, or its frames are too large.
     """
 
     def __init__(

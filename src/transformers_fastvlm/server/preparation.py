@@ -193,11 +193,11 @@ class Preparation:
         try:
             prompt = self.engine.prepare(conversation, literal=True, continue_last=request.continues)
         except PromptTooLong as error:
-            self._room(request, error.tokens)
+            self._max_tokens(request, error.tokens)
             raise
         except (ValueError, TemplateError) as error:
             raise ApiError(400, str(error), param="messages") from error
-        return prompt, self._room(request, prompt.tokens)
+        return prompt, self._max_tokens(request, prompt.tokens)
 
     def _check_texts(self, texts: list[str]) -> None:
         """Refuse texts that are certainly too long before tokenization, and control tokens in texts."""
@@ -223,15 +223,15 @@ class Preparation:
         message = f"{what}; this server accepts prompts of up to {self.max_prompt} tokens. Shorten the conversation."
         return ApiError(400, message, param="messages", code="context_length_exceeded")
 
-    def _room(self, request: ChatRequest, tokens: int) -> int:
+    def _max_tokens(self, request: ChatRequest, tokens: int) -> int:
         """Return the maximum tokens of the answer to a prompt with this many tokens."""
         if self.max_prompt is not None and tokens > self.max_prompt:
             raise self._too_long(f"The prompt has {tokens} tokens, images included")
-        wanted = request.max_tokens or self.settings.max_answer_tokens
+        requested = request.max_tokens or self.settings.max_answer_tokens
         if self.context is None:
-            return wanted
-        room = self.context - tokens
-        if room < 1 or (request.max_tokens is not None and request.max_tokens > room):
+            return requested
+        left = self.context - tokens
+        if left < 1 or (request.max_tokens is not None and request.max_tokens > left):
             asked = f" and {request.max_tokens} for the answer" if request.max_tokens is not None else ""
             raise ApiError(
                 400,
@@ -240,4 +240,4 @@ class Preparation:
                 param="messages",
                 code="context_length_exceeded",
             )
-        return min(wanted, room)
+        return min(requested, left)

@@ -52,7 +52,7 @@ class Settings(ReadOptions):
 
     Args:
         name: name of the model for clients.
-        api_key: key that clients must send as `Authorization: Bearer KEY`, without white space around it; None for none.
+        api_key: key that clients must send as `Authorization: Bearer KEY`, without surrounding white space, or None.
         image_hosts: hosts, as "name" or "name:port", from which images may be fetched.
         max_body_bytes: maximum bytes of a request's body, and of all images downloaded for a request.
         max_images: maximum number of images in a request.
