@@ -9,8 +9,8 @@
 Accuracy is that of the tiny model: right answers about `--scenes` scenes that no training uses, and how many of
 `--captions` captions are those of Transformers in float32, all by greedy decoding. Speed is that of `--model`: `0.5b`
 has the shape of FastVLM-0.5B with random weights, asked about a new image of 1024 x 1024 pixels each time; `tiny` is
-the quick variant. Every runtime has a process of its own that stays alive, and they are asked in turns, so that
-whatever else the machine does hits all of them; all must fit into memory together. `native` is Transformers' own
+the quick variant. Every runtime has a separate process that stays alive, and they run alternately, so that
+background load affects all of them; all must fit into memory together. `native` is Transformers' own
 `fast_vlm` with timm's encoder, as a peer.
 
 `--scenes 0` leaves out accuracy and `--rounds 0` speed; what is left out is kept as the file --out already has it.
@@ -117,7 +117,7 @@ def names(model: str = "tiny") -> list[str]:
 
 
 def subjects(model: str, wanted: list[str], work: Path) -> list[Subject]:
-    """Return the wanted rows of a model; those that cannot be exported here are left out."""
+    """Return the requested rows of a model; those that cannot be exported here are left out."""
     found = []
     checkpoint = tiny_checkpoint() if model == "tiny" else random_checkpoint(model, work / model)
     for runtime in RUNTIMES:
@@ -146,7 +146,7 @@ def random_checkpoint(model: str, directory: Path) -> Path:
 
 
 def exported(model: str, checkpoint: Path, runtime: Runtime, precision: str, work: Path) -> Path | None:
-    """Return the directory of an export, made in a process of its own unless it exists; None if that failed."""
+    """Return the directory of an export, made in a separate process unless it exists; None if that failed."""
     own = [] if runtime.engine == NATIVE else ["--precision", precision]  # whose files serve every dtype
     directory = work / "-".join([model, str(runtime.target), *own[1:]])
     if not directory.exists():
@@ -211,7 +211,7 @@ def accuracy(found: list[Subject], scenes: int, captions: int) -> dict[str, Any]
 
 
 def first_request(subject: Subject, model: str, options: argparse.Namespace, image_file: str) -> dict[str, Any]:
-    """Return what the process of a row is told first."""
+    """Return the first request to the process of a row."""
     if subject.runtime.engine != NATIVE:
         return engine_request(subject.case, options.threads, options.new_tokens, image_file)
     source, side = (str(subject.directory), None) if model == "tiny" else (model.upper(), PIXELS)

@@ -6,7 +6,7 @@
 Each study asks about the same scenes in several ways, by greedy decoding, and counts exact answers, as
 tiny_accuracy.py does. The others are compared with the first way of a study: by the difference in points, question by
 question, with its 95 % bootstrap interval, and by the number of changed answers, right or wrong. Studies that --out
-already has are kept unless they are run again. The default of MODEL is the test model of the package.
+already has are kept unless they are repeated. The default of MODEL is the test model of the package.
 
 The train-time form is made from the merged weights: branches are drawn at random, and the main branch of each
 convolution is the remainder. This shows the cost of merging, but nothing about training with branches.

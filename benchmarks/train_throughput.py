@@ -180,7 +180,9 @@ def main() -> None:
         print(json.dumps(train(options)))
         return
     if options.tokens < 9 + (options.image_size // 64) ** 2:
-        raise SystemExit(f"--tokens {options.tokens} leaves no room for the image; raise it or lower --image-size.")
+        raise SystemExit(
+            f"--tokens {options.tokens} is too few for the image's tokens; raise it or lower --image-size."
+        )
     kept = ("preset", "layers", "image_size", "batch_size", "tokens", "warmup", "rounds", "threads", "device")
     values: dict[str, Any] = {"settings": {key: getattr(options, key) for key in kept}, "cases": []}
     with tempfile.TemporaryDirectory() as folder:

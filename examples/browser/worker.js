@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The thread of the model. It is sent {kind: "load", ...options of load()}, {kind: "answer", image, question} with an
 // ImageBitmap, and {kind: "stop"}; it sends {kind: "progress", file, percent}, {kind: "ready"}, {kind: "text", text} for
-// each piece of an answer, {kind: "done"}, and {kind: "error", message}.
+// each part of an answer, {kind: "done"}, and {kind: "error", message}.
 
 import { load } from "./fastvlm.js";
 
