@@ -300,7 +300,7 @@ def test_an_output_that_appears_is_not_replaced(run, engine, photos, tmp_path, a
     with pytest.raises(FileExistsError, match="appeared, or was changed, since the run began"):
         run(progress=appear, restart=already)
     assert out.read_text() == "mine" and not (tmp_path / "out.jsonl.partial").exists()
-    with pytest.raises(FileExistsError, match="finished work is kept"):
+    with pytest.raises(FileExistsError, match="finished work is saved"):
         run()
     assert out.read_text() == "mine"
     out.unlink()

@@ -121,7 +121,7 @@ class ModalityLengthSampler(Sampler[int]):
             less.
 
     Raises:
-        ValueError: there are no rows, the arguments do not match, or `drop_last` leaves no whole step.
+        ValueError: there are no rows, the arguments do not match, or `drop_last` leaves no complete step.
     """
 
     def __init__(

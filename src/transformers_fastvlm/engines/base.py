@@ -74,7 +74,7 @@ class Sampling:
         stop: stop strings; they are not part of the answer.
         num_beams: beams of beam search; above 1 only for the engine transformers.
         schema: form that the answer must have; None for free text. An answer with finish reason "length" may end
-            before it is whole.
+            before it is complete.
         logit_bias: token ids, each with a number from -100 to 100 that is added to its score; at most 1,024.
         presence_penalty: from -2 to 2; subtracted from the score of each token that the answer already has.
         frequency_penalty: from -2 to 2; subtracted once for each time that the answer already has the token.
