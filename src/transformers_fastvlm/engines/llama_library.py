@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .._optional import needs
+from .llama_layouts import choose_layout
 
 __all__ = ["INSTALL", "MAX_SEQUENCES", "LlamaContext", "LlamaError", "LlamaModel", "library", "quantize_file"]
 
@@ -26,7 +27,6 @@ MAX_SEQUENCES = 256
 
 _LEVEL_OF_ERRORS = 4
 _NO_ROOM = 1
-_AMX = b"AMX_INT8 = 1"
 _ALL_LAYERS = -1
 
 _Array = np.ndarray[Any, Any]
@@ -59,12 +59,12 @@ class LlamaModel:
             raise ValueError("the installed llama-cpp-python was built for the CPU only.")
         options = self.library.llama_model_default_params()
         options.n_gpu_layers = _ALL_LAYERS if offload else 0
-        # Quantized weights in the layout for AMX crash the process at the first prompt (llama-cpp-python 0.3.36).
-        options.use_extra_bufts = _AMX not in self.library.llama_print_system_info()
+        layout = None if offload else choose_layout(self.library, options, path)
         self.offload = offload
         self._pointer = _called(
             f"load {Path(path)}", lambda: self.library.llama_model_load_from_file(os.fsencode(path), options)
         )
+        del layout  # the library has read it
         self._free = _freed(self, self.library.llama_model_free, self._pointer)
         self.hidden_size = int(self.library.llama_model_n_embd(self._pointer))
         self.vocabulary = int(self.library.llama_vocab_n_tokens(self.library.llama_model_get_vocab(self._pointer)))
