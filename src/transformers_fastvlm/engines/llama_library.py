@@ -26,7 +26,7 @@ MAX_SEQUENCES = 256
 """Maximum sequences of a context, in the library."""
 
 _LEVEL_OF_ERRORS = 4
-_NO_ROOM = 1
+_CACHE_FULL = 1
 _ALL_LAYERS = -1
 
 _Array = np.ndarray[Any, Any]
@@ -187,7 +187,7 @@ class LlamaContext:
         self._outputs = {}
         _errors.clear()
         failure = library.llama_decode(self._open(), batch)
-        if failure == _NO_ROOM:
+        if failure == _CACHE_FULL:
             return False
         if failure:
             raise LlamaError(f"llama.cpp cannot compute {count} rows (code {failure}): {_said()}")
