@@ -79,7 +79,7 @@ def test_stops_and_goes_on(run, model, photos, tmp_path, monkeypatch: pytest.Mon
         patch.setattr(TransformersEngine, "stream", stream)
         stopped = run(*words, code=130)
     assert stopped.stderr == (
-        f"fastvlm: stopped after 1 row. They are kept in {out}.journal; repeat the command to resume.\n"
+        f"fastvlm: stopped after 1 row. They are saved in {out}.journal; repeat the command to resume.\n"
     )
     assert not out.exists()
     other = run(*words, "--temperature", 1, code=2)
@@ -178,7 +178,7 @@ def test_sigterm_stops_and_says_how_to_go_on(run, model, photos, tmp_path, monke
         patch.setattr(TransformersEngine, "stream", stream)
         stopped = run(*words, code=143)
     assert stopped.stderr == (
-        f"fastvlm: stopped after 1 row. They are kept in {out}.journal; repeat the command to resume.\n"
+        f"fastvlm: stopped after 1 row. They are saved in {out}.journal; repeat the command to resume.\n"
     )
     assert signal.getsignal(signal.SIGTERM) == before
     assert run(*words).stderr.startswith(f"3 rows in {out} (1 of them from earlier runs")

@@ -18,7 +18,7 @@ SchemaKind = Literal["json", "regex", "choices"]
 
 @dataclass(frozen=True)
 class Schema:
-    """The form of an answer, held while it is generated. Make it by `json`, `json_object`, `regex` or `choices`.
+    """The form of an answer, enforced during generation; made by `json`, `json_object`, `regex` or `choices`.
 
     Attributes:
         kind: "json", "regex" or "choices".
@@ -42,7 +42,7 @@ class Schema:
 
     @classmethod
     def json(cls, schema: Mapping[str, Any] | bool | str) -> "Schema":
-        """Return the form of JSON that fits a JSON schema. Between the parts is no white space.
+        """Return the form of JSON that fits a JSON schema. There is no white space between the parts.
 
         Args:
             schema: the schema, or its JSON text. The order of `properties` is the order of an object's fields.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of weights in memory that llama.cpp computes with on a CPU.
+"""The layout of weights in memory that llama.cpp uses on a CPU.
 
 The library rewrites quantized weights while it loads them. On a CPU with AMX it takes a layout whose first matrix
 multiplication crashes the process if the library was built by a GCC before 11.5, 12.4, 13.3 or 14.1: these compilers
@@ -23,7 +23,7 @@ _REPACKED_ROWS = 8  # rows that are interleaved
 
 
 class _Override(ctypes.Structure):
-    """`llama_model_tensor_buft_override`: where the tensors go whose names match."""
+    """`llama_model_tensor_buft_override`: the buffer type of tensors whose names match a pattern."""
 
     _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
 
@@ -37,7 +37,7 @@ def choose_layout(library: Any, options: Any, path: str | os.PathLike[str]) -> A
         path: the GGUF file.
 
     Returns:
-        what must stay referenced until the model is loaded.
+        An object that must stay referenced until the model is loaded; None if there is none.
 
     Raises:
         OSError: the file cannot be read.
