@@ -21,8 +21,8 @@ _MODES = {"last": "lasttoken", "mean": "mean"}
 def save_for_sentence_transformers(embedder: Embedder, directory: str | os.PathLike[str]) -> Path:
     """Write a checkpoint that `SentenceTransformer(directory)` loads, with the same vectors as the embedder's.
 
-    Nothing but `import transformers_fastvlm` must come first: it tells the Auto classes about FastVLM. The directory is
-    a complete checkpoint for this package, too, and appears only when it is complete.
+    A program that loads it must import `transformers_fastvlm` first, which registers FastVLM with the Auto classes. The
+    directory is also a complete checkpoint for this package. It is written atomically.
 
     Args:
         embedder: model, pooling and options.
@@ -32,7 +32,7 @@ def save_for_sentence_transformers(embedder: Embedder, directory: str | os.PathL
         The directory.
 
     Raises:
-        ValueError: the pooling is "encoder", which sentence-transformers has not.
+        ValueError: the pooling is "encoder", which sentence-transformers does not support.
         FileExistsError: the directory exists and is not empty.
     """
     if embedder.pooling not in _MODES:

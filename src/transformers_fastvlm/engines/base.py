@@ -73,8 +73,8 @@ class Sampling:
             random numbers each time. The caller's random state is neither used nor changed.
         stop: texts at which an answer ends; they are not part of it.
         num_beams: beams of beam search; above 1 only for the engine transformers.
-        schema: form that the answer must have; None for free text. An answer with finish reason "length" may end
-            before it is whole.
+        schema: form that the answer must have; None for free text. An answer with finish reason "length" may be
+            incomplete.
         logit_bias: token ids, each with a number from -100 to 100 that is added to its score; at most 1,024.
         presence_penalty: from -2 to 2; subtracted from the score of each token that the answer already has.
         frequency_penalty: from -2 to 2; subtracted once for each time that the answer already has the token.
@@ -180,14 +180,14 @@ class Seconds:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token of an answer, and how probable the model thought it.
+    """A token of an answer with its log probability.
 
     Attributes:
         token: its id.
-        text: its text; a part of a character that takes several tokens is "\ufffd".
-        logprob: the natural logarithm of its probability by the model's scores as they are: before temperature, top_p,
-            biases, penalties and schema.
-        top: the most probable tokens at this place, the first one first, without a `top` of their own.
+        text: its text; "\ufffd" if the token is only a part of a character.
+        logprob: natural logarithm of the probability that the model gave it, before temperature, top_p, biases,
+            penalties and schema are applied.
+        top: the most probable tokens at this position, most probable first; their own `top` is empty.
     """
 
     token: int

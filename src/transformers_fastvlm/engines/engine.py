@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Engine:
     """A model that answers conversations. Its methods are thread-safe.
 
-    The model runs in a separate thread, which the first request starts. A request that fails takes no other with it.
+    The model runs in a separate thread, which the first request starts. A failed request does not affect others.
 
     Args:
         processor: the checkpoint's `FastVLMProcessor`.
@@ -98,9 +98,9 @@ class Engine:
 
         Raises:
             ValueError: a conversation has an image without a placeholder, a placeholder without an image, an unusable
-                image, or fills the model's context; or this engine does not support `sampling`, or cannot hold its
-                schema. No conversation is answered then.
-            ImportError: the package that holds answers to a schema is not installed.
+                image, or fills the model's context; or this engine does not support `sampling` or its schema. No
+                conversation is answered then.
+            ImportError: the package for answers with a schema is not installed.
         """
         samplings = _each(sampling, len(conversations))
         for one in set(samplings):
@@ -169,7 +169,7 @@ class Engine:
             changed: called on the engine's thread at each new text and at the end.
 
         Raises:
-            ValueError: this engine does not support a sampling.
+            ValueError: this engine does not support an option.
         """
         for sampling in samplings:
             self.check(sampling)
@@ -178,11 +178,11 @@ class Engine:
         return requests
 
     def check(self, sampling: Sampling) -> None:
-        """Check that this engine can answer with a sampling, before there is a conversation.
+        """Check that this engine supports sampling options, without a conversation.
 
         Raises:
-            ValueError: it lacks an option, or cannot hold the schema.
-            ImportError: the package that holds answers to a schema is not installed.
+            ValueError: this engine does not support an option or the schema.
+            ImportError: the package for answers with a schema is not installed.
         """
         if sampling.num_beams > 1 and not self._BEAMS:
             raise ValueError(

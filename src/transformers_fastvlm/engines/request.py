@@ -32,7 +32,7 @@ class Request:
         on_cancel: called with this request when it is cancelled.
 
     Attributes:
-        pieces: pieces of text that were not read yet; together never more than the answer.
+        pieces: pieces of text that were generated but not read yet.
         tokens: number of tokens of the answer so far.
         cancelled: whether the request was cancelled.
         done: whether the answer has ended. Read it before `pieces`, so that no last piece is missed.
@@ -42,8 +42,8 @@ class Request:
             model, at the first token and at the end; None before.
         cached_tokens, encoded_images: see `Answer`.
         logprobs: see `Answer`, so far.
-        chooser: chooses the tokens, if the engine does not do this itself. It knows where an answer is whole by its
-            schema, and why it could not go on.
+        chooser: chooses the tokens, if the engine does not do this itself. It knows when an answer with a schema is
+            complete, and the error if it cannot be continued.
 
     Example:
         >>> request = engine.stream(conversation)  # doctest: +SKIP
@@ -111,7 +111,7 @@ class Request:
         return (self.begun_at or self.ended_at or time.perf_counter()) - self.queued_at
 
     def cancel(self) -> None:
-        """End the answer: at once if it waits, else at the next token. The text so far is kept."""
+        """End the answer: immediately if it is still queued, else at the next token. The text so far is kept."""
         self.cancelled = True
         self._on_cancel(self)
 
