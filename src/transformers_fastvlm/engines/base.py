@@ -37,9 +37,9 @@ MAX_BIASES = 1024
 MAX_SEED = 2**64 - 1
 """The maximum of PyTorch's generators."""
 
-# Messages in Transformers' form:
-# {"role": ..., "content": [{"type": "image", "image": PIL image}, {"type": "text", ...}]}.
 Conversation = list[dict[str, Any]]
+"""Messages in Transformers' form, each `{"role": …, "content": …}`. A content is a string or a list of parts:
+`{"type": "text", "text": …}`, or `{"type": "image", "image": …}` with a Pillow image."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """Why an answer ended: end token or stop text, maximum length, or cancellation."""
@@ -201,14 +201,14 @@ class Answer:
     """One answer. Two answers are equal if text, finish reason and token counts are equal.
 
     Attributes:
-        text: without special tokens, stop text and surrounding white space.
+        text: the answer, without special tokens, stop text and surrounding white space.
         finish_reason: "stop", "length" (it was cut off) or "cancelled".
         prompt_tokens: tokens of the prompt, images included.
         completion_tokens: tokens of the answer, including the end token.
         image_tokens: tokens of the prompt's images.
         cached_tokens: tokens of the prompt that were reused from the cache.
         encoded_images: number of images encoded for this answer; None if the engine does not report it.
-        seconds: durations.
+        seconds: durations in seconds: `prepare`, `wait` (in the queue), `first_token` and `generate`.
         logprobs: one for each of `completion_tokens`, if `Sampling.logprobs` asked for them, else None.
     """
 
