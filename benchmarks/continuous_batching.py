@@ -175,10 +175,8 @@ def main() -> None:
         "tokens_per_second": {name: round(tokens / median(times[name].wall), 1) for name in ("padded", "continuous")},
         "seconds": {name: one.spread() for name, one in times.items()},
         "throughput_ratio": ratio(median(times["padded"].wall), median(times["continuous"].wall)),
-        "processor_ratio": ratio(median(times["padded"].processor), median(times["continuous"].processor)),
-        "alone_processor_ratio": ratio(
-            median(times["alone, engine"].processor), median(times["alone, generate()"].processor)
-        ),
+        "processor_ratio": ratio(median(times["padded"].cpu), median(times["continuous"].cpu)),
+        "alone_processor_ratio": ratio(median(times["alone, engine"].cpu), median(times["alone, generate()"].cpu)),
     }
     if options.seconds:
         short = {name: work.arriving(name == "continuous") for name in ("padded", "continuous")}

@@ -32,22 +32,22 @@ from transformers_fastvlm.evaluation.tasks import import_harness
 
 
 class Clock:
-    """Adds up the time between `start` and `stop`, by the wall and by the processor.
+    """Adds up the time between `start` and `stop`, as wall time and CPU time.
 
     Args:
-        processor: whose processor time counts: that of the process or of the thread.
+        cpu: returns CPU seconds, of the process or of the thread.
     """
 
-    def __init__(self, processor: Callable[[], float] = time.thread_time) -> None:
-        self.wall = self.processor = 0.0
-        self._now = processor
+    def __init__(self, cpu: Callable[[], float] = time.thread_time) -> None:
+        self.wall = self.cpu = 0.0
+        self._now = cpu
 
     def start(self) -> None:
-        self._wall, self._processor = time.perf_counter(), self._now()
+        self._wall, self._cpu = time.perf_counter(), self._now()
 
     def stop(self) -> None:
         self.wall += time.perf_counter() - self._wall
-        self.processor += self._now() - self._processor
+        self.cpu += self._now() - self._cpu
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -64,7 +64,7 @@ def write_scenes(folder: Path, count: int) -> Path:
     """Write scenes that no training used as a user's own data."""
     with open(folder / "scenes.jsonl", "w", encoding="utf-8") as file:
         for index, row in enumerate(questions(count)):
-            row["picture"].save(folder / f"{index}.png")
+            row["image"].save(folder / f"{index}.png")
             line = {"image": f"{index}.png", "question": row["question"], "answer": row["answer"]}
             file.write(json.dumps(line) + "\n")
     return folder / "scenes.jsonl"
@@ -101,8 +101,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     run = evaluate(str(tiny_checkpoint()), folder / "out", chosen)
     clocks["whole"].stop()
     results: dict[str, Any] = {"accuracy_percent": run.tasks["scenes"].score}
-    for kind in ("wall", "processor"):
-        seconds = {name: getattr(clock, kind) for name, clock in clocks.items()}
+    for kind, attribute in (("wall", "wall"), ("processor", "cpu")):
+        seconds = {name: getattr(clock, attribute) for name, clock in clocks.items()}
         both = seconds.pop("whole") - seconds["load"] - seconds["engine"]
         overhead = {"harness_and_pictures_of_engine": both / seconds["engine"]}
         overhead["harness_and_pictures_of_model"] = both / seconds["model"]
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     options = parser(__doc__, scenes=500, batch_size=16, dtype="float32").parse_args()
-    torch.set_num_threads(1)  # the engine's processor time is that of one thread
+    torch.set_num_threads(1)  # the engine's CPU time is that of one thread
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(options, Path(folder))
     about = {"model": "tiny", **settings(options), "series": HELD_OUT_SERIES, "threads": torch.get_num_threads()}

@@ -82,7 +82,7 @@ def in_turns(sides: dict[str, Any], rounds: int) -> dict[str, list[float]]:
 
 def beside_node(engine: Engine, subject: Subject, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return tokens a second of both sides, and the engine's part of llama.cpp's own."""
-    conversation = ask(questions(1)[0]["picture"], DESCRIBE)
+    conversation = ask(questions(1)[0]["image"], DESCRIBE)
     prompt_tokens = engine.prepare(conversation).tokens
     (file,) = subject.directory.glob("*.gguf")
     numbers = (options.threads, prompt_tokens, options.new_tokens)

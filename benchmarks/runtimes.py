@@ -188,7 +188,7 @@ def answers(subject: Subject, conversations: list[Any]) -> list[str]:
 def accuracy(found: list[Subject], scenes: int, captions: int) -> dict[str, Any]:
     """Ask all rows about the same scenes, one row after the other."""
     asked = questions(scenes)
-    described = [ask(row["picture"], DESCRIBE) for row in questions(captions, start=scenes, task="captions")]
+    described = [ask(row["image"], DESCRIBE) for row in questions(captions, start=scenes, task="captions")]
     conversations = [row["conversation"] for row in asked] + described
     given: dict[tuple[str, str], list[str]] = {}
     results = []
@@ -210,29 +210,29 @@ def accuracy(found: list[Subject], scenes: int, captions: int) -> dict[str, Any]
     return {"scenes": scenes, "captions": captions, "series": HELD_OUT_SERIES, "results": results}
 
 
-def first_request(subject: Subject, model: str, options: argparse.Namespace, picture: str) -> dict[str, Any]:
+def first_request(subject: Subject, model: str, options: argparse.Namespace, image_file: str) -> dict[str, Any]:
     """Return what the process of a row is told first."""
     if subject.runtime.engine != NATIVE:
-        return engine_request(subject.case, options.threads, options.new_tokens, picture)
+        return engine_request(subject.case, options.threads, options.new_tokens, image_file)
     source, side = (str(subject.directory), None) if model == "tiny" else (model.upper(), PIXELS)
     case = Case(NATIVE, "other" if model == "tiny" else "native", source, side, subject.precision, 1, 0)
     chosen = Options(threads=options.threads, new_tokens=options.new_tokens)
-    return {"case": asdict(case), "options": chosen.as_dict(), "picture": picture}
+    return {"case": asdict(case), "options": chosen.as_dict(), "image": image_file}
 
 
 def speed(found: list[Subject], model: str, options: argparse.Namespace) -> dict[str, Any]:
     """Load all rows, and ask them in turns."""
     say = partial(print, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        picture = Path(folder) / "photo.jpg"
-        picture.write_bytes(photo_jpeg(PIXELS, PIXELS))
+        image_file = Path(folder) / "photo.jpg"
+        image_file.write_bytes(photo_jpeg(PIXELS, PIXELS))
         loaded: list[tuple[Subject, WorkerProcess]] = []
         for subject in found:
             name = f"{subject.runtime.engine}:{subject.precision}"
             say(f"loading {name}")
             worker = stack.enter_context(WorkerProcess(name, options.threads))
             try:
-                worker.facts = worker.ask(first_request(subject, model, options, str(picture)))
+                worker.facts = worker.ask(first_request(subject, model, options, str(image_file)))
             except ImportError as error:
                 say(f"{name} is left out: {error}")
             else:

@@ -70,7 +70,7 @@ def cost(held: TransformersEngine, free: TransformersEngine, schema: Schema, opt
     assert [answer.completion_tokens for answer in work["without"]()] == counts
     times = in_turns(work, options.rounds, clock=Clock())
     seconds = {name: median(own.wall) for name, own in times.items()}
-    processor = {name: median(own.processor) for name, own in times.items()}
+    processor = {name: median(own.cpu) for name, own in times.items()}
     return {
         "tokens": sum(counts),
         "tokens_a_second": {name: round(sum(counts) / value, 1) for name, value in seconds.items()},

@@ -47,14 +47,14 @@ function halt() {
 
 async function describe(mine) {
   const start = performance.now();
-  const picture = await createImageBitmap(stream ? video : canvas);
+  const image = await createImageBitmap(stream ? video : canvas);
   let text = "";
   onText = (piece) => {
     text += piece;
     if (mine === wish) answer.textContent = text;
   };
   const words = question.value.trim() || "Describe the picture.";
-  await request({ kind: "answer", picture, question: words }, [picture]);
+  await request({ kind: "answer", image, question: words }, [image]);
   if (mine === wish) say(`${((performance.now() - start) / 1000).toFixed(1)} s`);
 }
 
@@ -100,7 +100,7 @@ function stopCamera() {
   halt();
   stream?.getTracks().forEach((track) => track.stop());
   stream = null;
-  document.body.dataset.view = chosen ? "picture" : "";
+  document.body.dataset.view = chosen ? "image" : "";
   cameraButton.textContent = "Camera";
 }
 
@@ -119,7 +119,7 @@ async function choose(file) {
   canvas.getContext("2d").drawImage(bitmap, 0, 0);
   bitmap.close();
   chosen = true;
-  document.body.dataset.view = "picture";
+  document.body.dataset.view = "image";
   answer.textContent = "";
   say("Ask a question about this image.");
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text as it comes is the text of all tokens, up to a stop text."""
+"""Text as it comes is the text of all tokens, up to a stop string."""
 
 import random
 from collections.abc import Callable

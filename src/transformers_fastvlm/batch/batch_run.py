@@ -132,7 +132,7 @@ def _answer_all(
                 engine = load()
                 engine.check(options.sampling)
             running.append((batch, [_ask(one, engine, options.sampling) for one in batch]))
-            if len(running) > 1:  # the next batch fills the places of the answers that end early
+            if len(running) > 1:  # the next batch takes the rows of answers that end early
                 finish()
         while running:
             finish()

@@ -21,8 +21,7 @@ def contrastive_loss(first: Tensor, second: Tensor, scale: Tensor | float, group
         first: (batch, dimension), normalized vectors, such as of texts.
         second: (batch, dimension), their counterparts in the same order, such as of images.
         scale: factor of the cosines, the inverse of the temperature: a number, or a parameter that is trained.
-        groups: (batch,), an integer for each row; rows of the same group are not negatives of each other. None: all
-            other rows are negatives.
+        groups: (batch,), an integer for each row; rows of the same group are not negatives. None: all other rows are.
 
     Returns:
         A scalar: the mean of both directions.

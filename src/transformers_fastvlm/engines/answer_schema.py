@@ -18,9 +18,7 @@ SchemaKind = Literal["json", "regex", "choices"]
 
 @dataclass(frozen=True)
 class Schema:
-    """The form that an answer must have, enforced while it is generated.
-
-    Create it with `json`, `json_object`, `regex` or `choices`.
+    """The form of an answer, enforced during generation; made by `json`, `json_object`, `regex` or `choices`.
 
     Attributes:
         kind: "json", "regex" or "choices".
@@ -44,7 +42,7 @@ class Schema:
 
     @classmethod
     def json(cls, schema: Mapping[str, Any] | bool | str) -> "Schema":
-        """Return the form of JSON that matches a JSON schema. The answer has no white space between its elements.
+        """Return the form of JSON that fits a JSON schema. There is no white space between the parts.
 
         Args:
             schema: the schema, or its JSON text. The order of `properties` is the order of an object's fields.

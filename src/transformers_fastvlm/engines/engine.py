@@ -98,9 +98,9 @@ class Engine:
 
         Raises:
             ValueError: a conversation has an image without a placeholder, a placeholder without an image, an unusable
-                image, or fills the model's context; or this engine does not support `sampling` or its schema. No
-                conversation is answered then.
-            ImportError: the package for answers with a schema is not installed.
+                image, or fills the model's context; or this engine does not support `sampling`, or cannot enforce its
+                schema. No conversation is answered then.
+            ImportError: the package that enforces schemas is not installed.
         """
         samplings = _each(sampling, len(conversations))
         for one in set(samplings):
@@ -129,7 +129,7 @@ class Engine:
         """Start to answer a conversation: `prepare` and `submit` in one call.
 
         Returns:
-            The request. Iterate over it for the text piece by piece; `result()` returns the complete answer.
+            The request. Iterate over it for the text as it is generated; `result()` returns the complete answer.
 
         Raises:
             ValueError: as `generate`.
@@ -181,8 +181,8 @@ class Engine:
         """Check that this engine supports sampling options, without a conversation.
 
         Raises:
-            ValueError: this engine does not support an option or the schema.
-            ImportError: the package for answers with a schema is not installed.
+            ValueError: it lacks an option, or cannot enforce the schema.
+            ImportError: the package that enforces schemas is not installed.
         """
         if sampling.num_beams > 1 and not self._BEAMS:
             raise ValueError(
@@ -218,7 +218,7 @@ class Engine:
         return self._grammars
 
     def _chooser(self, request: Request) -> RowChooser:
-        """Return a new chooser for a request, which is also the request's."""
+        """Return a new token chooser for a request, and set it as the request's."""
         schema = request.sampling.schema
         matcher = None if schema is None else self._compiled().matcher(schema)
         request.chooser = RowChooser(request.sampling, matcher, self._ends())

@@ -99,9 +99,9 @@ class LlamaContext:
 
     Args:
         model: the weights.
-        tokens: tokens that the cache has room for, of all sequences together.
+        tokens: capacity of the cache in tokens, for all sequences together.
         sequences: number of sequences, at most `MAX_SEQUENCES`.
-        rows: maximum number of rows of a call of `decode`, if the cache has room for them.
+        rows: maximum number of rows of a call of `decode`; a small cache lowers it.
         threads: number of threads.
         exact: keep keys and values in float32 and compute attention plainly, which is a little slower.
 
@@ -132,7 +132,7 @@ class LlamaContext:
         library, options = self._library, self._library.llama_context_default_params()
         options.n_ctx, options.n_seq_max = self.tokens, self.sequences
         options.n_batch = options.n_ubatch = self.rows
-        options.n_outputs_max = min(self.sequences, self.rows)  # else there would be room for logits of all rows
+        options.n_outputs_max = min(self.sequences, self.rows)  # else it would allocate logits for all rows
         options.n_threads = options.n_threads_batch = threads
         options.kv_unified = True  # else each sequence has a fixed part of the cache, and shares no beginning
         options.offload_kqv = options.op_offload = self.model.offload
@@ -160,7 +160,7 @@ class LlamaContext:
             embeddings: (rows, hidden_size) float32.
 
         Returns:
-            Whether the rows had room in the cache; if not, nothing was computed.
+            Whether the rows fit into the cache; if not, nothing was computed.
 
         Raises:
             LlamaError: the library failed.
@@ -233,7 +233,9 @@ class LlamaContext:
 
     def _check_sequences(self, sequences: _Array) -> None:
         if ((sequences < 0) | (sequences >= self.sequences)).any():
-            raise ValueError(f"a sequence is not from 0 to {self.sequences - 1}: {sequences.tolist()}.")
+            raise ValueError(
+                f"the sequences go from {sequences.min()} to {sequences.max()}; expected 0 to {self.sequences - 1}."
+            )
 
     def _checked(
         self, sequences: _Array, positions: _Array, outputs: _Array, ids: _Array | None, embeddings: _Array | None
@@ -255,11 +257,17 @@ class LlamaContext:
                 raise ValueError(f"{name} has the shape {array.shape}; expected {shape}.")
         self._check_sequences(sequences)
         if ((positions < 0) | (positions >= self.tokens)).any():
-            raise ValueError(f"a position is not from 0 to {self.tokens - 1}.")
+            raise ValueError(
+                f"the positions go from {positions.min()} to {positions.max()}; expected 0 to {self.tokens - 1}."
+            )
         if ids is not None and ((ids < 0) | (ids >= self.model.vocabulary)).any():
-            raise ValueError(f"a token id is not from 0 to {self.model.vocabulary - 1}.")
+            raise ValueError(
+                f"the token ids go from {ids.min()} to {ids.max()}; expected 0 to {self.model.vocabulary - 1}."
+            )
         if np.count_nonzero(outputs) > min(self.sequences, self.rows):
-            raise ValueError(f"logits are wanted of {np.count_nonzero(outputs)} rows; expected one a sequence.")
+            raise ValueError(
+                f"logits are requested for {np.count_nonzero(outputs)} rows; expected one row per sequence."
+            )
         return count
 
 
@@ -327,7 +335,7 @@ def _listener(loaded: Any) -> Any:
 
 
 def _said() -> str:
-    return "; ".join(_errors) or "the library does not say why"
+    return "; ".join(_errors) or "the library gives no reason"
 
 
 def _called(what: str, call: Any) -> Any:

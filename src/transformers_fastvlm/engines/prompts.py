@@ -207,7 +207,7 @@ def _images(message: dict[str, Any], options: ReadOptions) -> Iterator[Image.Ima
 
     Raises:
         ValueError: an image is damaged, too large, or has a mode whose values do not fit into 8 bits; or a part is
-            neither text nor an opened image. The caller must open paths and addresses, by its own rules.
+            neither text nor an opened image. The caller must open paths and URLs, by its own rules.
     """
     content = message.get("content")
     for part in content if isinstance(content, list) else []:

@@ -20,7 +20,7 @@ __all__ = ["PromptCache"]
 
 _ASSISTED = "assisted decoding runs the whole prompt through the model, including cached tokens. Call model.generate."
 _NOT_TAKEN = {
-    **dict.fromkeys(compat.CACHE_NAMES, "PromptCache keeps its own cache. Omit it, or call model.generate."),
+    **dict.fromkeys(compat.CACHE_NAMES, "PromptCache has its own cache. Omit it, or call model.generate."),
     "mm_encoder_outputs": "PromptCache compares images. Pass pixel_values or image_features.",
     "inputs_embeds": "embeddings cannot be compared with an earlier prompt. Pass input_ids.",
     "cache_implementation": "only a dynamic cache can be cropped to a common beginning. Omit it, or call "

@@ -93,8 +93,8 @@ def _bits(weight: Any) -> int:
 
 
 def _applies(input: Tensor, weight: Any, bias: Tensor | None) -> bool:
-    learns = torch.is_grad_enabled() and input.requires_grad
-    if input.dtype != torch.bfloat16 or learns or torch.is_autocast_enabled("cpu"):
+    needs_gradient = torch.is_grad_enabled() and input.requires_grad
+    if input.dtype != torch.bfloat16 or needs_gradient or torch.is_autocast_enabled("cpu"):
         return False
     return hasattr(weight, "qdata") and eager_on_cpu(input, weight.qdata, bias)
 

@@ -74,7 +74,7 @@ def serve(
         engine: the model; the caller closes it.
         settings: limits and names.
         bound: see `listen`.
-        ready: called with the address when the server accepts requests.
+        ready: called with the URL when the server accepts requests.
         log_format: of the lines on standard error.
 
     Raises:
