@@ -185,8 +185,8 @@ class TokenLogprob:
     Attributes:
         token: its id.
         text: its text; a part of a character that takes several tokens is "\ufffd".
-        logprob: the natural logarithm of its probability by the model's scores as they are: before temperature, top_p,
-            biases, penalties and schema.
+        logprob: natural logarithm of the probability that the model gave it, before temperature, top_p, biases,
+            penalties and schema are applied.
         top: the most probable tokens at this position, most probable first; their `top` is empty.
     """
 
