@@ -40,15 +40,15 @@ def contrastive_loss(first: Tensor, second: Tensor, scale: Tensor | float, group
 
 
 def recall(queries: Tensor, documents: Tensor, ranks: Sequence[int] = (1, 10)) -> dict[int, float]:
-    """Return how often the right document is among the best ones.
+    """Return recall at k: how often the right document is among the k best ones.
 
     Args:
-        queries: (number, dimension), normalized vectors; query i looks for document i.
+        queries: (number, dimension), normalized vectors; document i is the right one for query i.
         documents: (number, dimension), normalized vectors.
-        ranks: numbers of best documents to look at.
+        ranks: the values of k.
 
     Returns:
-        The share of queries, 0 to 1, by rank. Documents as near as the right one count as better.
+        The share of queries, 0 to 1, by k. A document with the same score as the right one counts as better.
     """
     scores = torch.as_tensor(queries) @ torch.as_tensor(documents).T
     before = (scores >= scores.diagonal()[:, None]).sum(1) - 1

@@ -48,7 +48,7 @@ class Schema:
             schema: the schema, or its JSON text. The order of `properties` is the order of an object's fields.
 
         Raises:
-            ValueError: not a JSON schema, one that nothing fits, or too large. Keywords are checked by the engine.
+            ValueError: not a JSON schema, one that nothing matches, or too large. The engine checks the keywords.
         """
         try:
             value = json.loads(schema) if isinstance(schema, str) else schema
@@ -68,10 +68,10 @@ class Schema:
 
     @classmethod
     def regex(cls, pattern: str) -> "Schema":
-        """Return the form of texts that match a regular expression as a whole, in the syntax of Rust's crate regex.
+        """Return the form of texts that match a whole regular expression, in the syntax of the Rust crate regex.
 
         Raises:
-            ValueError: the pattern is empty or too large. Its syntax is checked by the engine.
+            ValueError: the pattern is empty or too large. The engine checks its syntax.
         """
         if not pattern:
             raise ValueError("the regular expression is empty; expected one or more characters.")
@@ -82,8 +82,7 @@ class Schema:
         """Return the form of exactly one of several texts.
 
         Raises:
-            ValueError: no or too many choices, or one that is empty, given twice, or surrounded by white space, which
-                answers do not keep.
+            ValueError: no choices or too many, or a choice is empty, a duplicate, or begins or ends with white space.
         """
         if isinstance(texts, str) or not 1 <= len(texts) <= MAX_CHOICES:
             raise ValueError(f"choices is {str(texts)[:80]!r}; expected a list of 1 to {MAX_CHOICES:,} texts.")

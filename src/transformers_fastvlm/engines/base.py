@@ -37,9 +37,9 @@ MAX_BIASES = 1024
 MAX_SEED = 2**64 - 1
 """The maximum of PyTorch's generators."""
 
-# Messages in Transformers' form:
-# {"role": ..., "content": [{"type": "image", "image": PIL image}, {"type": "text", ...}]}.
 Conversation = list[dict[str, Any]]
+"""Messages in Transformers' form, each `{"role": …, "content": …}`. A content is a string or a list of parts:
+`{"type": "text", "text": …}`, or `{"type": "image", "image": …}` with a Pillow image."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """Why an answer ended: end token or stop string, maximum length, or cancellation."""
@@ -73,8 +73,8 @@ class Sampling:
             random numbers each time. The caller's random state is neither used nor changed.
         stop: stop strings; they are not part of the answer.
         num_beams: beams of beam search; above 1 only for the engine transformers.
-        schema: form that the answer must have; None for free text. An answer with finish reason "length" may end
-            before it is complete.
+        schema: form that the answer must have; None for free text. An answer with finish reason "length" may be
+            incomplete.
         logit_bias: token ids, each with a number from -100 to 100 that is added to its score; at most 1,024.
         presence_penalty: from -2 to 2; subtracted from the score of each token that the answer already has.
         frequency_penalty: from -2 to 2; subtracted once for each time that the answer already has the token.
@@ -185,8 +185,8 @@ class TokenLogprob:
     Attributes:
         token: its id.
         text: its text; a part of a character that takes several tokens is "\ufffd".
-        logprob: the natural logarithm of its probability by the model's scores as they are: before temperature, top_p,
-            biases, penalties and schema.
+        logprob: natural logarithm of the probability that the model gave it, before temperature, top_p, biases,
+            penalties and schema are applied.
         top: the most probable tokens at this position, most probable first; their `top` is empty.
     """
 
@@ -208,7 +208,7 @@ class Answer:
         image_tokens: tokens of the prompt's images.
         cached_tokens: tokens of the prompt that were reused from the cache.
         encoded_images: number of images encoded for this answer; None if the engine does not report it.
-        seconds: durations.
+        seconds: durations in seconds: `prepare`, `wait` (in the queue), `first_token` and `generate`.
         logprobs: one for each of `completion_tokens`, if `Sampling.logprobs` asked for them, else None.
     """
 

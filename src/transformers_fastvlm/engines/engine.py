@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Engine:
     """A model that answers conversations. Its methods are thread-safe.
 
-    The model runs in a separate thread, which the first request starts. A request that fails takes no other with it.
+    The model runs in a separate thread, which the first request starts. A failed request does not affect others.
 
     Args:
         processor: the checkpoint's `FastVLMProcessor`.
@@ -169,7 +169,7 @@ class Engine:
             changed: called on the engine's thread at each new text and at the end.
 
         Raises:
-            ValueError: this engine does not support a sampling.
+            ValueError: this engine does not support an option.
         """
         for sampling in samplings:
             self.check(sampling)
@@ -178,7 +178,7 @@ class Engine:
         return requests
 
     def check(self, sampling: Sampling) -> None:
-        """Check that this engine can answer with a sampling, before there is a conversation.
+        """Check that this engine supports sampling options, without a conversation.
 
         Raises:
             ValueError: it lacks an option, or cannot enforce the schema.

@@ -49,9 +49,9 @@ class LlamaCppEngine(BatchingEngine):
         directory: directory of `fastvlm export gguf`.
         precision: one of the export's precisions; by default the first one present of q8_0, float32, float16, q4_0
             and q4_k_m.
-        device: "cpu", or the GPU that the installed llama-cpp-python was built for, by the names "gpu", "cuda",
-            "metal" and "vulkan"; "auto" is the GPU if there is one. Images are always encoded on the CPU.
-        threads: threads on the CPU; by default as many as PyTorch uses. More than free cores are much slower.
+        device: "cpu"; or "gpu", "cuda", "metal" or "vulkan" for the GPU that the installed llama-cpp-python was built
+            for; or "auto", the GPU if there is one. Images are always encoded on the CPU.
+        threads: threads on the CPU; by default as many as PyTorch uses. More threads than free cores are much slower.
         batch_size: maximum number of rows, and of images that are encoded together; at most 248.
 
     Attributes:

@@ -39,7 +39,7 @@ class Prompt:
         images: decoded images, in order; empty after `inputs` is made.
         inputs: the model's inputs for this prompt alone, if the engine makes them in advance.
         seconds: time to prepare the prompt.
-        continues: whether the answer continues the last message, so that white space before it is part of it.
+        continues: whether the answer continues the last message; leading white space is then part of the answer.
     """
 
     ids: list[int]

@@ -111,7 +111,7 @@ class Request:
         return (self.begun_at or self.ended_at or time.perf_counter()) - self.queued_at
 
     def cancel(self) -> None:
-        """End the answer: at once if it waits, else at the next token. The text so far is kept."""
+        """End the answer: immediately if it is still queued, else at the next token. The text so far is kept."""
         self.cancelled = True
         self._on_cancel(self)
 

@@ -36,11 +36,11 @@ class TransformersEngine(BatchingEngine):
     Each request gets a row: it joins the others as soon as a row is free, gets one token in each step of the
     model, and leaves when its answer ends. Waiting requests get their rows in order. Between two steps at most one
     image is encoded, unless no row is running. A row's answer does not depend on the other rows, except for rounding:
-    in half precision, two tokens with nearly equal scores may swap. Prompts that begin with the same tokens and images,
-    such as the questions of a conversation, compute this beginning only once.
+    in half precision, two tokens with nearly equal scores may swap. If prompts begin with the same tokens and images,
+    such as the questions of a conversation, this common prefix is computed only once.
 
-    Three kinds of requests are answered alone by `generate()`, while the others wait: beam search, conversations that
-    are longer than the cache, and all requests if Transformers cannot page the language model's cache.
+    `generate()` answers some requests one by one, while the others wait: beam search, conversations that are longer
+    than the cache, and all requests if Transformers has no paged cache for the language model.
 
     Options that `Sampling` lacks, such as a repetition penalty, come from the model's generation configuration, which
     is not changed.

@@ -24,9 +24,9 @@ _CPU_CACHE_GIB = 2.0
 class VllmEngine(Engine):
     """An `Engine` on vLLM.
 
-    vLLM batches requests continuously: they join and leave at any token, and texts are streamed. So pass many
-    conversations at once. vLLM runs in a new process, so a script needs the guard `if __name__ == "__main__":`.
-    `close()` ends that process, and so does any end of this one. By default, vLLM logs only warnings and errors, to
+    vLLM batches requests continuously: a request can start and end at any token. So pass many conversations at once.
+    vLLM runs in a new process, so a script needs the guard `if __name__ == "__main__":`. That process ends with
+    `close()`, or when this process ends, even if it is killed. By default, vLLM logs only warnings and errors, to
     standard error, and does not report usage statistics; set the environment variables VLLM_LOGGING_LEVEL,
     VLLM_LOGGING_STREAM and VLLM_NO_USAGE_STATS to change this.
 
