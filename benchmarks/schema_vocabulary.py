@@ -95,7 +95,7 @@ def measure(size: int, options: Any) -> dict[str, Any]:
 
         work = {"with_schema": held, "without": partial(unheld)}
         times = in_turns(work, options.rounds, clock=Clock())
-        a_step = {kind: 1e3 * median(own.processor) / sum(counts) for kind, own in times.items()}
+        a_step = {kind: 1e3 * median(own.cpu) / sum(counts) for kind, own in times.items()}
         found[name] = {
             "steps": sum(counts),
             "compile_ms": round(1e3 * compiled, 1),
