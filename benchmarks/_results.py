@@ -21,7 +21,7 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
 
     Args:
         description: of the script, whose first line is shown.
-        defaults: by the options' names; `threads=None` stands for as many as there are processors, and a list for an
+        defaults: by the options' names; `threads=None` stands for one for each CPU, and a list for an
             option that takes several.
     """
     made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
@@ -42,7 +42,7 @@ def settings(options: argparse.Namespace, *but: str) -> dict[str, Any]:
 
 
 def questions(count: int, start: int = 0, aspect: str = "any", task: str = "questions") -> list[dict[str, Any]]:
-    """Return scenes that no training has seen, each as {picture, question, answer, conversation}."""
+    """Return scenes that no training has seen, each as {image, question, answer, conversation}."""
     from transformers_fastvlm.data.scenes import SceneDataset
 
     scenes = SceneDataset(count, seed=HELD_OUT_SERIES, start=start, aspect=aspect, task=task)  # type: ignore[arg-type]
@@ -50,16 +50,14 @@ def questions(count: int, start: int = 0, aspect: str = "any", task: str = "ques
     for index in range(count):
         row = scenes[index]
         question, answer = (message["content"] for message in row["messages"][:2])
-        question, picture = question.removeprefix("<image>\n"), row["images"][0]
-        rows.append(
-            {"picture": picture, "question": question, "answer": answer, "conversation": ask(picture, question)}
-        )
+        question, image = question.removeprefix("<image>\n"), row["images"][0]
+        rows.append({"image": image, "question": question, "answer": answer, "conversation": ask(image, question)})
     return rows
 
 
-def ask(picture: Any, question: str) -> list[dict[str, Any]]:
+def ask(image: Any, question: str) -> list[dict[str, Any]]:
     """Return a conversation with one question about an image."""
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
 
 
 def percent(hits: Sequence[bool]) -> float:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continuous batching beside padded batches of `generate()`: tokens a second, and how long a short answer takes.
+"""Continuous batching beside padded batches of `generate()`: tokens per second, and the time of a short answer.
 
     python benchmarks/continuous_batching.py [--model tiny] [--requests 64] [--rows 8] [--longest 256] [--rounds 3]
         [--seconds 0] [--threads N] [--out benchmarks/results/continuous_batching_tiny.json]
 
-Each request has an image and a question of its own, and an answer of a fixed number of tokens from 4 to `--longest`, as
+Each request has another image and question, and an answer of a fixed number of tokens from 4 to `--longest`, as
 many short as long ones by their logarithm. Both answer the same requests with the same model: `padded` in batches of
 `--rows`, each as long as its longest answer; `continuous` is `TransformersEngine` with as many rows. `alone` is one
 request of `--longest` tokens, by `generate()` and by the engine. `--model 0.5b` has the shape of FastVLM-0.5B with
 random weights in bfloat16.
 
 With `--seconds`, the requests then arrive at random over so many seconds, and the record has the median time until an
-answer of at most 16 tokens is whole; a padded batch takes whoever waits.
+answer of at most 16 tokens is complete; a padded batch takes all waiting requests.
 """
 
 import queue
@@ -175,10 +175,8 @@ def main() -> None:
         "tokens_per_second": {name: round(tokens / median(times[name].wall), 1) for name in ("padded", "continuous")},
         "seconds": {name: one.spread() for name, one in times.items()},
         "throughput_ratio": ratio(median(times["padded"].wall), median(times["continuous"].wall)),
-        "processor_ratio": ratio(median(times["padded"].processor), median(times["continuous"].processor)),
-        "alone_processor_ratio": ratio(
-            median(times["alone, engine"].processor), median(times["alone, generate()"].processor)
-        ),
+        "processor_ratio": ratio(median(times["padded"].cpu), median(times["continuous"].cpu)),
+        "alone_processor_ratio": ratio(median(times["alone, engine"].cpu), median(times["alone, generate()"].cpu)),
     }
     if options.seconds:
         short = {name: work.arriving(name == "continuous") for name in ("padded", "continuous")}

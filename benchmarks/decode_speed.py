@@ -84,7 +84,7 @@ def measure(group: dict[str, str], options: argparse.Namespace) -> dict[str, Any
             del decoders, work
         for name, own in found.items():
             times[name].wall += own.wall
-            times[name].processor += own.processor
+            times[name].cpu += own.cpu
     speed = {name: own.rates(options.steps, "tokens") for name, own in times.items()}
     base = "native" if "native" in speed else "ours"
     ratios = {

@@ -63,7 +63,7 @@ def main() -> None:
         work[f"products {kind}"] = partial(nn.functional.linear, left, right)
     load_before = os.getloadavg()
     times = in_turns(work, options.repetitions, progress=partial(print, flush=True))
-    seconds = {name: {"cpu": found.processor, "wall": found.wall} for name, found in times.items()}
+    seconds = {name: {"cpu": found.cpu, "wall": found.wall} for name, found in times.items()}
     clock = "cpu" if options.threads == 1 else "wall"
     flop = 2 * rows * inner * outer
     rates = {

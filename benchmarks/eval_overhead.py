@@ -4,13 +4,13 @@
     python benchmarks/eval_overhead.py [--scenes 500] [--batch-size 16] [--dtype float32] [--out RESULTS.json]
 
 Evaluates as `fastvlm eval tiny --data scenes.jsonl` does, without the measurement of the first token, and takes the
-processor time of each part: `model` is the steps of the engine's thread, `engine` adds the preparation of prompts,
-`pictures` is the opening of the files, which every method needs. `harness` is everything else from reading the questions
-to the written results: lmms-eval, the journal, scoring, writing. Loading and freeing the model and importing lmms-eval
-are excluded.
+CPU seconds of each part: `model` is the steps of the engine's thread, `engine` adds the preparation of prompts,
+`pictures` is the opening of the files, which every method needs. `harness` is everything else from reading the
+questions to the written results: lmms-eval, the journal, scoring, writing. Loading and freeing the model and importing
+lmms-eval are excluded.
 
-Processor seconds cover all threads; other programs disturb them least. The parts run at the same time, so there are no
-wall seconds of each. PyTorch has one thread. Needs the extra `eval`.
+CPU seconds cover all threads; other programs disturb them least. The parts run at the same time, so there are no wall
+seconds of each. PyTorch has one thread. Needs the extra `eval`.
 """
 
 import argparse
@@ -31,15 +31,15 @@ from transformers_fastvlm.evaluation.tasks import import_harness
 
 
 class Clock:
-    """Adds up the processor time between `start` and `stop`.
+    """Adds up the CPU time between `start` and `stop`.
 
     Args:
-        processor: whose processor time counts: that of the process or of the thread.
+        cpu: returns CPU seconds, of the process or of the thread.
     """
 
-    def __init__(self, processor: Callable[[], float] = time.thread_time) -> None:
+    def __init__(self, cpu: Callable[[], float] = time.thread_time) -> None:
         self.seconds = 0.0
-        self._now = processor
+        self._now = cpu
 
     def start(self) -> None:
         self._start = self._now()
@@ -62,7 +62,7 @@ def write_scenes(folder: Path, count: int) -> Path:
     """Write scenes that no training used as a user's own data."""
     with open(folder / "scenes.jsonl", "w", encoding="utf-8") as file:
         for index, row in enumerate(questions(count)):
-            row["picture"].save(folder / f"{index}.png")
+            row["image"].save(folder / f"{index}.png")
             line = {"image": f"{index}.png", "question": row["question"], "answer": row["answer"]}
             file.write(json.dumps(line) + "\n")
     return folder / "scenes.jsonl"
@@ -117,7 +117,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     options = parser(__doc__, scenes=500, batch_size=16, dtype="float32").parse_args()
-    torch.set_num_threads(1)  # the engine's processor time is that of one thread
+    torch.set_num_threads(1)  # the engine's CPU time is that of one thread
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(options, Path(folder))
     about = {"model": "tiny", **settings(options), "series": HELD_OUT_SERIES, "threads": torch.get_num_threads()}

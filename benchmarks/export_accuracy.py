@@ -84,10 +84,10 @@ def _answers_in_node(
         inputs = processor.apply_chat_template(
             row["conversation"], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
         )
-        picture, pixels = work / f"{number}.png", work / f"{number}.f32"
-        row["picture"].save(picture)
+        image, pixels = work / f"{number}.png", work / f"{number}.f32"
+        row["image"].save(image)
         pixels.write_bytes(inputs["pixel_values"].astype("float32").tobytes())
-        case = {"picture": str(picture), "pixels": str(pixels), "shape": inputs["pixel_values"].shape}
+        case = {"image": str(image), "pixels": str(pixels), "shape": inputs["pixel_values"].shape}
         cases.append(case | {"question": row["question"], "input_ids": inputs["input_ids"][0].tolist()})
     (work / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     # Node looks for packages beside the script.

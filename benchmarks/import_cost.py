@@ -26,7 +26,7 @@ CASES = {
 
 
 def seconds(before: str, measured: str) -> float:
-    """Return the processor time, of all threads, that a new process takes for `measured`."""
+    """Return the CPU time, of all threads, that a new process takes for `measured`."""
     code = f"{before}\nimport time\nstart = time.process_time()\n{measured}\nprint(time.process_time() - start)"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])

@@ -6,10 +6,10 @@
 
 FOLDER is one in which `npm install --ignore-scripts node-llama-cpp` was run; without --node only the second part is
 measured. Both sides decode greedily after a prompt of as many tokens, the engine's with an image, in turns: the engine
-in this process and node-llama-cpp in one of its own that stays alive. Only tokens after the first count, so the encoder
+in this process and node-llama-cpp in another one that stays alive. Only tokens after the first count, so the encoder
 plays no part.
 
-Requests at once and one by one are texts without images, with answers of at most --new-tokens tokens; tokens a second
+Requests at once and one by one are texts without images, with answers of at most --new-tokens tokens; tokens per second
 are of the whole time. Models and --work are those of benchmarks/runtimes.py.
 """
 
@@ -82,7 +82,7 @@ def in_turns(sides: dict[str, Any], rounds: int) -> dict[str, list[float]]:
 
 def beside_node(engine: Engine, subject: Subject, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return tokens a second of both sides, and the engine's part of llama.cpp's own."""
-    conversation = ask(questions(1)[0]["picture"], DESCRIBE)
+    conversation = ask(questions(1)[0]["image"], DESCRIBE)
     prompt_tokens = engine.prepare(conversation).tokens
     (file,) = subject.directory.glob("*.gguf")
     numbers = (options.threads, prompt_tokens, options.new_tokens)
@@ -122,7 +122,7 @@ def at_once(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def loaded(subject: Subject, options: argparse.Namespace) -> Iterator[Engine]:
-    """Load a row's engine, with room for all requests at once."""
+    """Load a row's engine, with a cache for all requests at once."""
     case = subject.case
     more: dict[str, Any] = {"device": "cpu", "threads": options.threads, "batch_size": options.requests}
     engine = load_engine(case.engine, case.model, **case.load_options() | more)

@@ -7,7 +7,7 @@
 Random weights of the preset's shape. The earlier graphs have no `accuracy_level`, so onnxruntime does not round the
 activations of a multiplication to 8 bits, and no `num_logits_to_keep`, so the head multiplies all positions. Both run
 in turns through `OnnxModel`, as the engine `onnx` does: "first_token" is a prompt of random embeddings, without the
-image encoder; "decoding" is one token after it. Compare the processor seconds; they are of a whole turn of `--steps`
+image encoder; "decoding" is one token after it. Compare the CPU seconds; they are of a whole turn of `--steps`
 tokens divided by their number. `relative_error` is the distance of the first logits from the earlier graph's.
 """
 
@@ -101,7 +101,7 @@ def measure(folder: Path, precision: str, width: int, options: Any) -> dict[str,
         own = {
             version: {
                 "seconds": spread([value / tokens for value in one.wall]),
-                "processor_seconds": spread([value / tokens for value in one.processor]),
+                "processor_seconds": spread([value / tokens for value in one.cpu]),
             }
             for version, one in times.items()
         }

@@ -9,8 +9,8 @@
 Accuracy is that of the tiny model: right answers about `--scenes` scenes that no training uses, and how many of
 `--captions` captions are those of Transformers in float32, all by greedy decoding. Speed is that of `--model`: `0.5b`
 has the shape of FastVLM-0.5B with random weights, asked about a new image of 1024 x 1024 pixels each time; `tiny` is
-the quick variant. Every runtime has a process of its own that stays alive, and they are asked in turns, so that
-whatever else the machine does hits all of them; all must fit into memory together. `native` is Transformers' own
+the quick variant. Every runtime has a separate process that stays alive, and they run alternately, so that
+background load affects all of them; all must fit into memory together. `native` is Transformers' own
 `fast_vlm` with timm's encoder, as a peer.
 
 `--scenes 0` leaves out accuracy and `--rounds 0` speed; what is left out is kept as the file --out already has it.
@@ -117,7 +117,7 @@ def names(model: str = "tiny") -> list[str]:
 
 
 def subjects(model: str, wanted: list[str], work: Path) -> list[Subject]:
-    """Return the wanted rows of a model; those that cannot be exported here are left out."""
+    """Return the requested rows of a model; those that cannot be exported here are left out."""
     found = []
     checkpoint = tiny_checkpoint() if model == "tiny" else random_checkpoint(model, work / model)
     for runtime in RUNTIMES:
@@ -146,7 +146,7 @@ def random_checkpoint(model: str, directory: Path) -> Path:
 
 
 def exported(model: str, checkpoint: Path, runtime: Runtime, precision: str, work: Path) -> Path | None:
-    """Return the directory of an export, made in a process of its own unless it exists; None if that failed."""
+    """Return the directory of an export, made in a separate process unless it exists; None if that failed."""
     own = [] if runtime.engine == NATIVE else ["--precision", precision]  # whose files serve every dtype
     directory = work / "-".join([model, str(runtime.target), *own[1:]])
     if not directory.exists():
@@ -188,7 +188,7 @@ def answers(subject: Subject, conversations: list[Any]) -> list[str]:
 def accuracy(found: list[Subject], scenes: int, captions: int) -> dict[str, Any]:
     """Ask all rows about the same scenes, one row after the other."""
     asked = questions(scenes)
-    described = [ask(row["picture"], DESCRIBE) for row in questions(captions, start=scenes, task="captions")]
+    described = [ask(row["image"], DESCRIBE) for row in questions(captions, start=scenes, task="captions")]
     conversations = [row["conversation"] for row in asked] + described
     given: dict[tuple[str, str], list[str]] = {}
     results = []
@@ -210,29 +210,29 @@ def accuracy(found: list[Subject], scenes: int, captions: int) -> dict[str, Any]
     return {"scenes": scenes, "captions": captions, "series": HELD_OUT_SERIES, "results": results}
 
 
-def first_request(subject: Subject, model: str, options: argparse.Namespace, picture: str) -> dict[str, Any]:
-    """Return what the process of a row is told first."""
+def first_request(subject: Subject, model: str, options: argparse.Namespace, image_file: str) -> dict[str, Any]:
+    """Return the first request to the process of a row."""
     if subject.runtime.engine != NATIVE:
-        return engine_request(subject.case, options.threads, options.new_tokens, picture)
+        return engine_request(subject.case, options.threads, options.new_tokens, image_file)
     source, side = (str(subject.directory), None) if model == "tiny" else (model.upper(), PIXELS)
     case = Case(NATIVE, "other" if model == "tiny" else "native", source, side, subject.precision, 1, 0)
     chosen = Options(threads=options.threads, new_tokens=options.new_tokens)
-    return {"case": asdict(case), "options": chosen.as_dict(), "picture": picture}
+    return {"case": asdict(case), "options": chosen.as_dict(), "image": image_file}
 
 
 def speed(found: list[Subject], model: str, options: argparse.Namespace) -> dict[str, Any]:
     """Load all rows, and ask them in turns."""
     say = partial(print, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        picture = Path(folder) / "photo.jpg"
-        picture.write_bytes(photo_jpeg(PIXELS, PIXELS))
+        image_file = Path(folder) / "photo.jpg"
+        image_file.write_bytes(photo_jpeg(PIXELS, PIXELS))
         loaded: list[tuple[Subject, WorkerProcess]] = []
         for subject in found:
             name = f"{subject.runtime.engine}:{subject.precision}"
             say(f"loading {name}")
             worker = stack.enter_context(WorkerProcess(name, options.threads))
             try:
-                worker.facts = worker.ask(first_request(subject, model, options, str(picture)))
+                worker.facts = worker.ask(first_request(subject, model, options, str(image_file)))
             except ImportError as error:
                 say(f"{name} is left out: {error}")
             else:

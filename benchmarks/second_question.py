@@ -41,13 +41,13 @@ def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     model = random_model(config, getattr(torch, dtype), torch.device(options.device))
     speed_up_linear_layers(model)  # as from_pretrained does
     cache = PromptCache(model, processor)
-    picture = make_photo()
-    first = _results.ask(picture, "What is in the picture?")
+    photo = make_photo()
+    first = _results.ask(photo, "What is in the picture?")
     answer = {"role": "assistant", "content": "A red square and two blue circles."}
     cases = {
         "first": first,
         "second": [*first, answer, {"role": "user", "content": "How many circles are there?"}],
-        "of_its_own": _results.ask(picture, "Where is the square?"),
+        "of_its_own": _results.ask(photo, "Where is the square?"),
     }
     prefilled: dict[str, int] = {}
 
@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
         rotate=False,
     )
     medians = {
-        name: {"seconds": round(median(own.wall), 4), "processor_seconds": round(median(own.processor), 4)}
+        name: {"seconds": round(median(own.wall), 4), "processor_seconds": round(median(own.cpu), 4)}
         for name, own in times.items()
     }
     base = medians["first"]["processor_seconds"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of the tiny model that follow a schema: how many parse, and what a schema costs in tokens a second.
+"""Answers of the tiny model that follow a schema: how many parse, and what a schema costs in tokens per second.
 
     python benchmarks/structured_answers.py [--scenes 200] [--rounds 5] [--rows 16] [--threads N]
         [--out benchmarks/results/structured_answers.json]
@@ -11,7 +11,7 @@ and if it is what the schema says, checked by hand.
 For the cost, a batch of questions without images is answered under each schema, and again without one with as many
 tokens in each row; nothing else ends an answer then, as the model has no end token. The two take turns. Images are
 left out since their encoding, which takes the same time in both, would hide the cost. Medians of the rounds;
-`of_processor_seconds` is the ratio to read on a machine that others use too.
+`of_processor_seconds` is the ratio of CPU time; use it on a shared machine.
 """
 
 import sys
@@ -32,7 +32,7 @@ from transformers_fastvlm.engines import Sampling, Schema, TransformersEngine
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from schema_cases import SCHEMAS
 
-ROOM = 256
+MAX_TOKENS = 256
 TEXTS = ("Describe the picture as JSON.", "How many stars are there?", "What number is written?", "Hi")
 
 
@@ -48,7 +48,7 @@ def fitting(engine: TransformersEngine, scenes: list[dict[str, Any]], name: str)
     """Return how many answers there are under a schema, and how many fit it; every second one is sampled."""
     schema, fits = SCHEMAS[name]
     samplings = [
-        Sampling(max_new_tokens=ROOM, temperature=2.0 * (row % 2), seed=row if row % 2 else None, schema=schema)
+        Sampling(max_new_tokens=MAX_TOKENS, temperature=2.0 * (row % 2), seed=row if row % 2 else None, schema=schema)
         for row in range(len(scenes))
     ]
     answers = engine.generate([scene["conversation"] for scene in scenes], samplings)
@@ -60,7 +60,9 @@ def cost(held: TransformersEngine, free: TransformersEngine, schema: Schema, opt
     """Return tokens a second with a schema and without, of as many tokens."""
     texts = [TEXTS[row % len(TEXTS)] for row in range(options.rows)]
     conversations = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
-    samplings = [Sampling(max_new_tokens=ROOM, temperature=1.0, seed=row, schema=schema) for row in range(options.rows)]
+    samplings = [
+        Sampling(max_new_tokens=MAX_TOKENS, temperature=1.0, seed=row, schema=schema) for row in range(options.rows)
+    ]
     counts = [answer.completion_tokens for answer in held.generate(conversations, samplings)]
     plain = [Sampling(max_new_tokens=count, temperature=1.0, seed=row) for row, count in enumerate(counts)]
     work = {
@@ -70,7 +72,7 @@ def cost(held: TransformersEngine, free: TransformersEngine, schema: Schema, opt
     assert [answer.completion_tokens for answer in work["without"]()] == counts
     times = in_turns(work, options.rounds, clock=Clock())
     seconds = {name: median(own.wall) for name, own in times.items()}
-    processor = {name: median(own.processor) for name, own in times.items()}
+    processor = {name: median(own.cpu) for name, own in times.items()}
     return {
         "tokens": sum(counts),
         "tokens_a_second": {name: round(sum(counts) / value, 1) for name, value in seconds.items()},

@@ -6,7 +6,7 @@
 Each study asks about the same scenes in several ways, by greedy decoding, and counts exact answers, as
 tiny_accuracy.py does. The others are compared with the first way of a study: by the difference in points, question by
 question, with its 95 % bootstrap interval, and by the number of changed answers, right or wrong. Studies that --out
-already has are kept unless they are run again. The default of MODEL is the test model of the package.
+already has are kept unless they are repeated. The default of MODEL is the test model of the package.
 
 The train-time form is made from the merged weights: branches are drawn at random, and the main branch of each
 convolution is the remainder. This shows the cost of merging, but nothing about training with branches.
@@ -35,7 +35,7 @@ from transformers_fastvlm.evaluation.bootstrap import interval, resampled_means
 from transformers_fastvlm.modeling_fastvithd import LargeKernelConv, MobileOneBlock, RepCPE, RepMixer
 
 # Neither training nor any evaluation takes scenes from it.
-OTHER_PICTURES_SERIES = 2027
+OTHER_IMAGES_SERIES = 2027
 SIDES = (128, 192, 320, 512)
 PRECISIONS = (REFERENCE, "bfloat16", "float16", "int8", "int4")
 OTHERS = (1, 3)
@@ -73,9 +73,9 @@ def studies(side: int) -> dict[str, list[Cell]]:
             Cell("AnyRes", "anyres", options={"image_aspect_ratio": "anyres", "image_grid_pinpoints": grid}),
         ],
         "images": [
-            Cell("1 picture"),
+            Cell("1 image"),
             *(
-                Cell(f"{1 + number} pictures, {words}", others=(kind, number))
+                Cell(f"{1 + number} images, {words}", others=(kind, number))
                 for kind, words in (
                     ("black-before", "black ones before it"),
                     ("scenes-before", "other scenes before it"),
@@ -92,7 +92,7 @@ class WithOthers:
 
     def __init__(self, scenes: SceneDataset, kind: str, number: int) -> None:
         self.scenes, self.kind, self.number = scenes, kind, number
-        self.pool = SceneDataset(len(scenes) * number, seed=OTHER_PICTURES_SERIES)
+        self.pool = SceneDataset(len(scenes) * number, seed=OTHER_IMAGES_SERIES)
 
     def __len__(self) -> int:
         return len(self.scenes)

@@ -6,11 +6,11 @@
 The loss is CLIP's (Radford et al. 2021, arXiv 2103.00020, section 2.3): each description of a batch has to find its
 image among all images of the batch, and each image its description, with a temperature that is trained. The vectors
 are those of `Embedder`: the last token of the language model. Projector and language model are trained; the encoder is
-frozen, so the features of each image are computed once. Words and numbers are learned soonest, so fewer of the training
-scenes show them than of the held-out ones.
+frozen, so the features of each image are computed once. Words and numbers are learned first, so fewer of the training
+scenes than of the held-out ones show them.
 
 Descriptions are unambiguous: among the held-out scenes no two have the same one, since a scene whose description was
-there before is left out. In training, scenes of one description are not each other's wrong answers.
+there before is left out. In training, scenes with the same description are not negatives of each other.
 
 --save writes the trained checkpoint, for `Embedder` and for sentence-transformers.
 """

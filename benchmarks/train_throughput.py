@@ -124,7 +124,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         )
         trainer.train()
     peak = peak_bytes(torch.device(options.device))
-    return {"seconds": times.wall, "processor_seconds": times.processor, "losses": losses, "peak_bytes": peak}
+    return {"seconds": times.wall, "processor_seconds": times.cpu, "losses": losses, "peak_bytes": peak}
 
 
 def run_child(options: argparse.Namespace, folder: Path, implementation: str, dtype: str, on: str) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def run_child(options: argparse.Namespace, folder: Path, implementation: str, dt
         raise SystemExit(f"{implementation}, {dtype}, checkpointing {on}: exit status {done.returncode}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     timed = ", ".join(f"{seconds:.1f}" for seconds in result["processor_seconds"])
-    print(f"{dtype}, checkpointing {on}, {implementation}: {timed} s of processor time", file=sys.stderr, flush=True)
+    print(f"{dtype}, checkpointing {on}, {implementation}: {timed} s of CPU time", file=sys.stderr, flush=True)
     return result
 
 
@@ -180,7 +180,9 @@ def main() -> None:
         print(json.dumps(train(options)))
         return
     if options.tokens < 9 + (options.image_size // 64) ** 2:
-        raise SystemExit(f"--tokens {options.tokens} leaves no room for the image; raise it or lower --image-size.")
+        raise SystemExit(
+            f"--tokens {options.tokens} is too few for the image's tokens; raise it or lower --image-size."
+        )
     kept = ("preset", "layers", "image_size", "batch_size", "tokens", "warmup", "rounds", "threads", "device")
     values: dict[str, Any] = {"settings": {key: getattr(options, key) for key in kept}, "cases": []}
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ def conversations_of(turn: int, count: int) -> list[Any]:
     """Return the conversations of a turn, which no other turn has."""
     rows = _results.questions(count, start=turn * count)
     for row in rows[1::2]:
-        row["conversation"] = _results.ask(row["picture"], "Describe the picture.")
+        row["conversation"] = _results.ask(row["image"], "Describe the picture.")
     return [row["conversation"] for row in rows]
 
 

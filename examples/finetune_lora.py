@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teach the tiny model to read dice with LoRA.
+"""Train the tiny model to read dice with LoRA.
 
     python examples/finetune_lora.py WORK [--rows 1600]
 
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[str]]:
     """Write data, train, merge; print how many answers are right and return them all, with the expected ones."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("work", type=Path, help="directory for the data and the results")
-    parser.add_argument("--rows", type=int, default=1600, help="dice to learn from")
+    parser.add_argument("--rows", type=int, default=1600, help="number of dice to train on")
     options = parser.parse_args(arguments)
     data = options.work / "dice"
     train_file, test_file = write_dice(data, "train", options.rows, 0), write_dice(data, "test", 120, 1)

@@ -8,7 +8,7 @@ or to --out. On a CPU with few cores, one process per core is faster than one pr
 benchmarks/tiny_accuracy.py counts its right answers; `make train-tiny` runs both.
 
 The encoder is trained alone first, as FastVLM's comes from CLIP. An untrained encoder and an untrained language model
-together learn where things are, and then nothing more for a long time.
+learn positions together, and then nothing more for a long time.
 """
 
 import argparse
@@ -76,13 +76,13 @@ LABELS = {label: number for number, label in enumerate(label for group in GROUPS
 
 
 class MarkFinder(nn.Module):
-    """An encoder that is asked what lies in each quarter of the square that one of its features stands for.
+    """An encoder with heads that predict what each quarter of a feature's square shows.
 
-    The stages before the last are asked too, so that they need not wait until those behind them have learned to listen
-    (Deeply-Supervised Nets, arXiv 1409.5185).
+    Earlier stages have heads too, so that they get a gradient before the last stages are trained (Deeply-Supervised
+    Nets, arXiv 1409.5185).
 
     Args:
-        encoder: what is trained.
+        encoder: the encoder to train.
     """
 
     def __init__(self, encoder: FastViTHDModel) -> None:
@@ -229,10 +229,12 @@ def export(trained: Path, tokenizer: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("work", type=Path, help="directory for what comes on the way")
+    parser.add_argument("work", type=Path, help="directory for intermediate results")
     parser.add_argument("--out", type=Path, help="directory of the result")
     parser.add_argument("--processes", type=int, default=1, help="processes for the stages, a divisor of 16")
-    parser.add_argument("--steps", type=int, help="end each part after so many, to try the way; nothing is learned")
+    parser.add_argument(
+        "--steps", type=int, help="end each part after this many, for a quick try; the result is useless"
+    )
     options = parser.parse_args()
     if options.processes < 1 or 16 % options.processes:
         parser.error(f"--processes is {options.processes}; expected a divisor of 16, the size of a batch.")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other programs call before anybody has asked for FastVLM: the three entry points of the package.
+"""The three entry points of the package, which other programs call even if FastVLM is not used.
 
-Importing `transformers_fastvlm` imports torch, and fails where Transformers cannot be used. These run in the help of
-the command `fastvlm` and in every process of vLLM and lmms-eval, whatever model it runs. So this module stands beside
-the package and imports it inside its functions only.
+Importing `transformers_fastvlm` imports torch, and fails if Transformers cannot be used. But entry points run
+for the help of `fastvlm`, and in every process of vLLM and lmms-eval, with any model. So this module lies outside the
+package and imports it inside functions only.
 """
 
 import logging
@@ -14,7 +14,7 @@ __all__ = ["command", "lmms_eval_manifest", "registers_later", "vllm_plugin"]
 logger = logging.getLogger(__name__)
 
 registers_later = False
-"""Whether the package leaves it to its importer to call `register()`. True in the command, whose verbs do."""
+"""Whether importing the package leaves out `register()`. True in the command, whose verbs call it."""
 
 _MODEL_TYPES = ("fastvlm", "fastvithd", "llava_qwen2", "llava_llama")
 
@@ -42,8 +42,8 @@ def lmms_eval_manifest() -> Any:
 def vllm_plugin() -> None:
     """Register FastVLM with Transformers and vLLM, in a process of vLLM.
 
-    Nothing is raised or logged above DEBUG, since most such processes run another model. Where it fails, reading the
-    configuration of a FastVLM tries again, and raises what is wrong.
+    Nothing is raised or logged above DEBUG, since most such processes run another model. If it fails, reading
+    the configuration of a FastVLM tries again and raises the error.
     """
     try:
         _register_with_vllm()
@@ -73,7 +73,7 @@ def _try_again_when_asked() -> None:
 
             import transformers_fastvlm
 
-            transformers_fastvlm.register()  # puts the real configurations in the places of these
+            transformers_fastvlm.register()  # replaces these by the real configurations
 
             return CONFIG_MAPPING[cls.model_type].from_dict(config_dict, **kwargs)
 

@@ -38,10 +38,10 @@ def test_demo_with_a_checkpoint(tmp_path: Path, checkpoint, golden, capsys: pyte
     assert printed.count("answer ") == 1 and "What is it?" in printed
 
 
-def test_pictures_are_drawn_by_their_script() -> None:
-    script = example("make_pictures")
-    assert {file.name for file in script.IMAGES.iterdir()} == set(script.PICTURES)
-    for name in script.PICTURES:
+def test_images_are_drawn_by_their_script() -> None:
+    script = example("make_images")
+    assert {file.name for file in script.IMAGES.iterdir()} == set(script.SCENES)
+    for name in script.SCENES:
         assert (script.IMAGES / name).stat().st_size < 150_000
         with Image.open(script.IMAGES / name) as image:
             committed = np.asarray(image, np.int16)

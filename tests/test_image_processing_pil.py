@@ -358,7 +358,7 @@ def test_addresses(processor: FastVLMImageProcessorPil, tmp_path: Path, monkeypa
         monkeypatch.setattr("transformers_fastvlm.images.fetching.MAX_DOWNLOAD_BYTES", 100)
         with pytest.raises(ValueError, match="larger than 100 bytes"):
             processor(f"{address}/image.png")
-    with pytest.raises(ConnectionError, match="Check the address and the network"):
+    with pytest.raises(ConnectionError, match="Check the URL and the network"):
         processor(f"{address}/image.png")
 
 

@@ -327,8 +327,8 @@ def test_half_types_are_slow_without_onednn() -> None:
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        assert not kernels.has_fast_products(torch.bfloat16)
-        assert kernels.has_fast_products(torch.float32) and kernels.has_fast_products(torch.float64)
+        assert not kernels.has_fast_gemm(torch.bfloat16)
+        assert kernels.has_fast_gemm(torch.float32) and kernels.has_fast_gemm(torch.float64)
     finally:
         torch._C._set_mkldnn_enabled(before)
 

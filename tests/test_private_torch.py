@@ -13,7 +13,7 @@ from transformers_fastvlm.kernels import dispatch, private_torch, quantized
 
 def test_they_are_there() -> None:
     assert private_torch._TRANSFORMS is not None and private_torch._GRAPH_TASK is not None
-    assert private_torch.HAS_INT8_PRODUCTS and private_torch.HAS_INT4_PRODUCTS
+    assert private_torch.HAS_INT8_GEMM and private_torch.HAS_INT4_GEMM
     assert private_torch.HAS_POINTWISE_CONVOLUTIONS == torch.backends.mkldnn.is_available()
     assert callable(torch.ops.aten.gelu_) and callable(torch.ops.aten.convolution_backward)
 
@@ -54,6 +54,6 @@ def test_no_quantized_products_without_them(monkeypatch: pytest.MonkeyPatch) -> 
     torchao = pytest.importorskip("torchao", reason="weights of few bits need torchao")
     layers = nn.Sequential(nn.Linear(64, 32)).to(torch.bfloat16)
     torchao.quantization.quantize_(layers, torchao.quantization.Int8WeightOnlyConfig())
-    monkeypatch.setattr(private_torch, "HAS_INT8_PRODUCTS", False)
+    monkeypatch.setattr(private_torch, "HAS_INT8_GEMM", False)
     quantized.speed_up_quantized_layers(layers)
     assert type(layers[0]) is nn.Linear

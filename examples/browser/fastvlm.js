@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A FastVLM that `fastvlm export onnx` wrote, in transformers.js: load it, ask it about pictures. Use it in a worker, as
+// A FastVLM that `fastvlm export onnx` wrote, in transformers.js: load it, ask it about images. Use it in a worker, as
 // worker.js does: WebAssembly computes without a pause, and a page that does so itself stands still.
 
 import {
@@ -48,10 +48,10 @@ class FastVLM {
     };
   }
 
-  /** Answer a question about a canvas, an <img>'s URL or a RawImage; `onText` gets each new piece of the answer. */
-  async answer(picture, question, options) {
+  /** Answer a question about a canvas, an <img>'s URL or a RawImage; `onText` is called with each new part of the answer. */
+  async answer(source, question, options) {
     this.stopping.reset();
-    const image = await RawImage.read(picture);
+    const image = await RawImage.read(source);
     const messages = [{ role: "user", content: `<image>\n${question}` }];
     const prompt = this.processor.apply_chat_template(messages, { add_generation_prompt: true });
     const inputs = await this.processor(image, prompt);

@@ -5,12 +5,12 @@
 const part = (id) => document.getElementById(id);
 const [video, canvas, status, answer, question] = ["video", "canvas", "status", "answer", "question"].map(part);
 const [cameraButton, fileInput, askButton, stopButton] = ["camera", "file", "ask", "stop"].map(part);
-const address = new URLSearchParams(location.search);
+const parameters = new URLSearchParams(location.search);
 const worker = new Worker("./worker.js", { type: "module" });
 
 let stream = null; // of the camera, while it is on
 let chosen = false; // whether the canvas has an image
-let wish = 0; // grows with everything that the user wants: what was begun for an older one comes to an end
+let wish = 0; // counts the user's actions: work for an earlier one ends
 let running = false;
 let last = Promise.resolve(); // ends with the answer that is being written
 let onText = () => {};
@@ -47,14 +47,14 @@ function halt() {
 
 async function describe(mine) {
   const start = performance.now();
-  const picture = await createImageBitmap(stream ? video : canvas);
+  const image = await createImageBitmap(stream ? video : canvas);
   let text = "";
-  onText = (piece) => {
-    text += piece;
+  onText = (added) => {
+    text += added;
     if (mine === wish) answer.textContent = text;
   };
   const words = question.value.trim() || "Describe the picture.";
-  await request({ kind: "answer", picture, question: words }, [picture]);
+  await request({ kind: "answer", image, question: words }, [image]);
   if (mine === wish) say(`${((performance.now() - start) / 1000).toFixed(1)} s`);
 }
 
@@ -100,7 +100,7 @@ function stopCamera() {
   halt();
   stream?.getTracks().forEach((track) => track.stop());
   stream = null;
-  document.body.dataset.view = chosen ? "picture" : "";
+  document.body.dataset.view = chosen ? "image" : "";
   cameraButton.textContent = "Camera";
 }
 
@@ -119,7 +119,7 @@ async function choose(file) {
   canvas.getContext("2d").drawImage(bitmap, 0, 0);
   bitmap.close();
   chosen = true;
-  document.body.dataset.view = "picture";
+  document.body.dataset.view = "image";
   answer.textContent = "";
   say("Ask a question about this image.");
 }
@@ -141,11 +141,11 @@ async function gpuAdapter() {
 
 say("Loading the model …");
 try {
-  const device = address.get("device") ?? ((await gpuAdapter()) ? "webgpu" : "wasm");
+  const device = parameters.get("device") ?? ((await gpuAdapter()) ? "webgpu" : "wasm");
   await request({
     kind: "load",
-    directory: address.get("model") ?? "model",
-    dtype: address.get("dtype") ?? (device === "webgpu" ? "q4f16" : "q4"),
+    directory: parameters.get("model") ?? "model",
+    dtype: parameters.get("dtype") ?? (device === "webgpu" ? "q4f16" : "q4"),
     device,
   });
   for (const control of [cameraButton, fileInput, askButton]) control.disabled = false;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The thread of the model. It is sent {kind: "load", ...options of load()}, {kind: "answer", picture, question} with an
+// The thread of the model. It is sent {kind: "load", ...options of load()}, {kind: "answer", image, question} with an
 // ImageBitmap, and {kind: "stop"}; it sends {kind: "progress", file, percent}, {kind: "ready"}, {kind: "text", text} for
-// each piece of an answer, {kind: "done"}, and {kind: "error", message}.
+// each part of an answer, {kind: "done"}, and {kind: "error", message}.
 
 import { load } from "./fastvlm.js";
 
@@ -15,10 +15,10 @@ const actions = {
     postMessage({ kind: "ready" });
   },
 
-  async answer({ picture, question }) {
-    const canvas = new OffscreenCanvas(picture.width, picture.height);
-    canvas.getContext("2d", { willReadFrequently: true }).drawImage(picture, 0, 0);
-    picture.close();
+  async answer({ image, question }) {
+    const canvas = new OffscreenCanvas(image.width, image.height);
+    canvas.getContext("2d", { willReadFrequently: true }).drawImage(image, 0, 0);
+    image.close();
     await model.answer(canvas, question, { onText: (text) => postMessage({ kind: "text", text }) });
     postMessage({ kind: "done" });
   },

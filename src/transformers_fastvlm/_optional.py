@@ -17,7 +17,7 @@ def lazy_names(package: str, modules: dict[str, str]) -> tuple[Any, Any, list[st
 
     Args:
         package: its `__name__`.
-        modules: public names, with spaces between them, by the module that each is of.
+        modules: public names, with spaces between them, by module.
     """
     module_of = {name: module for module, names in modules.items() for name in names.split()}
 
@@ -55,7 +55,7 @@ def needs(package: str, why: str, cure: str, *, module: str | None = None) -> It
         blamed = "" if other == module else f" beside {with_version(other)}"
         raise ImportError(
             f"{why} needs {package}, and {with_version(module)} cannot be imported{blamed}: {error}. "
-            f"Versions that go together: {cure}",
+            f"Install compatible versions: {cure}",
             name=module,
         ) from error
 

@@ -29,7 +29,7 @@ __all__ = [
 DEFAULT_VIDEO_FRAMES = 8
 """Default number of frames taken from a video in a message (`num_frames`)."""
 MAX_VIDEO_FRAMES = 32
-"""Most frames taken from one video: 8192 tokens at 1024 pixels, the trained context of the published models."""
+"""Maximum frames taken from one video: 8192 tokens at 1024 pixels, the trained context of the published models."""
 
 RENDERING = threading.RLock()
 """Lock to hold while rendering for masks or labels and tokenizing the result.

@@ -44,7 +44,7 @@ class FastVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
         Background colour for transparent images: red, green and blue from 0 to 255, or a name. White by default; None
         drops alpha and shows the colours beneath, as the reference does.
     max_pixels (`int`):
-        Most pixels of a file; `PIL.Image.MAX_IMAGE_PIXELS` if None.
+        Maximum pixels of a file; `PIL.Image.MAX_IMAGE_PIXELS` if None.
     """
 
     image_aspect_ratio: str | None
@@ -167,7 +167,7 @@ class FastVLMImageProcessorMixin:
             return image_url_or_urls
         raise TypeError(
             f"an image is {type(image_url_or_urls).__name__}; expected a Pillow image, a numpy array, a torch tensor, "
-            "a path, an http(s) address, base64 text, or a list of these."
+            "a path, an http(s) URL, base64 text, or a list of these."
         )
 
     def _prepare_images_structure(

@@ -53,7 +53,7 @@ class FastVLMImageProcessorPil(FastVLMImageProcessorMixin, PilBackend):
             reference does not.
         alpha_background: background colour for transparent images, as numbers from 0 to 255 or a name; None drops
             alpha and shows the colours beneath, as the reference does.
-        max_pixels: most pixels of a file; None for `PIL.Image.MAX_IMAGE_PIXELS`.
+        max_pixels: maximum pixels of a file; None for `PIL.Image.MAX_IMAGE_PIXELS`.
         do_resize: False keeps the size of the images; their sides must be multiples of 64.
         do_convert_rgb: False keeps 1, 3 or 4 channels, for encoders with that many input channels.
         resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std: as in every image processor.

@@ -517,7 +517,7 @@ class AttentionBlock(GradientCheckpointingLayer):
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         tokens = self.norm(hidden)
         dtype = self.norm.weight.dtype
-        if kernels.has_fast_products(dtype) or not kernels.infers_on_cpu(tokens):
+        if kernels.has_fast_gemm(dtype) or not kernels.infers_on_cpu(tokens):
             # Half precision suffices for normalised tokens, and flash attention requires it.
             tokens = tokens.to(dtype)
         mixed, _ = self.token_mixer(tokens, **kwargs)

@@ -67,7 +67,7 @@ class FastVLMProcessor(ProcessorMixin):
             <|im_start|> and <|im_end|>, otherwise none.
         mm_patch_merge_type: how the model merges the tiles of an AnyRes image: "flat", "spatial" or "spatial_unpad".
             Must be the model's.
-        context_length: most tokens of a row, placeholders included; longer rows raise ValueError. None for no limit.
+        context_length: maximum tokens of a row, placeholders included; longer rows raise ValueError. None for no limit.
 
     Attributes:
         image_token: "<image>".

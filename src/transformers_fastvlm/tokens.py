@@ -185,7 +185,7 @@ def _read_json(path: Path | None) -> dict[str, Any]:
 
 
 def _sentencepiece_tokens(path: Path) -> Iterator[str]:
-    """Yield the pieces of a SentencePiece model: field 1 of each field 1 of its protocol buffer."""
+    """Yield the vocabulary of a SentencePiece model: field 1 of each field 1 of its protocol buffer."""
     try:
         for number, piece in _fields(path.read_bytes()):
             if number == 1:

@@ -64,7 +64,11 @@ def test_fields_of_rows() -> None:
     ("answer", "reason", "said"),
     [
         ('{"name": "x', "length", "the answer was cut after 7 tokens, before it was complete."),
-        ('{"size": 1e999}', "stop", "the answer is no row of a table: the number 1e999 does not fit into 64 bits."),
+        (
+            '{"size": 1e999}',
+            "stop",
+            "the answer cannot be stored as a table row: the number 1e999 does not fit into 64 bits.",
+        ),
         (f'{{"count": {2**63}}}', "stop", f"the number {2**63} does not fit into 64 bits."),
     ],
 )

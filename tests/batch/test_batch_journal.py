@@ -75,10 +75,10 @@ def test_rows_in_order(path: Path) -> None:
         ),
         ({"seed": 4, "model": "b"}, "model 'a', not 'b'; seed None, not 4"),
         ({"stop": ()}, r"stop \['x'\], not \[\]"),
-        ({"model_files": {"config.json": "e"}}, "other files of the model under the same name"),
+        ({"model_files": {"config.json": "e"}}, "different model files under the same name"),
         ({"inputs": [{"name": "p", "count": 1, "digest": "d"}]}, "the inputs photos, not p"),
         ({"inputs": [{"name": "photos", "count": 1300, "digest": "d"}]}, "1,200 files or rows of photos.* has 1,300"),
-        ({"inputs": [{"name": "photos", "count": 1200, "digest": "e"}]}, "other content of photos"),
+        ({"inputs": [{"name": "photos", "count": 1200, "digest": "e"}]}, "different content in photos"),
     ],
 )
 def test_says_what_differs(path: Path, change: dict[str, Any], message: str) -> None:

@@ -95,7 +95,7 @@ def test_damaged_videos(tmp_path: Path) -> None:
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
     (request,) = requests_of(tmp_path / "sound.mp4")
-    assert "no images, only sound" in request.error
+    assert "no video stream, only audio" in request.error
 
 
 def test_a_folder_with_films_and_images(tmp_path: Path) -> None:

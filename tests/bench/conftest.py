@@ -30,7 +30,7 @@ def measure(picture: Path) -> Measure:
     def call(options: Options, kind: str, **changes: Any) -> tuple[dict[str, Any], dict[str, Any], Runner]:
         case: Case = next(case for case in cases(options) if case.kind == kind)
         case = replace(case, **changes)
-        runner = Runner({"case": asdict(case), "options": options.as_dict(), "picture": str(picture)})
+        runner = Runner({"case": asdict(case), "options": options.as_dict(), "image": str(picture)})
         return runner.facts, runner.run(), runner
 
     return call

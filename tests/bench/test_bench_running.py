@@ -40,7 +40,7 @@ def test_work_runs_in_turns_and_warm_up_does_not_count() -> None:
     times = in_turns(work, 2, warmup=1, before=lambda name, turn: ran.append((name, turn)))
     assert [name for name in ran if isinstance(name, str)] == [*"abc", *"bca", *"cab"]
     assert ran[:2] == [("a", 0), "a"] and ran[6:8] == [("b", 1), "b"]
-    assert all(len(own.wall) == len(own.processor) == 2 for own in times.values())
+    assert all(len(own.wall) == len(own.cpu) == 2 for own in times.values())
     ran.clear()
     in_turns(work, 2, warmup=0, rotate=False)
     assert ran == [*"abc", *"abc"]

@@ -47,7 +47,7 @@ def test_every_run_encodes_its_image(tmp_path: Path, picture: Path, monkeypatch:
 
     monkeypatch.setattr(FastViTHDModel, "forward", counted)
     case = EngineCase("transformers", "tiny", "float32", "cpu")
-    runner = EngineRunner({"engine": asdict(case), "threads": 1, "new_tokens": 3, "picture": str(picture)})
+    runner = EngineRunner({"engine": asdict(case), "threads": 1, "new_tokens": 3, "image": str(picture)})
     runs = [runner.run() for _ in range(2)]
     runner.close()
     assert len(encoded) == 3, "at the first answer of loading, and in both runs"

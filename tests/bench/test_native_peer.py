@@ -30,7 +30,7 @@ def test_native_has_the_same_random_weights(
     assert facts["class"] == "FastVlmForConditionalGeneration" and ours_facts["weights"] == facts["weights"] == "random"
     assert facts["image_tokens"] == ours_facts["image_tokens"] and facts["image_inputs"] == ours_facts["image_inputs"]
     assert {"encode", "project", "prefill"} < set(run["seconds"])
-    inputs = ours.subject.preprocess([ours.picture])
+    inputs = ours.subject.preprocess([ours.image_file])
     with torch.inference_mode():
         expected = native.subject.model(**inputs).logits
         logits = ours.subject.model(**inputs).logits

@@ -46,7 +46,7 @@ def test_the_clocks_change_no_token(checkpoint: Checkpoint, measure: Any) -> Non
     options = Options(models=(str(checkpoint("qwen2_tied")),), sizes=(256,), threads=1, new_tokens=6)
     _, _, runner = measure(options, "fastvlm")
     plain: Any = AutoModelForImageTextToText.from_pretrained(checkpoint("qwen2_tied"), dtype="float32").eval()
-    inputs = runner.subject.preprocess([runner.picture])
+    inputs = runner.subject.preprocess([runner.image_file])
     model = runner.subject.model
     runner.split.begin()
     ours = model.generate(**inputs, max_new_tokens=6, logits_processor=[runner.split])

@@ -78,7 +78,7 @@ def test_stops_and_goes_on(run, model, photos, tmp_path, monkeypatch: pytest.Mon
 
         patch.setattr(TransformersEngine, "stream", stream)
         stopped = run(*words, code=130)
-    kept = f"They are kept in {out}.journal; repeat the command to resume.\n"
+    kept = f"They are saved in {out}.journal; repeat the command to resume.\n"
     rows = 1 if stopped.stderr.startswith("fastvlm: stopped after 1 row.") else 2  # the second may have ended too
     assert stopped.stderr == f"fastvlm: stopped after {'1 row' if rows == 1 else '2 rows'}. {kept}"
     assert not out.exists()
@@ -177,7 +177,7 @@ def test_sigterm_stops_and_says_how_to_go_on(run, model, photos, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(TransformersEngine, "stream", stream)
         stopped = run(*words, code=143)
-    kept = f"They are kept in {out}.journal; repeat the command to resume.\n"
+    kept = f"They are saved in {out}.journal; repeat the command to resume.\n"
     rows = 1 if stopped.stderr.startswith("fastvlm: stopped after 1 row.") else 2  # the second may have ended too
     assert stopped.stderr == f"fastvlm: stopped after {'1 row' if rows == 1 else '2 rows'}. {kept}"
     assert signal.getsignal(signal.SIGTERM) == before

@@ -198,7 +198,7 @@ def test_says_by_what_an_answer_was_cut(checkpoint, copy_of, run, ask) -> None:
     model = copy_of("llama")
     config = json.loads((model / "config.json").read_text())
     prompt = ask("-p", "Read the text.", "-m", model)["tokens"]["prompt"]
-    for room, expected in ((3, "cut after 3 tokens; the model's context is full"), (0, "no room for an answer")):
+    for room, expected in ((3, "cut after 3 tokens; the model's context is full"), (0, "leaves none for the answer")):
         (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": prompt + room}))
         assert expected in run(*words, "-m", model, code=0 if room else 2).stderr
 

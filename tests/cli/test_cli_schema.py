@@ -120,7 +120,7 @@ def test_a_run_is_resumed_with_its_own_schema_only(run, fails, form: Path, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(TransformersEngine, "prepare", interrupted)
         run(*words, "--schema", form, code=130)
-    assert "belongs to a run with a schema of answers" in fails(*words)
-    assert "belongs to a run with another schema of answers" in fails(*words, "--choices", "a,b")
+    assert "belongs to a run with an answer schema" in fails(*words)
+    assert "belongs to a run with a different answer schema" in fails(*words, "--choices", "a,b")
     run(*words, "--schema", form)
     assert all(row["fields"] is not None for row in rows_of(output))

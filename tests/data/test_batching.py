@@ -67,7 +67,7 @@ def test_drop_last(processes: int) -> None:
     left_out = [set(range(81)) - set(sampler)]
     sampler.set_epoch(1)
     assert left_out[0] != set(range(81)) - set(sampler)
-    with pytest.raises(ValueError, match="81 rows make no whole step of 1 batches of 64 of one kind"):
+    with pytest.raises(ValueError, match="81 rows do not fill a step of 1 batches of 64 rows of one kind"):
         ModalityLengthSampler(lengths, has_image, batch_size=64, drop_last=True)
 
 

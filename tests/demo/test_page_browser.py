@@ -398,7 +398,7 @@ def test_keyboard_only(visit: Callable[..., Any]) -> None:
 
 
 def test_forged_requests(visit: Callable[..., Any], page: tuple[Page, str], tmp_path: Path) -> None:
-    """A request cannot make the server read its own files or fetch an address."""
+    """A request cannot make the server read its own files or fetch a URL."""
     visit()
     _, address = page
     config = json.load(urllib.request.urlopen(f"{address}config", timeout=SLOW / 1000))
@@ -406,8 +406,8 @@ def test_forged_requests(visit: Callable[..., Any], page: tuple[Page, str], tmp_
     secret = tmp_path / "secret.png"
     Image.new("RGB", (8, 8)).save(secret)
     for path, reason in (
-        ("http://127.0.0.1:9/x.png", "addresses are not downloaded"),
-        ("ftp://example.invalid/x.png", "addresses are not downloaded"),
+        ("http://127.0.0.1:9/x.png", "URLs are not downloaded"),
+        ("ftp://example.invalid/x.png", "URLs are not downloaded"),
         (str(secret), ""),
     ):
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text as it comes is the text of all tokens, up to a stop text."""
+"""Text as it comes is the text of all tokens, up to a stop string."""
 
 import random
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def test_any_tokens_are_what_decoding_gives(tokenizer: Any) -> None:
         assert "".join(found) == tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
-def test_a_stop_text_ends_the_answer_wherever_it_lies(tokenizer: Any) -> None:
+def test_a_stop_string_ends_the_answer_wherever_it_lies(tokenizer: Any) -> None:
     tokens = tokenizer.encode("one two three two four", add_special_tokens=False)
     whole = tokenizer.decode(tokens, skip_special_tokens=True)
     for start in range(len(whole)):
@@ -63,7 +63,7 @@ def test_white_space_around_an_answer_is_left_out(tokenizer: Any) -> None:
     assert "".join(pieces(tokenizer, tokens, (" ",))[0]) == ""  # what ends an answer is looked for in all of it
 
 
-def test_what_only_looks_like_a_stop_text_is_kept_back_and_then_said(tokenizer: Any) -> None:
+def test_what_only_looks_like_a_stop_string_is_kept_back_and_then_said(tokenizer: Any) -> None:
     tokens = tokenizer.encode("one two three", add_special_tokens=False)
     found, text = pieces(tokenizer, tokens, ("one two three four",))
     assert not text.stopped

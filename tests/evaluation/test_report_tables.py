@@ -118,6 +118,8 @@ def test_runs_are_compared_in_pairs() -> None:
     assert row["interval"][0] < -2.0 < row["interval"][1] < 0
     (row,) = report["runs"][2]["against_first"]
     assert (row["difference"], row["interval"], row["outside"]) == (0.0, [0.0, 0.0], False)
+    worse, same = (rows[0][4] for title, _, rows in tables(report) if " against " in title)
+    assert (worse, same) == ("lower", "no clear difference")
     other = EvaluationRun(
         **vars(report_run := run_of({"t": base}))
         | {"samples": tuple(Sample(**vars(one) | {"question": "?"}) for one in report_run.samples)}

@@ -62,7 +62,7 @@ def test_the_cards_program(exported: Export, tmp_path: Path) -> None:
     card = (exported.directory / "README.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     picture = scene_cases(1)[0].image.convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)
-    picture.save(tmp_path / "picture.png")
+    picture.save(tmp_path / "image.png")
     (tmp_path / "run.py").write_text(program.replace('"DIRECTORY"', repr(str(exported.directory))))
     done = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -22,7 +22,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("tiny-onnx", "DIRECTORY"):
         (tmp_path / name).symlink_to(tiny_export().directory)
-    Image.new("RGB", (200, 256), "red").save("picture.jpg")
+    Image.new("RGB", (200, 256), "red").save("image.jpg")
     return tmp_path
 
 
@@ -36,5 +36,5 @@ def test_the_pages_program(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_cards_program(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = [block for block in blocks((Path("DIRECTORY") / "README.md").read_text()) if block.language == "python"]
     exec(compile(block.code, "README.md", "exec"), {"__name__": "__main__"})
-    answer = pytorch_answer(Image.open("picture.jpg"), "Describe the picture.", 512)[1]
+    answer = pytorch_answer(Image.open("image.jpg"), "Describe the picture.", 512)[1]
     assert capsys.readouterr().out.strip() == answer

@@ -101,7 +101,7 @@ def test_shown_programs_run(tmp_path: Path, page: str) -> None:
     file = directory / "README.md" if page.startswith("DIRECTORY") else ROOT / page
     (block,) = [block for block in blocks(file.read_text(encoding="utf-8")) if block.language == "js"]
     # Without loss, so that both see the same pixels, whatever the file is called.
-    picture.save(tmp_path / re.findall(r"(?:picture|image)\.(?:png|jpg)", block.code)[0], format="png")
+    picture.save(tmp_path / re.findall(r"image\.(?:png|jpg)", block.code)[0], format="png")
     (tmp_path / "shown.mjs").write_text(block.code, encoding="utf-8")
     question = re.findall(r"<image>\\n(.*?)\"", block.code)[0]
     count = int(re.findall(r"max_new_tokens: (\d+)", block.code)[0])
@@ -117,7 +117,7 @@ def write_cases(folder: Path, count: int, aspect: str = "any") -> tuple[Path, li
         (folder / f"{number}.f32").write_bytes(inputs["pixel_values"].float().numpy().tobytes())
         cases.append(
             {
-                "picture": str(folder / f"{number}.png"),
+                "image": str(folder / f"{number}.png"),
                 "question": question,
                 "pixels": str(folder / f"{number}.f32"),
                 "shape": list(inputs["pixel_values"].shape),
@@ -261,8 +261,8 @@ def test_the_page_in_chromium(workplace: Path, tmp_path: Path) -> None:
         assert page.evaluate(ASK, [pixels, case["shape"], case["input_ids"]]) == pytorch_answer(picture, question)[1]
 
         page.fill("#question", question)
-        page.set_input_files("#file", case["picture"])
-        page.wait_for_selector("body[data-view=picture]")
+        page.set_input_files("#file", case["image"])
+        page.wait_for_selector("body[data-view=image]")
         # The image waits for a question: nothing runs, and Ask is Ask.
         assert page.is_disabled("#stop") and page.inner_text("#answer") == ""
         assert page.inner_text("#ask") == "Ask" and "Ask a question" in page.inner_text("#status")
@@ -280,7 +280,7 @@ def test_the_page_in_chromium(workplace: Path, tmp_path: Path) -> None:
         page.click("#stop")
         page.wait_for_function("document.getElementById('stop').disabled")
         page.click("#camera")
-        assert page.get_attribute("body", "data-view") == "picture" and page.is_disabled("#stop")
+        assert page.get_attribute("body", "data-view") == "image" and page.is_disabled("#stop")
         assert problems == []
         assert all(url.startswith((address, "blob:", "data:")) for url in asked), asked
 

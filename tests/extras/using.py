@@ -30,7 +30,7 @@ def fastvlm(*words: str) -> str:
 
 @contextlib.contextmanager
 def server(*words: str) -> Iterator[str]:
-    """Start a server with the command `fastvlm`, yield the address that it names, and end it as Ctrl-C does not."""
+    """Start a server with the command `fastvlm`, yield the URL that it names, and end it as Ctrl-C does not."""
     command = [sys.executable, "-m", "transformers_fastvlm", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:

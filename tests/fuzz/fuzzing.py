@@ -33,11 +33,11 @@ sys.path.append(str(Path(__file__).parents[2] / "src"))
 import mutating  # noqa: E402
 
 SECONDS = 5.0
-"""Processor time after which an input counts as a hang."""
+"""CPU time after which an input counts as a hang."""
 MEGABYTES = 2048
 """Memory above that of the process before, after which an input counts as too large."""
 LONGEST = 60.0
-"""Seconds of processor time without a word, start included, after which a worker is ended: its input hangs."""
+"""Seconds of CPU time without a word, start included, after which a worker is ended: its input hangs."""
 PATIENCE = 600.0
 """The same in seconds by the clock, for what waits and does not compute."""
 MOST_BYTES = 2**25
@@ -375,14 +375,14 @@ def _lines(worker: "subprocess.Popen[bytes]") -> Iterator[dict[str, Any]]:
             if not line:
                 return
             yield json.loads(line)
-            heard, used = time.monotonic(), processor_seconds(worker.pid)
-        elif time.monotonic() - heard > PATIENCE or processor_seconds(worker.pid) - used > LONGEST:
+            heard, used = time.monotonic(), cpu_seconds(worker.pid)
+        elif time.monotonic() - heard > PATIENCE or cpu_seconds(worker.pid) - used > LONGEST:
             worker.kill()
             return
 
 
-def processor_seconds(process: int) -> float:
-    """Return the processor time that another process has used; 0 where the system does not say."""
+def cpu_seconds(process: int) -> float:
+    """Return the CPU time that another process has used; 0 where the system does not say."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

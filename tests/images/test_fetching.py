@@ -140,7 +140,7 @@ def test_the_processor_reads_an_address(port: int, path: str) -> None:
         ("/loop", "more than 5 redirects"),
         ("/ftp", "'ftp' is not http or https"),
         ("/file", "'file' is not http or https"),
-        ("/with-user", "has a user.s name in it"),
+        ("/with-user", "contains a user name"),
     ],
 )
 def test_an_address_that_cannot_be_downloaded(

@@ -121,8 +121,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "pcx.png": (saved("PCX"), "not an image of a supported format"),
     "h5.png": (b"\x89HDF\r\n\x1a\n" + bytes(40), "is an HDF5 file"),
     "mac.png": (b"\x00\x05\x16\x07" + bytes(40), "a macOS metadata file"),
-    "error.png": (b'{"error": "not found"}', "is JSON text"),
-    "zeros.png": (bytes(5000), "begins with zeros only"),
+    "error.png": (b'{"error": "not found"}', "is JSON, such as"),
+    "zeros.png": (bytes(5000), "begins with zero bytes only"),
     "text.png": (b"no picture at all", "not an image of a supported format"),
     "empty.png": (b"", "is empty"),
 }

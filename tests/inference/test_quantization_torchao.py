@@ -126,7 +126,7 @@ def test_the_head_too(checkpoint: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize(("kind", "symmetric"), [("int8", True), ("int4", True), ("int4", False)])
 def test_fast_products_are_torchaos(kind: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """For one row, some and many; against float32 they are no worse than torchao's own, up to rounding to bfloat16."""
-    monkeypatch.setattr(quantized, "has_fast_products", lambda _: False)  # many rows in float32 on any processor
+    monkeypatch.setattr(quantized, "has_fast_gemm", lambda _: False)  # many rows in float32 on any processor
     monkeypatch.setattr(sys.modules["transformers_fastvlm.kernels.linear"], "_BLOCK", 128 * 40)  # and in three blocks
     more = {} if symmetric else {"mapping_type": MappingType.ASYMMETRIC}
     layers = nn.Sequential(nn.Linear(128, 96)).to(torch.bfloat16)
@@ -160,7 +160,7 @@ def test_only_what_the_fast_products_can_do_is_given_to_them(monkeypatch: pytest
     assert type(layer(KINDS["int4"](), outputs=48)) is nn.Linear
     assert type(layer(IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerGroup(32)))) is nn.Linear
     full = layer(Int8WeightOnlyConfig(), torch.float32)
-    monkeypatch.setattr(quantized.QuantizedLinear, "_product", lambda *_: pytest.fail("computed in bfloat16"))
+    monkeypatch.setattr(quantized.QuantizedLinear, "_gemm", lambda *_: pytest.fail("computed in bfloat16"))
     with torch.no_grad():
         assert full(torch.ones(1, 128)).dtype == torch.float32
     half = layer(Int8WeightOnlyConfig())

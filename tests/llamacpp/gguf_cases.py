@@ -3,11 +3,17 @@
 
 import atexit
 import functools
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from transformers_fastvlm import FastVLMConfig, FastVLMForConditionalGeneration
+from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.engines.llama_library import LlamaModel, library
 from transformers_fastvlm.export import Export, export
 
@@ -20,6 +26,18 @@ def tiny_export() -> Export:
     folder = tempfile.mkdtemp(prefix="fastvlm-gguf-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return export("gguf", "tiny", Path(folder) / "tiny", precision=PRECISIONS)
+
+
+def saved_model(directory: Path, **sizes: Any) -> Path:
+    """Save a model with random weights and the tiny model's tokenizer."""
+    content = json.loads((tiny_checkpoint() / "config.json").read_text())
+    content |= {"num_hidden_layers": 2, "num_attention_heads": 4, "torch_dtype": "float32", **sizes}
+    torch.manual_seed(0)
+    shutil.copytree(tiny_checkpoint(), directory)
+    (directory / "config.json").write_text(json.dumps(content))
+    config = FastVLMConfig.from_pretrained(directory)
+    FastVLMForConditionalGeneration(config).eval().save_pretrained(directory)
+    return directory
 
 
 def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:

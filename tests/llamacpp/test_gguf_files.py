@@ -18,7 +18,7 @@ pytest.importorskip("onnxscript", reason="the export to GGUF is an extra")
 pytest.importorskip("llama_cpp", reason="llama.cpp is an extra")
 
 import onnxruntime  # noqa: E402
-from gguf_cases import PRECISIONS, tiny_export, tokenize  # noqa: E402
+from gguf_cases import PRECISIONS, saved_model, tiny_export, tokenize  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import AutoConfig, LlamaTokenizer  # noqa: E402
 
@@ -150,18 +150,6 @@ def test_embeddings_keep_eight_bits(precision: str, exported: Any) -> None:
     assert found["output.weight"][0] == expected
     if precision != "q4_k_m":
         assert found["token_embd.weight"][0] == expected
-
-
-def saved_model(directory: Path, **sizes: Any) -> Path:
-    """Save a model with random weights and the tiny model's tokenizer."""
-    content = json.loads((tiny_checkpoint() / "config.json").read_text())
-    content |= {"num_hidden_layers": 2, "num_attention_heads": 4, "torch_dtype": "float32", **sizes}
-    torch.manual_seed(0)
-    shutil.copytree(tiny_checkpoint(), directory)
-    (directory / "config.json").write_text(json.dumps(content))
-    config = FastVLMConfig.from_pretrained(directory)
-    FastVLMForConditionalGeneration(config).eval().save_pretrained(directory)
-    return directory
 
 
 def test_k_quants_where_rows_divide(tmp_path: Path) -> None:

@@ -500,14 +500,17 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "too many rows": (rows(33), "there are 33 rows"),
     "neither ids nor embeddings": (rows(ids=None), "either ids or embeddings"),
     "both": (rows(embeddings=np.zeros((4, 8))), "either ids or embeddings"),
-    "a negative id": (rows(ids=np.full(4, -1)), "a token id is not from 0"),
-    "an id above the vocabulary": (rows(ids=np.full(4, 10**6)), "a token id is not from 0"),
+    "a negative id": (rows(ids=np.full(4, -1)), "the token ids go from -1 to -1; expected 0 to"),
+    "an id above the vocabulary": (
+        rows(ids=np.full(4, 10**6)),
+        "the token ids go from 1000000 to 1000000; expected 0 to",
+    ),
     "another width": (rows(ids=None, embeddings=np.zeros((4, 7), np.float32)), "embeddings has the shape"),
     "another length": (rows(positions=np.arange(5)), "positions has the shape"),
-    "a sequence": (rows(sequences=np.full(4, 3)), "a sequence is not from 0 to 2"),
-    "a negative sequence": (rows(sequences=np.full(4, -1)), "a sequence is not from 0 to 2"),
-    "a position": (rows(positions=np.arange(4) + 254), "a position is not from 0 to 255"),
-    "logits of every row": (rows(outputs=np.ones(4, bool)), "logits are wanted of 4 rows"),
+    "a sequence": (rows(sequences=np.full(4, 3)), "the sequences go from 3 to 3; expected 0 to 2"),
+    "a negative sequence": (rows(sequences=np.full(4, -1)), "the sequences go from -1 to -1; expected 0 to 2"),
+    "a position": (rows(positions=np.arange(4) + 254), "the positions go from 254 to 257; expected 0 to 255"),
+    "logits of every row": (rows(outputs=np.ones(4, bool)), "logits are requested for 4 rows"),
 }
 
 
@@ -526,7 +529,7 @@ def test_what_the_library_itself_refuses(context: LlamaContext) -> None:
         context.logits(3)
     assert context.decode(**rows()) and np.isfinite(context.logits(3)).all()
     for call in (lambda: context.remove(3), lambda: context.copy(0, -1, 2)):
-        with pytest.raises(ValueError, match="a sequence is not from 0 to 2"):
+        with pytest.raises(ValueError, match=r"the sequences go from .*; expected 0 to 2"):
             call()
 
 

@@ -32,7 +32,7 @@ def server() -> Iterator[Running]:
 
 @pytest.fixture
 def page(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The page's text, with the address of the server that runs, in a directory like a checkout."""
+    """The page's text, with the URL of the server that runs, in a directory like a checkout."""
     shutil.copytree(ROOT / "examples" / "images", tmp_path / "examples" / "images")
     monkeypatch.chdir(tmp_path)
     text = PAGE.read_text(encoding="utf-8")

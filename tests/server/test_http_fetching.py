@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images with an address: from allowed hosts of the public internet, and from nowhere else."""
+"""Images with a URL: from allowed hosts of the public internet, and from nowhere else."""
 
 import contextlib
 import http.server

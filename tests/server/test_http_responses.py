@@ -35,7 +35,7 @@ def client(server: Running) -> Any:
 
 @pytest.fixture(scope="module")
 def scene() -> tuple[str, str]:
-    """The address of an image, and a question about it."""
+    """The URL of an image, and a question about it."""
     row = SceneDataset(1, seed=7, task="captions")[0]
     return data_url(row["images"][0]), row["messages"][0]["content"].removeprefix("<image>\n")
 

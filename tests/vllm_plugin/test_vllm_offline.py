@@ -164,7 +164,7 @@ def test_engine_samples_repeatably_and_stops(engine: Any) -> None:
     [
         (lambda image: asked("<image>", "What is it?"), "1 placeholders"),
         (lambda image: asked(*[image] * 4), "has 4 images, but this engine takes at most 3"),
-        (lambda image: asked("word " * 2000), "with no room for an answer"),
+        (lambda image: asked("word " * 2000), "which leaves none for the answer"),
         (lambda image: [{"role": "user", "content": [{"type": "image", "url": "x.png"}]}], "Pillow image"),
     ],
 )

@@ -31,7 +31,7 @@ def field_types(schema: Schema | None) -> dict[str, FieldType]:
 
 
 def with_fields(row: dict[str, Any], schema: Schema) -> dict[str, Any]:
-    """Return a row with the fields of its answer, if the schema is of JSON; or with an error, if it is not whole.
+    """Return a row with the fields of its answer, if the schema is of JSON; or with an error, if it is incomplete.
 
     Args:
         row: row with the columns of the output.
@@ -45,7 +45,7 @@ def with_fields(row: dict[str, Any], schema: Schema) -> dict[str, Any]:
         try:
             value = json.loads(row["answer"], parse_int=_whole_number, parse_float=_real_number)
         except ValueError as error:
-            row = {**row, "answer": None, "error": f"the answer is no row of a table: {error}"}
+            row = {**row, "answer": None, "error": f"the answer cannot be stored as a table row: {error}"}
         else:
             fields = value if isinstance(value, dict) else None
     return {**row, FIELDS: fields} if schema.kind == "json" else row

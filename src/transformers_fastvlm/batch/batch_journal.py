@@ -87,7 +87,7 @@ class BatchJournal(JournalFile):
     def take(self, batch: Any) -> None:
         """Count a stored batch."""
         if batch["batch"] != self.batches:
-            raise ValueError(f"batch {batch['batch']} follows {self.batches} others")
+            raise ValueError(f"batch {batch['batch']} is stored as number {self.batches}")
         self.rows += len(batch["rows"])
         self.batches += 1
 
@@ -109,9 +109,9 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
         if name == "inputs" and was and is_now:
             yield from _input_differences(was, is_now)
         elif name == "model_files":
-            yield "other files of the model under the same name"
+            yield "different model files under the same name"
         elif name == "schema":
-            yield "another schema of answers" if was and is_now else f"{'a' if was else 'no'} schema of answers"
+            yield "a different answer schema" if was and is_now else f"{'an' if was else 'no'} answer schema"
         else:
             yield f"{name} {was!r}, not {is_now!r}"
 
@@ -125,4 +125,4 @@ def _input_differences(before: list[dict[str, Any]], now: list[dict[str, Any]]) 
         if was["count"] != is_now["count"]:
             yield f"{was['count']:,} files or rows of {was['name']}, which now has {is_now['count']:,}"
         elif was != is_now:
-            yield f"other content of {was['name']}"
+            yield f"different content in {was['name']}"

@@ -63,7 +63,8 @@ def run_batch(
     is a link, the journal is beside the link's target.
 
     Args:
-        inputs: files, folders, patterns and tables; see `find_sources`.
+        inputs: images, videos, tables, folders, which are searched with their subfolders, and patterns such as
+            "photos/**/*.jpg".
         output: path that ends in .jsonl or .parquet, or, for a single video, in .srt.
         load: loads the engine; not called if nothing is left to answer.
         options: options of the run.

@@ -51,14 +51,14 @@ def run_embed(
 ) -> Report:
     """Write the vectors of images and texts to one file.
 
-    The run is resumed as one of `run_batch` is. A row without a vector has an error; in an array it is NaN.
+    Resuming works as for `run_batch`. A row without a vector has an error; in an array its values are NaN.
 
     Args:
-        inputs: files, folders, patterns and tables, see `find_sources`; and .txt files with a text on each line.
-        output: path that ends in .parquet, or in .npy; then the other columns are written to a file beside it that ends
-            in .ids.jsonl, line by line as the array's rows.
+        inputs: files, folders, patterns and tables, as for `run_batch`; and .txt files with a text on each line.
+        output: path that ends in .parquet or .npy. With .npy, the other columns are written to a file beside it that
+            ends in .ids.jsonl, one line for each row of the array.
         load: loads the embedder; not called if nothing is left to embed.
-        options: options of the run. An empty prompt leaves the images alone.
+        options: options of the run. With an empty prompt, images are embedded without a text.
         about: everything else that the vectors depend on, see `run_batch`.
         restart: discard an existing journal, and replace existing outputs at the end.
         progress: called with the number of finished rows and the approximate total, or None if that is unknown.

@@ -79,9 +79,7 @@ class Outputs:
         for file in inputs if there else ():
             for path in there:
                 if os.path.exists(file) and os.path.samefile(path, file):
-                    raise ValueError(
-                        f"{str(path)!r} would be written, but it is the input {file!r}. Use another output."
-                    )
+                    raise ValueError(f"the output {str(path)!r} is the input {file!r}. Choose another output.")
 
     def write(self, rows: Iterable[dict[str, Any]], every: float, replaces: Mapping[str, Any]) -> None:
         """Write all rows, and the subtitles of each video.
@@ -144,7 +142,9 @@ def outputs_for(
     if not files:
         raise ValueError("--srt writes the captions of videos, but the inputs have no video.")
     if len(set(files.values())) < len(videos):
-        raise ValueError("two videos have the same name, and so would their subtitles. Run them separately.")
+        raise ValueError(
+            "two videos have the same name, so one subtitle file would replace the other. Run them separately."
+        )
     return Outputs(rows, files, fields)
 
 

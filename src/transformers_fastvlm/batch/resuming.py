@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that can be stopped and resumed: their identity, and the time of life of their journal."""
+"""Runs that can be stopped and resumed: their identity, and the lifetime of their journal."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -26,7 +26,7 @@ class TextSource:
 
     def __init__(self, name: str, options: SourceOptions) -> None:
         if options.prompt:
-            raise ValueError(f"{name!r} has a text on each line, so it takes no prompt. Run it without the prompt.")
+            raise ValueError(f"{name!r} has a text on each line, so it takes no prompt. Leave the prompt out.")
         self.name, self.options = name, options
         self._count = sum(1 for _ in self._lines())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs of vectors: Parquet, or an array of NumPy with a file that says what each row is."""
+"""Outputs of vectors: Parquet, or a NumPy array with a file that describes its rows."""
 
 import base64
 import itertools

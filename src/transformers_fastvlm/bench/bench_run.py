@@ -57,13 +57,13 @@ def run(options: Options, progress: Progress = lambda done, total, doing: None) 
     total = sum(len(group) + turns for group in groups)
     done = itertools.count()
     with tempfile.TemporaryDirectory() as folder:
-        picture = options.image
-        if picture is None:
-            picture = str(Path(folder) / "photo.jpg")
-            Path(picture).write_bytes(photo_jpeg(PHOTO_SIDE, PHOTO_SIDE))
+        image_file = options.image
+        if image_file is None:
+            image_file = str(Path(folder) / "photo.jpg")
+            Path(image_file).write_bytes(photo_jpeg(PHOTO_SIDE, PHOTO_SIDE))
         for group in groups:
-            results += _run_group(group, options, picture, lambda doing: progress(next(done), total, doing))
-        width, height = _size_of(picture)
+            results += _run_group(group, options, image_file, lambda doing: progress(next(done), total, doing))
+        width, height = _size_of(image_file)
     return {
         "format": FORMAT,
         "kind": "models",
@@ -92,24 +92,24 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def _size_of(picture: str) -> tuple[int, int]:
+def _size_of(image_file: str) -> tuple[int, int]:
     from ..images.decoding import open_image
     from ..images.reading import open_file
 
-    what = f"the image file {picture!r}"
-    with open_file(picture, what) as file, open_image(file, what) as image:
+    what = f"the image file {image_file!r}"
+    with open_file(image_file, what) as file, open_image(file, what) as image:
         return image.size
 
 
 def _run_group(
-    group: list[Case], options: Options, picture: str, progress: Callable[[str], None]
+    group: list[Case], options: Options, image_file: str, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         workers = []
         for case in group:
             progress(f"building {_name(case)}")
             worker = stack.enter_context(WorkerProcess(_name(case), options.threads))
-            worker.facts = worker.ask({"case": asdict(case), "options": options.as_dict(), "picture": picture})
+            worker.facts = worker.ask({"case": asdict(case), "options": options.as_dict(), "image": image_file})
             workers.append(worker)
         runs = run_in_turns(workers, options.warmup, options.repetitions, progress)
         return [

@@ -167,7 +167,7 @@ def check_at_least(name: str, value: int, low: int) -> None:
 
 
 def check_image(path: str | None) -> None:
-    """Raise ValueError if a path is given that is no file."""
+    """Raise ValueError if a path is given that is not a file."""
     if path is not None and not os.path.isfile(path):
         raise ValueError(f"there is no image at {path!r}; name a file, or leave it out for a drawn image.")
 

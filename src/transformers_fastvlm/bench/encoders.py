@@ -200,5 +200,5 @@ def _gemm_rate(dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
         found = in_turns({"product": lambda: torch.mm(left, right)}, repetitions, warmup=0, clock=clock)
         seconds = statistics.median(found["product"].wall)
         if seconds > _GEMM_SLOW_SECONDS:
-            break  # this processor has no instructions for the dtype
+            break  # this CPU has no instructions for the dtype
     return 2 * side**3 / seconds

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engines to measure behind the seam, and how each is loaded."""
+"""The engines to measure, and how each is loaded."""
 
 import os
 from collections.abc import Sequence
@@ -92,8 +92,8 @@ def engine_cases(named: Sequence[str], model: str | None, device: str = "auto") 
 
     Args:
         named: each as ENGINE, ENGINE:PRECISION or ENGINE:PRECISION=DIRECTORY.
-        model: of those that name no directory; None if there is none.
-        device: of those that have a choice.
+        model: model of the engines without a directory; None if none is given.
+        device: device of the engines that have a choice.
 
     Raises:
         ValueError: an engine is unknown, or has nothing to load.
@@ -105,13 +105,13 @@ def _case(text: str, model: str | None, device: str) -> EngineCase:
     head, _, directory = text.partition("=")
     engine, _, precision = head.partition(":")
     if engine not in ENGINES:
-        raise ValueError(f"--engine names {text!r}; expected {_FORM}, with one of the engines {', '.join(ENGINES)}.")
+        raise ValueError(f"--engine has {text!r}; expected {_FORM}, where ENGINE is one of {', '.join(ENGINES)}.")
     case = EngineCase(engine, directory or model or "", precision or None, device)
     if not case.model:
-        raise ValueError(f"--engine names {text!r}, and there is no MODEL; add one, or write {head}=DIRECTORY.")
+        raise ValueError(f"--engine has {text!r}, but no MODEL is given; add one, or write {head}=DIRECTORY.")
     if case.reads_exports and not os.path.isdir(case.model):
         raise ValueError(
-            f"--engine names {text!r}, but {engine} answers from the directory of an export, and {case.model!r} is "
-            f"none. Run fastvlm export, and write {head}=DIRECTORY."
+            f"--engine has {text!r}, but {engine} needs the directory of an export, and {case.model!r} is not one. "
+            f"Run fastvlm export, and write {head}=DIRECTORY."
         )
     return case

@@ -12,7 +12,7 @@ __all__ = ["QUESTION", "EngineRunner"]
 QUESTION = "Describe the picture."
 
 _REST = 0.25
-"""Seconds without work before a run, until the threads of another process no longer spin."""
+"""Idle seconds before a run, until the threads of the other processes no longer spin."""
 
 _CORNER = 16
 """This part of height and width is painted over in each image."""
@@ -22,7 +22,7 @@ class EngineRunner:
     """An engine and the means to measure it.
 
     Args:
-        request: "engine" (the fields of an `EngineCase`), "threads", "new_tokens" and "picture" (a file's path).
+        request: "engine" (the fields of an `EngineCase`), "threads", "new_tokens" and "image" (a file's path).
 
     Attributes:
         facts: device, precision and image size of the engine, and the seconds of importing and loading.
@@ -39,7 +39,7 @@ class EngineRunner:
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        torch.set_num_threads(request["threads"])  # engines without a number of their own take PyTorch's
+        torch.set_num_threads(request["threads"])  # the default of engines that set no number of threads
         imported = time.perf_counter()
         self._imports_bytes = peak_bytes(torch.device("cpu"))
         case = EngineCase(**request["engine"])
@@ -47,9 +47,9 @@ class EngineRunner:
         loaded = time.perf_counter()
         self._folder = tempfile.TemporaryDirectory()
         atexit.register(self.close)
-        self._picture, self._runs = request["picture"], 0
+        self._image_file, self._runs = request["image"], 0
         self._peak_bytes = peak_bytes
-        on_gpu = self.engine.device.startswith(("cuda", "mps"))  # others are names of the runtime's own
+        on_gpu = self.engine.device.startswith(("cuda", "mps"))  # other devices have names of the runtime
         self._device = torch.device(self.engine.device if on_gpu else "cpu")
         self._sampling = Sampling(max_new_tokens=1)
         first = self.run()  # for engines that read their files at the first request
@@ -93,7 +93,7 @@ class EngineRunner:
             "tokens": answer.completion_tokens,
             "prompt_tokens": answer.prompt_tokens,
             "image_tokens": answer.image_tokens,
-            "peak_bytes": self._peak_bytes(self._device) or None,  # 0 where not PyTorch holds the device's memory
+            "peak_bytes": self._peak_bytes(self._device) or None,  # 0 if PyTorch does not hold the device's memory
             "imports_bytes": self._imports_bytes,
         }
 
@@ -110,7 +110,7 @@ class EngineRunner:
         from ..images.reading import read_file
 
         self._runs += 1
-        image = read_file(self._picture, f"the image file {self._picture!r}").convert("RGB")
+        image = read_file(self._image_file, f"the image file {self._image_file!r}").convert("RGB")
         colour = tuple(self._runs * step % 256 for step in (37, 91, 151))
         ImageDraw.Draw(image).rectangle((0, 0, image.width // _CORNER, image.height // _CORNER), fill=colour)
         path = Path(self._folder.name) / "image.jpg"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A benchmark of engines: each in a process of its own, asked in turns through the interface of all tools."""
+"""A benchmark of engines: each in a separate process, measured alternately through the interface of all tools."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ def run_engines(options: EngineOptions, progress: Progress = lambda done, total,
     """Measure engines and return the record, which `json` can write.
 
     Every engine runs in a separate process, all are loaded at the same time and run alternately. Each run has a new
-    image, so nothing that an engine keeps of an earlier one answers it.
+    image, so no engine can reuse a cache.
 
     Args:
         progress: called before each engine is loaded and before each round, as in `run`.
@@ -35,15 +35,15 @@ def run_engines(options: EngineOptions, progress: Progress = lambda done, total,
     """
     done, total = itertools.count(), len(options.cases) + options.warmup + options.repetitions
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        picture = options.image
-        if picture is None:
-            picture = str(Path(folder) / "photo.jpg")
-            Path(picture).write_bytes(photo_jpeg(PHOTO_SIDE, PHOTO_SIDE))
+        image_file = options.image
+        if image_file is None:
+            image_file = str(Path(folder) / "photo.jpg")
+            Path(image_file).write_bytes(photo_jpeg(PHOTO_SIDE, PHOTO_SIDE))
         workers = []
         for case in options.cases:
             progress(next(done), total, f"loading {case.name}")
             worker = stack.enter_context(WorkerProcess(case.name, options.threads))
-            worker.facts = worker.ask(engine_request(case, options.threads, options.new_tokens, picture))
+            worker.facts = worker.ask(engine_request(case, options.threads, options.new_tokens, image_file))
             workers.append(worker)
         runs = run_in_turns(
             workers, options.warmup, options.repetitions, lambda line: progress(next(done), total, line)
@@ -63,9 +63,9 @@ def run_engines(options: EngineOptions, progress: Progress = lambda done, total,
     }
 
 
-def engine_request(case: EngineCase, threads: int, new_tokens: int, picture: str) -> dict[str, Any]:
+def engine_request(case: EngineCase, threads: int, new_tokens: int, image_file: str) -> dict[str, Any]:
     """Return the first request to the process of an engine."""
-    return {"engine": asdict(case), "threads": threads, "new_tokens": new_tokens, "picture": picture}
+    return {"engine": asdict(case), "threads": threads, "new_tokens": new_tokens, "image": image_file}
 
 
 def engine_result(

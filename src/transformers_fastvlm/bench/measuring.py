@@ -42,37 +42,37 @@ _VECTOR = ("avx", "amx", "fma", "asimd", "sve", "bf16", "i8mm")
 
 
 class Clock:
-    """Wall time and processor time of this process, in seconds, after the device has finished its work."""
+    """Wall time and CPU time of this process, in seconds, after the device has finished its work."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "xpu": torch.xpu.synchronize}
         self._wait: Callable[[], None] = waits.get(torch.device(device).type, lambda: None)
 
     def now(self) -> Moment:
-        """Return (wall, processor) seconds since an arbitrary moment."""
+        """Return wall and CPU seconds since an arbitrary moment."""
         self._wait()
         return time.perf_counter(), time.process_time()
 
 
 @dataclass
 class Times:
-    """Wall and processor seconds of several runs; on a shared machine compare the processor seconds."""
+    """Wall and CPU seconds of several runs; on a shared machine compare CPU seconds."""
 
     wall: list[float] = field(default_factory=list)
-    processor: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
 
     def add(self, start: Moment, end: Moment) -> None:
         """Add the run between two moments."""
         self.wall.append(end[0] - start[0])
-        self.processor.append(end[1] - start[1])
+        self.cpu.append(end[1] - start[1])
 
     def spread(self) -> dict[str, dict[str, Any]]:
-        """Return the spread of wall and processor seconds."""
-        return {"seconds": spread(self.wall), "processor_seconds": spread(self.processor)}
+        """Return the spread of wall and CPU seconds."""
+        return {"seconds": spread(self.wall), "processor_seconds": spread(self.cpu)}
 
     def rates(self, amount: float, name: str) -> dict[str, float]:
         """Return `amount` divided by the median seconds, as `NAME_per_second` and `NAME_per_processor_second`."""
-        kinds = {"second": self.wall, "processor_second": self.processor}
+        kinds = {"second": self.wall, "processor_second": self.cpu}
         return {f"{name}_per_{kind}": round(amount / statistics.median(values), 3) for kind, values in kinds.items()}
 
 
@@ -197,7 +197,7 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Describe processor, memory and, where `device` is one, the accelerator."""
+    """Describe the CPU, memory and, where `device` is one, the accelerator."""
     fields: dict[str, str] = {}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

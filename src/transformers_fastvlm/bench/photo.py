@@ -25,8 +25,8 @@ def make_photo(width: int = PHOTO_SIZE[0], height: int = PHOTO_SIZE[1], seed: in
     random = np.random.Generator(np.random.PCG64(seed))
     # Light and dark areas: a few random values, enlarged smoothly.
     coarse = Image.fromarray(random.integers(40, 216, (12, 16, 3), dtype=np.uint8))
-    picture = coarse.resize((width, height), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
+    image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
     for _ in range(_SHAPES):
         x, y = random.integers(0, (width, height))
         w, h = (random.integers(1, 2 + side // 12) for side in (width, height))
@@ -39,7 +39,7 @@ def make_photo(width: int = PHOTO_SIZE[0], height: int = PHOTO_SIZE[1], seed: in
             draw.ellipse(box, fill=colour)
         else:
             draw.line(box, fill=colour, width=1 + width // 1000)
-    pixels = np.asarray(picture)
+    pixels = np.asarray(image)
     # Noise for each pixel, equal in the three channels, like a camera's luminance noise.
     grain = random.integers(-12, 13, (height, width, 1), dtype=np.int16)
     return Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))

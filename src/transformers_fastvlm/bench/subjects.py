@@ -90,10 +90,10 @@ def _fastvlm(case: Case, options: dict[str, Any], dtype: torch.dtype, device: to
         image_options["image_grid_pinpoints"] = scaled_pinpoints(config.image_grid_pinpoints, own, side)
     processor = _image_processor("FastVLMImageProcessor", options)(**image_options)
 
-    def preprocess(pictures: list[str]) -> Inputs:
-        inputs = dict(processor(pictures, return_tensors="pt", **_place(options)))
+    def preprocess(files: list[str]) -> Inputs:
+        inputs = dict(processor(files, return_tensors="pt", **_place(options)))
         stride = config.vision_config.stride
-        counts = [(side // stride) ** 2] * len(pictures)
+        counts = [(side // stride) ** 2] * len(files)
         if "image_sizes" in inputs:
             sizes = inputs["image_sizes"].tolist()
             counts = [processor.get_number_of_image_tokens(*size, config.mm_patch_merge_type) for size in sizes]
@@ -121,10 +121,10 @@ def _native(case: Case, options: dict[str, Any], dtype: torch.dtype, device: tor
         **{name: value for name, value in described.items() if name not in names}
     )
 
-    def preprocess(pictures: list[str]) -> Inputs:
-        images = [_opened(picture) for picture in pictures]
+    def preprocess(files: list[str]) -> Inputs:
+        images = [_opened(file) for file in files]
         inputs = {"pixel_values": processor(images, return_tensors="pt", **_place(options))["pixel_values"]}
-        counts = [native.image_seq_length] * len(pictures)
+        counts = [native.image_seq_length] * len(files)
         return inputs | _prompts(counts, config.image_token_id, options["prompt_tokens"])
 
     model = random_model(native, dtype, device, options["attn_implementation"])
@@ -151,8 +151,8 @@ def _llava_onevision(case: Case, options: dict[str, Any], dtype: torch.dtype, de
         size={"height": tile, "width": tile}, image_grid_pinpoints=grid, do_pad=True
     )
 
-    def preprocess(pictures: list[str]) -> Inputs:
-        images = [[_opened(picture)] for picture in pictures]
+    def preprocess(files: list[str]) -> Inputs:
+        images = [[_opened(file)] for file in files]
         inputs = dict(processor(images, return_tensors="pt", **_place(options)))
         counts = []
         for size in inputs["image_sizes"].tolist():
@@ -172,8 +172,8 @@ def _other(case: Case, options: dict[str, Any], dtype: torch.dtype, device: torc
     """Any image-text-to-text model of Transformers, with its processor for image and question."""
     processor = AutoProcessor.from_pretrained(resolve_model(case.source))
 
-    def preprocess(pictures: list[str]) -> Inputs:
-        content = [[{"type": "image", "path": picture}, {"type": "text", "text": _QUESTION}] for picture in pictures]
+    def preprocess(files: list[str]) -> Inputs:
+        content = [[{"type": "image", "path": file}, {"type": "text", "text": _QUESTION}] for file in files]
         conversations = [[{"role": "user", "content": parts}] for parts in content]
         inputs = processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -212,11 +212,11 @@ def _place(options: dict[str, Any]) -> dict[str, Any]:
     return {"device": options["device"]} if options["image_backend"] == "torchvision" else {}
 
 
-def _opened(picture: str) -> Any:
+def _opened(file: str) -> Any:
     """Return the decoded image, since Transformers' image processors take no paths."""
     from ..images.reading import read_file
 
-    return read_file(picture, f"the image file {picture!r}")
+    return read_file(file, f"the image file {file!r}")
 
 
 def _prompts(image_tokens: list[int], image_token_id: int, text_tokens: int) -> Inputs:

@@ -46,7 +46,7 @@ class Runner:
     """A model and the means to measure it.
 
     Args:
-        request: "case" (the fields of a `Case`), "options" (`Options.as_dict()`) and "picture" (a file's path).
+        request: "case" (the fields of a `Case`), "options" (`Options.as_dict()`) and "image" (a file's path).
 
     Attributes:
         facts: numbers of parameters and tokens, and the seconds of importing and building.
@@ -64,7 +64,7 @@ class Runner:
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        self.case, self.options, self.picture = Case(**request["case"]), request["options"], request["picture"]
+        self.case, self.options, self.image_file = Case(**request["case"]), request["options"], request["image"]
         self.device = torch.device(self.options["device"])
         torch.set_num_threads(self.options["threads"])
         self.dtype = getattr(torch, self.case.dtype)
@@ -106,7 +106,7 @@ class Runner:
         }
 
     def run(self) -> dict[str, Any]:
-        """Return the wall and processor seconds of each part of one answer, and the peak memory."""
+        """Return the wall and CPU seconds of each part of one answer, and the peak memory."""
         from transformers import LogitsProcessorList
 
         model, clock, split = self.subject.model, self.clock, self.split
@@ -138,7 +138,7 @@ class Runner:
         return result
 
     def _inputs(self) -> dict[str, Any]:
-        inputs = self.subject.preprocess([self.picture] * self.case.batch)
+        inputs = self.subject.preprocess([self.image_file] * self.case.batch)
         moved = {}
         for name, value in inputs.items():
             value = value.to(self.device)

@@ -19,14 +19,14 @@ _KINDS = {
     "OSError": OSError,
     "ValueError": ValueError,
 }
-"""Errors of a process that are raised again as what they are; all others become a RuntimeError."""
+"""Errors of a process that are raised again with their class; all others become a RuntimeError."""
 
 
 class WorkerProcess:
     """A process of `worker.py`, with one line of JSON for each request and answer.
 
     Args:
-        name: of what it measures, for messages.
+        name: what it measures, for messages.
         threads: CPU threads of its libraries.
 
     Attributes:

@@ -143,7 +143,7 @@ def answer(
 
     Args:
         engine, conversation, sampling: see `Engine.stream`.
-        say: called with each piece of the answer as it is generated.
+        say: called with each new part of the answer's text.
     """
     request: Request = engine.stream(conversation, sampling)
     try:

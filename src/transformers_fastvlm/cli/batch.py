@@ -135,8 +135,8 @@ def batch(
                 reading=show.reading,
             )
     except Interrupted as error:
-        kept = f" They are kept in {error.journal}; repeat the command to resume." if error.rows else ""
-        warn(f"fastvlm: {one_line(error)}{kept}")
+        saved = f" They are saved in {error.journal}; repeat the command to resume." if error.rows else ""
+        warn(f"fastvlm: {one_line(error)}{saved}")
         raise typer.Exit(stopping.code) from None
     except KeyboardInterrupt:
         warn("fastvlm: stopped before the first row.")

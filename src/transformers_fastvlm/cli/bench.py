@@ -93,7 +93,9 @@ def bench(
         given = {"--against": names, "--size": size, "--dtype": dtype != "auto", "--batch-size": batch_size != "1"}
         given |= {"--prompt-tokens": prompt_tokens != 20, "--image-backend": image_backend != "pil"}
         given |= {"--attn-implementation": attn_implementation, "--compile": compile, "--fuse": fuse}
-        _leave_out("--engine asks engines as they are", given | {"--encoders": encoders, "--plots": plots})
+        _leave_out(
+            "--engine measures engines with their own settings", given | {"--encoders": encoders, "--plots": plots}
+        )
     if encoders:
         given = {"MODEL": bool(models), "--against": names, "--size": size, "--image": image}
         given["--attn-implementation"] = attn_implementation
@@ -157,7 +159,7 @@ def _show(
     as_json: bool,
     plots: Path | None = None,
 ) -> None:
-    """Write the record and its plots where they are wanted, and print it or its tables."""
+    """Write the record and its plots to the requested files, and print the record or its tables."""
     from ..bench import write_plots
     from ..bench.measuring import write_record
 

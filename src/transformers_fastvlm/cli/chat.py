@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["chat"]
 
 _HELP = """\
-/image PATH   add an image (file or http address) to the next question
+/image PATH   add an image (file or http(s) URL) to the next question
 /clear        start a new conversation with the images of the command line
 /exit         end the chat, like Ctrl-D"""
 
@@ -25,7 +25,7 @@ _HELP = """\
 @reports_errors
 def chat(
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="IMAGE", help="Images to talk about: files or http(s) addresses.")
+        list[str] | None, typer.Argument(metavar="IMAGE", help="Images to talk about: files or http(s) URLs.")
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     engine: options.Engine = options.EngineName.transformers,
@@ -142,7 +142,7 @@ class _Conversation:
     def _add(self, name: str) -> None:
         name = name.strip("'\"")
         if not name or name == STDIN:
-            raise UserError("/image needs a file or an http(s) address, as in: /image street.jpg")
+            raise UserError("/image needs a file or an http(s) URL, as in: /image street.jpg")
         self.images.append(read_named_image(name, self.reading))
         notice(f"image {len(self.images)} of the next question: {name}")
 

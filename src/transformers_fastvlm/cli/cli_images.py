@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images named on the command line: files, http(s) addresses, or "-" for standard input."""
+"""Images named on the command line: files, http(s) URLs, or "-" for standard input."""
 
 import io
 import os
@@ -34,7 +34,7 @@ def read_named_image(name: str, options: "ReadOptions | None" = None) -> "Image"
     """Return a decoded image.
 
     Args:
-        name: path, http(s) address, or "-" for standard input.
+        name: path, http(s) URL, or "-" for standard input.
         options: options for reading; None for the defaults.
 
     Raises:
@@ -49,7 +49,7 @@ def read_named_image(name: str, options: "ReadOptions | None" = None) -> "Image"
     if name == STDIN:
         image = _from_stdin(options.max_pixels)
     elif not name.startswith(("http://", "https://")) and not os.path.exists(name):
-        raise UserError(f"no such file: {name!r}. Expected an image's path, its http:// or https:// address, or '-'.")
+        raise UserError(f"no such file: {name!r}. Expected an image's path, its http:// or https:// URL, or '-'.")
     else:
         image = read_image(name, options.max_pixels)
     return as_shown(image, options)

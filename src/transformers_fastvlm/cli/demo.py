@@ -66,10 +66,10 @@ def demo(
     )
     with contextlib.closing(loaded), page, _until_asked_to_end() as ended:
         try:
-            address = page.start(host, port)
+            url = page.start(host, port)
         except OSError as error:
             raise UserError(f"the page cannot listen on {host}, port {port or 'any from 7860'}: {error}") from error
-        warn(f"The page is at {address} (Ctrl-C stops it).")
+        warn(f"The page is at {url} (Ctrl-C stops it).")
         ended.wait()
 
 

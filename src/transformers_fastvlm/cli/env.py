@@ -46,7 +46,7 @@ def _facts() -> dict[str, Any]:
     import torch
 
     from ..bench.measuring import machine, versions
-    from ..kernels.dispatch import has_fast_products
+    from ..kernels.dispatch import has_fast_gemm
 
     described, packages = machine(torch.device("cpu")), versions(_optional_packages())
     dtypes = (torch.bfloat16, torch.float16)
@@ -59,7 +59,7 @@ def _facts() -> dict[str, Any]:
         "memory": _gibibytes(described["memory_bytes"]),
         "fast_dtypes": [
             "float32",
-            *(str(dtype).removeprefix("torch.") for dtype in dtypes if has_fast_products(dtype)),
+            *(str(dtype).removeprefix("torch.") for dtype in dtypes if has_fast_gemm(dtype)),
         ],
         "accelerators": _accelerators(),
         "packages": packages,

@@ -33,7 +33,7 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="IMAGE",
-            help="Images: files, http(s) addresses, or - for standard input. Without images the prompt is text only.",
+            help="Images: files, http(s) URLs, or - for standard input. Without images the prompt is text only.",
         ),
     ] = None,
     model: options.Model = options.DEFAULT_MODEL,

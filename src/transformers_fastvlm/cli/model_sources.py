@@ -103,7 +103,7 @@ def check_loadable(model: str, config: dict[str, Any]) -> None:
 def refuse_adapter(model: str) -> None:
     """Raise UserError for the directory of an adapter, which is not a complete checkpoint."""
     if base := base_of_adapter(resolve_model(model)):
-        raise UserError(f"{model!r} is an adapter of {base}. Merge it first: fastvlm merge {model} OUT.")
+        raise UserError(f"{model!r} is an adapter for {base}. Merge it first: fastvlm merge {model} OUT.")
 
 
 def local_files(source: str) -> Path:

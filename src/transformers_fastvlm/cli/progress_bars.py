@@ -112,7 +112,7 @@ def progress_bar(doing: str, unit: str = "", stream: Any = None) -> Iterator[Pro
 
 
 def _rate(per_second: float | None, unit: str) -> str:
-    """Return a rate as text; slow ones by the minute, since "0.0 rows/s" tells nothing."""
+    """Return a rate as text; slow ones by the minute, since "0.0 rows/s" is of no use."""
     if not per_second:
         return ""
     return f"{per_second:.1f} {unit}/s" if per_second >= 1 else f"{60 * per_second:.1f} {unit}/min"

@@ -92,7 +92,7 @@ def serve(
     ] = 32,
     client_timeout: Annotated[
         float,
-        typer.Option(min=0.1, help="Seconds for a client to send its request, and to read each piece of the answer."),
+        typer.Option(min=0.1, help="Seconds for a client to send its request, and to read each part of the answer."),
     ] = 60.0,
     fetch_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to download an image.")] = 10.0,
     log_format: Annotated[

@@ -121,7 +121,7 @@ class ModalityLengthSampler(Sampler[int]):
             less.
 
     Raises:
-        ValueError: there are no rows, the arguments do not match, or `drop_last` leaves no whole step.
+        ValueError: there are no rows, the arguments do not match, or `drop_last` leaves no complete step.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class ModalityLengthSampler(Sampler[int]):
         self.epoch = 0
         if not len(self):
             raise ValueError(
-                f"{self.num_rows} rows make no whole step of {num_processes} batches of {batch_size} of one kind, and "
-                "drop_last leaves out the rest. Use a smaller batch, or drop_last=False."
+                f"{self.num_rows} rows do not fill a step of {num_processes} batches of {batch_size} rows of one kind, "
+                "and drop_last drops incomplete steps. Use a smaller batch, or drop_last=False."
             )
 
     def set_epoch(self, epoch: int) -> None:

@@ -49,7 +49,7 @@ class FastVLMDataCollator:
     Args:
         processor: a `FastVLMProcessor`; its template, image size and tokenizer are used unchanged.
         conversation: "sft" or "plain".
-        max_length: longest row in tokens, placeholders included; the end of a longer row is cut. Images are never cut:
+        max_length: maximum tokens of a row, placeholders included; a longer row is truncated. Images are never cut:
             a row whose images do not fit raises, and so does a row without supervised tokens after the cut. With None
             nothing is cut, and a row longer than the processor's `context_length` raises.
         pad_to_multiple_of: pad the length to a multiple of this, which can speed up tensor cores.
@@ -145,12 +145,12 @@ class FastVLMDataCollator:
                 verbose=False,
             )
         rows = []
-        for ids, offsets, learned, lengths in zip(
+        for ids, offsets, supervised, lengths in zip(
             encoded["input_ids"], encoded["offset_mapping"], spans, tokens, strict=True
         ):
             row, (starts, ends) = np.array(ids, np.int64), np.array(offsets, np.int64).T
             wanted = np.zeros(len(row), bool)
-            for first, last in learned:
+            for first, last in supervised:
                 wanted |= (starts < last) & (ends > first)
             # An image has one placeholder in the text. Repeating it here avoids tokenizing the copies.
             repeats = np.ones(len(row), np.int64)

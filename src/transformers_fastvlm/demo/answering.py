@@ -18,11 +18,11 @@ class UnusableInput(ValueError):
 
 
 class Reply:
-    """An answer on its way.
+    """A running answer.
 
     Attributes:
-        text: what there is of it so far; at the end all of it, without special tokens and surrounding white space.
-        stopped: whether it was asked to stop.
+        text: the text so far, without special tokens and surrounding white space.
+        stopped: whether `stop` was called.
     """
 
     def __init__(self, started: float | None = None) -> None:
@@ -46,18 +46,18 @@ class Reply:
 
     @property
     def encoded_images(self) -> int:
-        """Number of images encoded for it."""
+        """Number of images encoded for the answer."""
         answer = None if self._request is None else self._request.answer
         return answer.encoded_images or 0 if answer is not None else 0
 
     @property
     def has_images(self) -> bool:
-        """Whether the conversation has any."""
+        """Whether the conversation has images."""
         return self._request is not None and bool(self._request.prompt.image_tokens)
 
     @property
     def cut(self) -> bool:
-        """Whether it was cut at the maximum length."""
+        """Whether the answer was cut at the maximum length."""
         answer = None if self._request is None else self._request.answer
         return answer is not None and answer.finish_reason == "length"
 
@@ -88,22 +88,22 @@ class Reply:
         if error is not None:
             raise error
 
-    # Of other threads
+    # Called in other threads
 
     def begin(self, request: Request) -> None:
-        """Say what answers it."""
+        """Set the engine's request."""
         self._request = request
         if self.stopped:
             request.cancel()
         self.tell()
 
     def end(self, error: Exception | None = None) -> None:
-        """Say that nothing answers it."""
+        """End without a request, after an error or a stop."""
         self._error, self._ended = error, True
         self.tell()
 
     def tell(self) -> None:
-        """Say that there is something new."""
+        """Wake the iteration, since the request has changed."""
         with contextlib.suppress(RuntimeError):  # the page was closed, and its event loop with it
             self._loop.call_soon_threadsafe(self._news.set)
 
@@ -112,9 +112,9 @@ class Answerer:
     """Asks an engine, in the order of the visitors' questions.
 
     Args:
-        engine: the model. Whoever made it closes it.
-        max_new_tokens: longest answer.
-        temperature: 0 takes the likeliest token; above 0 samples.
+        engine: the model; the caller closes it.
+        max_new_tokens: maximum number of tokens of an answer.
+        temperature: 0 for greedy decoding; above 0 samples.
     """
 
     def __init__(self, engine: Engine, max_new_tokens: int = 256, temperature: float = 0.0) -> None:
@@ -131,7 +131,7 @@ class Answerer:
 
         Args:
             messages: see `transformers_fastvlm.engines.Conversation`, the last one the user's.
-            max_new_tokens: longest answer; None for the page's.
+            max_new_tokens: maximum number of tokens of the answer; None for the page's.
             started: `time.perf_counter()` when the question came; None for now.
         """
         reply = Reply(started)

@@ -33,21 +33,21 @@ def check_gradio() -> None:
 class Page:
     """A web page to ask a model about images. It is a context manager; leaving it stops the server.
 
-    Everything that the page needs comes from its own server. Uploaded files lie in a temporary folder that is removed
-    at the end; its name is in the environment (GRADIO_TEMP_DIR), so have one page at a time in a process.
+    Everything that the page needs comes from its own server. Uploaded files are stored in a temporary folder that is
+    removed at the end; its name is in the environment (GRADIO_TEMP_DIR), so a process can have one page at a time.
 
     Args:
-        engine: the model; one that answers one visitor at a time keeps their conversations. Whoever made it closes it.
-        name: of the checkpoint, shown on the page.
-        notice: what to say of its licence.
-        scenes: whether the model knows drawn scenes only: offers such images, and questions in its words.
+        engine: the model; the caller closes it.
+        name: name of the checkpoint, shown on the page.
+        notice: licence notice shown on the page.
+        scenes: whether the model knows drawn scenes only; the page then offers such images and matching questions.
         system: system message in place of the chat template's own.
-        max_new_tokens: longest answer.
-        temperature: 0 takes the likeliest token, so that a question gets the same answer each time; above 0 samples.
+        max_new_tokens: maximum number of tokens of an answer.
+        temperature: 0 for greedy decoding, which repeats the same answer to a question; above 0 samples.
 
     Attributes:
         answerer: asks the engine.
-        visitors: who looks at the page.
+        visitors: the visitors of the page.
 
     Raises:
         ImportError: Gradio is not installed.
@@ -101,10 +101,10 @@ class Page:
         self._page = page
 
     def start(self, host: str = "127.0.0.1", port: int | None = None) -> str:
-        """Start the server and return the page's address.
+        """Start the server and return the page's URL.
 
         Args:
-            host: address to listen on; "0.0.0.0" lets everyone in who reaches this machine.
+            host: address to listen on; "0.0.0.0" accepts connections from other machines.
             port: None for the first free one from 7860 on.
 
         Raises:
@@ -112,7 +112,7 @@ class Page:
         """
         import gradio as gr
 
-        _, address, _ = self._page.launch(
+        _, url, _ = self._page.launch(
             server_name=host,
             server_port=port,
             prevent_thread_lock=True,
@@ -130,7 +130,7 @@ class Page:
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css_paths=Path(__file__).with_name("page.css"),
         )
-        return str(address)
+        return str(url)
 
     def close(self) -> None:
         """Stop the server and all answers, and remove all uploads."""
@@ -153,14 +153,14 @@ class Page:
 def _blocks_class() -> Any:
     """Return Gradio's container of a page, changed so that it never downloads files that a request names.
 
-    Gradio would download a file from an address in a (forged) request.
+    Gradio would download a file from a URL in a (forged) request.
     """
     import gradio as gr
 
     class Blocks(gr.Blocks):
         async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
             if any("://" in path for path in _paths(inputs)):
-                raise gr.Error("Upload images; addresses are not downloaded.", print_exception=False)
+                raise gr.Error("Upload images; URLs are not downloaded.", print_exception=False)
             return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
     return Blocks

@@ -27,8 +27,8 @@ def camera_tab(answerer: Answerer, visitors: Visitors, presets: Sequence[Preset]
 
     Args:
         answerer: the model.
-        visitors: who looks at the page.
-        presets: questions with buttons of their own; the first is asked until another is chosen.
+        visitors: the visitors of the page.
+        presets: questions with buttons; the first is asked until another is chosen.
         system: system message in place of the chat template's own.
     """
     import gradio as gr

@@ -65,8 +65,8 @@ def chat_tab(
 
     Args:
         answerer: the model.
-        visitors: who looks at the page.
-        presets: questions with buttons of their own; the first is also asked about an image that comes without one.
+        visitors: the visitors of the page.
+        presets: questions with buttons; the first is also asked about an image without a question.
         examples: shown where there is no conversation yet.
         folder: for small copies of images.
         system: system message in place of the chat template's own.

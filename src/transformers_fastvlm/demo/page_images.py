@@ -57,13 +57,13 @@ def read_frame(frame: object) -> Image.Image:
     Raises:
         UnusableInput: anything else, or an image that cannot be read.
     """
-    address = frame.get("url") if isinstance(frame, dict) else None
-    if not isinstance(address, str) or not address.startswith("data:image/"):
+    url = frame.get("url") if isinstance(frame, dict) else None
+    if not isinstance(url, str) or not url.startswith("data:image/"):
         raise UnusableInput("The camera sent no image. Stop it and start it again.")
-    if len(address) > MAX_FRAME_CHARACTERS:
+    if len(url) > MAX_FRAME_CHARACTERS:
         raise UnusableInput("The camera's images are too large. Choose a smaller resolution in its settings.")
     try:
-        image = as_shown(read_image(address), ReadOptions())
+        image = as_shown(read_image(url), ReadOptions())
     except ValueError as error:
         raise UnusableInput(f"An image of the camera cannot be read: {error}") from error
     if image.width * image.height > MAX_PIXELS:

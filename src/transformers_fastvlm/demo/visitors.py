@@ -114,14 +114,14 @@ async def turn(
 
     Args:
         answerer: the model.
-        visitor: who asks.
+        visitor: the visitor who asks.
         question: text, not empty.
         files: paths of uploaded images.
         show: makes the page's element for an image, given the image and an alternative text.
         system: system message in place of the chat template's own.
 
     Raises:
-        UnusableInput: the question or an image cannot be used, or an answer is still on its way.
+        UnusableInput: the question or an image cannot be used, or an answer is still running.
     """
     if len(question) > MAX_QUESTION:
         raise UnusableInput(f"The question has {len(question)} characters; up to {MAX_QUESTION} can be asked at once.")

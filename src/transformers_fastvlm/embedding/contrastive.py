@@ -21,7 +21,7 @@ def contrastive_loss(first: Tensor, second: Tensor, scale: Tensor | float, group
         first: (batch, dimension), normalized vectors, such as of texts.
         second: (batch, dimension), their counterparts in the same order, such as of images.
         scale: factor of the cosines, the inverse of the temperature: a number, or a parameter that is trained.
-        groups: (batch,), an integer for each row; other rows of its group are no wrong answers. None: all others are.
+        groups: (batch,), an integer for each row; rows of the same group are not negatives. None: all other rows are.
 
     Returns:
         A scalar: the mean of both directions.
@@ -40,15 +40,15 @@ def contrastive_loss(first: Tensor, second: Tensor, scale: Tensor | float, group
 
 
 def recall(queries: Tensor, documents: Tensor, ranks: Sequence[int] = (1, 10)) -> dict[int, float]:
-    """Return how often the right document is among the best ones.
+    """Return recall at k: how often the right document is among the k best ones.
 
     Args:
-        queries: (number, dimension), normalized vectors; query i looks for document i.
+        queries: (number, dimension), normalized vectors; document i is the right one for query i.
         documents: (number, dimension), normalized vectors.
-        ranks: numbers of best documents to look at.
+        ranks: the values of k.
 
     Returns:
-        The share of queries, 0 to 1, by rank. Documents as near as the right one count as better.
+        The share of queries, 0 to 1, by k. A document with the same score as the right one counts as better.
     """
     scores = torch.as_tensor(queries) @ torch.as_tensor(documents).T
     before = (scores >= scores.diagonal()[:, None]).sum(1) - 1

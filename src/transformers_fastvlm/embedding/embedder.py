@@ -22,11 +22,11 @@ from .pooling import pool
 __all__ = ["POOLINGS", "Embedder", "Input"]
 
 POOLINGS = ("last", "mean", "encoder")
-"""Ways to make one vector: of the last token, of all tokens, of the encoder."""
+"""Ways to pool: the last token's state, the mean of all tokens' states, or the encoder's own vector."""
 
 Input: TypeAlias = str | os.PathLike[str] | Image.Image | tuple[Any, str] | Conversation
-"""What has a vector: a text (always a str); an image (a Pillow image, or the path of one as a `Path`); an image and a
-text as a tuple; or a conversation, a list of messages with Pillow images."""
+"""An input to embed: a text (any str); an image (a Pillow image, or its path as a `Path`); a tuple of an image and a
+text; or a conversation, a list of messages with Pillow images."""
 
 
 class Embedder:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directories that sentence-transformers loads, images included, with classes of its own alone."""
+"""Directories that sentence-transformers loads, images included, with its own classes only."""
 
 import json
 import os
@@ -21,8 +21,8 @@ _MODES = {"last": "lasttoken", "mean": "mean"}
 def save_for_sentence_transformers(embedder: Embedder, directory: str | os.PathLike[str]) -> Path:
     """Write a checkpoint that `SentenceTransformer(directory)` loads, with the same vectors as the embedder's.
 
-    Nothing but `import transformers_fastvlm` must come first: it tells the Auto classes about FastVLM. The directory is
-    a complete checkpoint for this package, too, and appears only when it is complete.
+    Loading needs only `import transformers_fastvlm` first, which registers FastVLM with the Auto classes. The directory
+    is a complete checkpoint for this package, too, and appears only when it is complete.
 
     Args:
         embedder: model, pooling and options.
@@ -32,12 +32,12 @@ def save_for_sentence_transformers(embedder: Embedder, directory: str | os.PathL
         The directory.
 
     Raises:
-        ValueError: the pooling is "encoder", which sentence-transformers has not.
+        ValueError: the pooling is "encoder", which sentence-transformers does not support.
         FileExistsError: the directory exists and is not empty.
     """
     if embedder.pooling not in _MODES:
         raise ValueError(
-            f"pooling is {embedder.pooling!r}, which sentence-transformers has not; expected one of "
+            f"pooling is {embedder.pooling!r}, which sentence-transformers does not support; expected one of "
             f"{', '.join(_MODES)}."
         )
     out = Path(directory)

@@ -62,7 +62,7 @@ __all__ = [
 
 
 def engine_class(engine: str) -> "type[Engine]":
-    """Return the class of an engine, whose signature has its options.
+    """Return the class of an engine; its signature lists the engine's options.
 
     Args:
         engine: one of `ENGINES`.

@@ -18,7 +18,7 @@ SchemaKind = Literal["json", "regex", "choices"]
 
 @dataclass(frozen=True)
 class Schema:
-    """The form of an answer, held while it is generated. Make it by `json`, `json_object`, `regex` or `choices`.
+    """The form of an answer, enforced during generation; made by `json`, `json_object`, `regex` or `choices`.
 
     Attributes:
         kind: "json", "regex" or "choices".
@@ -42,13 +42,13 @@ class Schema:
 
     @classmethod
     def json(cls, schema: Mapping[str, Any] | bool | str) -> "Schema":
-        """Return the form of JSON that fits a JSON schema. Between the parts is no white space.
+        """Return the form of JSON that fits a JSON schema. There is no white space between the parts.
 
         Args:
             schema: the schema, or its JSON text. The order of `properties` is the order of an object's fields.
 
         Raises:
-            ValueError: not a JSON schema, one that nothing fits, or too large. Keywords are checked by the engine.
+            ValueError: not a JSON schema, one that nothing matches, or too large. The engine checks the keywords.
         """
         try:
             value = json.loads(schema) if isinstance(schema, str) else schema
@@ -68,10 +68,10 @@ class Schema:
 
     @classmethod
     def regex(cls, pattern: str) -> "Schema":
-        """Return the form of texts that match a regular expression as a whole, in the syntax of Rust's crate regex.
+        """Return the form of texts that match a whole regular expression, in the syntax of the Rust crate regex.
 
         Raises:
-            ValueError: the pattern is empty or too large. Its syntax is checked by the engine.
+            ValueError: the pattern is empty or too large. The engine checks its syntax.
         """
         if not pattern:
             raise ValueError("the regular expression is empty; expected one or more characters.")
@@ -82,8 +82,7 @@ class Schema:
         """Return the form of exactly one of several texts.
 
         Raises:
-            ValueError: no or too many choices, or one that is empty, given twice, or surrounded by white space, which
-                answers do not keep.
+            ValueError: no choices or too many, or a choice is empty, a duplicate, or begins or ends with white space.
         """
         if isinstance(texts, str) or not 1 <= len(texts) <= MAX_CHOICES:
             raise ValueError(f"choices is {str(texts)[:80]!r}; expected a list of 1 to {MAX_CHOICES:,} texts.")

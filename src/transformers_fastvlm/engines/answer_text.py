@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode tokens incrementally: only complete characters, and no text from a stop text onwards."""
+"""Decode tokens incrementally: only complete characters, and no text from a stop string onwards."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,18 +11,18 @@ _INCOMPLETE = "\ufffd"
 
 
 class AnswerText:
-    """The text of an answer, piece by piece; the joined pieces equal the text of decoding all tokens at once.
+    """The text of an answer, in parts; the joined parts equal the text of decoding all tokens at once.
 
     Surrounding white space is removed: many models write a space before the first word. Transformers' streamers hold
-    back whole words, do not support stop texts, and take only one row.
+    back whole words, do not support stop strings, and take only one row.
 
     Args:
         tokenizer: decodes tokens; special ones are left out.
-        stops: texts at which the answer ends; they are not part of it.
+        stops: stop strings; they are not part of the answer.
         continues: the answer continues a text, so white space before its first word is kept.
 
     Attributes:
-        stopped: whether a stop text was found.
+        stopped: whether a stop string was found.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = (), *, continues: bool = False) -> None:
@@ -33,7 +33,7 @@ class AnswerText:
         self._start = self._said = 0
         self._begun = continues
         self._blank = ""  # white space that is part of the answer if more text follows
-        self._held = ""  # text that may be the beginning of a stop text
+        self._held = ""  # text that may be the beginning of a stop string
         self.stopped = False
 
     def add(self, token: int) -> str:
@@ -66,7 +66,7 @@ class AnswerText:
         return after[len(before) :]
 
     def _release(self, piece: str) -> str:
-        """Return the part of the held text and `piece` that cannot belong to a stop text."""
+        """Return the part of the held text and `piece` that cannot belong to a stop string."""
         text = self._held + piece
         found = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
         if found:

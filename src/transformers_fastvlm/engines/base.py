@@ -37,12 +37,12 @@ MAX_BIASES = 1024
 MAX_SEED = 2**64 - 1
 """The maximum of PyTorch's generators."""
 
-# Messages in Transformers' form:
-# {"role": ..., "content": [{"type": "image", "image": PIL image}, {"type": "text", ...}]}.
 Conversation = list[dict[str, Any]]
+"""Messages in Transformers' form, each `{"role": …, "content": …}`. A content is a string or a list of parts:
+`{"type": "text", "text": …}`, or `{"type": "image", "image": …}` with a Pillow image."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
-"""Why an answer ended: end token or stop text, maximum length, or cancellation."""
+"""Why an answer ended: end token or stop string, maximum length, or cancellation."""
 
 
 class PromptTooLong(ValueError):
@@ -56,8 +56,8 @@ class PromptTooLong(ValueError):
     def __init__(self, tokens: int, context: int) -> None:
         self.tokens, self.context = tokens, context
         super().__init__(
-            f"the conversation has {tokens} tokens and fills the model's context of {context}, with no room for an "
-            "answer. Shorten it, or use fewer or smaller images."
+            f"the conversation has {tokens} tokens and fills the model's context of {context}, which leaves none "
+            "for the answer. Shorten it, or use fewer or smaller images."
         )
 
 
@@ -71,10 +71,10 @@ class Sampling:
         top_p: sample from the most probable tokens with this total probability, in (0, 1].
         seed: makes sampling repeatable on the same machine with the same versions; from 0 to 2**64 - 1. None: new
             random numbers each time. The caller's random state is neither used nor changed.
-        stop: texts at which an answer ends; they are not part of it.
+        stop: stop strings; they are not part of the answer.
         num_beams: beams of beam search; above 1 only for the engine transformers.
-        schema: form that the answer must have; None for free text. An answer with finish reason "length" may end
-            before it is whole.
+        schema: form that the answer must have; None for free text. An answer with finish reason "length" may be
+            incomplete.
         logit_bias: token ids, each with a number from -100 to 100 that is added to its score; at most 1,024.
         presence_penalty: from -2 to 2; subtracted from the score of each token that the answer already has.
         frequency_penalty: from -2 to 2; subtracted once for each time that the answer already has the token.
@@ -110,7 +110,7 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; expected above 0 and up to 1.")
         if "" in self.stop:
             raise ValueError(
-                "stop has an empty text, which would end every answer; expected texts of one or more characters."
+                "stop has an empty string, which would end every answer; expected strings of one or more characters."
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
@@ -140,7 +140,7 @@ class Sampling:
                 "Schema.choices(...)."
             )
         if self.stop:
-            raise ValueError("stop and schema are both given, and a stop text could cut the answer; leave stop out.")
+            raise ValueError("stop and schema are both given, and a stop string could cut the answer; leave stop out.")
 
     @property
     def changes_scores(self) -> bool:
@@ -180,14 +180,14 @@ class Seconds:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token of an answer, and how probable the model thought it.
+    """A token of an answer, and its probability by the model.
 
     Attributes:
         token: its id.
         text: its text; a part of a character that takes several tokens is "\ufffd".
-        logprob: the natural logarithm of its probability by the model's scores as they are: before temperature, top_p,
-            biases, penalties and schema.
-        top: the most probable tokens at this place, the first one first, without a `top` of their own.
+        logprob: natural logarithm of the probability that the model gave it, before temperature, top_p, biases,
+            penalties and schema are applied.
+        top: the most probable tokens at this position, most probable first; their `top` is empty.
     """
 
     token: int
@@ -201,14 +201,14 @@ class Answer:
     """One answer. Two answers are equal if text, finish reason and token counts are equal.
 
     Attributes:
-        text: without special tokens, stop text and surrounding white space.
+        text: without special tokens, stop string and surrounding white space.
         finish_reason: "stop", "length" (it was cut off) or "cancelled".
         prompt_tokens: tokens of the prompt, images included.
         completion_tokens: tokens of the answer, including the end token.
         image_tokens: tokens of the prompt's images.
         cached_tokens: tokens of the prompt that were reused from the cache.
         encoded_images: number of images encoded for this answer; None if the engine does not report it.
-        seconds: durations.
+        seconds: durations in seconds: `prepare`, `wait` (in the queue), `first_token` and `generate`.
         logprobs: one for each of `completion_tokens`, if `Sampling.logprobs` asked for them, else None.
     """
 

@@ -29,7 +29,7 @@ class Rows(Protocol):
     """The running requests of a model, each a row that gets its next token in each step.
 
     Attributes:
-        tokens: number of tokens that the cache has room for.
+        tokens: capacity of the cache in tokens.
     """
 
     tokens: int
@@ -70,7 +70,7 @@ class Rows(Protocol):
 
 
 class BatchingEngine(Engine):
-    """An engine whose requests have rows of their own, with images under ids of their own; see `ImageTable`.
+    """An engine that gives each request a row, and each image virtual token ids; see `ImageTable`.
 
     Args:
         processor: see `Engine`.
@@ -82,7 +82,7 @@ class BatchingEngine(Engine):
         self.batch_size: int = batch_size
         self._images = ImageTable()
         self._rows: Any = None
-        self._suspects: deque[Request] = deque()  # of a failed step; each is tried again alone
+        self._suspects: deque[Request] = deque()  # requests of a failed step; each is tried again alone
 
     def close(self) -> None:
         """Answer the queued requests, end the thread and free the memory; the engine cannot be used afterwards."""
@@ -104,7 +104,7 @@ class BatchingEngine(Engine):
 
     def _fits(self, request: Request, rows: Rows) -> bool:
         """Whether the rows can answer a request, once there is a free one."""
-        return request.prompt.tokens + request.room <= rows.tokens
+        return request.prompt.tokens + request.max_tokens <= rows.tokens
 
     def _next_unfit(self, rows: Rows) -> None:
         """Answer the first waiting request, which does not fit, or make it fit. No row is running."""
@@ -239,7 +239,7 @@ class BatchingEngine(Engine):
             self._measure(request)
 
     def _encode(self, alone: bool) -> None:
-        """Encode images of the first waiting requests together; the requests of those that fail end.
+        """Encode images of the first waiting requests together; if an image fails, its requests end.
 
         Args:
             alone: whether no row waits for its next token meanwhile.

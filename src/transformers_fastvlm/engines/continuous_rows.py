@@ -34,9 +34,9 @@ class ContinuousRows:
     Args:
         model: a `FastVLMForConditionalGeneration`.
         images: its images.
-        config: generation configuration; gives the processors of scores that `Sampling` lacks.
+        config: generation configuration; has the logits processors that `Sampling` lacks.
         rows: maximum number of rows.
-        tokens: number of tokens that the cache has room for; halved as long as the device's memory is too small.
+        tokens: capacity of the cache in tokens; halved as long as the device's memory is too small.
 
     Attributes:
         tokens: as above.
@@ -74,7 +74,7 @@ class ContinuousRows:
     def add(self, request: Request) -> None:
         """Give a request a row; its images must be encoded."""
         name = str(next(self._numbers))
-        request.cached_tokens = request.prompt.tokens  # minus those that the steps compute
+        request.cached_tokens = request.prompt.tokens  # the steps subtract what they compute
         self._running[name] = _Row(request)
         if self._own_processors:
             self._running[name].process_by(self.model, self.config)
@@ -102,7 +102,7 @@ class ContinuousRows:
         """
         _, processor = self._parts
         if not processor.prepare_next_batch():
-            raise RuntimeError(f"no row of {len(self._running)} fits into the cache of {self.tokens} tokens.")
+            raise RuntimeError(f"the cache of {self.tokens} tokens is full: none of {len(self._running)} rows fits.")
         states = processor.inputs_and_outputs.requests_in_batch
         for one in states:
             request = self._running[one.state.request_id].request
@@ -229,5 +229,5 @@ class _Choose(LogitsProcessor):
 
 def _chooser(request: Request) -> RowChooser:
     if request.chooser is None:
-        raise RuntimeError("a request has no chooser.")
+        raise RuntimeError("a request has no token chooser.")
     return request.chooser

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Engine:
     """A model that answers conversations. Its methods are thread-safe.
 
-    The model runs in a separate thread, which the first request starts. A request that fails takes no other with it.
+    The model runs in a separate thread, which the first request starts. A failed request does not affect others.
 
     Args:
         processor: the checkpoint's `FastVLMProcessor`.
@@ -102,9 +102,9 @@ class Engine:
 
         Raises:
             ValueError: a conversation has an image without a placeholder, a placeholder without an image, an unusable
-                image, or fills the model's context; or this engine does not support `sampling`, or cannot hold its
+                image, or fills the model's context; or this engine does not support `sampling`, or cannot enforce its
                 schema. No conversation is answered then.
-            ImportError: the package that holds answers to a schema is not installed.
+            ImportError: the package that enforces schemas is not installed.
         """
         samplings = _each(sampling, len(conversations))
         for one in set(samplings):
@@ -128,7 +128,7 @@ class Engine:
         """Start to answer a conversation: `prepare` and `submit` in one call.
 
         Returns:
-            The request. Iterate over it for the text piece by piece; `result()` returns the complete answer.
+            The request. Iterate over it for the text as it is generated; `result()` returns the complete answer.
 
         Raises:
             ValueError: as `generate`.
@@ -168,7 +168,7 @@ class Engine:
             changed: called on the engine's thread at each new text and at the end.
 
         Raises:
-            ValueError: this engine does not support a sampling.
+            ValueError: this engine does not support an option.
         """
         for sampling in samplings:
             self.check(sampling)
@@ -177,11 +177,11 @@ class Engine:
         return requests
 
     def check(self, sampling: Sampling) -> None:
-        """Check that this engine can answer with a sampling, before there is a conversation.
+        """Check that this engine supports sampling options, without a conversation.
 
         Raises:
-            ValueError: it lacks an option, or cannot hold the schema.
-            ImportError: the package that holds answers to a schema is not installed.
+            ValueError: it lacks an option, or cannot enforce the schema.
+            ImportError: the package that enforces schemas is not installed.
         """
         if sampling.num_beams > 1 and not self._BEAMS:
             raise ValueError(
@@ -217,7 +217,7 @@ class Engine:
         return self._grammars
 
     def _chooser(self, request: Request) -> RowChooser:
-        """Return a new chooser for a request, which is also the request's."""
+        """Return a new token chooser for a request, and set it as the request's."""
         schema = request.sampling.schema
         matcher = None if schema is None else self._compiled().matcher(schema)
         request.chooser = RowChooser(request.sampling, matcher, self._ends())

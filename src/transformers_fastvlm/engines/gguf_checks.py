@@ -29,10 +29,12 @@ def check_gguf(header: GgufHeader, config: Any, config_path: str | os.PathLike[s
     _expect(header, "general.architecture", kind)
     written = header.metadata.get("fastvlm.config_sha256")
     if written is None:
-        raise ValueError(f"{header.path} has no fastvlm.config_sha256, so it is not of this export. {_AGAIN}")
+        raise ValueError(
+            f"{header.path} has no fastvlm.config_sha256, so `fastvlm export gguf` did not write it. {_AGAIN}"
+        )
     if written != (found := file_digest(config_path)):
         raise ValueError(
-            f"{header.path} was written beside another config.json: fastvlm.config_sha256 is {written}, but the digest "
+            f"{header.path} belongs to another config.json: fastvlm.config_sha256 is {written}, but the digest "
             f"of {config_path} is {found}. Put the files of one export together, or export the model again."
         )
     _expect(header, "fastvlm.image_token_id", config.image_token_id)
@@ -74,9 +76,11 @@ def _check_sizes(header: GgufHeader, text: Any) -> None:
         if key.startswith(f"{kind}.") and key.removeprefix(f"{kind}.") not in needed | optional | dict.fromkeys(
             numbers
         ):
-            raise ValueError(f"{header.path} has the field {key}, which a FastVLM's language model has not. {_AGAIN}")
+            raise ValueError(
+                f"{header.path} has the field {key}, which FastVLM's language models do not have. {_AGAIN}"
+            )
     if header.metadata.get("split.count", 1) > 1:
-        raise ValueError(f"{header.path} is one of {header.metadata['split.count']} files. {_AGAIN}")
+        raise ValueError(f"{header.path} is one of {header.metadata['split.count']} parts of a split model. {_AGAIN}")
 
 
 def _check_vocabulary(header: GgufHeader, text: Any) -> None:

@@ -95,7 +95,7 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
     """Read a header. A vocabulary of 152,000 tokens takes a tenth of a second; no weights are read.
 
     Raises:
-        OSError: there is no such file, it is no GGUF file, or it is damaged, such as cut off.
+        OSError: there is no such file, it is no GGUF file, or it is damaged or truncated.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -143,7 +143,7 @@ class _Reader:
 
     def _need(self, count: int) -> None:
         if count > self._size - self._at:
-            raise self._wrong(f"its header does not end within its {self._size:,} bytes")
+            raise self._wrong(f"its header is longer than its {self._size:,} bytes")
 
     def _wrong(self, why: str) -> OSError:
         return _damaged(self._path, why)
@@ -151,7 +151,7 @@ class _Reader:
     def _text(self, longest: int) -> str:
         (length,) = self._take(struct.Struct("<Q"))
         if length > longest:
-            raise self._wrong(f"a text at byte {self._at:,} has {length:,} bytes; expected at most {longest:,}")
+            raise self._wrong(f"a string at byte {self._at:,} has {length:,} bytes; expected at most {longest:,}")
         self._need(length)
         text = self._data[self._at : self._at + length]
         self._at += length
@@ -160,7 +160,7 @@ class _Reader:
     def _name(self, known: dict[str, Any], what: str) -> str:
         name = self._text(MAX_KEY)
         if name in known or not name:
-            raise self._wrong(f"the {what} {name!r} is {'twice' if name else 'without a name'}")
+            raise self._wrong(f"the {what} {name!r} {'occurs twice' if name else 'has no name'}")
         return name
 
     def _value(self, key: str, kind: int) -> Any:
@@ -201,7 +201,7 @@ class _Reader:
         if kind not in _BLOCKS:
             raise self._wrong(f"the tensor {name!r} has the unknown type {kind}")
         if shape[0] % _BLOCKS[kind][0] or 0 in shape:
-            raise self._wrong(f"the tensor {name!r} has the shape {shape}, which its type {kind} cannot have")
+            raise self._wrong(f"the tensor {name!r} has the shape {shape}, which its type {kind} does not allow")
         return name, shape, kind, offset
 
     def _place(self, header: GgufHeader, described: list[tuple[str, tuple[int, ...], int, int]]) -> None:
@@ -213,9 +213,9 @@ class _Reader:
         end = 0
         for name, shape, kind, offset in described:
             if name in header.tensors:
-                raise self._wrong(f"the tensor {name!r} is twice")
-            if offset != math.ceil(end / alignment) * alignment:
-                raise self._wrong(f"the tensor {name!r} has the offset {offset:,}, where other data are")
+                raise self._wrong(f"the tensor {name!r} occurs twice")
+            if offset != (expected := math.ceil(end / alignment) * alignment):
+                raise self._wrong(f"the tensor {name!r} has the offset {offset:,}; expected {expected:,}")
             elements, size = _BLOCKS[kind]
             nbytes = math.prod(shape) // elements * size
             header.tensors[name] = GgufTensor(shape, kind, first + offset, nbytes)

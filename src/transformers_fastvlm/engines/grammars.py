@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hold an answer to a schema, token by token, with llguidance."""
+"""Enforce a schema on an answer, token by token, with llguidance."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ __all__ = ["Grammars", "Matcher"]
 
 _KEPT = 32  # compiled schemas
 _MOST_SYMBOLS = 20_000  # of a grammar; the time to compile an object grows with the square of its properties
-# These hold whatever a schema says under "x-guidance". With flexible white space, a weak model fills its limit with
+# These override what a schema has under "x-guidance". With flexible white space, a weak model fills its limit with
 # blanks; with lenient, unknown keywords would be ignored.
 _JSON_OPTIONS: Any = {
     "whitespace_flexible": False,
@@ -78,10 +78,10 @@ class Grammars:
 
 
 class Matcher:
-    """The place of one answer in its grammar.
+    """The state of one answer in its grammar.
 
     Attributes:
-        complete: whether the answer is whole and nothing can follow.
+        complete: whether the answer is complete and nothing can follow.
     """
 
     def __init__(self, matcher: Any, texts: "np.ndarray[Any, Any]", ends: "np.ndarray[Any, Any]") -> None:
@@ -89,7 +89,7 @@ class Matcher:
         self.complete = False
 
     def allowed(self) -> "np.ndarray[Any, Any]":
-        """Return a bit for each token that may come next: end tokens where the answer is whole, and text.
+        """Return a bit for each token that may come next: end tokens if the answer is complete, and text.
 
         The bits are bytes, (vocabulary / 8 rounded up,), the lowest bit of a byte first.
 

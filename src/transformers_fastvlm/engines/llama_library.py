@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .._optional import needs
+from .llama_layouts import choose_layout
 
 __all__ = ["INSTALL", "MAX_SEQUENCES", "LlamaContext", "LlamaError", "LlamaModel", "library", "quantize_file"]
 
@@ -25,8 +26,7 @@ MAX_SEQUENCES = 256
 """Maximum sequences of a context, in the library."""
 
 _LEVEL_OF_ERRORS = 4
-_NO_ROOM = 1
-_AMX = b"AMX_INT8 = 1"
+_CACHE_FULL = 1
 _ALL_LAYERS = -1
 
 _Array = np.ndarray[Any, Any]
@@ -59,12 +59,12 @@ class LlamaModel:
             raise ValueError("the installed llama-cpp-python was built for the CPU only.")
         options = self.library.llama_model_default_params()
         options.n_gpu_layers = _ALL_LAYERS if offload else 0
-        # Quantized weights in the layout for AMX crash the process at the first prompt (llama-cpp-python 0.3.36).
-        options.use_extra_bufts = _AMX not in self.library.llama_print_system_info()
+        layout = None if offload else choose_layout(self.library, options, path)
         self.offload = offload
         self._pointer = _called(
             f"load {Path(path)}", lambda: self.library.llama_model_load_from_file(os.fsencode(path), options)
         )
+        del layout  # the library has read it
         self._free = _freed(self, self.library.llama_model_free, self._pointer)
         self.hidden_size = int(self.library.llama_model_n_embd(self._pointer))
         self.vocabulary = int(self.library.llama_vocab_n_tokens(self.library.llama_model_get_vocab(self._pointer)))
@@ -99,9 +99,9 @@ class LlamaContext:
 
     Args:
         model: the weights.
-        tokens: tokens that the cache has room for, of all sequences together.
+        tokens: capacity of the cache in tokens, for all sequences together.
         sequences: number of sequences, at most `MAX_SEQUENCES`.
-        rows: maximum number of rows of a call of `decode`, if the cache has room for them.
+        rows: maximum number of rows of a call of `decode`; a small cache lowers it.
         threads: number of threads.
         exact: keep keys and values in float32 and compute attention plainly, which is a little slower.
 
@@ -132,7 +132,7 @@ class LlamaContext:
         library, options = self._library, self._library.llama_context_default_params()
         options.n_ctx, options.n_seq_max = self.tokens, self.sequences
         options.n_batch = options.n_ubatch = self.rows
-        options.n_outputs_max = min(self.sequences, self.rows)  # else there would be room for logits of all rows
+        options.n_outputs_max = min(self.sequences, self.rows)  # else it would allocate logits for all rows
         options.n_threads = options.n_threads_batch = threads
         options.kv_unified = True  # else each sequence has a fixed part of the cache, and shares no beginning
         options.offload_kqv = options.op_offload = self.model.offload
@@ -160,7 +160,7 @@ class LlamaContext:
             embeddings: (rows, hidden_size) float32.
 
         Returns:
-            Whether the rows had room in the cache; if not, nothing was computed.
+            Whether the rows fit into the cache; if not, nothing was computed.
 
         Raises:
             LlamaError: the library failed.
@@ -187,7 +187,7 @@ class LlamaContext:
         self._outputs = {}
         _errors.clear()
         failure = library.llama_decode(self._open(), batch)
-        if failure == _NO_ROOM:
+        if failure == _CACHE_FULL:
             return False
         if failure:
             raise LlamaError(f"llama.cpp cannot compute {count} rows (code {failure}): {_said()}")
@@ -233,7 +233,9 @@ class LlamaContext:
 
     def _check_sequences(self, sequences: _Array) -> None:
         if ((sequences < 0) | (sequences >= self.sequences)).any():
-            raise ValueError(f"a sequence is not from 0 to {self.sequences - 1}: {sequences.tolist()}.")
+            raise ValueError(
+                f"the sequences go from {sequences.min()} to {sequences.max()}; expected 0 to {self.sequences - 1}."
+            )
 
     def _checked(
         self, sequences: _Array, positions: _Array, outputs: _Array, ids: _Array | None, embeddings: _Array | None
@@ -255,11 +257,17 @@ class LlamaContext:
                 raise ValueError(f"{name} has the shape {array.shape}; expected {shape}.")
         self._check_sequences(sequences)
         if ((positions < 0) | (positions >= self.tokens)).any():
-            raise ValueError(f"a position is not from 0 to {self.tokens - 1}.")
+            raise ValueError(
+                f"the positions go from {positions.min()} to {positions.max()}; expected 0 to {self.tokens - 1}."
+            )
         if ids is not None and ((ids < 0) | (ids >= self.model.vocabulary)).any():
-            raise ValueError(f"a token id is not from 0 to {self.model.vocabulary - 1}.")
+            raise ValueError(
+                f"the token ids go from {ids.min()} to {ids.max()}; expected 0 to {self.model.vocabulary - 1}."
+            )
         if np.count_nonzero(outputs) > min(self.sequences, self.rows):
-            raise ValueError(f"logits are wanted of {np.count_nonzero(outputs)} rows; expected one a sequence.")
+            raise ValueError(
+                f"logits are requested for {np.count_nonzero(outputs)} rows; expected one row per sequence."
+            )
         return count
 
 
@@ -327,7 +335,7 @@ def _listener(loaded: Any) -> Any:
 
 
 def _said() -> str:
-    return "; ".join(_errors) or "the library does not say why"
+    return "; ".join(_errors) or "the library gives no reason"
 
 
 def _called(what: str, call: Any) -> Any:

@@ -21,10 +21,10 @@ STEP_TOKENS = 512
 """Maximum tokens of a step. A longer prompt takes several steps, between which the other rows get their tokens."""
 
 KEPT_SEQUENCES = 8
-"""Sequences that are kept after their answers, so that prompts with the same beginning can share it."""
+"""Number of sequences kept after their answers, so that prompts with the same beginning can share it."""
 
 KEPT_TOKENS = 2048
-"""Their tokens together, unless one alone has more: attention in every step passes over all tokens of the cache."""
+"""Their maximum tokens together, unless a single one has more: each step attends to all tokens of the cache."""
 
 
 class _Row:
@@ -43,14 +43,14 @@ class _Row:
         self.sequence, self.done = -1, 0
 
     def end_of_run(self, start: int, of_image: bool, most: int) -> int:
-        """Return where tokens of one kind end, of an image or of text, after at most `most` from `start` on."""
+        """Return the end of a run of image tokens or of text tokens from `start`, at most `most` long."""
         end = start
         while end < len(self.ids) and end - start < most and (self.ids[end] >= FIRST_ID) == of_image:
             end += 1
         return end
 
     def features(self, start: int, end: int) -> "np.ndarray[Any, Any]":
-        """Return the features (tokens, hidden_size) of tokens that are of images."""
+        """Return the features (tokens, hidden_size) of image tokens."""
         ids, found = np.array(self.ids[start:end]), None
         for image in self.request.prompt.inputs["images"]:
             own = (ids >= image.ids.start) & (ids < image.ids.stop)
@@ -76,13 +76,13 @@ class LlamaRows:
     """The running requests of a model, each a row that gets its next token in each step; see `Rows`.
 
     Prompts that begin with the same tokens and images share the cache of this beginning, also with a few rows that
-    have left. If the cache is full, the youngest row gives up its place, and is computed again when another leaves.
+    have left. If the cache is full, the youngest row gives up its sequence, and is computed again when another leaves.
 
     Args:
-        open_context: opens a context with room for a number of tokens, for `rows` + `KEPT_SEQUENCES` sequences.
+        open_context: opens a context with a cache for a number of tokens, for `rows` + `KEPT_SEQUENCES` sequences.
         images: the model's images.
         rows: maximum number of rows.
-        tokens: number of tokens that the cache has room for.
+        tokens: capacity of the cache in tokens.
         placeholder: token that is never chosen.
 
     Attributes:
@@ -118,7 +118,7 @@ class LlamaRows:
 
     @property
     def full(self) -> bool:
-        """Whether every row is taken, or one waits for room in the cache."""
+        """Whether every row is taken, or one waits because the cache is full."""
         return bool(self._paused) or len(self._rows) == self._most
 
     @property
@@ -162,7 +162,7 @@ class LlamaRows:
         return left
 
     def grow(self, tokens: int) -> None:
-        """Open a cache with room for more tokens; no row may be running.
+        """Open a cache for more tokens; no row may be running.
 
         Raises:
             LlamaError: there is not enough memory; the cache is as before.
@@ -218,7 +218,7 @@ class LlamaRows:
         del self._kept[sequence]
         self._empty(sequence)
 
-    def _make_room(self) -> None:
+    def _free_tokens(self) -> None:
         """Free a part of the full cache: the sequence that was kept for the longest time, or that of the youngest row.
 
         Raises:
@@ -237,9 +237,9 @@ class LlamaRows:
     # Steps
 
     def _plan(self) -> tuple[list[_Piece], list[_Piece]]:
-        """Return the pieces of this step, of texts and of images: first those of answers, then prompts by their age.
+        """Return the chunks of this step, of texts and of images: first those of answers, then prompts by their age.
 
-        They are computed in this order, so a prompt can have a piece of text and the image behind it.
+        They are computed in this order, so a prompt can have a chunk of text and the image after it.
         """
         texts: list[_Piece] = []
         images: list[_Piece] = []
@@ -255,11 +255,11 @@ class LlamaRows:
         return texts, images
 
     def _compute(self, pieces: list[_Piece], of_images: bool) -> list[Request]:
-        """Compute pieces; each row that is complete gets a token. Return the requests that have ended."""
+        """Compute chunks; each row that is complete gets a token. Return the requests that have ended."""
         while pieces := [one for one in pieces if self._rows.get(one.row.request) is one.row]:
             if self._decode(pieces, of_images):
                 break
-            self._make_room()
+            self._free_tokens()
         complete: list[tuple[_Row, int]] = []
         last = -1
         for piece in pieces:
@@ -304,7 +304,7 @@ class LlamaRows:
 
 def _chooser(request: Request) -> RowChooser:
     if request.chooser is None:
-        raise RuntimeError("a request has no chooser.")
+        raise RuntimeError("a request has no token chooser.")
     return request.chooser
 
 

@@ -30,7 +30,7 @@ PRECISIONS = ("q8_0", "float32", "float16", "q4_0", "q4_k_m")
 """Precisions of an export; the first is the default."""
 
 ROW_TOKENS = 1024
-"""Tokens that the cache has room for, for each row on average; a longer conversation gets a larger cache."""
+"""Capacity of the cache in tokens per row, on average; a longer conversation gets a larger cache."""
 
 MAX_THREADS = 512
 
@@ -41,17 +41,17 @@ _ENCODER = "vision_encoder.onnx"
 class LlamaCppEngine(BatchingEngine):
     """An `Engine` on llama.cpp, with continuous batching; images are encoded by onnxruntime.
 
-    Each request is a sequence of its own: it joins the others as soon as one is free, gets one token in each step of
+    Each request gets a sequence: it joins the others as soon as one is free, gets one token in each step of
     the model, and leaves when its answer ends. Prompts that begin with the same tokens and images compute this
     beginning only once. With precision float32, the tokens of greedy decoding are PyTorch's.
 
     Args:
         directory: directory of `fastvlm export gguf`.
-        precision: one of the export's precisions; by default the first that is there of q8_0, float32, float16, q4_0
+        precision: one of the export's precisions; by default the first one present of q8_0, float32, float16, q4_0
             and q4_k_m.
-        device: "cpu", or the GPU that the installed llama-cpp-python was built for, by the names "gpu", "cuda",
-            "metal" and "vulkan"; "auto" is the GPU if there is one. Images are always encoded on the CPU.
-        threads: threads on the CPU; by default as many as PyTorch uses. More than free cores are much slower.
+        device: "cpu"; or "gpu", "cuda", "metal" or "vulkan" for the GPU that the installed llama-cpp-python was built
+            for; or "auto", the GPU if there is one. Images are always encoded on the CPU.
+        threads: threads on the CPU; by default as many as PyTorch uses. More threads than free cores are much slower.
         batch_size: maximum number of rows, and of images that are encoded together; at most 248.
 
     Attributes:
@@ -159,7 +159,7 @@ class LlamaCppEngine(BatchingEngine):
         if request is None:
             return
         try:
-            rows.grow(request.prompt.tokens + request.room)
+            rows.grow(request.prompt.tokens + request.max_tokens)
         except LlamaError as error:
             if self._leave_queue(request):
                 request.end(error)

@@ -232,7 +232,8 @@ def _processor(model: OnnxModel) -> FastVLMProcessor:
     crop = _json(directory / "preprocessor_config.json").get("crop_size") or {}
     if "image_token_index" not in config or not crop:
         raise ValueError(
-            f"{directory} has no config.json and preprocessor_config.json of `fastvlm export onnx`; export it again."
+            f"{directory} lacks the config.json and preprocessor_config.json that `fastvlm export onnx` writes; export "
+            "it again."
         )
     text = config.get("text_config", config)
     images = FastVLMImageProcessorPil(size=crop, image_aspect_ratio=config["image_aspect_ratio"])

@@ -18,7 +18,7 @@ _PROVIDER_OF = {
     "coreml": "CoreMLExecutionProvider",
 }
 _MEMORY_OF = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}
-"""Names of the memory of providers that do not compute in the CPU's."""
+"""Names of the memory of providers that compute outside the CPU's memory."""
 
 _PACKAGE_WITH = {
     "cpu": "onnxruntime",

@@ -39,7 +39,7 @@ class Prompt:
         images: decoded images, in order; empty after `inputs` is made.
         inputs: the model's inputs for this prompt alone, if the engine makes them in advance.
         seconds: time to prepare the prompt.
-        continues: whether the answer continues the last message, so that white space before it is part of it.
+        continues: whether the answer continues the last message; leading white space is then part of the answer.
     """
 
     ids: list[int]
@@ -207,7 +207,7 @@ def _images(message: dict[str, Any], options: ReadOptions) -> Iterator[Image.Ima
 
     Raises:
         ValueError: an image is damaged, too large, or has a mode whose values do not fit into 8 bits; or a part is
-            neither text nor an opened image. The caller must open paths and addresses, by its own rules.
+            neither text nor an opened image. The caller must open paths and URLs, by its own rules.
     """
     content = message.get("content")
     for part in content if isinstance(content, list) else []:

@@ -16,7 +16,7 @@ from .row_sampling import RowChooser
 __all__ = ["PATIENCE", "Request"]
 
 PATIENCE = 0.2
-"""Seconds between two looks of a waiting thread: on Windows, Ctrl-C does not interrupt one that waits for a lock."""
+"""Seconds between two checks of a waiting thread: on Windows, Ctrl-C does not interrupt one that waits for a lock."""
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +32,18 @@ class Request:
         on_cancel: called with this request when it is cancelled.
 
     Attributes:
-        pieces: pieces of text that were not read yet; together never more than the answer.
+        pieces: parts of the text that were not read yet; together never more than the answer.
         tokens: number of tokens of the answer so far.
         cancelled: whether the request was cancelled.
-        done: whether the answer has ended. Read it before `pieces`, so that no last piece is missed.
+        done: whether the answer has ended. Read it before `pieces`, so that the last part is not missed.
         error: the error, if there is no answer.
         answer: the complete answer, after its end.
         queued_at, begun_at, first_at, ended_at: `time.perf_counter()` when the request was queued, at the start of the
             model, at the first token and at the end; None before.
         cached_tokens, encoded_images: see `Answer`.
         logprobs: see `Answer`, so far.
-        chooser: chooses the tokens, if the engine does not do this itself. It knows where an answer is whole by its
-            schema, and why it could not go on.
+        chooser: chooses the tokens, if the engine does not do this itself. It knows whether an answer is complete by
+            its schema, and why it could not continue.
 
     Example:
         >>> request = engine.stream(conversation)  # doctest: +SKIP
@@ -64,7 +64,7 @@ class Request:
         on_cancel: Callable[["Request"], None] = lambda request: None,
     ) -> None:
         self.prompt, self.sampling = prompt, sampling
-        self.room = min(sampling.max_new_tokens, context - prompt.tokens if context else sampling.max_new_tokens)
+        self.max_tokens = min(sampling.max_new_tokens, context - prompt.tokens if context else sampling.max_new_tokens)
         self._tokenizer, self._ends, self._changed, self._on_cancel = tokenizer, ends, changed, on_cancel
         self._news = threading.Condition()
         self.queued_at = time.perf_counter()
@@ -80,7 +80,7 @@ class Request:
         self.begin()
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the answer's text piece by piece.
+        """Yield the answer's text in parts, as it is generated.
 
         Raises:
             Exception: the error that ended the answer.
@@ -102,7 +102,7 @@ class Request:
         """
         self._wait_for(lambda: self.done)
         if self.answer is None:
-            raise self.error or RuntimeError("there is no answer.")
+            raise self.error or RuntimeError("the request has ended without an answer.")
         return self.answer
 
     @property
@@ -111,7 +111,7 @@ class Request:
         return (self.begun_at or self.ended_at or time.perf_counter()) - self.queued_at
 
     def cancel(self) -> None:
-        """End the answer: at once if it waits, else at the next token. The text so far is kept."""
+        """End the answer: immediately if it is still queued, else at the next token. The text so far is kept."""
         self.cancelled = True
         self._on_cancel(self)
 
@@ -154,12 +154,12 @@ class Request:
             self._say(self._decoding.add(token))
             if self._decoding.stopped or (self.chooser and self.chooser.complete):
                 self._reason = "stop"
-            elif self.tokens >= self.room:
+            elif self.tokens >= self.max_tokens:
                 self._reason = "length"
         return self._reason is not None
 
     def note_logprob(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> None:
-        """Note how probable a token of the answer was, and the most probable tokens in its place."""
+        """Record the logprobs of a token of the answer and of the most probable tokens at its position."""
         others = tuple(TokenLogprob(other, self._text_of(other), value) for other, value in top)
         self.logprobs.append(TokenLogprob(token, self._text_of(token), logprob, others))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose the next token of each row by the row's own options and state, whatever other rows run beside it."""
+"""Choose the next token of each row by the row's own options and state, independent of the other rows."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ class RowChooser:
 
     Args:
         sampling: the row's options.
-        matcher: holds the answer to `sampling.schema`; None for free text.
+        matcher: enforces `sampling.schema`; None for free text.
         ends: tokens that end an answer.
 
     Attributes:
@@ -29,7 +29,7 @@ class RowChooser:
             nor changed.
         ended: whether the row has ended. It then draws no numbers and takes no tokens; an engine sets it when an
             answer ends for a reason that the chooser does not know, such as its length.
-        complete: whether the answer is whole by its schema, and nothing can follow. The row has ended then.
+        complete: whether the answer is complete by its schema, and nothing can follow. The row has ended then.
         error: why no token could be chosen for this row; the row has ended then, and others continue.
         logprobs: logprob of the last token, and the most probable tokens with theirs; None if not asked for.
     """
@@ -101,7 +101,7 @@ class RowChooser:
 def choose_tokens(choosers: Sequence[RowChooser], scores: Tensor) -> list[int]:
     """Return the next token of each row; each chooser has taken its own.
 
-    A row's tokens do not depend on the other rows. A row that has ended gets a token that means nothing. A row that
+    A row's tokens do not depend on the other rows. A row that has ended gets a token without meaning. A row that
     fails has its chooser's `error` set.
 
     Args:
@@ -148,9 +148,9 @@ def _note_logprobs(choosers: Sequence[RowChooser], scores: Tensor, tokens: Tenso
         return
     logprobs = scores[rows].float().log_softmax(-1)
     of_chosen = logprobs.gather(-1, tokens[rows][:, None])[:, 0].tolist()
-    wanted = [choosers[row].sampling.logprobs or 0 for row in rows]
-    values, ids = logprobs.topk(min(max(wanted), logprobs.shape[-1]))
-    for row, own, number, top, top_ids in zip(rows, of_chosen, wanted, values.tolist(), ids.tolist(), strict=True):
+    numbers = [choosers[row].sampling.logprobs or 0 for row in rows]
+    values, ids = logprobs.topk(min(max(numbers), logprobs.shape[-1]))
+    for row, own, number, top, top_ids in zip(rows, of_chosen, numbers, values.tolist(), ids.tolist(), strict=True):
         choosers[row].logprobs = own, list(zip(top_ids[:number], top[:number], strict=True))
 
 

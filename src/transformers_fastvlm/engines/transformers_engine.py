@@ -22,10 +22,10 @@ from .row_sampling import RowSampling
 __all__ = ["TransformersEngine"]
 
 ROW_TOKENS = 1024
-"""Tokens that the cache has room for, for each row on average."""
+"""Capacity of the cache in tokens per row, on average."""
 
 MAX_TOKENS = 32768
-"""Tokens that the cache has room for at most, unless all rows need more; a longer conversation is answered alone."""
+"""Maximum capacity of the cache in tokens, unless all rows need more; a longer conversation is answered alone."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 class TransformersEngine(BatchingEngine):
     """An `Engine` with Transformers' continuous batching.
 
-    Each request has a row of its own: it joins the others as soon as a row is free, gets one token in each step of the
+    Each request gets a row: it joins the others as soon as a row is free, gets one token in each step of the
     model, and leaves when its answer ends. Waiting requests get their rows in order. Between two steps at most one
     image is encoded, unless no row is running. A row's answer does not depend on the other rows, except for rounding:
-    in half precision, two tokens with nearly equal scores may swap. Prompts that begin with the same tokens and images,
-    such as the questions of a conversation, compute this beginning only once.
+    in half precision, two tokens with nearly equal scores may swap. If prompts begin with the same tokens and images,
+    such as the questions of a conversation, this common prefix is computed only once.
 
-    Three kinds of requests are answered alone by `generate()`, while the others wait: beam search, conversations that
-    are longer than the cache, and all requests if Transformers cannot page the language model's cache.
+    `generate()` answers some requests one by one, while the others wait: beam search, conversations that are longer
+    than the cache, and all requests if Transformers has no paged cache for the language model.
 
     Options that `Sampling` lacks, such as a repetition penalty, come from the model's generation configuration, which
     is not changed.
@@ -158,7 +158,7 @@ class TransformersEngine(BatchingEngine):
                 criteria = StoppingCriteriaList([_Watch(request)])
                 self._alone.generate(
                     **inputs,
-                    generation_config=self._config(request.room),
+                    generation_config=self._config(request.max_tokens),
                     logits_processor=processors,
                     stopping_criteria=criteria,
                 )
@@ -167,7 +167,7 @@ class TransformersEngine(BatchingEngine):
 
     def _search(self, request: Request, inputs: dict[str, Any]) -> None:
         """Answer by beam search, whose tokens are known only at the end. It samples with PyTorch's random state."""
-        sampling, config = request.sampling, self._config(request.room)
+        sampling, config = request.sampling, self._config(request.max_tokens)
         config.num_beams, config.do_sample = sampling.num_beams, not sampling.greedy
         if config.do_sample:
             config.temperature, config.top_p, config.top_k = sampling.temperature, sampling.top_p, 0
@@ -208,7 +208,7 @@ class _Watch(StoppingCriteria):
         self.request = request
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        """Return for each row whether it is at its end, (rows,)."""
+        """Return whether each row has ended, (rows,)."""
         return torch.tensor([self.request.take(int(input_ids[0, -1]))], device=input_ids.device)
 
 
@@ -219,5 +219,5 @@ class _Cancelled(StoppingCriteria):
         self.request = request
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        """Return for each row whether it is at its end, (rows,)."""
+        """Return whether each row has ended, (rows,)."""
         return torch.full((len(input_ids),), self.request.cancelled, device=input_ids.device)

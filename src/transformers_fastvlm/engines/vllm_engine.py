@@ -24,9 +24,9 @@ _CPU_CACHE_GIB = 2.0
 class VllmEngine(Engine):
     """An `Engine` on vLLM.
 
-    vLLM batches requests continuously: they join and leave at any token, and texts are streamed. So pass many
-    conversations at once. vLLM runs in a new process, so a script needs the guard `if __name__ == "__main__":`.
-    `close()` ends that process, and so does any end of this one. By default, vLLM logs only warnings and errors, to
+    vLLM batches requests continuously: a request can start and end at any token. So pass many conversations at once.
+    vLLM runs in a new process, so a script needs the guard `if __name__ == "__main__":`. That process ends with
+    `close()`, or when this process ends, even if it is killed. By default, vLLM logs only warnings and errors, to
     standard error, and does not report usage statistics; set the environment variables VLLM_LOGGING_LEVEL,
     VLLM_LOGGING_STREAM and VLLM_NO_USAGE_STATS to change this.
 
@@ -88,7 +88,7 @@ class VllmEngine(Engine):
         super().__init__(AutoProcessor.from_pretrained(model, **images), None, max_images)
         self._end_tokens = _end_tokens(model, config)
         options: dict[str, Any] = {"dtype": dtype, "limit_mm_per_prompt": {"image": max_images}}
-        # The library that holds answers in the other engines, so that they hold the same schemas.
+        # The library that the other engines use, so that all support the same schemas.
         options["structured_outputs_config"] = {"backend": "guidance", "disable_any_whitespace": True}
         if images:
             options["mm_processor_kwargs"] = images
@@ -163,7 +163,7 @@ class VllmEngine(Engine):
                 prompt["multi_modal_data"] = {"image": request.prompt.images}
             chosen = request.sampling
             params = SamplingParams(
-                max_tokens=request.room,
+                max_tokens=request.max_tokens,
                 temperature=0.0 if chosen.greedy else chosen.temperature,
                 top_p=chosen.top_p,
                 seed=None if chosen.seed is None else chosen.seed % 2**63,

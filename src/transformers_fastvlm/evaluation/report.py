@@ -188,7 +188,7 @@ def tables(report: dict[str, Any]) -> Iterator[Table]:
                     str(row["count"]),
                     f"{row['difference']:+.1f}",
                     _range(row["interval"], "+.1f"),
-                    _verdict(row["difference"], row["outside"]),
+                    _verdict(row["difference"], row["outside"], "no clear difference"),
                     str(row["other_answers"]),
                 )
                 for row in run["against_first"]
@@ -201,7 +201,7 @@ def _row(row: dict[str, Any], *start: str) -> tuple[str, ...]:
     score = (f"{row['score']:.1f}", _range(row["interval"], ".1f"))
     if row["card"] is None:
         return (*start, "", *score, "", "")
-    verdict = _verdict(row["difference"], row["outside"])
+    verdict = _verdict(row["difference"], row["outside"], "as expected")
     return (*start, f"{row['card']:.1f}", *score, f"{row['difference']:+.1f}", verdict)
 
 
@@ -209,8 +209,8 @@ def _range(bounds: list[float], form: str) -> str:
     return f"{bounds[0]:{form}} to {bounds[1]:{form}}"
 
 
-def _verdict(difference: float, outside: bool) -> str:
-    return ("higher" if difference > 0 else "lower") if outside else "as expected"
+def _verdict(difference: float, outside: bool, otherwise: str) -> str:
+    return ("higher" if difference > 0 else "lower") if outside else otherwise
 
 
 def notes(report: dict[str, Any]) -> list[str]:

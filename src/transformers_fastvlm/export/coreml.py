@@ -22,7 +22,7 @@ from .. import FastViTHDModel
 from ..inference import fuse
 from .coreml_check import check_interface, evaluate
 from .export_source import RESEARCH_ONLY, Source
-from .reference import picture, relative_error
+from .reference import drawn_pixels, relative_error
 from .targets import ExportOptions, Report, how_to_run
 
 __all__ = ["PACKAGE", "convert_encoder", "write"]
@@ -107,7 +107,7 @@ def convert_encoder(
         )
     samples = {}
     for size in sizes:
-        pixels = picture(size)
+        pixels = drawn_pixels(size)
         samples[size] = pixels, encoder(pixels).last_hidden_state.flatten(2).transpose(1, 2)
     # Folding a layer scale into a kernel may underflow float16; keep it separate there.
     encoder = fuse(encoder) if precision == "float32" else encoder.reparameterize()
@@ -170,7 +170,7 @@ def _converted(module: nn.Module, precision: str, sizes: tuple[int, ...]) -> Any
 
 
 class _BeforeLastStage:
-    """Tells whether an operation belongs to the part of the encoder that computes in float16."""
+    """Whether an operation belongs to the part of the encoder that computes in float16."""
 
     def __init__(self) -> None:
         self._late: set[str] | None = None

@@ -68,7 +68,7 @@ class _Run:
             inputs = {"embeddings" if rows.ndim == 2 else "ids": rows}
             last = positions == positions[-1]
             if not self._context.decode(np.zeros(len(rows), int), positions, last, **inputs):
-                raise RuntimeError(f"llama.cpp has no room for {len(rows)} tokens after {self._length}.")
+                raise RuntimeError(f"llama.cpp's cache is full: {len(rows)} tokens do not fit after {self._length}.")
             self._length, self._last = self._length + len(rows), len(rows) - 1
 
     def logits(self) -> np.ndarray:

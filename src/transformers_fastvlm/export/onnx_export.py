@@ -134,8 +134,8 @@ class _Example:
         size = processor.image_processor.size["height"]
         rows, columns = np.mgrid[0:size, 0:size] / size
         stripes = 0.5 + 0.5 * np.sin(40 * rows * columns + 9 * columns)
-        picture = Image.fromarray((255 * np.stack((rows, columns, stripes), axis=-1)).astype(np.uint8))
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
+        image = Image.fromarray((255 * np.stack((rows, columns, stripes), axis=-1)).astype(np.uint8))
+        content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,

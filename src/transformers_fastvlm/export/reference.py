@@ -11,7 +11,7 @@ from ..data.scenes import SceneDataset
 from ..image_processing_pil_fastvlm import FastVLMImageProcessorPil
 from .export_source import Source
 
-__all__ = ["Reference", "merged_model", "picture", "prompt_ids", "reference", "relative_error"]
+__all__ = ["Reference", "drawn_pixels", "merged_model", "prompt_ids", "reference", "relative_error"]
 
 _NEW_TOKENS = 8
 
@@ -62,7 +62,7 @@ def merged_model(source: Source, dtype: torch.dtype | str = torch.float32) -> An
     return model
 
 
-def picture(side: int) -> Tensor:
+def drawn_pixels(side: int) -> Tensor:
     """Return a drawn scene as pixel values (1, 3, side, side), from 0 to 1."""
     prepare = FastVLMImageProcessorPil(size={"height": side, "width": side}, image_aspect_ratio="pad")
     return torch.as_tensor(prepare(_row()["images"], return_tensors="pt")["pixel_values"])
@@ -79,7 +79,7 @@ def reference(source: Source, size: int | None = None) -> Reference:
     Args:
         size: side of the image in pixels; by default the checkpoint's.
     """
-    pixel_values = picture(size or source.image_size)
+    pixel_values = drawn_pixels(size or source.image_size)
     prompt = prompt_ids(source, _row()["messages"][0]["content"].removeprefix("<image>\n"))
     token_id = source.processor.image_token_id
     model = source.model(torch.float32)

@@ -2,7 +2,7 @@
 """Bounds on the cost of decoding an image, checked in the file's bytes before they reach a decoder.
 
 The number of pixels bounds most of the time and memory. This module also bounds the rest: many scans over the same
-pixels, many small pieces that Pillow handles one by one in Python, and formats that it decodes in Python.
+pixels, many small parts that Pillow handles one by one in Python, and formats that it decodes in Python.
 """
 
 import re
@@ -15,11 +15,11 @@ from PIL import Image
 __all__ = ["MAX_FILE_BYTES", "MAX_SCANS", "MAX_SIDE", "TooManyPixels", "check_dimensions", "check_file"]
 
 MAX_SIDE = 2**20
-"""Longest accepted side of an image, in pixels."""
+"""Maximum side of an image, in pixels."""
 
 MAX_FILE_BYTES = 2**30
 MAX_SCANS = 100
-"""Most scans of a JPEG; encoders write about 10. Each may take as long as decoding all pixels."""
+"""Maximum scans of a JPEG; encoders write about 10. Each may take as long as decoding all pixels."""
 
 _SCANNED_PIXELS = 2 * 10**9  # of all scans of a JPEG together
 _FEW_SCANS = 20
@@ -47,7 +47,7 @@ def check_dimensions(width: int, height: int, what: str = "the image", max_pixel
     if max(width, height) > MAX_SIDE:
         raise ValueError(
             f"{what} is {width}x{height} pixels (width x height); sides up to {MAX_SIDE} are supported. "
-            "Cut it into pieces first."
+            "Cut it into tiles first."
         )
     limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     if limit is not None and width * height > limit:
@@ -68,7 +68,7 @@ def check_file(file: Any, what: str, max_pixels: int | None = None) -> None:
             twice the memory.
 
     Raises:
-        ValueError: the file has too many bytes or pieces; the message names them.
+        ValueError: the file has too many bytes or parts; the message names them.
     """
     position = file.tell()
     try:

@@ -40,7 +40,7 @@ _BACK = {
     7: _Transpose.TRANSVERSE,
     8: _Transpose.ROTATE_270,
 }
-# Pillow decodes these in one piece: `tile` does not show whether there is something left to decode.
+# Pillow decodes these in one step: `tile` does not show whether there is something left to decode.
 _WITHOUT_TILES = ("WEBP", "AVIF", "HEIF")
 _QUARTER_TURNS = (5, 6, 7, 8)
 

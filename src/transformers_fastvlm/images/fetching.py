@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["Address", "Budget", "FetchError", "TooManyBytesError", "download", "fetch", "parse_address"]
+__all__ = ["Budget", "FetchError", "TooManyBytesError", "UrlParts", "download", "fetch", "parse_url"]
 
 DOWNLOAD_SECONDS = 60.0
 """Time limit of a download: name look-up, redirects and body."""
@@ -62,8 +62,8 @@ class Budget:
                 raise TooManyBytesError(f"more than {self.size} bytes")
 
 
-class Address(NamedTuple):
-    """An http(s) address; `target` is its path with the query, in ASCII."""
+class UrlParts(NamedTuple):
+    """The parts of an http(s) URL; `target` is its path with the query, in ASCII."""
 
     scheme: str
     host: str
@@ -71,25 +71,25 @@ class Address(NamedTuple):
     target: str
 
 
-def parse_address(url: str) -> Address:
-    """Return the parts of an address, without resolving the host.
+def parse_url(url: str) -> UrlParts:
+    """Return the parts of a URL, without resolving the host.
 
     Raises:
-        ValueError: the address is not http(s), or not well formed; the message is the reason only.
+        ValueError: the URL is not http(s), or not well formed; the message is the reason only.
     """
     parts = urllib.parse.urlsplit(url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     if scheme not in _PORTS:
         raise ValueError(f"{scheme[:20]!r} is not http or https")
     if not host or parts.username is not None or parts.password is not None:
-        raise ValueError("the address has no host, or has a user's name in it")
+        raise ValueError("the URL has no host, or contains a user name")
     path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     port = _PORTS[scheme] if parts.port is None else parts.port
-    return Address(scheme, host, port, urllib.parse.quote(path, safe=string.punctuation))
+    return UrlParts(scheme, host, port, urllib.parse.quote(path, safe=string.punctuation))
 
 
-def download(address: str, kind: str) -> bytes:
-    """Return the bytes at an address that the program's user gave: any host, within the limits above.
+def download(url: str, kind: str) -> bytes:
+    """Return the bytes at a URL that the program's user gave: any host, within the limits above.
 
     Args:
         kind: what it is, for the error: "image" or "video".
@@ -99,43 +99,42 @@ def download(address: str, kind: str) -> bytes:
         ValueError: it is empty or too large.
     """
     try:
-        content = fetch(address, DOWNLOAD_SECONDS, Budget(MAX_DOWNLOAD_BYTES), redirects=_REDIRECTS)
+        content = fetch(url, DOWNLOAD_SECONDS, Budget(MAX_DOWNLOAD_BYTES), redirects=_REDIRECTS)
     except FetchError as error:
         raise ConnectionError(
-            f"could not download the {kind} {address}: {error}. Check the address and the network, or pass a local "
-            "file."
+            f"could not download the {kind} {url}: {error}. Check the URL and the network, or pass a local file."
         ) from error
     except TooManyBytesError as error:
         raise ValueError(
-            f"the {kind} at {address} is larger than {MAX_DOWNLOAD_BYTES} bytes; download it yourself first."
+            f"the {kind} at {url} is larger than {MAX_DOWNLOAD_BYTES} bytes; download it yourself first."
         ) from error
     if not content:
-        raise ValueError(f"the download of {address} is empty (0 bytes).")
+        raise ValueError(f"the download of {url} is empty (0 bytes).")
     return content
 
 
 def fetch(
     url: str, seconds: float, budget: Budget, is_allowed: Callable[[str], bool] | None = None, redirects: int = 0
 ) -> bytes:
-    """Return the bytes at an address; blocks.
+    """Return the bytes at a URL; blocks.
 
     Args:
-        url: an http(s) address.
+        url: an http(s) URL.
         seconds: limit for the whole download: name look-up, connections, redirects and body.
         budget: limit of bytes.
         is_allowed: returns whether an IP address may be connected to. The connection goes to the checked address
             itself, even if the name server changes its answer, so no proxy is used. None allows any address and uses
             the proxies of the environment.
-        redirects: most redirects to follow, to http(s) only.
+        redirects: maximum number of redirects to follow, to http(s) only.
 
     Raises:
-        FetchError: not an http(s) address, not allowed, no answer in time, or an error or incomplete answer.
+        FetchError: not an http(s) URL, not allowed, no answer in time, or an error or incomplete answer.
         TooManyBytesError: more bytes than are left of `budget`.
     """
     watchdog = _Watchdog(seconds)
     try:
         for _ in range(redirects + 1):
-            connection, target, headers = _connection(parse_address(url), watchdog, is_allowed)
+            connection, target, headers = _connection(parse_url(url), watchdog, is_allowed)
             with contextlib.closing(connection):
                 connection.request("GET", target, headers=_HEADERS | headers)
                 with connection.getresponse() as response:
@@ -253,10 +252,10 @@ class _Connection(http.client.HTTPConnection):
 
 
 def _connection(
-    address: Address, watchdog: _Watchdog, is_allowed: Callable[[str], bool] | None
+    url: UrlParts, watchdog: _Watchdog, is_allowed: Callable[[str], bool] | None
 ) -> tuple[_Connection, str, dict[str, str]]:
-    """Return an unopened connection for an address, and the target and headers of a request on it."""
-    scheme, host, port, target = address
+    """Return an unopened connection for a URL, and the target and headers of a request on it."""
+    scheme, host, port, target = url
     secure = host if scheme == "https" else None
     proxy = urllib.request.getproxies().get(scheme) if is_allowed is None else None
     if not proxy or urllib.request.proxy_bypass(f"{host}:{port}"):

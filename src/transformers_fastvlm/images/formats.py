@@ -20,7 +20,7 @@ HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 _CONVERT = "Convert it to PNG or JPEG."
-_UNPACK = "Unpack it and name the images in it."
+_UNPACK = "Unpack it and give the images in it."
 _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"%PDF", "a PDF document", "Render its pages to PNG, as with: pdftoppm -png file.pdf page"),
     (b"%!PS", "a PostScript drawing, which is a program", "Render it to PNG."),
@@ -28,7 +28,7 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "Fetch the files: git lfs pull"),
     (b"\x00\x05\x16\x07", "a macOS metadata file (._NAME), not the image", "Leave it out."),
     (b"\x1f\x8b", "compressed by gzip", _UNPACK),
-    (b"PK\x03\x04", "a ZIP archive, or a document made of one", _UNPACK),
+    (b"PK\x03\x04", "a ZIP archive, or a document in one", _UNPACK),
     (b"BZh", "compressed by bzip2", _UNPACK),
     (b"\xfd7zXZ", "compressed by xz", _UNPACK),
     (b"\x28\xb5\x2f\xfd", "compressed by Zstandard", _UNPACK),
@@ -41,7 +41,7 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x00\x00\x01\x00", "an icon (ICO)", _CONVERT),
     (b"icns", "an icon (ICNS)", _CONVERT),
     (b"DDS ", "a DDS texture", _CONVERT),
-    (b"/* XPM", "an XPM icon, which is program text", _CONVERT),
+    (b"/* XPM", "an XPM icon, which is C source", _CONVERT),
     (b"gimp xcf", "a GIMP document", _CONVERT),
     (b"qoif", "a QOI image", _CONVERT),
     (b"\x76\x2f\x31\x01", "an OpenEXR image", _CONVERT),
@@ -54,10 +54,10 @@ _MARKUP = (
     (
         b"<!doctype html",
         "a web page (HTML)",
-        "Name the address of the image itself.",
+        "Use the URL of the image itself.",
     ),
-    (b"<html", "a web page (HTML)", "Name the address of the image itself."),
-    (b"<?xml", "an XML document", "Name an image."),
+    (b"<html", "a web page (HTML)", "Use the URL of the image itself."),
+    (b"<?xml", "an XML document", "Give an image instead."),
 )
 
 
@@ -98,7 +98,7 @@ def describe(head: bytes) -> str | None:
             return "is an AVIF image, which this build of Pillow cannot decode. Update it: pip install -U pillow"
         return "is a video (MP4 or QuickTime). Take frames of it, as `fastvlm batch` does."
     if head[:4] == b"RIFF" and head[8:12] != b"WEBP":
-        return "is sound or video (RIFF). Take frames of it, as `fastvlm batch` does."
+        return "is audio or video (RIFF). Take frames of it, as `fastvlm batch` does."
     for beginning, kind, advice in _BEGINNINGS:
         if head.startswith(beginning):
             return f"is {kind}. {advice}"
@@ -107,7 +107,7 @@ def describe(head: bytes) -> str | None:
         if text.startswith(beginning) or (beginning == b"<svg" and text.startswith(b"<?xml") and beginning in text):
             return f"is {kind}. {advice}"
     if text[:1] in (b"{", b"["):
-        return "is JSON text, as a service's error may be. Name an image."
+        return "is JSON, such as a service's error message. Give an image instead."
     if head and not head.strip(b"\0"):
-        return "begins with zeros only, as after an interrupted copy. Copy it again."
+        return "begins with zero bytes only, as after an interrupted copy. Copy it again."
     return None

@@ -22,7 +22,7 @@ class ReadOptions:
         do_exif_transpose: apply the EXIF orientation; False keeps the pixels as stored.
         alpha_background: background colour for transparent images, by name, as #rrggbb or as (red, green, blue); None
             or "none" drops the transparency, as Apple's code does, and shows the colours beneath.
-        max_pixels: most pixels of an image; None for `PIL.Image.MAX_IMAGE_PIXELS`.
+        max_pixels: maximum pixels of an image; None for `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Raises:
         ValueError: an unknown colour, or `max_pixels` below 1.

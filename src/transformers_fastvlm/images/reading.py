@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 CHANNELS = (1, 3, 4)
 _FEW_BITS = 2**12
-_NONE_OF = "it is neither an existing file, nor an http:// or https:// address, nor base64"
+_NONE_OF = "it is neither an existing file, nor an http:// or https:// URL, nor base64"
 _SHORTEST_BASE64 = 40
 """A shorter text without a prefix is far more likely a wrong path than an image."""
 _RANGE_TOLERANCE = 1e-4
@@ -38,12 +38,12 @@ def read_image(source: str | os.PathLike, max_pixels: int | None = None) -> Imag
     `oriented` applies the orientation.
 
     Args:
-        source: path of a file, http(s) address, or base64 of a file's bytes, with or without `data:image/...;base64,`.
+        source: path of a file, http(s) URL, or base64 of a file's bytes, with or without `data:image/...;base64,`.
         max_pixels: see `check_dimensions`.
 
     Raises:
         ValueError: not an image, empty, truncated, too large, or a text that is none of the above.
-        ConnectionError: the address cannot be downloaded.
+        ConnectionError: the URL cannot be downloaded.
         OSError, MemoryError: a fault of the machine; see `is_machine_fault`.
     """
     name = os.fspath(source)

@@ -77,7 +77,7 @@ class VideoFrames:
         damage: a description of what is missing at the video's end; None if nothing is.
 
     Raises:
-        OSError, ValueError: the file is not a video, has only sound, is damaged, or its frames are too large.
+        OSError, ValueError: the file is not a video, has only audio, is damaged, or its frames are too large.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ def _list_packets(file: str) -> _Index:
     damage = None
     with open_video(file) as container:
         if not container.streams.video:
-            raise ValueError("it has no images, only sound.")
+            raise ValueError("it has no video stream, only audio.")
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise ValueError("its codec is not supported.")
@@ -200,7 +200,7 @@ def _list_packets(file: str) -> _Index:
     if not times:
         raise ValueError(damage or "it has no frames.")
     if damage is None and len(times) < stated * 0.99 - 1:
-        damage = f"is cut off: it has {len(times)} of {stated} frames."
+        damage = f"is truncated: it has {len(times)} of {stated} frames."
     return _Index(sorted(times), sorted(keys), unit, damage)
 
 
@@ -217,11 +217,11 @@ def spread_frames(video: str | os.PathLike[str], count: int) -> "list[Image]":
     """Return `count` frames of a video, or all if it has fewer, spread evenly from the first to the last.
 
     Args:
-        video: a file, or an http(s) address, which is fetched within the bounds of images.
+        video: a file, or an http(s) URL, which is fetched within the bounds of images.
 
     Raises:
         ImportError: PyAV is not installed.
-        ConnectionError: the address cannot be downloaded.
+        ConnectionError: the URL cannot be downloaded.
         ValueError: the file is missing, not a video, damaged or too large; the message names it.
     """
     name = os.fspath(video)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images under token ids of their own: prompts with images become plain lists of token ids.
+"""Virtual token ids for images, so that prompts with images become plain lists of token ids.
 
 Transformers' continuous batching takes token ids only. So each image token gets a virtual id above the vocabulary, and
 `ImageTable.embed` looks up the image's features instead of a row of the embedding.
@@ -23,10 +23,10 @@ LAST_ID = 2**31 - 1
 """The last one: Transformers' continuous batching keeps token ids in 32 bits."""
 
 SLOT = 256
-"""Ids are given away in slots of this size: the tokens of an image of 1024 x 1024 pixels."""
+"""Ids are assigned in slots of this size: the tokens of an image of 1024 x 1024 pixels."""
 
 KEPT_TOKENS = 64 * SLOT
-"""Tokens of the most recent images whose features are kept after their last prompt."""
+"""Number of tokens of recent images whose features are kept after their last prompt."""
 
 
 class _Model(Protocol):
@@ -70,7 +70,7 @@ class StoredImage:
         return self.inputs["pixel_values"][:, 0].numel() if self.inputs else 0
 
     def count_once(self) -> bool:
-        """Return whether this is the first call: who needed the image first had it encoded."""
+        """Return whether this is the first call: the encoding counts for the first prompt with the image."""
         self._counted, before = True, self._counted
         return not before
 
@@ -78,10 +78,10 @@ class StoredImage:
 class ImageTable:
     """Gives images virtual ids, and keeps their features as long as a prompt or a recent question needs them.
 
-    An image is kept while someone holds its `StoredImage`; besides, the most recent ones are kept. Equal images have
-    equal ids, so that prompts with equal images share the beginning of their keys and values. No two images have the
-    same id, unless all ids were given away: then `rounds` grows, and whoever keeps keys and values by token ids must
-    drop them before it takes prompts of the new round. Thread-safe.
+    An image is kept as long as its `StoredImage` is referenced; the most recent images are kept in addition. Equal
+    images have equal ids, so that prompts with the same beginning share keys and values. Different images have
+    different ids until all ids are used up. Then `rounds` grows and ids are reused: a cache of keys and values by
+    token ids must be dropped before it gets prompts of the new round. Thread-safe.
 
     Args:
         kept_tokens: see `KEPT_TOKENS`.
@@ -104,7 +104,7 @@ class ImageTable:
         """Return the image of this key, or None.
 
         Args:
-            key: follows from the image's content.
+            key: digest of the image's content.
         """
         with self._lock:
             image = self._by_key.get(key)
@@ -116,7 +116,7 @@ class ImageTable:
         """Store an image that is not encoded yet; return it, or the one that has this key already.
 
         Args:
-            key: follows from the image's content.
+            key: digest of the image's content.
             tokens: number of its tokens, at least 1.
             inputs: arguments of `get_image_features` for this image alone.
 
@@ -136,7 +136,7 @@ class ImageTable:
 
     @torch.no_grad()
     def encode(self, model: _Model, images: list[StoredImage]) -> None:
-        """Encode images together; those that are encoded already are left out.
+        """Encode images together, except those that are already encoded.
 
         Args:
             model: a `FastVLMForConditionalGeneration`.
@@ -172,14 +172,16 @@ class ImageTable:
         return embeds
 
     def _free_slots(self, count: int) -> int:
-        """Return the first of `count` neighbouring slots that no living image uses, and go on behind them."""
+        """Return the first of `count` neighbouring free slots, and continue the search after them next time."""
         first, tried = self._next, 0
         while True:
             if first + count > self._slots:
                 first, tried = 0, tried + 1
                 self.rounds += 1
                 if tried > 1:
-                    raise ValueError(f"{len(self._by_slot)} of {self._slots} ids of images are in use.")
+                    raise ValueError(
+                        f"{len(self._by_slot)} of {self._slots} slots of image ids are in use; use fewer images."
+                    )
             taken = next((slot for slot in range(first, first + count) if slot in self._by_slot), None)
             if taken is None:
                 self._next = first + count

@@ -20,7 +20,7 @@ __all__ = ["PromptCache"]
 
 _ASSISTED = "assisted decoding runs the whole prompt through the model, including cached tokens. Call model.generate."
 _NOT_TAKEN = {
-    **dict.fromkeys(compat.CACHE_NAMES, "PromptCache keeps its own cache. Omit it, or call model.generate."),
+    **dict.fromkeys(compat.CACHE_NAMES, "PromptCache has its own cache. Omit it, or call model.generate."),
     "mm_encoder_outputs": "PromptCache compares images. Pass pixel_values or image_features.",
     "inputs_embeds": "embeddings cannot be compared with an earlier prompt. Pass input_ids.",
     "cache_implementation": "only a dynamic cache can be cropped to a common beginning. Omit it, or call "
@@ -54,12 +54,12 @@ class _CachedImage:
 
 
 class PromptCache:
-    """Answers prompts one after the other, and reuses the beginning that a prompt shares with the last one.
+    """Answers prompts one after the other, and reuses the prefix that a prompt shares with the last one.
 
     A second question about an image, in the same conversation or a new one, neither encodes the image nor prefills its
-    tokens again. Common beginnings are found by comparing tokens and pixels. Answers match a fresh run up to
-    floating-point rounding: in half precision, two tokens of nearly the same score may change places. Thread-safe:
-    concurrent calls wait for each other.
+    tokens again. The common prefix is found by comparing tokens and pixels. Answers match a fresh run up to
+    floating-point rounding: in half precision, two tokens with nearly equal scores may swap. Thread-safe: concurrent
+    calls wait for each other.
 
     Features of images are kept after their prompt, so returning to an image needs no encoding. Call `reset` after any
     change of the model, such as new weights, another adapter, dtype or device.
@@ -70,9 +70,9 @@ class PromptCache:
         max_images: number of images to keep besides those of the last prompt, at least 1.
 
     Attributes:
-        reused_tokens: number of the last prompt's tokens that were in the cache.
-        prefilled_tokens: number of the last prompt's tokens that were not.
-        encoded_images: number of the last prompt's images that had to be encoded.
+        reused_tokens: tokens of the last prompt that were in the cache.
+        prefilled_tokens: tokens of the last prompt that were not in the cache.
+        encoded_images: images of the last prompt that had to be encoded.
 
     Raises:
         ValueError: `max_images` below 1.

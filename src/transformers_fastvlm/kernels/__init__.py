@@ -6,7 +6,7 @@ and `torch.export`, the plain forms run.
 """
 
 from .convolution import conv2d, plain_conv2d
-from .dispatch import autocasts, eager_on_cpu, has_fast_products, is_slow
+from .dispatch import autocasts, eager_on_cpu, has_fast_gemm, is_slow
 from .feed_forward import conv2d_gelu, feed_forward, infers_on_cpu, plain_conv2d_gelu, plain_feed_forward
 from .linear import Linear, linear, plain_linear, speed_up_linear_layers
 from .private_torch import in_backward
@@ -18,7 +18,7 @@ __all__ = [
     "conv2d_gelu",
     "eager_on_cpu",
     "feed_forward",
-    "has_fast_products",
+    "has_fast_gemm",
     "in_backward",
     "infers_on_cpu",
     "is_slow",

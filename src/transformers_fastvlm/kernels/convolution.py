@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .dispatch import autocasts, eager_on_cpu, has_fast_products, result_dtype, vector_width
+from .dispatch import autocasts, eager_on_cpu, has_fast_gemm, result_dtype, vector_width
 from .linear import linear
 
 _STRIP = 3
@@ -49,7 +49,7 @@ def conv2d(
         return channels_first(linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias))
     dtype = result_dtype(input)
     trains_depthwise = weight.requires_grad and weight.shape[1] == 1 < groups
-    if has_fast_products(dtype) and not (trains_depthwise or _has_multiplier(weight, groups)):
+    if has_fast_gemm(dtype) and not (trains_depthwise or _has_multiplier(weight, groups)):
         return plain_conv2d(input, weight, bias, stride, padding, groups)
     return _Convolution.apply(input, weight, bias, stride, padding, groups, dtype)
 
@@ -84,7 +84,7 @@ class _Convolution(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         step = _number_of_parts(weight, groups)
         half = dtype in (torch.bfloat16, torch.float16)
-        ctx.compute = compute = torch.float32 if half and (step > 1 or not has_fast_products(dtype)) else dtype
+        ctx.compute = compute = torch.float32 if half and (step > 1 or not has_fast_gemm(dtype)) else dtype
         input, weight = input.to(compute), weight.to(compute)
         bias = None if bias is None else bias.to(compute)
         with torch.autocast("cpu", enabled=False):

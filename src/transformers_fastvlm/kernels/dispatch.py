@@ -36,7 +36,7 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     return onednn_takes(dtype)
 
 
-def has_fast_products(dtype: torch.dtype) -> bool:
+def has_fast_gemm(dtype: torch.dtype) -> bool:
     """Return whether this CPU has fast GEMMs and convolutions in `dtype`.
 
     Otherwise PyTorch falls back to loops that are much slower than float32.
@@ -60,7 +60,7 @@ def has_fused_convolutions(dtype: torch.dtype) -> bool:
     mkldnn = torch.backends.mkldnn
     if not HAS_POINTWISE_CONVOLUTIONS or vector_width() != 512 or not (mkldnn.is_available() and mkldnn.enabled):
         return False
-    return dtype in (torch.float32, torch.bfloat16, torch.float16) and has_fast_products(dtype)
+    return dtype in (torch.float32, torch.bfloat16, torch.float16) and has_fast_gemm(dtype)
 
 
 def autocasts(tensor: Tensor) -> bool:
@@ -75,4 +75,4 @@ def result_dtype(input: Tensor) -> torch.dtype:
 
 def is_slow(input: Tensor) -> bool:
     """Return whether GEMMs of `input` should be computed in float32, since this CPU has no fast ones in its dtype."""
-    return eager_on_cpu(input) and not has_fast_products(result_dtype(input))
+    return eager_on_cpu(input) and not has_fast_gemm(result_dtype(input))

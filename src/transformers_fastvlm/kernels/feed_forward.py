@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .convolution import channels_first, conv2d, plain_conv2d
-from .dispatch import eager_on_cpu, has_fast_products, has_fused_convolutions
+from .dispatch import eager_on_cpu, has_fast_gemm, has_fused_convolutions
 from .private_torch import convolution_add, convolution_gelu
 
 _LAST = torch.channels_last
@@ -37,7 +37,7 @@ def conv2d_gelu(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> Tensor:
     """Return the result of `plain_conv2d_gelu`, of shape (batch, out, height', width'); shapes as in `conv2d`."""
-    if not infers_on_cpu(input, weight, bias) or not has_fast_products(input.dtype):
+    if not infers_on_cpu(input, weight, bias) or not has_fast_gemm(input.dtype):
         return F.gelu(conv2d(input, weight, bias, stride, padding, groups))
     dtype = input.dtype
     if groups in (1, weight.shape[0]) and has_fused_convolutions(dtype):
@@ -49,7 +49,7 @@ def conv2d_gelu(
         out = rows.new_empty(rows.shape[0], weight.shape[0])
         for start in range(0, rows.shape[0], _ROWS):
             part = out[start : start + _ROWS]
-            torch.ops.aten.gelu_(_product(rows[start : start + _ROWS], matrix, bias, part))
+            torch.ops.aten.gelu_(_gemm(rows[start : start + _ROWS], matrix, bias, part))
         return channels_first(out.view(input.shape[0], *input.shape[2:], weight.shape[0]))
     return torch.ops.aten.gelu_(conv2d(input, weight, bias, stride, padding, groups))
 
@@ -86,7 +86,7 @@ def feed_forward(
     The fast form needs extra memory for 1024 positions only, whatever the size of the map.
     """
     dtype = input.dtype
-    fast = infers_on_cpu(input, residual, scale, weight_1, weight_2) and has_fast_products(dtype)
+    fast = infers_on_cpu(input, residual, scale, weight_1, weight_2) and has_fast_gemm(dtype)
     if not fast or not all(x.dtype == dtype and x.is_contiguous(memory_format=_LAST) for x in (input, residual)):
         branch = conv2d(F.gelu(conv2d(input, weight_1, bias_1)), weight_2, bias_2)
         return residual + (branch if scale is None else scale * branch)
@@ -106,11 +106,11 @@ def feed_forward(
     buffer = rows.new_empty(min(_ROWS, rows.shape[0]), matrix_1.shape[1])
     for start in range(0, rows.shape[0], _ROWS):
         here = slice(start, start + _ROWS)
-        inner = torch.ops.aten.gelu_(_product(rows[here], matrix_1, bias_1, buffer[: rows[here].shape[0]]))
+        inner = torch.ops.aten.gelu_(_gemm(rows[here], matrix_1, bias_1, buffer[: rows[here].shape[0]]))
         if factors is None:
             torch.add(kept[here], bias_2, out=out[here]).addmm_(inner, matrix_2)
         else:
-            _product(inner, matrix_2, bias_2, out[here]).mul_(factors).add_(kept[here])
+            _gemm(inner, matrix_2, bias_2, out[here]).mul_(factors).add_(kept[here])
     return channels_first(out.view(residual.permute(0, 2, 3, 1).shape))
 
 
@@ -119,7 +119,7 @@ def _rows_of(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
-def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def _gemm(rows: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """Write rows @ matrix + bias to `out` and return it."""
     return torch.mm(rows, matrix, out=out) if bias is None else torch.addmm(bias, rows, matrix, out=out)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .dispatch import autocasts, eager_on_cpu, has_fast_products, is_recorded, result_dtype
+from .dispatch import autocasts, eager_on_cpu, has_fast_gemm, is_recorded, result_dtype
 
 # From about this many rows on, converting the matrix to float32 is faster.
 _MIN_ROWS = 8
@@ -34,7 +34,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not eager_on_cpu(input, weight, bias):
         return plain_linear(input, weight, bias)
     dtype = result_dtype(input)
-    if has_fast_products(dtype):
+    if has_fast_gemm(dtype):
         return plain_linear(input, weight, bias)
     return _Float32Linear.apply(input, weight, bias, dtype)
 
@@ -113,6 +113,6 @@ def speed_up_linear_layers(model: nn.Module) -> None:
     """
     for module in model.modules():
         if type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu":
-            if not has_fast_products(module.weight.dtype):
+            if not has_fast_gemm(module.weight.dtype):
                 module.__dict__["_was_plain"] = True  # restored when the layer leaves the CPU
                 module.__class__ = Linear  # only `forward` differs; hooks and ties are kept

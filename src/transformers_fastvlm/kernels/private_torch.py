@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "HAS_INT4_PRODUCTS",
-    "HAS_INT8_PRODUCTS",
+    "HAS_INT4_GEMM",
+    "HAS_INT8_GEMM",
     "HAS_POINTWISE_CONVOLUTIONS",
     "convolution_add",
     "convolution_gelu",
     "in_backward",
-    "int4_product",
-    "int8_product",
+    "int4_gemm",
+    "int8_gemm",
     "onednn_takes",
     "packed_int4",
     "transforms_are_active",
@@ -29,10 +29,8 @@ _ATEN: Any = torch.ops.aten
 _TAKES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 HAS_POINTWISE_CONVOLUTIONS = hasattr(_MKLDNN, "_convolution_pointwise")
-HAS_INT8_PRODUCTS = hasattr(torch, "_weight_int8pack_mm")
-HAS_INT4_PRODUCTS = hasattr(torch, "_weight_int4pack_mm_for_cpu") and hasattr(
-    _ATEN, "_convert_weight_to_int4pack_for_cpu"
-)
+HAS_INT8_GEMM = hasattr(torch, "_weight_int8pack_mm")
+HAS_INT4_GEMM = hasattr(torch, "_weight_int4pack_mm_for_cpu") and hasattr(_ATEN, "_convert_weight_to_int4pack_for_cpu")
 _TRANSFORMS = getattr(torch._C, "_are_functorch_transforms_active", None)
 _GRAPH_TASK = getattr(torch._C, "_current_graph_task_id", None)
 
@@ -74,17 +72,17 @@ def convolution_add(input: Tensor, residual: Tensor, weight: Tensor, bias: Tenso
     return result
 
 
-def int8_product(rows: Tensor, integers: Tensor, scales: Tensor) -> Tensor:
-    """Return bfloat16 (rows, out) from (rows, in), integers (out, in), scales (out,); needs `HAS_INT8_PRODUCTS`."""
+def int8_gemm(rows: Tensor, integers: Tensor, scales: Tensor) -> Tensor:
+    """Return bfloat16 (rows, out) from (rows, in), integers (out, in), scales (out,); needs `HAS_INT8_GEMM`."""
     return torch._weight_int8pack_mm(rows, integers, scales)
 
 
 def packed_int4(integers: Tensor) -> Tensor:
-    """Pack integers (out, in) from 0 to 15 for `int4_product`, two per byte; needs `HAS_INT4_PRODUCTS`."""
+    """Pack integers (out, in) from 0 to 15 for `int4_gemm`, two per byte; needs `HAS_INT4_GEMM`."""
     packed: Tensor = _ATEN._convert_weight_to_int4pack_for_cpu(integers, 1)
     return packed
 
 
-def int4_product(rows: Tensor, packed: Tensor, group: int, scales: Tensor) -> Tensor:
+def int4_gemm(rows: Tensor, packed: Tensor, group: int, scales: Tensor) -> Tensor:
     """Return bfloat16 (rows, out) from (rows, in) and packed integers with a scale and an offset per group."""
     return torch._weight_int4pack_mm_for_cpu(rows, packed, group, scales)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import private_torch
-from .dispatch import eager_on_cpu, has_fast_products
+from .dispatch import eager_on_cpu, has_fast_gemm
 from .linear import float32_linear
 
 # With more rows than this, dequantizing the matrix to float32 once is faster.
@@ -32,10 +32,10 @@ class QuantizedLinear(nn.Linear):
             return super().forward(input)
         rows = input.reshape(-1, input.shape[-1])
         if rows.shape[0] > _MAX_ROWS:
-            if has_fast_products(input.dtype):
+            if has_fast_gemm(input.dtype):
                 return super().forward(input)
             return float32_linear(input, weight, lambda block: _float32_rows(weight, block), bias, input.dtype)
-        out = self._product(rows, weight)
+        out = self._gemm(rows, weight)
         if bias is not None:
             out += bias
         return out.view(*input.shape[:-1], out.shape[-1])
@@ -44,15 +44,15 @@ class QuantizedLinear(nn.Linear):
         self.__dict__.pop("_packed", None)  # loading writes values into the existing tensors
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _product(self, rows: Tensor, weight: Any) -> Tensor:
+    def _gemm(self, rows: Tensor, weight: Any) -> Tensor:
         # Even reading the shape of a torchao tensor takes longer than a small GEMM.
         packed = self.__dict__.get("_packed")
         if packed is None or packed[0] is not weight.qdata:
             packed = self.__dict__["_packed"] = (weight.qdata, *_pack(weight))
         _, integers, scales, group = packed
         if group:
-            return private_torch.int4_product(rows, integers, group, scales)
-        return private_torch.int8_product(rows, integers, scales)
+            return private_torch.int4_gemm(rows, integers, group, scales)
+        return private_torch.int8_gemm(rows, integers, scales)
 
 
 def _pack(weight: Any) -> tuple[Tensor, Tensor, int]:
@@ -85,16 +85,16 @@ def _bits(weight: Any) -> int:
         plain = weight.act_quant_kwargs is None and weight.act_pre_scale is None
         by_row = tuple(weight.block_size) == (1, weight.shape[-1])
         symmetric = weight.zero_point is None or not weight.zero_point.any()
-        return 8 if private_torch.HAS_INT8_PRODUCTS and plain and by_row and symmetric else 0
+        return 8 if private_torch.HAS_INT8_GEMM and plain and by_row and symmetric else 0
     if kind == "IntxUnpackedToInt8Tensor" and str(weight.target_dtype) == "torch.int4":
         fits = weight.block_size[0] == 1 and weight.block_size[1] in _GROUPS and weight.shape[0] % _OUTPUTS == 0
-        return 4 if private_torch.HAS_INT4_PRODUCTS and fits and weight.activation_quantization is None else 0
+        return 4 if private_torch.HAS_INT4_GEMM and fits and weight.activation_quantization is None else 0
     return 0
 
 
 def _applies(input: Tensor, weight: Any, bias: Tensor | None) -> bool:
-    learns = torch.is_grad_enabled() and input.requires_grad
-    if input.dtype != torch.bfloat16 or learns or torch.is_autocast_enabled("cpu"):
+    needs_gradient = torch.is_grad_enabled() and input.requires_grad
+    if input.dtype != torch.bfloat16 or needs_gradient or torch.is_autocast_enabled("cpu"):
         return False
     return hasattr(weight, "qdata") and eager_on_cpu(input, weight.qdata, bias)
 

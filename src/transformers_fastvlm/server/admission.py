@@ -37,7 +37,7 @@ class Place:
         self._admission._grow(self, count, images)
 
     def replace(self, count: int) -> None:
-        """Hold so many bytes instead of those so far: what was made of them, so that it is never refused."""
+        """Replace the number of bytes held, after a conversion of the data; never refused."""
         with self._admission._lock:
             self.bytes = count
 
@@ -53,7 +53,7 @@ class Place:
 class Admission:
     """Bounds of all requests together, fair among clients.
 
-    Where the server is full, a client with fewer requests takes the place of the newest request of the client that
+    If the server is full, a client with fewer requests takes the place of the newest request of the client that
     has the most, unless the model has begun with that one.
 
     Args:
@@ -66,7 +66,7 @@ class Admission:
     def __init__(self, most: int, max_bytes: int, max_images: int, seconds: Callable[[], int]) -> None:
         self.most, self.max_bytes, self.max_images, self._seconds = most, max_bytes, max_images, seconds
         self._places: list[Place] = []
-        self._lock = threading.Lock()  # of what places hold
+        self._lock = threading.Lock()  # for the bytes and images of places
 
     @property
     def count(self) -> int:
@@ -107,7 +107,7 @@ class Admission:
         return place
 
     def ensure(self, place: Place, count: int = 0, images: int = 0) -> None:
-        """`Place.grow`, in the event loop's thread: other clients' newest requests may have to go for it.
+        """`Place.grow`, in the event loop's thread; it may end other clients' newest requests.
 
         Raises:
             ApiError: 429, all requests together hold too much.
@@ -120,7 +120,7 @@ class Admission:
                     break
                 left.remove(one)
                 gone.append(one)
-            else:  # none is refused in vain
+            else:  # refuse only if that is enough
                 for one in gone:
                     self._refuse(one)
         place.grow(count, images)

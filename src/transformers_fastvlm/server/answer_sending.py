@@ -28,7 +28,7 @@ class Form(Protocol):
         """Return the events that begin a stream: JSON values or texts."""
 
     def piece(self, index: int, text: str, tokens: Sequence[TokenLogprob]) -> list[Any]:
-        """Return the events for a new piece of a choice's text, and the tokens that came with it, if asked for."""
+        """Return the events for new text of a choice, and the tokens that came with it, if asked for."""
 
     def last(self, answers: Sequence[Answer]) -> list[Any]:
         """Return the events that end a stream."""
@@ -87,7 +87,7 @@ async def wait_for_turn(
     """Wait until the model may begin with a request.
 
     Args:
-        given: done then.
+        given: done when the model may begin.
         leaving: see `Leaving`.
         events: the stream, if the answer is streamed: it gets comments while it waits.
         settle: called before anything is sent.
@@ -117,7 +117,7 @@ async def answer(
     """Send the engine's answer.
 
     Args:
-        form: how it is written.
+        form: the format of the answer.
         choices: the engine's request for each choice; choices of one text may share one.
         news: set at each change of a request.
         leaving: done when the client has left.
@@ -146,9 +146,9 @@ async def answer(
 async def _stream(
     form: Form, choices: list[Request], news: asyncio.Event, leaving: Leaving, events: EventStream
 ) -> None:
-    """Send pieces as they are generated; for slow clients they are joined, so memory never exceeds the answer."""
+    """Send text as it is generated; for slow clients it is joined, so memory never exceeds the answer."""
     await events.begin()
-    done, told = False, [0] * len(choices)
+    done, sent = False, [0] * len(choices)
     while not done:
         try:
             await asyncio.wait_for(news.wait(), _PING_SECONDS)
@@ -158,12 +158,12 @@ async def _stream(
         news.clear()
         if leaving.done():
             raise Gone
-        done = all(request.done for request in choices)  # before the pieces, so that the last ones are taken
+        done = all(request.done for request in choices)  # read before the text, so that the last part is taken
         texts = {request: _taken(request) for request in dict.fromkeys(choices)}
         said: list[Any] = []
         for index, request in enumerate(choices):
-            tokens = request.logprobs[told[index] :] if texts[request] or done else []
-            told[index] += len(tokens)
+            tokens = request.logprobs[sent[index] :] if texts[request] or done else []
+            sent[index] += len(tokens)
             if texts[request] or tokens:
                 said += form.piece(index, texts[request], tokens)
         if said:

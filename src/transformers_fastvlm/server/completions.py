@@ -48,7 +48,7 @@ class ChatForm:
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self._chat.n)]
 
     def piece(self, index: int, text: str, tokens: Sequence[TokenLogprob]) -> list[Any]:
-        """Return the events for a new piece of a choice's text, and the tokens that came with it, if asked for."""
+        """Return the events for new text of a choice, and the tokens that came with it, if asked for."""
         return [self._chunk(index, {"content": text}, tokens=tokens)]
 
     def last(self, answers: Sequence[Answer]) -> list[Any]:

@@ -79,7 +79,7 @@ def check_key(headers: Any, key: str | None) -> None:
 
 @dataclass(eq=False)
 class _Reading:
-    """A body that is being read; `timer` limits the wait for its next piece."""
+    """A body that is being read; `timer` limits the wait for its next chunk."""
 
     start: float
     size: int = 0
@@ -183,7 +183,7 @@ async def read_body(
     body = bytearray()
 
     def take(message: Message) -> bool:
-        """Take a piece; return whether it was the last one."""
+        """Take a chunk; return whether it was the last one."""
         nonlocal body
         if message["type"] == "http.disconnect":
             raise Gone
@@ -262,7 +262,7 @@ async def unless_over(leaving: Leaving, work: Coroutine[Any, Any, T]) -> T:
         return task.result()
     finally:
         if task.cancel():
-            await asyncio.wait({task})  # until it has told its thread
+            await asyncio.wait({task})  # until its thread knows that it ended
 
 
 def sender(send: Send, timeout: float, give_up: Callable[[], None]) -> Send:

@@ -17,7 +17,7 @@ class DaemonThreads(Executor):
     At the end of the process, Python waits for the threads of ThreadPoolExecutor, but not for these.
 
     Args:
-        count: number of threads; they start with the first piece of work.
+        count: number of threads; they start with the first call.
         name: name of the threads; a number is appended.
     """
 

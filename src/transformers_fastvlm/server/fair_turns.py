@@ -14,7 +14,7 @@ class Turn:
 
     Attributes:
         given: done when it has its places.
-        size: places that it wants or has.
+        size: number of places, requested or given.
     """
 
     def __init__(self, turns: "Turns", client: Hashable, size: int, number: int) -> None:
@@ -35,8 +35,8 @@ class Turns:
     """Places for the work of clients.
 
     The client that has the fewest places is next, then the one whose last turn is longest ago; the turns of one client
-    keep their order. So a client with many requests uses all places while nobody else wants them, and delays another
-    client's request by one of its own at most. A turn larger than all places gets them when all are free.
+    keep their order. So a client with many requests uses all places while no other client waits, and delays another
+    client's request by at most one of its own. A turn larger than all places gets them when all are free.
 
     Args:
         places: number of places.
@@ -49,7 +49,7 @@ class Turns:
         self.places = places
         self.waiting: list[Turn] = []
         self._used: Counter[Hashable] = Counter()
-        self._last: dict[Hashable, int] = {}  # when a client had a turn, while it wants or has places
+        self._last: dict[Hashable, int] = {}  # when a client last had a turn; only clients with places or in the queue
         self._numbers = itertools.count()
 
     def ask(self, client: Hashable, size: int = 1) -> Turn:

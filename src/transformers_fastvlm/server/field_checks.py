@@ -24,7 +24,7 @@ __all__ = [
 
 TAKEN = "taken"
 IGNORED = "ignored"
-"""Of a field that is accepted and has no effect, whatever its value: the answer would be the same."""
+"""Marks a field that is accepted and has no effect: no value of it would change the answer."""
 
 _KINDS = {str: "a text", list: "a list", dict: "an object", bool: "true or false", int: "a whole number"}
 

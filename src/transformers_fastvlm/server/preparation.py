@@ -27,7 +27,7 @@ _FETCHING = 16
 _THREADS = 2  # of each lane
 _SECONDS = 30.0  # for preparing a request, from the moment at which a thread takes it
 _WAIT_SECONDS = 60.0  # for a thread
-_END_SECONDS = 2.0  # for an image that is being decoded for nobody
+_END_SECONDS = 2.0  # for an image whose request has ended
 _BYTES_OF_A_TOKEN = 16
 _MAX_TEXT_BYTES = 2**20  # of a request's texts together, where the model has no context that would bound them
 
@@ -193,11 +193,11 @@ class Preparation:
         try:
             prompt = self.engine.prepare(conversation, literal=True, continue_last=request.continues)
         except PromptTooLong as error:
-            self._room(request, error.tokens)
+            self._max_tokens(request, error.tokens)
             raise
         except (ValueError, TemplateError) as error:
             raise ApiError(400, str(error), param="messages") from error
-        return prompt, self._room(request, prompt.tokens)
+        return prompt, self._max_tokens(request, prompt.tokens)
 
     def _check_texts(self, texts: list[str]) -> None:
         """Refuse texts that are certainly too long before tokenization, and control tokens in texts."""
@@ -216,22 +216,22 @@ class Preparation:
         tokenizer = self.engine.processor.tokenizer
         for token in tokenizer.added_tokens_encoder:
             if token.strip() and any(token in text for text in texts):
-                message = f"A text has {token!r}, which is a control token of the model; write it differently."
+                message = f"A text has {token!r}, which is a control token of the model; spell it differently."
                 raise ApiError(400, message, param="messages", code="control_token")
 
     def _too_long(self, what: str) -> ApiError:
         message = f"{what}; this server accepts prompts of up to {self.max_prompt} tokens. Shorten the conversation."
         return ApiError(400, message, param="messages", code="context_length_exceeded")
 
-    def _room(self, request: ChatRequest, tokens: int) -> int:
+    def _max_tokens(self, request: ChatRequest, tokens: int) -> int:
         """Return the maximum tokens of the answer to a prompt with this many tokens."""
         if self.max_prompt is not None and tokens > self.max_prompt:
             raise self._too_long(f"The prompt has {tokens} tokens, images included")
-        wanted = request.max_tokens or self.settings.max_answer_tokens
+        requested = request.max_tokens or self.settings.max_answer_tokens
         if self.context is None:
-            return wanted
-        room = self.context - tokens
-        if room < 1 or (request.max_tokens is not None and request.max_tokens > room):
+            return requested
+        left = self.context - tokens
+        if left < 1 or (request.max_tokens is not None and request.max_tokens > left):
             asked = f" and {request.max_tokens} for the answer" if request.max_tokens is not None else ""
             raise ApiError(
                 400,
@@ -240,4 +240,4 @@ class Preparation:
                 param="messages",
                 code="context_length_exceeded",
             )
-        return min(wanted, room)
+        return min(requested, left)

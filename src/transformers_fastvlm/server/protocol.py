@@ -254,7 +254,9 @@ def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
     good = isinstance(stops, list) and len(stops) <= MAX_STOPS
     if not good or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
-        raise wrong("stop", value, f"a text, or a list of up to {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} characters")
+        raise wrong(
+            "stop", value, f"a string of 1 to {MAX_STOP_LENGTH} characters, or a list of up to {MAX_STOPS} of them"
+        )
     return tuple(stops)
 
 
@@ -305,7 +307,7 @@ def schema_of(given: Mapping[str, Any], prefix: str, body: Mapping[str, Any]) ->
     if kind == "text":
         return None
     if _stops(body):
-        message = "stop and a form of the answer are both given, and a stop text could cut the JSON; leave stop out."
+        message = "stop and a form of the answer are both given, and a stop string could cut the JSON; leave stop out."
         raise ApiError(400, message, param="stop")
     if kind == "json_object":
         return Schema.json_object()
@@ -368,7 +370,7 @@ def _message(message: Any, where: str, image_urls: list[ImageUrl]) -> dict[str, 
         raise missing(f"{where}.content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not parts:
-        raise wrong(f"{where}.content", content, "a text, or a list of parts")
+        raise wrong(f"{where}.content", content, "a string, or a list of parts")
     before = len(image_urls)
     checked = [_part(part, f"{where}.content[{index}]", image_urls) for index, part in enumerate(parts)]
     if len(image_urls) > before and role != "user":

@@ -4,7 +4,7 @@
 import ipaddress
 from collections.abc import Callable
 
-from ..images.fetching import Address, Budget, FetchError, TooManyBytesError, fetch, parse_address
+from ..images.fetching import Budget, FetchError, TooManyBytesError, UrlParts, fetch, parse_url
 from .protocol import ImageUrl
 from .request_images import refused
 from .settings import image_host
@@ -18,7 +18,7 @@ _NOT_PUBLIC = [
     ipaddress.ip_network(network)
     for network in ("168.63.129.16/32", "192.88.99.0/24", "2001::/32", "3fff::/20", "5f00::/16")
 ]
-_MAX_ADDRESS = 2048
+_MAX_LENGTH = 2048
 
 
 def is_public(address: str) -> bool:
@@ -51,17 +51,17 @@ class Fetcher:
         self.timeout, self.is_allowed = timeout, is_allowed
 
     def check(self, image_url: ImageUrl) -> None:
-        """Raise ApiError unless the address is well formed and its host is allowed; without a DNS lookup."""
-        self._address(image_url)
+        """Raise ApiError unless the URL is well formed and its host is allowed; without a DNS lookup."""
+        self._checked(image_url)
 
     def fetch(self, image_url: ImageUrl, budget: Budget) -> bytes:
-        """Return the bytes at an image's address; blocks.
+        """Return the bytes at an image's URL; blocks.
 
         Raises:
             ApiError: 400, the host is not allowed, is not public, does not answer in time, answers with a status other
                 than 200, or sends more bytes than are left of `budget`.
         """
-        host = self._address(image_url).host
+        host = self._checked(image_url).host
         try:
             content = fetch(image_url.url, self.timeout, budget, self.is_allowed)
         except TooManyBytesError as error:
@@ -74,16 +74,16 @@ class Fetcher:
             raise refused(image_url, "the image is empty (0 bytes).")
         return content
 
-    def _address(self, image_url: ImageUrl) -> Address:
+    def _checked(self, image_url: ImageUrl) -> UrlParts:
         url = image_url.url
-        if len(url) > _MAX_ADDRESS or not url.isascii() or any(character <= " " for character in url):
-            message = f"the address is longer than {_MAX_ADDRESS} characters or is not printable ASCII."
+        if len(url) > _MAX_LENGTH or not url.isascii() or any(character <= " " for character in url):
+            message = f"the URL is longer than {_MAX_LENGTH} characters or is not printable ASCII."
             raise refused(image_url, message, "invalid_image_url")
         try:
-            address = parse_address(url)
+            parts = parse_url(url)
         except ValueError as error:
-            raise refused(image_url, f"the address is not valid: {error}.", "invalid_image_url") from error
-        host, port = address.host, address.port
+            raise refused(image_url, f"the URL is not valid: {error}.", "invalid_image_url") from error
+        host, port = parts.host, parts.port
         if not ((host, port) in self.hosts or ((host, None) in self.hosts and port in (80, 443))):
             raise refused(
                 image_url,
@@ -91,4 +91,4 @@ class Fetcher:
                 "(the server's operator can allow hosts with --allow-image-host).",
                 "image_host_not_allowed",
             )
-        return address
+        return parts

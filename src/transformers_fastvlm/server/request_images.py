@@ -27,7 +27,7 @@ def refused(image_url: ImageUrl, message: str, code: str = "invalid_image") -> A
 
 
 def is_remote(image_url: ImageUrl) -> bool:
-    """Return whether an image has an http(s) address."""
+    """Return whether an image has an http(s) URL."""
     return image_url.url[:8].lower().startswith(("http://", "https://"))
 
 

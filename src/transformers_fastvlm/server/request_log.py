@@ -64,7 +64,7 @@ class Record:
 
     @property
     def endpoint(self) -> str:
-        """One of a few names, whatever path a client asked for."""
+        """The path's label, one of a few; clients can request any path."""
         if self.path in ENDPOINTS:
             return self.path
         return "/v1/models" if self.path.startswith("/v1/models/") else "other"

@@ -200,7 +200,7 @@ class ResponseForm:
         ]
 
     def piece(self, index: int, text: str, tokens: Sequence[TokenLogprob]) -> list[Any]:
-        """Return the events for a new piece of the text."""
+        """Return the events for new text."""
         self._text += text
         return [self._event("response.output_text.delta", **self._place(), delta=text, logprobs=[])]
 

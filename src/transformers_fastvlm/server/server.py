@@ -65,15 +65,16 @@ def serve(
     ready: Callable[[str], None],
     log_format: Literal["text", "json"] = "text",
 ) -> None:
-    """Answer requests until a signal (SIGTERM, or Ctrl-C) ends it; a second one ends the process at once.
+    """Answer requests until SIGTERM or Ctrl-C; a second signal ends the process immediately.
 
-    While it answers, the process has its log of requests and, since images come from strangers, its limit of pixels.
+    The first signal finishes all accepted requests. While the server runs, the process logs requests, and Pillow's
+    limit of pixels is `settings.max_pixels`, because images from clients are untrusted.
 
     Args:
         engine: the model; the caller closes it.
         settings: limits and names.
         bound: see `listen`.
-        ready: called with the address when the server accepts requests.
+        ready: called with the URL when the server accepts requests.
         log_format: of the lines on standard error.
 
     Raises:

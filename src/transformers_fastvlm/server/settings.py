@@ -52,8 +52,7 @@ class Settings(ReadOptions):
 
     Args:
         name: name of the model for clients.
-        api_key: what clients must send as `Authorization: Bearer KEY`, white space around it left out; None to ask for
-            nothing.
+        api_key: key that clients must send as `Authorization: Bearer KEY`, without surrounding white space, or None.
         image_hosts: hosts, as "name" or "name:port", from which images may be fetched.
         max_body_bytes: maximum bytes of a request's body, and of all images downloaded for a request.
         max_images: maximum number of images in a request.
@@ -64,12 +63,12 @@ class Settings(ReadOptions):
         max_answer_tokens: maximum tokens of an answer; also the default for requests without a limit.
         batch_size: maximum number of requests in a batch, and of answers to one request.
         queue: maximum number of other requests in the server; further ones get status 429.
-        client_timeout: seconds for a client to send its request, and to read each piece of the answer.
+        client_timeout: seconds for a client to send its request, and to read each part of the answer.
         fetch_timeout: seconds to download one image.
         open_metrics: whether /metrics needs no key.
 
     Raises:
-        ValueError: a number below 1 (`queue`: below 0), an empty name or key, or an address instead of a host.
+        ValueError: a number below 1 (`queue`: below 0), an empty name or key, or a URL instead of a host.
     """
 
     name: str

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections of uvicorn that end where a client sends no request, takes no answer, or has left.
+"""Connections of uvicorn that end if a client sends no request, does not read the answer, or has left.
 
-uvicorn has a limit of time between requests alone: a connection that never sends a whole head would stay for ever.
+uvicorn limits only the time between requests: a connection that never sends a whole head would stay open for ever.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ class Connection(H11Protocol):
     """A client's connection.
 
     Args:
-        most: connections of all clients. One more ends that which has waited longest for a request.
+        most: maximum number of connections. A further one ends the connection that has waited longest for a request.
     """
 
     def __init__(self, *args: Any, most: int, **kwargs: Any) -> None:
@@ -40,7 +40,7 @@ class Connection(H11Protocol):
         self._is_stalled = False
 
     def waits_since(self) -> float | None:
-        """Return the start of its wait for the head of a request; None while a request is answered."""
+        """Return since when it has waited for the head of a request; None while a request is answered."""
         return self._since if self.cycle is None or self.cycle.response_complete else None
 
     def stalled_since(self) -> float | None:
@@ -68,10 +68,10 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     def eof_received(self) -> bool | None:
-        """Go on where the client sent its request and then the end of what it sends: it may still read.
+        """Keep a connection whose client sent its request and closed its own side: it may still read.
 
-        A client that has left looks the same until something is sent to it. HTTP/1.0 knows nothing that could be sent
-        before the answer, so there it has left.
+        A client that has left looks the same until something is sent to it. HTTP/1.0 has nothing that could be sent
+        before the answer, so such a client counts as gone.
         """
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body or self.scope["http_version"] == "1.0":
@@ -81,7 +81,7 @@ class Connection(H11Protocol):
         return True
 
     def _probe(self, count: int) -> None:
-        """Send what clients pass over; a connection that nobody has any more answers with a reset."""
+        """Send data that clients ignore; if the client has left, its machine answers with a reset."""
         cycle = self.cycle
         if self.transport.is_closing() or cycle.response_complete:
             return
@@ -106,8 +106,9 @@ def close_overdue(connections: Iterable[Connection], now: float, patience: float
 def on_loop_error(connections: set[Connection]) -> Any:
     """Return a handler of the event loop's errors.
 
-    Where no connection can be accepted since the table of files is full, asyncio calls it up to once for each that
-    waits, every second. So it says that once a minute, and frees the oldest that wait for a request.
+    If no connection can be accepted because the table of files is full, asyncio calls the handler every second, up to
+    once for each waiting connection. So the handler logs this once a minute, and closes the connections that have
+    waited longest for a request.
     """
     said = freed = float("-inf")
 
@@ -134,5 +135,5 @@ def _oldest(connections: Iterable[Connection], since: Callable[[Connection], flo
 
 def _end(connections: Iterable[Connection]) -> None:
     for one in connections:
-        one.connections.discard(one)  # now: its own end comes a turn of the loop later
+        one.connections.discard(one)  # at once: uvicorn removes it only in the loop's next turn
         one.transport.abort()

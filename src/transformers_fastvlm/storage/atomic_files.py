@@ -87,7 +87,7 @@ def replacing(
         if only is not None and state_of(real) not in (None, *only) and not filecmp.cmp(real, partial, shallow=False):
             raise FileExistsError(
                 f"{str(real)!r} appeared, or was changed, since the run began, and is not replaced. Move it away and "
-                "run the same command again; finished work is kept."
+                "run the same command again; finished work is saved."
             )
         os.replace(partial, real)
     except BaseException:

@@ -38,7 +38,7 @@ class SampleAnswers(TrainerCallback):
         dataset: data set of samples; its first `rows` are answered, or all if it has fewer.
         conversation: "sft" to generate each row's last answer, or "plain" to generate its caption.
         rows: number of rows.
-        max_new_tokens: longest answer in tokens.
+        max_new_tokens: maximum number of tokens of an answer.
         report: called with each answer, on the main process; by default answers are logged.
     """
 

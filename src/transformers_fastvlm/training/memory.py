@@ -93,10 +93,10 @@ def estimate_memory(
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise RuntimeError("ZeRO-3 has sharded its weights over the devices")
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = sum(parameter.nbytes for parameter in learning)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.nbytes for parameter in trained)
     state = _STATE_BYTES.get(optimizer)
-    states = 2 * gradients if state is None else int(state * sum(parameter.numel() for parameter in learning))
+    states = 2 * gradients if state is None else int(state * sum(parameter.numel() for parameter in trained))
     weights = sum(tensor.nbytes for group in (model.parameters(), model.buffers()) for tensor in group)
     # Autograd starts its threads at the first backward pass. FakeTensorMode pretends to have a CUDA device: a thread
     # would be started for it even without a GPU, and a process forked later could not train.

@@ -69,10 +69,10 @@ def prepare_encoder(model: FastVLMForConditionalGeneration, recipe: Recipe) -> N
     own = encoder.config.freeze_batch_norm
     choices = (section.freeze_batch_norm, own, encoder.config.reparameterized)
     frozen = next(choice for choice in choices if choice is not None)
-    learns = "vision_tower" in (*recipe.train.parts, *(recipe.lora.parts if recipe.lora else ()))
+    trains = "vision_tower" in (*recipe.train.parts, *(recipe.lora.parts if recipe.lora else ()))
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.frozen = frozen or not learns  # type: ignore[assignment]
+            module.frozen = frozen or not trains  # type: ignore[assignment]
     if section.drop_path_rate is not None:
         blocks = [module for module in encoder.modules() if hasattr(module, "drop_path")]
         for index, block in enumerate(blocks):

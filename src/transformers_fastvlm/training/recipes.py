@@ -77,11 +77,11 @@ class DataSection:
         questions: questions for captions in an "sft" conversation: "generic" for the package's list, or a text file
             with one question per line. Each row's question is drawn by its id and caption, and the image comes before
             or after it with equal probability.
-        max_length: most tokens of a row, image tokens included; None for no limit.
+        max_length: maximum tokens of a row, image tokens included; None for no limit.
         on_bad_image: "error", or "skip", which leaves the row out and counts it.
         do_exif_transpose: apply the EXIF orientation of images; false keeps the pixels as stored.
         alpha_background: background colour for transparent images, or "none" to drop their transparency.
-        max_pixels: most pixels of an image; None for Pillow's limit.
+        max_pixels: maximum pixels of an image; None for Pillow's limit.
         streaming: read the source while training; needs `arguments.max_steps`.
         group: make batches of rows of similar length and kind, to reduce padding.
     """

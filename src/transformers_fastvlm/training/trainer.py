@@ -197,7 +197,7 @@ def rotate_checkpoints(folder: Path, step: int, limit: int | None, best: str | N
     Args:
         folder: directory of the run.
         step: step of the checkpoint just written.
-        limit: most checkpoints up to `step` to keep; None or 0 for all.
+        limit: maximum number of checkpoints up to `step` to keep; None or 0 for all.
         best: path of the best checkpoint.
     """
     if not limit:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // node run.mjs DIRECTORY DTYPE CASES: answer each case twice in transformers.js, from prepared tensors and from the
-// picture and the words; print one JSON object a case.
+// image and the words; print one JSON object a case.
 
 import fs from "node:fs";
 import path from "node:path";
@@ -19,7 +19,7 @@ async function generate(inputs) {
   return [Array.from(tokens.data, Number), processor.batch_decode(tokens, { skip_special_tokens: true })[0].trim()];
 }
 
-for (const { picture, question, pixels, shape, input_ids } of JSON.parse(fs.readFileSync(file, "utf8"))) {
+for (const { image, question, pixels, shape, input_ids } of JSON.parse(fs.readFileSync(file, "utf8"))) {
   const bytes = fs.readFileSync(pixels);
   const values = new Float32Array(bytes.buffer, bytes.byteOffset, bytes.byteLength / 4);
   const size = [1, input_ids.length];
@@ -31,7 +31,7 @@ for (const { picture, question, pixels, shape, input_ids } of JSON.parse(fs.read
   const prompt = processor.apply_chat_template([{ role: "user", content: `<image>\n${question}` }], {
     add_generation_prompt: true,
   });
-  const inputs = await processor(await RawImage.read(picture), prompt);
+  const inputs = await processor(await RawImage.read(image), prompt);
   const sameIds = inputs.input_ids.dims.at(-1) === input_ids.length && input_ids.every((id, i) => BigInt(id) === inputs.input_ids.data[i]);
   const distance = inputs.pixel_values.data.reduce((sum, value, i) => sum + Math.abs(value - values[i]), 0) / values.length;
   const [, own] = await generate(inputs);

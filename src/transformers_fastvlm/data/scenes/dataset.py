@@ -25,7 +25,7 @@ class SceneDataset:
             question of the scene's kind.
         kinds: kinds of questions, some of `KINDS`.
         aspect: "any", "square" or "oblong" images.
-        max_turns: most questions of a conversation.
+        max_turns: maximum number of questions of a conversation.
         start: index of the first row's scene.
 
     Raises:

@@ -12,7 +12,7 @@ from transformers_fastvlm.data.scenes import Scene, make_scene
 IMAGES = Path(__file__).parent / "images"
 SERIES = 2026
 # File: the kinds of questions that its scene is for, and the scene's number.
-PICTURES = {
+SCENES = {
     "objects.png": (("attribute", "relation"), 2),
     "count.png": (("count",), 9),
     "sign.png": (("number", "word"), 14),
@@ -22,7 +22,7 @@ PICTURES = {
 
 def scene_of(name: str) -> Scene:
     """Return the scene that a file shows."""
-    kinds, index = PICTURES[name]
+    kinds, index = SCENES[name]
     return make_scene(SERIES, index, kinds)
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path, nargs="?", default=IMAGES)
     directory = parser.parse_args().directory
     directory.mkdir(parents=True, exist_ok=True)
-    for name in PICTURES:
+    for name in SCENES:
         scene = scene_of(name)
         scene.image.save(directory / name, optimize=True)
         print(f"{directory / name}: {scene.caption}")
