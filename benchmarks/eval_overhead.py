@@ -4,14 +4,13 @@
     python benchmarks/eval_overhead.py [--scenes 500] [--batch-size 16] [--dtype float32] [--out RESULTS.json]
 
 Evaluates as `fastvlm eval tiny --data scenes.jsonl` does, without the measurement of the first token, and takes the
-time of each part: `engine` is all calls of the engine, preprocessing included, `model` the calls of the model's
-`generate` in them, `pictures` the opening of the files, which every method needs. `harness` is everything else from
-reading the questions to the written results: lmms-eval, the journal, scoring, writing. Loading and freeing the model
-and importing lmms-eval are excluded.
+CPU seconds of each part: `model` is the steps of the engine's thread, `engine` adds the preparation of prompts,
+`pictures` is the opening of the files, which every method needs. `harness` is everything else from reading the
+questions to the written results: lmms-eval, the journal, scoring, writing. Loading and freeing the model and importing
+lmms-eval are excluded.
 
-CPU seconds cover all threads; other programs disturb them least. A separate thread opens images beside the model, so
-in wall time `harness_and_pictures` is the rest after loading and the engine: the harness, and waiting for images.
-PyTorch has one thread. Needs the extra `eval`.
+CPU seconds cover all threads; other programs disturb them least. The parts run at the same time, so there are no wall
+seconds of each. PyTorch has one thread. Needs the extra `eval`.
 """
 
 import argparse
@@ -32,22 +31,21 @@ from transformers_fastvlm.evaluation.tasks import import_harness
 
 
 class Clock:
-    """Adds up the time between `start` and `stop`, as wall time and CPU time.
+    """Adds up the CPU time between `start` and `stop`.
 
     Args:
         cpu: returns CPU seconds, of the process or of the thread.
     """
 
     def __init__(self, cpu: Callable[[], float] = time.thread_time) -> None:
-        self.wall = self.cpu = 0.0
+        self.seconds = 0.0
         self._now = cpu
 
     def start(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), self._now()
+        self._start = self._now()
 
     def stop(self) -> None:
-        self.wall += time.perf_counter() - self._wall
-        self.cpu += self._now() - self._cpu
+        self.seconds += self._now() - self._start
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +72,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Evaluate once and return the seconds of each part."""
     from transformers_fastvlm import engines
 
-    clocks = {name: Clock() for name in ("engine", "model", "pictures")}
+    clocks = {name: Clock() for name in ("prompts", "images", "steps", "pictures")}
     clocks |= {name: Clock(time.process_time) for name in ("import", "load", "whole")}
     clocks["import"].around(import_harness)()
     load = engines.load_engine
@@ -82,8 +80,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def timed_load(*args: Any, **kwargs: Any) -> Any:
         engine: Any = clocks["load"].around(load)(*args, **kwargs)
         engine.close = clocks["load"].around(engine.close)
-        engine.generate = clocks["engine"].around(engine.generate)
-        engine.model.generate = clocks["model"].around(engine.model.generate)
+        engine.stream = clocks["prompts"].around(engine.stream)
+        engine._encode, engine._step = clocks["images"].around(engine._encode), clocks["steps"].around(engine._step)
         return engine
 
     data = write_scenes(folder, options.scenes)
@@ -100,18 +98,21 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     clocks["whole"].start()
     run = evaluate(str(tiny_checkpoint()), folder / "out", chosen)
     clocks["whole"].stop()
-    results: dict[str, Any] = {"accuracy_percent": run.tasks["scenes"].score}
-    for kind, attribute in (("wall", "wall"), ("processor", "cpu")):
-        seconds = {name: getattr(clock, attribute) for name, clock in clocks.items()}
-        both = seconds.pop("whole") - seconds["load"] - seconds["engine"]
-        overhead = {"harness_and_pictures_of_engine": both / seconds["engine"]}
-        overhead["harness_and_pictures_of_model"] = both / seconds["model"]
-        if kind == "processor":
-            seconds["harness"] = both - seconds["pictures"]
-            overhead["harness_of_engine"] = seconds["harness"] / seconds["engine"]
-        results[f"{kind}_seconds"] = {name: round(value, 3) for name, value in seconds.items()}
-        results[f"{kind}_overhead_percent"] = {name: round(100 * share, 2) for name, share in overhead.items()}
-    return results
+    seconds = {name: clock.seconds for name, clock in clocks.items()}
+    seconds["model"] = seconds.pop("images") + seconds.pop("steps")
+    seconds["engine"] = seconds["model"] + seconds.pop("prompts")
+    both = seconds.pop("whole") - seconds["load"] - seconds["engine"]
+    seconds["harness"] = both - seconds["pictures"]
+    overhead = {
+        "harness_and_pictures_of_engine": both / seconds["engine"],
+        "harness_and_pictures_of_model": both / seconds["model"],
+        "harness_of_engine": seconds["harness"] / seconds["engine"],
+    }
+    return {
+        "accuracy_percent": run.tasks["scenes"].score,
+        "processor_seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "processor_overhead_percent": {name: round(100 * share, 2) for name, share in overhead.items()},
+    }
 
 
 def main() -> None:

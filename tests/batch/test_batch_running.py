@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of `fastvlm batch` with a tiny model: its answers, errors that stop nothing, going on, kills at any moment."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -30,17 +31,13 @@ def loaded(model) -> TransformersEngine:
 
 
 class Watched:
-    """The engine, which counts what it is asked, and may be interrupted at a question."""
+    """The engine, which counts what it is asked."""
 
     def __init__(self, engine: TransformersEngine) -> None:
-        self.engine = engine
-        self.asked = 0
-        self.interrupt_at: int | None = None
-        self.closed = 0
+        self.engine, self.batch_size = engine, engine.batch_size
+        self.asked = self.closed = 0
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Request:
-        if self.asked == self.interrupt_at:
-            raise KeyboardInterrupt
         self.asked += 1
         return self.engine.stream(conversation, sampling)
 
@@ -67,6 +64,12 @@ def run(engine, model, tmp_path):
         return run_batch(names, tmp_path / output, lambda: engine, chosen, about=about or {"model": model}, **more)
 
     return call
+
+
+def stop(done: int, total: int | None) -> None:
+    """Interrupt a run, as its progress, after the first batch."""
+    if done:
+        raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -120,6 +123,33 @@ def test_tables_come_out_in_their_order(run, engine, photos, tmp_path) -> None:
     assert all(row["answer"] is not None for row in found) and engine.asked == 10
 
 
+def test_a_long_answer_holds_up_no_other_row(run, engine, photos, tmp_path) -> None:
+    eight = ["Which one is the longest question?", *["Which?"] * 7]
+    (photos / "rows.jsonl").write_text("".join(f'{{"image": "{n:02}.png", "q": "{q}"}}\n' for n, q in enumerate(eight)))
+    plain, asked = engine.stream, []
+
+    def stream(conversation: Conversation, sampling: Sampling) -> Request:
+        asked.append(plain(conversation, sampling if asked else dataclasses.replace(sampling, max_new_tokens=1000)))
+        return asked[-1]
+
+    def progress(done: int, total: int | None) -> None:
+        if done == 6:
+            assert not asked[0].done, "the first row is in neither of the first two batches of three"
+            raise KeyboardInterrupt
+
+    run(photos / "rows.jsonl", prompt="{q}", output="whole.jsonl")
+    config = engine.engine.model.generation_config
+    ends, engine.stream = config.eos_token_id, stream
+    config.eos_token_id = None  # so that only the length ends an answer
+    try:
+        with pytest.raises(Interrupted, match="stopped after 6 rows"):
+            run(photos / "rows.jsonl", prompt="{q}", progress=progress)
+    finally:
+        config.eos_token_id, engine.stream, engine.asked = ends, plain, 0
+    assert (run(photos / "rows.jsonl", prompt="{q}").resumed_rows, engine.asked) == (6, 2)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_errors_stop_nothing(run, engine, photos, tmp_path) -> None:
     (photos / "01.png").write_text("no picture")
     (photos / "03.png").write_bytes((photos / "03.png").read_bytes()[:50])
@@ -160,11 +190,10 @@ def test_all_unreadable(run, engine, photos, tmp_path) -> None:
 
 def test_goes_on_after_an_interruption(run, engine, photos, tmp_path) -> None:
     run(output="whole.jsonl")
-    engine.asked, engine.interrupt_at = 0, 6  # of the third batch, while the second runs
     with pytest.raises(Interrupted, match="stopped after 3 rows") as error:
-        run()
+        run(progress=stop)
     assert error.value.rows == 3 and not (tmp_path / "out.jsonl").exists()
-    engine.asked, engine.interrupt_at = 0, None
+    engine.asked = 0
     assert run().resumed_rows == 3
     assert engine.asked == 5
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -172,10 +201,8 @@ def test_goes_on_after_an_interruption(run, engine, photos, tmp_path) -> None:
 
 def test_another_run_is_refused_and_named(run, engine, photos, tmp_path, copy_of_model) -> None:
     def stopped(**options: Any) -> None:
-        engine.asked, engine.interrupt_at = 0, 6  # of the third batch, while the second runs
         with pytest.raises(Interrupted):
-            run(**options)
-        engine.interrupt_at = None
+            run(progress=stop, **options)
 
     about = {"model": str(copy_of_model), "dtype": "float32"}
     stopped(about=about)
@@ -319,10 +346,8 @@ def test_killed_after_publishing_ends_as_if_not(run, engine, photos, tmp_path, m
 
 def test_what_restart_may_replace_is_kept_over_a_stop(run, engine, photos, tmp_path) -> None:
     (tmp_path / "out.jsonl").write_text("old")
-    engine.interrupt_at = 6
     with pytest.raises(Interrupted):
-        run(restart=True)
-    engine.interrupt_at = None
+        run(progress=stop, restart=True)
     assert (tmp_path / "out.jsonl").read_text() == "old"
     assert run().resumed_rows == 3 and len(rows_of(tmp_path / "out.jsonl")) == 8
 
@@ -340,11 +365,9 @@ def test_a_link_is_written_through(run, engine, photos, tmp_path) -> None:
     (tmp_path / "disk").mkdir()
     link = tmp_path / "out.jsonl"
     link.symlink_to(tmp_path / "disk" / "real.jsonl")
-    engine.interrupt_at = 6
     with pytest.raises(Interrupted) as stopped:
-        run()
+        run(progress=stop)
     assert stopped.value.journal == tmp_path / "disk" / "real.jsonl.journal"
-    engine.interrupt_at = None
     assert run(output="disk/real.jsonl").resumed_rows == 3  # one run, by either name
     (tmp_path / "disk" / "real.jsonl").unlink()
     run()

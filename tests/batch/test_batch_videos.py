@@ -115,10 +115,12 @@ def test_a_folder_with_films_and_images(tmp_path: Path) -> None:
 class Reader:
     """Answers with the number of the frame that it is shown, which the pixels say."""
 
+    batch_size = None
+
     def stream(self, conversation: Any, sampling: Any) -> Any:
         (image,) = (part["image"] for part in conversation[-1]["content"] if part["type"] == "image")
         answer = Answer(text=f"frame {number_of(image)}", finish_reason="stop", prompt_tokens=1, completion_tokens=1)
-        return SimpleNamespace(result=lambda: answer)
+        return SimpleNamespace(result=lambda: answer, when_done=lambda call: call())
 
     def check(self, sampling: Any) -> None:
         pass

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from transformers_fastvlm.data.scenes import SceneDataset
@@ -21,21 +22,19 @@ class ScriptedEngine:
     """Answers with what `say` returns for the words of a conversation, and remembers what it was asked."""
 
     dtype = "float32"
+    batch_size = None
 
     def __init__(self, say: Callable[[str], str]) -> None:
         self.say = say
         self.asked: list[tuple[str, list[Any], int]] = []
 
-    def generate(self, conversations: Sequence[Any], sampling: Sampling) -> list[Answer]:
-        answers = []
-        for (message,) in conversations:
-            text = "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
-            images = [part["image"] for part in message["content"] if part["type"] == "image"]
-            self.asked.append((text, images, sampling.max_new_tokens))
-            answers.append(
-                Answer(text=self.say(text), finish_reason="stop", prompt_tokens=len(text), completion_tokens=1)
-            )
-        return answers
+    def stream(self, conversation: Any, sampling: Sampling) -> Any:
+        (message,) = conversation
+        text = "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
+        images = [part["image"] for part in message["content"] if part["type"] == "image"]
+        self.asked.append((text, images, sampling.max_new_tokens))
+        answer = Answer(text=self.say(text), finish_reason="stop", prompt_tokens=len(text), completion_tokens=1)
+        return SimpleNamespace(result=lambda: answer, when_done=lambda call: call())
 
     def close(self) -> None:
         pass
@@ -71,9 +70,9 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
-def kill_after(process: subprocess.Popen, journal: Path, batches: int) -> None:
-    """Kill a command as soon as its journal has so many batches after its first line, or let it end before that."""
-    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") <= batches):
+def kill_after(process: subprocess.Popen, journal: Path, lines: int) -> None:
+    """Kill a command as soon as its journal has so many lines after its first one, or let it end before that."""
+    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") <= lines):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()

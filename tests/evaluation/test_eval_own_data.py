@@ -2,6 +2,7 @@
 """A user's own questions: read, and refused with the row's name, before any model is loaded."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,5 +127,7 @@ def test_parquet_and_saved_data_sets(folder: Path) -> None:
 
 def test_without_lmms_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", None)  # where lmms-eval is installed
     with pytest.raises(ImportError, match=r'needs lmms-eval: pip install "transformers-fastvlm\[eval\]"'):
         import_harness()

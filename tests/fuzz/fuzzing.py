@@ -96,6 +96,8 @@ class Watch:
 class Echo:
     """An engine without a model: what is tried here are the ways to it."""
 
+    batch_size = None
+
     def check(self, sampling: Any) -> None:
         """Every option is fine."""
 
@@ -104,7 +106,7 @@ class Echo:
         from transformers_fastvlm.engines import Answer
 
         answer = Answer(text="x", finish_reason="stop", prompt_tokens=1, completion_tokens=1)
-        return SimpleNamespace(result=lambda: answer)
+        return SimpleNamespace(result=lambda: answer, when_done=lambda call: call())
 
     def close(self) -> None:
         """Nothing to give back."""

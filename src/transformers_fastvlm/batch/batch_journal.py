@@ -66,13 +66,14 @@ class BatchJournal(JournalFile):
         self.batches += 1
         self.rows += len(rows)
 
-    def states(self) -> Iterator[list[Any]]:
-        """Yield the file states of each batch."""
+    def states(self) -> Iterator[tuple[int, Any]]:
+        """Yield the `index` of each row and the state of its image's file."""
         for batch in self.lines():
-            yield batch["files"]
+            for row, state in zip(batch["rows"], batch["files"], strict=True):
+                yield row["index"], state
 
     def in_order(self) -> Iterator[dict[str, Any]]:
-        """Yield all rows in the order of `index`, which is removed; only a few batches are in memory at a time."""
+        """Yield all rows in the order of `index`, which is removed; in memory are only those that wait for another."""
         waiting: dict[int, dict[str, Any]] = {}
         following = 0
         for batch in self.lines():

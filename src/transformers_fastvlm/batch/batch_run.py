@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run over many images, each used once: sources → planning → opening → answering → journal → outputs."""
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ from typing import Any
 from ..engines.base import Answer, Sampling
 from ..engines.engine import Engine
 from ..engines.request import Request as EngineRequest
+from ..engines.requests_in_flight import as_ended
 from ..images.decoding import FIRST_OF_SEVERAL
 from .answer_fields import field_types, with_fields
 from .batch_journal import BatchJournal
 from .batch_rows import Report, row_of
 from .opening import Opened, opened_ahead
 from .outputs import outputs_for, require_format
-from .planning import plan, skip_done
+from .planning import plan, unfinished
 from .requests import SourceOptions
 from .resuming import Interrupted, identity_of, resumable
 from .sources import Inputs, find_sources
@@ -55,9 +58,9 @@ def run_batch(
 ) -> Report:
     """Ask a question about each image and write the answers to one file.
 
-    The journal, named like the output plus `.journal`, stores every finished batch on disk, while the next one is
-    answered. If it exists, its run is resumed. It is removed when the output is complete. For an output that is a link,
-    the journal is beside the link's target.
+    The journal, named like the output plus `.journal`, stores the finished rows on disk, one batch at a time, while
+    others are answered. If it exists, its run is resumed. It is removed when the output is complete. For an output that
+    is a link, the journal is beside the link's target.
 
     Args:
         inputs: images, videos, tables, folders, which are searched with their subfolders, and patterns such as
@@ -114,62 +117,53 @@ def _answer_all(
     journal: BatchJournal,
     progress: Callable[[int, int | None], None],
 ) -> None:
-    total = found.rows()
+    total, size = found.rows(), options.batch_size
     progress(journal.rows, total)
-    batches = plan(found, options.batch_size)
-    skip_done(batches, journal)
-    engine: Engine | None = None
-    running: deque[tuple[Sequence[Opened], list[EngineRequest | str]]] = deque()
+    batches = unfinished(plan(found, max(1, size // 2)), journal)
+    if (first := next(batches, None)) is None:
+        return
+    engine = load()
 
-    def finish() -> None:
-        batch, asked = running.popleft()
-        journal.append(_rows(batch, asked, options.sampling), [one.state for one in batch])
+    def write(finished: Sequence[tuple[Opened, Answer | ValueError]]) -> None:
+        rows = [_row(one, result, options.sampling) for one, result in finished]
+        journal.append(rows, [one.state for one, _ in finished])
         progress(journal.rows, total)
 
     try:
-        for batch in opened_ahead(batches, options.system):
-            if engine is None:
-                engine = load()
-                engine.check(options.sampling)
-            running.append((batch, [_ask(one, engine, options.sampling) for one in batch]))
-            if len(running) > 1:  # the next batch takes the rows of answers that end early
-                finish()
-        while running:
-            finish()
-    except BaseException:
-        for request in (one for _, asked in running for one in asked if not isinstance(one, str)):
-            request.cancel()
-        raise
+        engine.check(options.sampling)
+        finished: list[tuple[Opened, Answer | ValueError]] = []
+        asked = _asked(opened_ahead(itertools.chain([first], batches), options.system), engine, options.sampling)
+        with contextlib.closing(as_ended(asked, size, engine.batch_size)) as ended:
+            for group in ended:
+                finished += group
+                while len(finished) >= size:  # each write waits for the disk
+                    write(finished[:size])
+                    del finished[:size]
+        if finished:
+            write(finished)
     finally:
-        if engine is not None:
-            engine.close()
+        engine.close()
 
 
-def _ask(one: Opened, engine: Engine, sampling: Sampling) -> EngineRequest | str:
-    """Ask an engine; the row's number is added to the seed. Returns the error if the conversation is refused."""
+def _asked(
+    opened: Iterable[Sequence[Opened]], engine: Engine, sampling: Sampling
+) -> Iterator[tuple[Opened, Callable[[], EngineRequest]]]:
+    """Yield each row, without its images, and the function that asks the engine."""
+    for one in itertools.chain.from_iterable(opened):
+        yield dataclasses.replace(one, conversation=None), functools.partial(_ask, one, engine, sampling)
+
+
+def _ask(one: Opened, engine: Engine, sampling: Sampling) -> EngineRequest:
+    """Ask an engine; the row's number is added to the seed."""
     if one.conversation is None:
-        return one.error or ""
-    try:
-        return engine.stream(one.conversation, sampling.of_row(one.index))
-    except ValueError as error:
-        return str(error)
+        raise ValueError(one.error or "")
+    return engine.stream(one.conversation, sampling.of_row(one.index))
 
 
-def _rows(batch: Sequence[Opened], asked: Sequence[EngineRequest | str], sampling: Sampling) -> list[dict[str, Any]]:
-    """Return the row of each request of a batch, with its number as `index`."""
-    rows = []
-    for one, request in zip(batch, asked, strict=True):
-        result = request if isinstance(request, str) else _result(request)
-        answered, error = (result, None) if isinstance(result, Answer) else (None, result)
-        row = {"index": one.index, **row_of(one.request, answered, error)}
-        if sampling.schema is not None:
-            row = with_fields(row, sampling.schema)
-        rows.append({**row, FIRST_OF_SEVERAL: True} if answered and one.is_first else row)
-    return rows
-
-
-def _result(request: EngineRequest) -> Answer | str:
-    try:
-        return request.result()
-    except ValueError as error:
-        return str(error)
+def _row(one: Opened, result: Answer | ValueError, sampling: Sampling) -> dict[str, Any]:
+    """Return the row of a request, with its number as `index`."""
+    answered, error = (result, None) if isinstance(result, Answer) else (None, str(result))
+    row = {"index": one.index, **row_of(one.request, answered, error)}
+    if sampling.schema is not None:
+        row = with_fields(row, sampling.schema)
+    return {**row, FIRST_OF_SEVERAL: True} if answered and one.is_first else row

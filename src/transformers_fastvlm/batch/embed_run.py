@@ -14,7 +14,7 @@ from ..images.decoding import FIRST_OF_SEVERAL
 from .batch_journal import BatchJournal
 from .batch_rows import Report
 from .opening import Opened, opened_ahead
-from .planning import plan, skip_done
+from .planning import plan, unfinished
 from .requests import SourceOptions
 from .resuming import Interrupted, identity_of, resumable
 from .sources import Inputs, find_sources
@@ -98,8 +98,7 @@ def _embed_all(
 ) -> None:
     total = found.rows()
     progress(journal.rows, total)
-    batches = plan(found, options.batch_size)
-    skip_done(batches, journal)
+    batches = unfinished(plan(found, options.batch_size), journal)
     embedder: Embedder | None = None
     for batch in opened_ahead(batches, options.system):
         if embedder is None:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open images and make conversations, while the previous batch is answered."""
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ..engines.base import Conversation
 from ..engines.prompts import place_images
 from ..images.decoding import FIRST_OF_SEVERAL, is_machine_fault
+from ..images.opening_ahead import opened_one_ahead
 from ..images.videos import reason_of
 from .planning import Batch
 from .requests import Request
@@ -37,22 +37,14 @@ class Opened:
     is_first: bool = False
 
 
-def opened_ahead(batches: Iterable[Batch], system: str | None) -> Iterator[list[Opened]]:
+def opened_ahead(batches: Iterable[Batch], system: str | None) -> Generator[list[Opened]]:
     """Yield opened batches; the next one is opened in the background.
 
     Args:
         batches: planned batches.
         system: system message; None for the chat template's.
     """
-    with ThreadPoolExecutor(1) as pool:
-        waiting: Future[list[Opened]] | None = None
-        for batch in batches:
-            following = pool.submit(lambda batch: [_open(*numbered, system) for numbered in batch], batch)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
+    return opened_one_ahead(lambda batch: [_open(*numbered, system) for numbered in batch], batches)
 
 
 def _open(index: int, request: Request, system: str | None) -> Opened:

@@ -2,7 +2,7 @@
 """Plan batches in a fixed order, so that a resumed run knows which are finished."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 
 from ..data.sample_errors import shortened
 from ..storage.journal_file import JournalError
@@ -10,7 +10,7 @@ from .batch_journal import BatchJournal
 from .batch_rows import counted
 from .requests import Request
 
-__all__ = ["Batch", "plan", "skip_done"]
+__all__ = ["Batch", "plan", "unfinished"]
 
 _WINDOW = 512
 
@@ -31,16 +31,24 @@ def plan(requests: Iterable[Request], batch_size: int) -> Iterator[Batch]:
             yield window[start : start + batch_size]
 
 
-def skip_done(batches: Iterator[Batch], journal: BatchJournal) -> None:
-    """Skip the finished batches of a plan.
+def unfinished(batches: Iterator[Batch], journal: BatchJournal) -> Iterator[Batch]:
+    """Return the batches of a plan without their finished rows; all earlier rows that are left become one batch.
 
     Raises:
-        JournalError: one of their images has changed.
+        JournalError: one of the finished rows' images has changed, or the plan lacks one of these rows.
     """
-    for batch, states in zip(islice(batches, journal.batches), journal.states(), strict=False):
-        for (_, request), before in zip(batch, states, strict=False):
-            if request.file_state() != before:
+    left: dict[int, Request] = {}
+    for index, before in journal.states():
+        while index not in left:
+            if (batch := next(batches, None)) is None:
                 raise JournalError(
-                    f"{shortened(request.file)} has changed since it was answered, so old and new answers would mix. "
-                    f"Restore the file, or start again with --restart, which discards {counted(journal.rows, 'row')}."
+                    f"{journal.path} has row {index}, but the inputs do not; start again with --restart."
                 )
+            left.update(batch)
+        request = left.pop(index)
+        if request.file_state() != before:
+            raise JournalError(
+                f"{shortened(request.file)} has changed since it was answered, so old and new answers would mix. "
+                f"Restore the file, or start again with --restart, which discards {counted(journal.rows, 'row')}."
+            )
+    return chain([list(left.items())], batches) if left else batches

@@ -54,7 +54,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer to --data.")] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many samples of each task.")] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Questions answered together. A killed run loses at most one batch.")
+        int, typer.Option(min=1, help="Questions answered together. A killed run loses at most so many answers.")
     ] = 16,
     engine: options.Engine = options.EngineName.transformers,
     precision: options.Precision = None,
@@ -79,7 +79,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint on the model card's benchmarks or on your own questions.
 
-    Answers are saved after each batch. To resume a run that was killed or stopped, repeat the command. Answers of
+    Each answer is saved when it ends. To resume a run that was killed or stopped, repeat the command. Answers of
     another checkpoint or with other settings are not reused. The benchmarks are downloaded from the hub.
 
     Examples:

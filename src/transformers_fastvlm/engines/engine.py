@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base class of engines: a queue of requests, and the only thread in which the model runs."""
 
+import contextlib
 import copy
+import functools
+import itertools
 import logging
 import threading
 import time
@@ -14,7 +17,8 @@ import torch
 from .base import GREEDY, Answer, Conversation, PromptTooLong, Sampling
 from .grammars import Grammars
 from .prompts import LiteralTexts, Prompt, read_prompt
-from .request import PATIENCE, Request
+from .request import Request
+from .requests_in_flight import as_ended
 from .row_sampling import RowChooser
 
 __all__ = ["Engine", "ended_engine"]
@@ -110,20 +114,15 @@ class Engine:
             self._read(conversation, where=f"Conversation {index}: " if several else "")
             for index, conversation in enumerate(conversations)
         ]
-        waiting = threading.Semaphore(2 * self.batch_size if self.batch_size else len(prompts))
-        requests: dict[int, Request] = {}
-        try:
-            for index in sorted(range(len(prompts)), key=lambda index: -prompts[index].tokens):
-                while not waiting.acquire(timeout=PATIENCE):  # so that only few prompts keep pixel values in memory
-                    pass
-                requests[index] = self._request(self._encoded(prompts[index]), samplings[index])
-                requests[index].when_done = waiting.release
-                self._enqueue(requests[index])
-            return [requests[index].result() for index in range(len(prompts))]
-        except BaseException:
-            for request in requests.values():
-                request.cancel()
-            raise
+        longest_first = sorted(range(len(prompts)), key=lambda index: -prompts[index].tokens)
+        asked = ((at, functools.partial(self._start, prompts[at], samplings[at])) for at in longest_first)
+        answers: dict[int, Answer] = {}
+        with contextlib.closing(as_ended(asked, self.batch_size)) as each:  # only few prompts keep pixel values
+            for index, answer in itertools.chain.from_iterable(each):
+                if isinstance(answer, ValueError):
+                    raise answer
+                answers[index] = answer
+        return [answers[index] for index in range(len(prompts))]
 
     def stream(self, conversation: Conversation, sampling: Sampling = GREEDY) -> Request:
         """Start to answer a conversation: `prepare` and `submit` in one call.
@@ -276,6 +275,12 @@ class Engine:
             changed=changed,
             on_cancel=self._leave,
         )
+
+    def _start(self, prompt: Prompt, sampling: Sampling) -> Request:
+        """Make the model's inputs of a checked prompt and queue it."""
+        request = self._request(self._encoded(prompt), sampling)
+        self._enqueue(request)
+        return request
 
     def _enqueue(self, *requests: Request) -> None:
         """Append requests to the queue together; they fail at once if the thread has ended."""

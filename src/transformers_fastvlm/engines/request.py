@@ -75,7 +75,7 @@ class Request:
         self.cancelled = self.done = False
         self.error: BaseException | None = None
         self.answer: Answer | None = None
-        self.when_done: Callable[[], None] | None = None
+        self._when_done: Callable[[], None] | None = None
         self._said = ""
         self.begin()
 
@@ -114,6 +114,14 @@ class Request:
         """End the answer: immediately if it is still queued, else at the next token. The text so far is kept."""
         self.cancelled = True
         self._on_cancel(self)
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        """Have a function called at the end of the answer, on the engine's thread; at once if it has ended."""
+        with self._news:
+            if not self.done:
+                self._when_done = call
+                return
+        call()
 
     # For engines
 
@@ -171,8 +179,8 @@ class Request:
             self.answer = self._whole(self._reason or ("cancelled" if self.cancelled else reason))
         self.error, self.done = error, True
         self._tell()
-        if self.when_done is not None:
-            self.when_done()
+        if self._when_done is not None:
+            self._when_done()
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         with self._news:

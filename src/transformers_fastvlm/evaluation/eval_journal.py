@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal of an evaluation. Answers are written to disk after every batch, so a killed evaluation can be resumed.
+"""The journal of an evaluation. Each answer is written to disk when it ends, so a killed evaluation can be resumed.
 
 An answer is stored under a key of everything that it depends on: the checkpoint's files, the settings, the task, the
 row and the question.
@@ -25,7 +25,7 @@ class Journalled:
     Attributes:
         text: the model's answer.
         prompt_tokens, completion_tokens: token counts from the engine.
-        seconds: the answer's share of its batch's time in the engine.
+        seconds: the answer's share of the time since the previous answers; the sum is the time of all answers.
     """
 
     text: str
@@ -61,7 +61,7 @@ class AnswerJournal(JournalFile):
         return self._answers.get(key)
 
     def append(self, batch: Iterable[tuple[str, Journalled]]) -> None:
-        """Write a batch of keys and answers to disk; it is durable when this returns."""
+        """Write keys and answers to disk; they are durable when this returns."""
         answers = dict(batch)
         self.append_line({key: astuple(answer) for key, answer in answers.items()})
         self._answers |= answers

@@ -52,7 +52,7 @@ class EvaluationOptions:
         alpha_background, max_pixels: how the images of `data` are read, see `images.read_options.ReadOptions`.
         engine: one of `transformers_fastvlm.engines.ENGINES`.
         engine_options: of the engine, such as `dtype`, `device` and `size`.
-        batch_size: questions in a batch; a killed run loses at most one batch.
+        batch_size: questions that are answered at the same time; a killed run loses at most so many answers.
         images: keep small copies of the images of up to 200 samples for each task, the lowest scores first; None
             keeps them for `data` only.
         time_first_token: also measure the time to the first token.
@@ -86,9 +86,9 @@ def evaluate(
 ) -> EvaluationRun:
     """Evaluate a model and write the files that `results` describes.
 
-    Every finished batch is written to disk. A killed evaluation resumes if it is started again with the same checkpoint
-    and settings; answers from another checkpoint or other settings are not reused. Finished tasks are not generated
-    again.
+    Every answer is written to disk when it ends. A killed evaluation resumes if it is started again with the same
+    checkpoint and settings; answers from another checkpoint or other settings are not reused. Finished tasks are not
+    generated again.
 
     Args:
         model: directory or hub repository of a FastVLM checkpoint.
@@ -100,8 +100,8 @@ def evaluate(
         loaded: called when the model is loaded.
 
     Returns:
-        The run as written. In `seconds`, "generate" is the engine's time for all answers. "total" adds the reading,
-        scoring and writing of lmms-eval; it excludes loading the model and timing first tokens.
+        The run as written. In `seconds`, "generate" is the time from the first question to the last answer. "total"
+        adds the reading, scoring and writing of lmms-eval; it excludes loading the model and timing first tokens.
 
     Raises:
         ValueError: a task is unknown, data have no answers or unreadable images, an option is out of range, or the run

@@ -7,17 +7,18 @@ lmms-eval is imported on the first use of `FastVLM`.
 import contextlib
 import functools
 import os
-import re
 import statistics
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.checkpoint_identity import checkpoint_identity
 from ..engines.base import Conversation, Sampling
 from ..engines.engine import Engine
 from ..engines.prompts import LITERAL, place_images
+from ..engines.request import Request
+from ..engines.requests_in_flight import as_ended
+from ..images.opening_ahead import opened_one_ahead
 from ..tokens import IMAGE_TOKEN
 from .eval_journal import AnswerJournal, Journalled, answer_key
 
@@ -36,15 +37,15 @@ _UNREADABLE = (OSError, ValueError, SyntaxError)  # what Pillow raises
 class _Answering:
     """The implementation of `FastVLM`; `__getattr__` below adds lmms-eval's base class.
 
-    Decoding is greedy, in batches of questions of similar length. Answers are cut at a task's stop strings (`until`)
-    after generation. If a question has one `<image>` for each of its images, the images go there. Any other number of
-    `<image>` is literal text, which reaches the model as `< image >`.
+    Decoding is greedy; when an answer ends, the next question takes its place. Answers are cut at a task's stop strings
+    (`until`) after generation. If a question has one `<image>` for each of its images, the images go there. Any other
+    number of `<image>` is literal text, which reaches the model as `< image >`.
 
     Args:
         pretrained: directory or hub repository of a FastVLM checkpoint.
         engine: name of an engine, or a loaded engine.
-        batch_size: questions in a batch; each batch is answered and written to the journal together.
-        journal: path of a file that stores each finished batch; an evaluation with the same file resumes. None stores
+        batch_size: questions that are answered at the same time.
+        journal: path of a file that stores each finished answer; an evaluation with the same file resumes. None stores
             nothing.
         identity: JSON values that stored answers depend on besides the checkpoint, the task and the question. The
             default is the engine's name and its options.
@@ -55,7 +56,7 @@ class _Answering:
 
     Attributes:
         engine: the loaded engine.
-        generate_seconds: the engine's time for all answers, including those from the journal.
+        generate_seconds: the time from the first question to the last answer, with that of answers from the journal.
         reused_seconds: the part of `generate_seconds` that belongs to answers from the journal.
         reused: number of answers from the journal.
         first_token_seconds: the median time to the first token at batch size 1, over at most 7 prompts; or None.
@@ -134,15 +135,7 @@ class _Answering:
         self.reused += len(answers)
         self.reused_seconds += sum(answer.seconds for answer in answers.values())
         self._progress(len(answers), len(requests))
-        batches = _batches(requests, options, answers, self.batch_size)
-        asked = [[requests[at] for at in batch] for batch in batches]
-        with contextlib.closing(self._opened(asked)) as opened:
-            for batch, of_batch, conversations in zip(batches, asked, opened, strict=True):
-                new = self._answer(of_batch, conversations, options[batch[0]])
-                if self._journal is not None:
-                    self._journal.append((keys[at], answer) for at, answer in zip(batch, new, strict=True))
-                answers.update(zip(batch, new, strict=True))
-                self._progress(len(answers), len(requests))
+        self._answer_missing(requests, options, keys, answers)
         self.generate_seconds += sum(answer.seconds for answer in answers.values())
         if self._time_first_token and self.first_token_seconds is None and requests:
             start = time.perf_counter()
@@ -179,31 +172,53 @@ class _Answering:
         if self._journal is not None:
             self._journal.close()
 
-    def _opened(self, batches: Sequence[Sequence[Any]]) -> Generator[list[Conversation]]:
-        """Yield the conversations of each batch; a thread opens the images of the next batch in the meantime."""
-        with ThreadPoolExecutor(1, "fastvlm-images") as thread:
-            following: Future[list[Conversation]] | None = None
-            for batch in batches:
-                ready, following = following, thread.submit(self._conversations, batch)
-                if ready is not None:
-                    yield ready.result()
-            if following is not None:
-                yield following.result()
+    def _answer_missing(
+        self,
+        requests: Sequence[Any],
+        options: Sequence[dict[str, Any]],
+        keys: Sequence[str],
+        answers: dict[int, Journalled],
+    ) -> None:
+        """Answer the requests that have no answer, and add each answer as soon as it ends, to the journal too.
 
-    def _answer(
-        self, requests: Sequence[Any], conversations: Sequence[Conversation], options: dict[str, Any]
-    ) -> list[Journalled]:
-        sampling = Sampling(max_new_tokens=options["max_new_tokens"])
-        start = time.perf_counter()
-        try:
-            answers = self.engine.generate(conversations, sampling)
-        except ValueError as error:
-            # The engines name the conversation that failed.
-            found = re.match(r"Conversation (\d+): ", str(error))
-            _, _, _, doc_id, task, _ = requests[int(found[1]) if found else 0].args
-            raise ValueError(f"task {task}, row {doc_id}: {str(error)[found.end() if found else 0 :]}") from error
-        seconds = (time.perf_counter() - start) / len(requests)
-        return [Journalled(one.text, one.prompt_tokens, one.completion_tokens, seconds) for one in answers]
+        Raises:
+            ValueError: a row failed. Those that were asked before it are answered first.
+        """
+        batches = _batches(requests, options, answers, max(1, self.batch_size // 4))  # of images opened in one go
+        failure: ValueError | None = None
+
+        def asked() -> Iterator[tuple[int, Callable[[], Request]]]:
+            nonlocal failure
+            opened = opened_one_ahead(lambda batch: self._conversations([requests[at] for at in batch]), batches)
+            with contextlib.closing(opened):
+                try:
+                    for batch, conversations in zip(batches, opened, strict=True):
+                        for at, conversation in zip(batch, conversations, strict=True):
+                            sampling = Sampling(max_new_tokens=options[at]["max_new_tokens"])
+                            yield at, functools.partial(self.engine.stream, conversation, sampling)
+                            if failure is not None:
+                                return
+                except ValueError as error:
+                    failure = error
+
+        before = time.perf_counter()
+        with contextlib.closing(as_ended(asked(), self.batch_size, self.engine.batch_size)) as ended:
+            for group in ended:
+                now = time.perf_counter()
+                seconds, before = (now - before) / len(group), now
+                new: dict[int, Journalled] = {}
+                for at, answer in group:
+                    if isinstance(answer, ValueError):
+                        _, _, _, doc_id, task, _ = requests[at].args
+                        failure = ValueError(f"task {task}, row {doc_id}: {answer}")
+                    else:
+                        new[at] = Journalled(answer.text, answer.prompt_tokens, answer.completion_tokens, seconds)
+                if new and self._journal is not None:
+                    self._journal.append((keys[at], answer) for at, answer in new.items())
+                answers.update(new)
+                self._progress(len(answers), len(requests))
+        if failure is not None:
+            raise failure
 
     def _stamps(self, task: str, split: str) -> Any:
         """Return the image stamps of a task's rows; only custom data have them."""
@@ -265,7 +280,7 @@ def _batches(
 ) -> list[list[int]]:
     """Return the indices of unanswered requests, in batches with the same task and options and of similar length.
 
-    The longest come first, so that an out-of-memory error appears in the first batch.
+    The longest come first, so that an out-of-memory error appears at once.
     """
     groups: dict[tuple[str, str, int], list[int]] = {}
     for at, chosen in enumerate(options):
