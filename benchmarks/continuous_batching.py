@@ -2,7 +2,7 @@
 """Continuous batching beside padded batches of `generate()`: tokens per second, and the time of a short answer.
 
     python benchmarks/continuous_batching.py [--model tiny] [--requests 64] [--rows 8] [--longest 256] [--rounds 3]
-        [--seconds 0] [--threads N] [--out benchmarks/results/continuous_batching_tiny.json]
+        [--warmup 1] [--seconds 0] [--threads N] [--out benchmarks/results/continuous_batching_tiny.json]
 
 Each request has another image and question, and an answer of a fixed number of tokens from 4 to `--longest`, as
 many short as long ones by their logarithm. Both answer the same requests with the same model: `padded` in batches of
@@ -153,7 +153,7 @@ class Work:
 def main() -> None:
     """Measure, and write the record."""
     options = _results.parser(
-        __doc__, model="tiny", requests=64, rows=8, longest=256, rounds=3, seconds=0.0, threads=None
+        __doc__, model="tiny", requests=64, rows=8, longest=256, rounds=3, warmup=1, seconds=0.0, threads=None
     ).parse_args()
     torch.set_num_threads(options.threads)
     work = Work(options)
@@ -166,6 +166,7 @@ def main() -> None:
             "alone, engine": partial(work.alone, True),
         },
         options.rounds,
+        warmup=options.warmup,
         progress=print,
     )
     record: dict[str, Any] = {

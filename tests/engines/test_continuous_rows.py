@@ -113,7 +113,7 @@ def test_ids_in_use_are_not_given_again() -> None:
     table = ImageTable(kept_tokens=0, last_id=FIRST_ID + 4 * SLOT - 1)
     first, second = stored(table, 1, SLOT), stored(table, 2, 2 * SLOT)
     third = stored(table, 3, 1)
-    with pytest.raises(ValueError, match="4 of 4 ids"):
+    with pytest.raises(ValueError, match="4 of 4 slots"):
         stored(table, 4, 1)
     del second
     fourth = stored(table, 4, 1)

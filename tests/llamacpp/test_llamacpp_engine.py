@@ -404,7 +404,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     ),
     "an encoder as language model": (swap(LANGUAGE, "vision_encoder.onnx"), OSError, "is not a GGUF file"),
     "a cut language model": (cut(LANGUAGE), OSError, "is damaged"),
-    "another config.json": (change("config.json", b"{", b"{ "), ValueError, "beside another config.json"),
+    "another config.json": (change("config.json", b"{", b"{ "), ValueError, "belongs to another config.json"),
     "another architecture": (change(LANGUAGE, b"qwen2", b"qwen9"), ValueError, "general.architecture is 'qwen9'"),
 }
 

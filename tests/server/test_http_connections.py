@@ -116,7 +116,15 @@ def test_slow_bodies_keep_nobody_out(model_and_processor: tuple[Any, Any]) -> No
         until(lambda: len(one.service.bodies._all) == 2)
         assert one.service.active == 0
         assert one.post(asks(max_tokens=1))[0] == 200
-        # A further body that comes in pieces has to wait for a place.
+        # Clients send the head and a short body one after the other.
+        whole = request_bytes(one.port, asks(max_tokens=1))
+        at, parted = whole.index(b"\r\n\r\n") + 4, stack.enter_context(one.connect())
+        parted.sendall(whole[:at])
+        time.sleep(0.2)
+        parted.sendall(whole[at:])
+        parted.settimeout(SOON)
+        assert parted.recv(65536).startswith(b"HTTP/1.1 200 ")
+        # A further body that takes longer has to wait for a place.
         late = stack.enter_context(one.connect())
         late.sendall(head(one.port, "Content-Length: 1000") + b"{")
         assert late.recv(65536).startswith(b"HTTP/1.1 429 ")

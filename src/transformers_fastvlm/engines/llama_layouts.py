@@ -45,7 +45,11 @@ def choose_layout(library: Any, options: Any, path: str | os.PathLike[str]) -> A
     options.use_extra_bufts = _AMX not in library.llama_print_system_info()
     if options.use_extra_bufts:
         return None
-    names = [name for name, tensor in read_gguf_header(path).tensors.items() if _is_repacked(name, tensor)]
+    try:
+        tensors = read_gguf_header(path).tensors
+    except OSError:  # the library says the same while it loads the file
+        return None
+    names = [name for name, tensor in tensors.items() if _is_repacked(name, tensor)]
     buffer_type = _buffer_type(library)
     if not names or buffer_type is None:
         return None

@@ -30,6 +30,9 @@ T = TypeVar("T")
 _LINGER_SECONDS = 2.0
 _WINDOW_SECONDS = 5.0
 _LEAST_RATE = 1000  # bytes a second, over each window
+# Clients send the head and the body one after the other, so a short body that comes at once needs no place.
+_AT_ONCE_SECONDS = 1.0
+_AT_ONCE_BYTES = 1 << 16
 
 
 class Gone(Exception):
@@ -91,7 +94,7 @@ class _Reading:
 
 
 class Bodies:
-    """Request bodies that are being read, except those that arrived together with their head.
+    """Request bodies that are being read, except short ones that arrive within a second of their head.
 
     If there are too many, or if they hold too many bytes, the slowest one that is older than a few seconds is ended.
 
@@ -193,14 +196,16 @@ async def read_body(
         record_of(scope).body_read = not message.get("more_body")
         return record_of(scope).body_read
 
+    end = asyncio.get_running_loop().time() + timeout
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0):  # what has arrived already
-            if take(await receive()):
-                return bytes(body)
+        async with asyncio.timeout(min(_AT_ONCE_SECONDS, timeout)):
+            while len(body) <= _AT_ONCE_BYTES:
+                if take(await receive()):
+                    return bytes(body)
     with bodies.one() as reading:
         bodies.grow(reading, len(body))
         now = reading.start
-        end, window, held = now + timeout, now + _WINDOW_SECONDS, len(body)
+        window, held = now + _WINDOW_SECONDS, len(body)
         while True:
             if reading.ended:
                 raise _too_slow("The body arrived more slowly than others, and the server is full.")
