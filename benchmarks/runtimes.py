@@ -298,17 +298,18 @@ def _explained(record: dict[str, Any]) -> list[str]:
     lines = []
     if asked := record.get("accuracy"):
         lines.append(
-            f"Right answers are of the tiny model about {asked['scenes']} drawn scenes; same captions are those of "
-            f"{asked['captions']} that equal Transformers' in float32."
+            f"Right answers: the tiny model's, about {asked['scenes']} drawn scenes. Same captions: how many of "
+            f"{asked['captions']} equal those of Transformers in float32."
         )
     if timed := record.get("speed"):
         model = timed["model"]
         shape = "the tiny model" if model == "tiny" else f"the {model.upper()} shape with random weights"
         lines.append(
-            f"Time, memory and files are of {shape}, an image of {timed['pixels']} px, {record['machine']['cpu']}, "
-            f"{timed['threads']} threads: medians of {timed['rounds']} rounds in turns. Memory is the process's peak, "
-            "PyTorch included."
+            f"First token, tokens/s, memory and files: {shape}, an image of {timed['pixels']} px, "
+            f"{record['machine']['cpu']}, {timed['threads']} threads; medians of {timed['rounds']} rounds, in which the "
+            "runtimes take turns."
         )
+        lines.append("Memory is the process's peak, including PyTorch.")
     return [*lines, "The record is `benchmarks/results/runtimes.json`."]
 
 

@@ -455,7 +455,7 @@ class FastVLMConfig(_CheckedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "FastVLMConfig":
-        """Return the configuration of a published size: "0.5b", "1.5b", "7b" or "vicuna-7b".
+        """Return the configuration of a known size: "0.5b", "1.5b", "7b" or "vicuna-7b".
 
         Args:
             name: the size, case-insensitive.

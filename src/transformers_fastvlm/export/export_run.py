@@ -68,7 +68,7 @@ def export(
         precision: one of the target's precisions, or several if the target supports that; by default its first.
         sizes: heights, equal to widths, of the images in pixels, for targets that fix them.
         external_data: for "onnx": store weights in separate files beside the graphs; by default only if a graph
-            would otherwise exceed 2 GB.
+            would otherwise exceed 1.5 GB.
         name: of the model in the card, such as its name on the hub; by default the directory's name.
         say: called with a line before each step.
         progress: called with the number of finished steps, the largest number of steps, and the line of the next one.

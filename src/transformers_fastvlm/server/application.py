@@ -87,7 +87,7 @@ class Service:
             "rows_waiting": ("Answers that wait for the model.", lambda: self.waiting),
             "requests_active": ("Requests that were accepted and have not ended.", lambda: self.active),
             "requests_reading": ("Requests whose body is being read.", lambda: self.bodies.count),
-            "held_bytes": ("Bytes of bodies and of prepared images.", lambda: self.admission.bytes + self.bodies.bytes),
+            "held_bytes": ("Bytes of bodies and images.", lambda: self.admission.bytes + self.bodies.bytes),
             "held_images": ("Images of all requests.", lambda: self.admission.images),
         }
 

@@ -29,7 +29,7 @@ _SECONDS = 30.0  # for preparing a request, from the moment at which a thread ta
 _WAIT_SECONDS = 60.0  # for a thread
 _END_SECONDS = 2.0  # for an image whose request has ended
 _BYTES_OF_A_TOKEN = 16
-_MAX_TEXT_BYTES = 2**20  # of a request's texts together, where the model has no context that would bound them
+_MAX_TEXT_BYTES = 2**20  # of a request's texts together
 
 
 class _Work:
