@@ -306,8 +306,8 @@ def _explained(record: dict[str, Any]) -> list[str]:
         shape = "the tiny model" if model == "tiny" else f"the {model.upper()} shape with random weights"
         lines.append(
             f"First token, tokens/s, memory and files: {shape}, an image of {timed['pixels']} px, "
-            f"{record['machine']['cpu']}, {timed['threads']} threads; medians of {timed['rounds']} rounds, in which the "
-            "runtimes take turns."
+            f"{record['machine']['cpu']}, {timed['threads']} threads; medians of {timed['rounds']} rounds, "
+            "in which the runtimes take turns."
         )
         lines.append("Memory is the process's peak, including PyTorch.")
     return [*lines, "The record is `benchmarks/results/runtimes.json`."]

@@ -73,7 +73,7 @@ def serve(
     max_pixels: Annotated[int, typer.Option(min=1, help="Maximum total pixels of a request's images.")] = (50_000_000),
     max_held_bytes: Annotated[
         int,
-        typer.Option(min=1, help="Maximum bytes of bodies, downloaded and prepared images, of all requests together."),
+        typer.Option(min=1, help="Maximum bytes of bodies and of images, of all requests together."),
     ] = 2**30,
     max_held_images: Annotated[
         int, typer.Option(min=1, help="Maximum number of images, of all requests together.")

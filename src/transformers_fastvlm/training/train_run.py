@@ -48,7 +48,8 @@ def run(
 
     Args:
         recipe: see `load_recipe`.
-        resume: resume from the newest checkpoint, or start if there is none; a finished run with the same recipe is not changed.
+        resume: resume from the newest checkpoint, or start if there is none; a finished run with the same recipe
+            is not changed.
         dry_run: stop before the first step; nothing is written.
         report: called with the summary and the progress, line by line, on the main process. Without it there is no
             progress bar, the memory estimate, which takes some seconds, is skipped, and changes since an interrupted
