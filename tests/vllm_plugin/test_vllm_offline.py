@@ -251,7 +251,7 @@ class Kept:
     """An engine that outlives a run."""
 
     def __init__(self, engine: Any) -> None:
-        self.stream, self.check = engine.stream, engine.check
+        self.stream, self.check, self.batch_size = engine.stream, engine.check, engine.batch_size
 
     def close(self) -> None:
         pass
