@@ -14,7 +14,6 @@ each schema is given too. The schemas are those of tests/schema_cases.py. Median
 import random
 import string
 import sys
-from functools import partial
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -93,7 +92,7 @@ def measure(size: int, options: Any) -> dict[str, Any]:
             for logits, count in zip(answers, counts, strict=True):
                 free(logits, count)
 
-        work = {"with_schema": held, "without": partial(unheld)}
+        work = {"with_schema": held, "without": unheld}
         times = in_turns(work, options.rounds, clock=Clock())
         a_step = {kind: 1e3 * median(own.cpu) / sum(counts) for kind, own in times.items()}
         found[name] = {
