@@ -14,6 +14,7 @@ bounds are installed, and a line says so. The script needs nothing beside Python
 """
 
 import argparse
+import os
 import platform
 import re
 import shutil
@@ -49,6 +50,12 @@ STARTS_FROM = {
 # vLLM's CPU build wants a build of PyTorch that PyPI does not have, and is itself for Linux alone.
 VLLM_OPTIONS = ["--overrides", "requirements/vllm-overrides.txt", "--excludes", "requirements/vllm-excludes.txt"]
 VLLM_PLATFORM = ["--python-platform", "x86_64-unknown-linux-gnu"]
+
+# Without these options older GCCs compile llama.cpp's matrix multiplication for AMX wrongly (docs/gguf.md). Other
+# compilers do not know them.
+LLAMACPP_OPTIONS = "-fno-tree-dse -fno-dse -frecord-gcc-switches"
+LLAMACPP_SETTINGS = ["--config-settings-package", f"llama-cpp-python:cmake.define.CMAKE_CXX_FLAGS={LLAMACPP_OPTIONS}"]
+HAS_GCC = sys.platform == "linux" and platform.machine() == "x86_64" and "CXX" not in os.environ
 
 
 def python_of(folder: Path) -> str:
@@ -112,12 +119,13 @@ def make(folder: Path, name: str, package: Sequence[str] = ("--editable", "."), 
     if not Path(python_of(folder)).exists():
         new_environment(folder)
     lock = LOCKS / f"{name}.txt"
+    settings = LLAMACPP_SETTINGS if HAS_GCC else []
     build = ["--build-constraints", str(LOCKS / "build.txt")]
     command = ["install", "--no-deps", "--requirements"] if keep else ["sync"]
     print(f"{folder}: the packages of requirements/{lock.name}", flush=True)
-    if pip(folder, *command, str(lock), *build).returncode:
+    if pip(folder, *command, str(lock), *build, *settings).returncode:
         # Once more, for uv's reason: what it shows while it installs cannot be kept as well.
-        reason = " ".join(pip(folder, *command, str(lock), *build, capture=True).stderr.split())
+        reason = " ".join(pip(folder, *command, str(lock), *build, *settings, capture=True).stderr.split())
         here = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
         print(
             f"\n=== NOT LOCKED: requirements/{lock.name} cannot be installed with {here}. Installing the newest "
@@ -126,7 +134,7 @@ def make(folder: Path, name: str, package: Sequence[str] = ("--editable", "."), 
             flush=True,
         )
         build = []
-        options = VLLM_OPTIONS if name.endswith("vllm") else []
+        options = [*settings, *(VLLM_OPTIONS if name.endswith("vllm") else [])]
         if pip(folder, "install", "--upgrade", *options, "--requirements", str(LOCKS / f"{name}.in")).returncode:
             raise SystemExit(f"The newest versions cannot be installed with {here} either; uv's reasons are above.")
     if package and pip(folder, "install", "--no-deps", *build, *package).returncode:

@@ -4,6 +4,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .openmp import OpenMPThreads
+
 if TYPE_CHECKING:
     from .answer_schema import Schema
     from .base import Answer, Conversation, PromptTooLong, Sampling, TokenLogprob
@@ -93,6 +95,7 @@ def load_engine(engine: str, model: str, **options: Any) -> "Engine":
     """
     make: Any = engine_class(engine)
     loaded: Engine = make(model, **options)
+    OpenMPThreads().release()
     return loaded
 
 

@@ -144,6 +144,7 @@ class BatchingEngine(Engine):
         busy = bool(self._suspects or (self._rows and self._rows.running))
         with self._news:
             while not self._queue and not busy and not self._closed:
+                self._openmp.release()
                 self._news.wait()
             return bool(self._queue) or busy
 

@@ -16,6 +16,7 @@ import torch
 
 from .base import GREEDY, Answer, Conversation, PromptTooLong, Sampling
 from .grammars import Grammars
+from .openmp import OpenMPThreads
 from .prompts import LiteralTexts, Prompt, read_prompt
 from .request import Request
 from .requests_in_flight import as_ended
@@ -240,6 +241,10 @@ class Engine:
                 self._literal = LiteralTexts(self.processor)
         return self._literal
 
+    @functools.cached_property
+    def _openmp(self) -> OpenMPThreads:
+        return OpenMPThreads()  # when all libraries are loaded
+
     # The queue
 
     def _read(
@@ -284,6 +289,7 @@ class Engine:
 
     def _enqueue(self, *requests: Request) -> None:
         """Append requests to the queue together; they fail at once if the thread has ended."""
+        self._openmp.release()
         with self._news:
             for request in requests:
                 request.queued_at = time.perf_counter()
@@ -329,6 +335,7 @@ class Engine:
         """Wait for a request and take it out of the queue; return None at the end."""
         with self._news:
             while not self._queue and not self._closed:
+                self._openmp.release()
                 self._news.wait()
             return self._queue.popleft() if self._queue else None
 

@@ -3,20 +3,29 @@
 
 The library rewrites quantized weights while it loads them. On a CPU with AMX it takes a layout whose first matrix
 multiplication crashes the process if the library was built by a GCC before 11.5, 12.4, 13.3 or 14.1: these compilers
-drop most of the tile configuration that the instruction `ldtilecfg` reads (PR target/114098 of GCC). The compiler of an
-installed library is not known, so on such CPUs the weights get the layout for AVX2 and AVX-512 instead.
+drop most of the tile configuration that the instruction `ldtilecfg` reads (PR target/114098 of GCC), unless they are
+told to keep all stores. So the layout for AMX is used only if the library's file says that a compiler or its options
+are good, and the layout for AVX2 and AVX-512 otherwise.
+
+The library configures the tiles once per thread. A thread that decodes must not run other code for AMX, such as
+PyTorch's in bfloat16, which releases them.
 """
 
 import ctypes
+import math
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from .gguf_header import GgufTensor, read_gguf_header
+from .openmp import loaded_files
 
-__all__ = ["choose_layout"]
+__all__ = ["choose_layout", "configures_tiles", "library_files"]
 
 _AMX = b"AMX_INT8 = 1"
+_KEEP_STORES = (b"-fno-tree-dse", b"-fno-dse")  # in the file if it was built with -frecord-gcc-switches
+_FIRST_GOOD_MINOR = {11: 5, 12: 4, 13: 3, 14: 1}  # of GCC, by its major version
 _REPACKED = b"CPU_REPACK"
 _REPACKED_TYPES = {2, 12}  # Q4_0 and Q4_K
 _REPACKED_ROWS = 8  # rows that are interleaved
@@ -38,11 +47,9 @@ def choose_layout(library: Any, options: Any, path: str | os.PathLike[str]) -> A
 
     Returns:
         An object that must stay referenced until the model is loaded; None if there is none.
-
-    Raises:
-        OSError: the file cannot be read.
     """
-    options.use_extra_bufts = _AMX not in library.llama_print_system_info()
+    amx = _AMX in library.llama_print_system_info()
+    options.use_extra_bufts = not amx or configures_tiles(library_files())
     if options.use_extra_bufts:
         return None
     try:
@@ -57,6 +64,29 @@ def choose_layout(library: Any, options: Any, path: str | os.PathLike[str]) -> A
     overrides = (_Override * 2)(_Override(pattern.encode(), buffer_type), _Override(None, None))
     options.tensor_buft_overrides = ctypes.addressof(overrides)
     return overrides
+
+
+def library_files() -> list[Path]:
+    """Return the loaded file with llama.cpp's kernels for CPUs, on Linux; elsewhere nothing."""
+    return loaded_files("ggml-cpu")
+
+
+def configures_tiles(files: list[Path]) -> bool:
+    """Whether files of the library were certainly compiled with a whole configuration of AMX's tiles."""
+    try:
+        return bool(files) and all(_compiled_well(path.read_bytes()) for path in files)
+    except OSError:
+        return False
+
+
+def _compiled_well(code: bytes) -> bool:
+    if all(option in code for option in _KEEP_STORES) or b"clang version" in code:
+        return True
+    versions = re.findall(rb"GCC: \([^)\0]*\) (\d+)\.(\d+)", code)
+    return bool(versions) and all(
+        int(major) > max(_FIRST_GOOD_MINOR) or int(minor) >= _FIRST_GOOD_MINOR.get(int(major), math.inf)
+        for major, minor in versions
+    )
 
 
 def _is_repacked(name: str, tensor: GgufTensor) -> bool:

@@ -28,6 +28,8 @@ MAX_SEQUENCES = 256
 _LEVEL_OF_ERRORS = 4
 _CACHE_FULL = 1
 _ALL_LAYERS = -1
+_AVX512 = b"AVX512 = 1"
+_MAX_SCORES = 1 << 30  # bytes
 
 _Array = np.ndarray[Any, Any]
 
@@ -138,8 +140,19 @@ class LlamaContext:
         options.offload_kqv = options.op_offload = self.model.offload
         if exact:
             options.type_k = options.type_v = library.GGML_TYPE_F32
+        if exact or self._decodes_faster_plainly():
             options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         return options
+
+    def _decodes_faster_plainly(self) -> bool:
+        """Whether flash attention slows decoding down: in builds for AVX-512 it does, for a few rows at a time.
+
+        It is faster for long prompts, and does not need memory for the scores of all rows.
+        """
+        heads = int(self._library.llama_model_n_head(self.model.pointer))
+        scores = np.dtype(np.float32).itemsize * heads * self.rows * self.tokens
+        built_for_it = _AVX512 in self._library.llama_print_system_info()
+        return built_for_it and not self.model.offload and scores <= _MAX_SCORES
 
     def decode(
         self,

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads of OpenMP: those that wait beside the engine's thread would slow down all of its barriers."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import ask
+
+from transformers_fastvlm.engines import TransformersEngine
+from transformers_fastvlm.engines.openmp import OpenMPThreads, loaded_files
+
+pytestmark = pytest.mark.skipif(not loaded_files("libgomp"), reason="PyTorch computes without GNU's OpenMP here")
+
+
+@pytest.fixture
+def four_threads() -> Callable[[], int]:
+    """Returns a function that computes with four threads and returns how many the process has then."""
+
+    def compute() -> int:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(4)
+        torch.rand(1 << 20).exp_()
+        torch.set_num_threads(threads)
+        return running()
+
+    return compute
+
+
+def running() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_threads_end_when_they_are_released(four_threads: Callable[[], int]) -> None:
+    openmp = OpenMPThreads()
+    openmp.release()
+    before = running()
+    assert four_threads() == before + 3
+    openmp.release()
+    wait_for(before)
+
+
+def test_an_answer_releases_those_of_the_caller_and_then_its_own(
+    checkpoint: Callable[[str], Path], four_threads: Callable[[], int]
+) -> None:
+    engine = TransformersEngine(str(checkpoint("qwen2_tied")), dtype="float32", device="cpu")
+    OpenMPThreads().release()
+    before = running()
+    assert four_threads() == before + 3
+    assert engine.generate([ask("Hi")])
+    wait_for(before + 1)
+    engine.close()
+
+
+def wait_for(threads: int) -> None:
+    """Wait until the process has at most so many threads."""
+    end = time.monotonic() + 20
+    while running() > threads and time.monotonic() < end:
+        time.sleep(0.01)
+    assert running() <= threads
