@@ -298,7 +298,7 @@ def _explained(record: dict[str, Any]) -> list[str]:
     lines = []
     if asked := record.get("accuracy"):
         lines.append(
-            f"Right answers: the tiny model's, about {asked['scenes']} drawn scenes. Same captions: how many of "
+            f"Right answers: the tiny model on {asked['scenes']} drawn scenes. Same captions: how many of "
             f"{asked['captions']} equal those of Transformers in float32."
         )
     if timed := record.get("speed"):
