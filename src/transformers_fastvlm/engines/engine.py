@@ -153,6 +153,7 @@ class Engine:
         start = time.perf_counter()
         prompt = self._encoded(self._read(conversation, literal=literal, continue_last=continue_last))
         prompt.seconds = time.perf_counter() - start
+        self._openmp.release()
         return prompt
 
     def submit(
