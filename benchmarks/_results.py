@@ -6,6 +6,7 @@
 
 import argparse
 import os
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ def questions(count: int, start: int = 0, aspect: str = "any", task: str = "ques
         question, image = question.removeprefix("<image>\n"), row["images"][0]
         rows.append({"image": image, "question": question, "answer": answer, "conversation": ask(image, question)})
     return rows
+
+
+def answer_lengths(count: int, longest: int, draw: random.Random) -> list[int]:
+    """Return lengths of answers in tokens, from 4 to `longest`, as many short as long ones by their logarithm."""
+    return [round(4 * (longest / 4) ** draw.random()) for _ in range(count)]
 
 
 def ask(image: Any, question: str) -> list[dict[str, Any]]:

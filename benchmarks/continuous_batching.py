@@ -25,7 +25,7 @@ from typing import Any
 
 import _results
 import torch
-from _results import questions
+from _results import answer_lengths, questions
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -78,7 +78,7 @@ class Work:
         self.model.generation_config.eos_token_id = None
         self.engine = TransformersEngine(self.model, self.processor, batch_size=options.rows)
         draw = random.Random(3)
-        self.lengths = [round(4 * (options.longest / 4) ** draw.random()) for _ in range(options.requests)]
+        self.lengths = answer_lengths(options.requests, options.longest, draw)
         self.conversations = [row["conversation"] for row in questions(options.requests)]
         self.times = sorted(draw.uniform(0, options.seconds) for _ in range(options.requests))
 

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens per second under vLLM, relative to Transformers' `generate`, for many requests at once on one CPU.
+"""Tokens per second of the engine vllm, relative to the engine transformers, for many requests at once on one CPU.
 
-    .venvs/vllm/bin/python benchmarks/vllm_throughput.py [--model DIRECTORY] [--requests 32] [--rounds 5]
-        [--dtype float32] [--threads N] [--out benchmarks/results/vllm_throughput.json]
+    .venvs/vllm/bin/python benchmarks/vllm_throughput.py [--model DIRECTORY] [--requests 32] [--rows 32] [--rounds 5]
+        [--longest 0] [--dtype float32] [--threads N] [--out benchmarks/results/vllm_throughput.json]
 
 Runs in vLLM's environment, so that both sides have its PyTorch and its Transformers. Each request of a round has a
 new image, so nothing comes from a cache; half ask for a description, half a question, with greedy decoding. They are
-answered by vLLM, which gets all at once; by `generate` one after another; and by `generate` in one padded batch, rows
-of similar length together. The three take turns in every round. Time runs from Pillow images and messages to texts.
-Ratios are of median rates; the number of differing answers is part of the result.
+answered by vLLM, which gets all at once; by Transformers one after another; and by Transformers in `--rows` rows, which
+requests join and leave. The three take turns in every round. Time runs from Pillow images and messages to texts. Ratios
+are of median rates; the number of differing answers is part of the result. With `--longest`, answers end at different
+lengths from 4 to so many tokens, as in continuous_batching.py.
 """
 
 import argparse
 import os
+import random
 from functools import partial
 from statistics import median
 from typing import Any
@@ -36,18 +38,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from transformers_fastvlm.engines import Sampling, load_engine
 
     torch.set_num_threads(options.threads)
-    sampling = Sampling(max_new_tokens=options.max_new_tokens)
-    many = {"dtype": options.dtype, "batch_size": options.requests}
+    lengths = [options.max_new_tokens] * options.requests
+    if options.longest:
+        lengths = _results.answer_lengths(options.requests, options.longest, random.Random(3))
+    samplings = [Sampling(max_new_tokens=length) for length in lengths]
+    many = {"dtype": options.dtype, "batch_size": options.rows}
     engines: dict[str, Any] = {
         "vllm": load_engine("vllm", options.model, **many, cache_gib=1.0),
-        "generate_one_by_one": load_engine("transformers", options.model, **many | {"batch_size": 1}),
-        "generate_batch": load_engine("transformers", options.model, **many),
+        "one_by_one": load_engine("transformers", options.model, **many | {"batch_size": 1}),
+        "continuous": load_engine("transformers", options.model, **many),
     }
     asked = [conversations_of(turn, options.requests) for turn in range(1 + options.rounds)]
     given: dict[str, list[Any]] = {name: [] for name in engines}
 
     def answer(name: str) -> None:
-        given[name].append(engines[name].generate(asked[len(given[name])], sampling))
+        given[name].append(engines[name].generate(asked[len(given[name])], samplings))
 
     try:
         times = in_turns({name: partial(answer, name) for name in engines}, options.rounds)
@@ -60,12 +65,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name in engines
     }
     medians = {name: median(found) for name, found in rates.items()}
-    ours, theirs = ([one.text for turn in given[name][1:] for one in turn] for name in ("vllm", "generate_one_by_one"))
+    ours, theirs = ([one.text for turn in given[name][1:] for one in turn] for name in ("vllm", "one_by_one"))
     return {
         "tokens_a_second": {name: round(rate, 2) for name, rate in medians.items()},
         "tokens_a_second_of_each_round": {name: [round(rate, 2) for rate in found] for name, found in rates.items()},
-        "ratio_to_one_by_one": round(medians["vllm"] / medians["generate_one_by_one"], 3),
-        "ratio_to_batch": round(medians["vllm"] / medians["generate_batch"], 3),
+        "ratio_to_one_by_one": round(medians["vllm"] / medians["one_by_one"], 3),
+        "ratio_to_continuous": round(medians["vllm"] / medians["continuous"], 3),
         "tokens": sum(tokens["vllm"]),
         "answers_that_differ": sum(a != b for a, b in zip(ours, theirs, strict=True)),
     }
@@ -73,7 +78,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = _results.parser(
-        __doc__, model="tiny", requests=32, rounds=5, max_new_tokens=64, dtype="float32", threads=None
+        __doc__,
+        model="tiny",
+        requests=32,
+        rows=32,
+        rounds=5,
+        max_new_tokens=64,
+        longest=0,
+        dtype="float32",
+        threads=None,
     )
     options = parser.parse_args()
     # As many threads on all sides, on any cores; vLLM would bind its own to some.
