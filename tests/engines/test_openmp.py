@@ -2,6 +2,8 @@
 """Threads of OpenMP: those that wait beside the engine's thread would slow down all of its barriers."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +68,30 @@ def test_preparing_releases_those_of_the_caller(
     engine.prepare(ask("Hi"))
     wait_for(before)
     engine.close()
+
+
+FORK = """
+import os, signal, sys, torch
+if sys.argv[1] == "before":
+    import transformers_fastvlm.engines.openmp
+torch.set_num_threads(4)
+torch.rand(1 << 20).exp_()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    from transformers_fastvlm.engines.openmp import OpenMPThreads
+    OpenMPThreads().release()
+    os._exit(0)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
+"""
+
+
+@pytest.mark.parametrize("imported", ["before", "after"])
+def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have(imported: str) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", FORK, imported]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def settled() -> int:

@@ -9,6 +9,7 @@ and the engine's thread computes at full speed.
 
 import contextlib
 import ctypes
+import os
 import re
 from pathlib import Path
 
@@ -27,8 +28,19 @@ def loaded_files(name: str) -> list[Path]:
     return [Path(path) for path in sorted(set(found))]
 
 
+def _is_forked() -> bool:
+    """Whether this process continues the program of its parent: both have the same addresses then."""
+    try:
+        return Path("/proc/self/auxv").read_bytes() == Path(f"/proc/{os.getppid()}/auxv").read_bytes()
+    except OSError:  # no parent any more, or another user's
+        return False
+
+
 class OpenMPThreads:
     """The threads of all GNU OpenMP libraries that are loaded now."""
+
+    # A forked process has inherited pools without their threads; ending those would wait for ever.
+    _forked = _is_forked()
 
     def __init__(self) -> None:
         self._pauses = []
@@ -38,5 +50,14 @@ class OpenMPThreads:
 
     def release(self) -> None:
         """End those that wait for the calling thread. It gets new ones when it computes again."""
-        for pause in self._pauses:
-            pause(_SOFT)
+        if not self._forked:
+            for pause in self._pauses:
+                pause(_SOFT)
+
+
+def _remember_fork() -> None:
+    OpenMPThreads._forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_remember_fork)
