@@ -34,6 +34,7 @@ def test_a_row_is_free_within_a_token_and_the_one_beside_it_goes_on(endless: tup
     with running(*endless, **settings) as server, ThreadPoolExecutor(2) as pool:
         question = asks(max_tokens=KEPT)
         alone = text_of(server.post(question))
+        until(lambda: not list(server.service._rows))
         leaving = server.connect()
         leaving.sendall(request_bytes(server.port, asks("Tell a story.", stream=stream)))
         until(lambda: any(row.tokens > 3 for row in list(server.service._rows)))

@@ -56,6 +56,7 @@ class Engine:
         self._literal: LiteralTexts | None = None
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()  # they take a second for a large vocabulary, and the queue must not wait
+        self._openmp = OpenMPThreads()
         self._queue: deque[Request] = deque()
         self._news = threading.Condition()
         self._closed = self._ended = False
@@ -241,10 +242,6 @@ class Engine:
             if self._literal is None:
                 self._literal = LiteralTexts(self.processor)
         return self._literal
-
-    @functools.cached_property
-    def _openmp(self) -> OpenMPThreads:
-        return OpenMPThreads()  # when all libraries are loaded
 
     # The queue
 

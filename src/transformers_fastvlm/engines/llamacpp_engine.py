@@ -20,6 +20,7 @@ from .llama_library import MAX_SEQUENCES, LlamaContext, LlamaError, LlamaModel
 from .llama_rows import KEPT_SEQUENCES, STEP_TOKENS, LlamaRows
 from .model_loading import check_tokenizer
 from .onnx_sessions import open_session
+from .openmp import OpenMPThreads
 
 __all__ = ["DEVICES", "PRECISIONS", "LlamaCppEngine"]
 
@@ -102,6 +103,7 @@ class LlamaCppEngine(BatchingEngine):
             directory / _ENCODER, self.size, config.get_text_config().hidden_size, self._threads
         )
         self._model = LlamaModel(path, offload=offload)
+        self._openmp = OpenMPThreads()  # the library may have brought another OpenMP
 
     @property
     def device(self) -> str:
