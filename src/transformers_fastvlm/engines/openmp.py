@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenMP's threads, which PyTorch and llama.cpp compute with on Linux.
 
-GNU's OpenMP keeps threads for each thread that has computed something. As soon as all of them are more than the CPUs,
-every thread sleeps at each barrier instead of spinning for a short time, and a decoding step has hundreds of barriers
-(`GOMP_SPINCOUNT` in the manual of libgomp). So the threads that load a model, prepare inputs or wait give theirs back,
-and the engine's thread computes at full speed.
+GNU's OpenMP keeps threads for each thread that has computed something. As soon as these are together more than the
+CPUs, every thread sleeps at each barrier instead of spinning for a short time, and a decoding step has hundreds of
+barriers (`GOMP_SPINCOUNT` in the manual of libgomp). So the threads that load a model, prepare inputs or wait give
+theirs back, and the engine's thread computes at full speed.
 """
 
 import contextlib
