@@ -2,14 +2,16 @@
 """Tokens per second of the engine vllm, relative to the engine transformers, for many requests at once on one CPU.
 
     .venvs/vllm/bin/python benchmarks/vllm_throughput.py [--model DIRECTORY] [--requests 32] [--rows 32] [--rounds 5]
-        [--longest 0] [--dtype float32] [--threads N] [--out benchmarks/results/vllm_throughput.json]
+        [--longest 0] [--dtype float32] [--threads N] [--sides vllm,continuous,one_by_one]
+        [--out benchmarks/results/vllm_throughput.json]
 
 Runs in vLLM's environment, so that both sides have its PyTorch and its Transformers. Each request of a round has a
 new image, so nothing comes from a cache; half ask for a description, half a question, with greedy decoding. They are
-answered by vLLM, which gets all at once; by Transformers one after another; and by Transformers in `--rows` rows, which
-requests join and leave. The three take turns in every round. Time runs from Pillow images and messages to texts. Ratios
-are of median rates; the number of differing answers is part of the result. With `--longest`, answers end at different
-lengths from 4 to so many tokens, as in continuous_batching.py.
+answered by vLLM, which gets all at once; by Transformers one after another (slow with a large model: `--sides` leaves
+it out); and by Transformers in `--rows` rows, which requests join and leave. All sides take turns in every round. Time
+runs from Pillow images and messages to texts. Ratios are of median rates; the number of answers that differ from vLLM's
+is part of the result. With `--longest`, answers end at different lengths from 4 to so many tokens, as in
+continuous_batching.py.
 """
 
 import argparse
@@ -43,11 +45,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         lengths = _results.answer_lengths(options.requests, options.longest, random.Random(3))
     samplings = [Sampling(max_new_tokens=length) for length in lengths]
     many = {"dtype": options.dtype, "batch_size": options.rows}
-    engines: dict[str, Any] = {
-        "vllm": load_engine("vllm", options.model, **many, cache_gib=1.0),
-        "one_by_one": load_engine("transformers", options.model, **many | {"batch_size": 1}),
-        "continuous": load_engine("transformers", options.model, **many),
+    load: dict[str, Any] = {
+        "vllm": partial(load_engine, "vllm", options.model, **many, cache_gib=1.0),
+        "continuous": partial(load_engine, "transformers", options.model, **many),
+        "one_by_one": partial(load_engine, "transformers", options.model, **many | {"batch_size": 1}),
     }
+    engines: dict[str, Any] = {name: load[name]() for name in options.sides.split(",")}
     asked = [conversations_of(turn, options.requests) for turn in range(1 + options.rounds)]
     given: dict[str, list[Any]] = {name: [] for name in engines}
 
@@ -65,14 +68,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name in engines
     }
     medians = {name: median(found) for name, found in rates.items()}
-    ours, theirs = ([one.text for turn in given[name][1:] for one in turn] for name in ("vllm", "one_by_one"))
+    texts = {name: [one.text for turn in given[name][1:] for one in turn] for name in engines}
+    others = [name for name in engines if name != "vllm"]
     return {
         "tokens_a_second": {name: round(rate, 2) for name, rate in medians.items()},
         "tokens_a_second_of_each_round": {name: [round(rate, 2) for rate in found] for name, found in rates.items()},
-        "ratio_to_one_by_one": round(medians["vllm"] / medians["one_by_one"], 3),
-        "ratio_to_continuous": round(medians["vllm"] / medians["continuous"], 3),
+        "vllm_to": {name: round(medians["vllm"] / medians[name], 3) for name in others},
         "tokens": sum(tokens["vllm"]),
-        "answers_that_differ": sum(a != b for a, b in zip(ours, theirs, strict=True)),
+        "answers_that_differ": {
+            name: sum(a != b for a, b in zip(texts["vllm"], texts[name], strict=True)) for name in others
+        },
     }
 
 
@@ -87,6 +92,7 @@ def main() -> None:
         longest=0,
         dtype="float32",
         threads=None,
+        sides="vllm,continuous,one_by_one",
     )
     options = parser.parse_args()
     # As many threads on all sides, on any cores; vLLM would bind its own to some.

@@ -15,6 +15,7 @@ from gguf_cases import tiny_export
 from transformers_fastvlm.checkpoints import tiny_checkpoint
 from transformers_fastvlm.data.scenes import SceneDataset
 from transformers_fastvlm.engines import Answer, Sampling, TransformersEngine
+from transformers_fastvlm.engines.llama_library import library
 from transformers_fastvlm.engines.prompts import place_images
 from transformers_fastvlm.export import export
 
@@ -27,6 +28,28 @@ def exported(model: Path | None = None) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="fastvlm-gguf-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return export("gguf", model, folder / "gguf", precision=("float32",)).directory
+
+
+class Cpu:
+    """The library on a CPU with other features.
+
+    Attributes:
+        contexts: options of the contexts that were opened.
+    """
+
+    def __init__(self, features: bytes) -> None:
+        self._features = features
+        self.contexts: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(library(), name)
+
+    def llama_print_system_info(self) -> bytes:
+        return self._features
+
+    def llama_init_from_model(self, model: Any, options: Any) -> Any:
+        self.contexts.append(options)
+        return library().llama_init_from_model(model, options)
 
 
 def scenes(count: int, task: Any = "questions", seed: int = 77) -> list[list[dict[str, Any]]]:

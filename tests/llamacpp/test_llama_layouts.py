@@ -13,6 +13,7 @@ for package in ("gguf", "onnx", "onnxscript", "llama_cpp"):
     pytest.importorskip(package, reason="the export to GGUF and llama.cpp are extras")
 
 from gguf_cases import saved_model, tiny_export  # noqa: E402
+from llamacpp_cases import Cpu  # noqa: E402
 
 from transformers_fastvlm.engines import llama_layouts  # noqa: E402
 from transformers_fastvlm.engines.llama_layouts import choose_layout, configures_tiles, library_files  # noqa: E402
@@ -22,19 +23,6 @@ from transformers_fastvlm.export import export  # noqa: E402
 BAD_COMPILER = b"GCC: (Debian 12.2.0-14+deb12u1) 12.2.0\0"
 
 AMX, OTHER = b"CPU : AVX2 = 1 | AMX_INT8 = 1 | REPACK = 1 | ", b"CPU : AVX2 = 1 | REPACK = 1 | "
-
-
-class Cpu:
-    """The library on a CPU with other features."""
-
-    def __init__(self, features: bytes) -> None:
-        self._features = features
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(library(), name)
-
-    def llama_print_system_info(self) -> bytes:
-        return self._features
 
 
 @pytest.fixture(scope="module")
