@@ -5,18 +5,21 @@
         [--repetitions 5] [--threads 1] [--layers N] [--out benchmarks/results/onnx_decoding.json]
 
 Random weights of the preset's shape. The earlier graphs have no `accuracy_level`, so onnxruntime does not round the
-activations of a multiplication to 8 bits, and no `num_logits_to_keep`, so the head multiplies all positions. Both run
-in turns through `OnnxModel`, as the engine `onnx` does: "first_token" is a prompt of random embeddings, without the
-image encoder; "decoding" is one token after it. Compare the CPU seconds; they are of a whole turn of `--steps`
-tokens divided by their number. `relative_error` is the distance of the first logits from the earlier graph's.
+activations of a multiplication to 8 bits, and no `num_logits_to_keep`, so the head multiplies all positions. Their
+attention is PyTorch's translation, and their norms multiply by inverse roots. Both run in turns through `OnnxModel`, as
+the engine `onnx` does: "first_token" is a prompt of random embeddings, without the image encoder; "decoding" is one
+token after it. Compare the CPU seconds; they are of a whole turn of `--steps` tokens divided by their number.
+`relative_error` is the distance of the first logits from the earlier graph's.
 """
 
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import _results
 import numpy as np
@@ -46,15 +49,25 @@ def as_earlier(graph: Any) -> Any:
     return graph
 
 
+def earlier_decoder_graph(model: Any, dtype: torch.dtype) -> Any:
+    """Return a decoder's graph with the attention and the norms of earlier versions."""
+    package = "transformers_fastvlm.export"
+    with (
+        patch(f"{package}.programs.grouped_attention", lambda model: nullcontext()),
+        patch(f"{package}.onnx_graphs._divide_by_roots", lambda graph: None),
+    ):
+        return decoder_graph(model, dtype)
+
+
 def write_graphs(folder: Path, config: Any, precisions: list[str]) -> None:
     """Write each precision's decoder as it is today and as it was, to one directory of each version."""
     model: Any = random_model(config, torch.float32, torch.device("cpu"))
     model.model.vision_tower = model.model.multi_modal_projector = None
     for dtype in (torch.float32, torch.float16):
         wanted = [name for name in precisions if name.endswith("f16") == (dtype == torch.float16)]
-        graph = decoder_graph(model, dtype) if wanted else None
-        for name in wanted:
-            for version in VERSIONS:
+        for version in VERSIONS if wanted else ():
+            graph = (earlier_decoder_graph if version == "earlier" else decoder_graph)(model, dtype)
+            for name in wanted:
                 chosen = quantize(graph, BITS[name], convolutions=False)
                 file = folder / version / "onnx" / f"decoder_model_merged{FILE_SUFFIX[name]}.onnx"
                 file.parent.mkdir(parents=True, exist_ok=True)

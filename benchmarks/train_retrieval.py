@@ -6,8 +6,8 @@
 The loss is CLIP's (Radford et al. 2021, arXiv 2103.00020, section 2.3): each description of a batch has to find its
 image among all images of the batch, and each image its description, with a temperature that is trained. The vectors
 are those of `Embedder`: the last token of the language model. Projector and language model are trained; the encoder is
-frozen, so the features of each image are computed once. Words and numbers are learned first, so fewer of the training
-scenes than of the held-out ones show them.
+frozen, so the features of each image are computed once. In the first epoch, batches mix all scenes. Later, the scenes
+of a batch have the same kind of description (objects, a text or a chart), since other kinds are easy to tell apart.
 
 Descriptions are unambiguous: among the held-out scenes no two have the same one, since a scene whose description was
 there before is left out. In training, scenes with the same description are not negatives of each other.
@@ -34,7 +34,7 @@ from transformers_fastvlm.embedding import Embedder, contrastive_loss, recall, s
 from transformers_fastvlm.engines.model_loading import load_model
 
 TRAINING_SERIES = 4
-TRAINING_KINDS = ("attribute", "relation", "count", "chart", "chart", "word")
+TRAINING_KINDS = ("attribute", "count", "chart", "word", "word", "number")
 
 
 def unlike(series: int, count: int) -> list[Scene]:
@@ -46,6 +46,11 @@ def unlike(series: int, count: int) -> list[Scene]:
         scene = make_scene(series, index)
         found.setdefault(scene.caption, scene)
     raise AssertionError
+
+
+def kind(caption: str) -> str:
+    """Return the kind of a description, such as "Chart"."""
+    return caption.partition(":")[0]
 
 
 class Pairs(Dataset):
@@ -68,13 +73,18 @@ class Pairs(Dataset):
             features.append(encode(embedder, [scene.image for scene in drawn]))
             self.captions += [scene.caption for scene in drawn]
         self.features = torch.cat(features)
-        rng, order = random.Random(0), list(range(scenes))
+        rng = random.Random(0)
         self.batches = []
-        for _ in range(epochs):
+        for epoch in range(epochs):
+            order = list(range(scenes))
             rng.shuffle(order)
-            self.batches += [
-                order[start : start + batch_size] for start in range(0, scenes - batch_size + 1, batch_size)
-            ]
+            first = 0
+            if epoch:
+                order.sort(key=lambda row: kind(self.captions[row]))
+                first = rng.randrange(batch_size)
+            batches = [order[start : start + batch_size] for start in range(first, scenes - batch_size + 1, batch_size)]
+            rng.shuffle(batches)
+            self.batches += batches
         numbers: dict[str, int] = {}
         self.groups = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in self.captions])
 
@@ -124,13 +134,21 @@ class Retriever(nn.Module):
         return {"loss": contrastive_loss(self.embedder.vectors(**texts), self.images(features), scale, groups)}
 
 
-def measured(embedder: Embedder, scenes: list[Scene]) -> dict[str, float]:
-    """Return the recall of finding each scene by its description among all, in percent, by rank."""
-    vectors = [
+def measured(embedder: Embedder, scenes: list[Scene]) -> dict[str, Any]:
+    """Return the recall of finding each scene by its description among all, in percent, by rank and kind."""
+    texts, images = (
         torch.from_numpy(embedder.embed(inputs, batch_size=32))
         for inputs in ([scene.caption for scene in scenes], [scene.image for scene in scenes])
-    ]
-    return {f"recall_at_{rank}": round(100 * share, 1) for rank, share in recall(*vectors).items()}
+    )
+    found: dict[str, Any] = {
+        f"recall_at_{rank}": round(100 * share, 1) for rank, share in recall(texts, images).items()
+    }
+    best = (texts @ images.T).argmax(1)
+    right: dict[str, list[bool]] = {}
+    for row, scene in enumerate(scenes):
+        right.setdefault(kind(scene.caption), []).append(int(best[row]) == row)
+    found["recall_at_1_by_kind"] = {name: round(100 * sum(rows) / len(rows), 1) for name, rows in right.items()}
+    return found
 
 
 def train(

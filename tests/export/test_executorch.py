@@ -69,7 +69,7 @@ def test_the_cards_program(exported: Export, tmp_path: Path) -> None:
 
     model = FastVLMForConditionalGeneration.from_pretrained(tiny_checkpoint(), dtype=torch.float32).eval()
     processor = FastVLMProcessor.from_pretrained(tiny_checkpoint())
-    messages = [{"role": "user", "content": "<image>\nDescribe the picture."}]
+    messages = [{"role": "user", "content": "<image>\nDescribe the image."}]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = processor(text=text, images=[picture], return_tensors="pt")
     answer = model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=200)

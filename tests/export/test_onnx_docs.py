@@ -36,5 +36,5 @@ def test_the_pages_program(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_cards_program(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = [block for block in blocks((Path("DIRECTORY") / "README.md").read_text()) if block.language == "python"]
     exec(compile(block.code, "README.md", "exec"), {"__name__": "__main__"})
-    answer = pytorch_answer(Image.open("image.jpg"), "Describe the picture.", 512)[1]
+    answer = pytorch_answer(Image.open("image.jpg"), "Describe the image.", 512)[1]
     assert capsys.readouterr().out.strip() == answer

@@ -37,15 +37,19 @@ def test_vision_takes_every_batch_and_resolution(model: FastVLMForConditionalGen
 
 
 @torch.no_grad()
-def test_prefill_and_decode_continue_each_other(model: FastVLMForConditionalGeneration) -> None:
-    prefill, decode = programs.export_prefill(model).module(), programs.export_decode(model).module()
+def test_a_prompt_and_further_tokens_continue_each_other(model: FastVLMForConditionalGeneration) -> None:
+    decode = programs.export_decode(model).module()
+    text = model.config.text_config
+    head_size = text.hidden_size // text.num_attention_heads
     for batch, length, past, padding in ((1, 7, 5, 0), (3, 12, 8, 4)):
         hidden = embeds(model, batch, length)
         mask = torch.ones((batch, length), dtype=torch.long)
         mask[0, :padding] = 0
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         expected = model(inputs_embeds=hidden, attention_mask=mask, position_ids=positions).logits
-        first, cache = prefill(hidden[:, :past], mask[:, :past], positions[:, :past], [])
+        nothing = torch.zeros((batch, text.num_key_value_heads, 0, head_size))
+        cache = [(nothing, nothing)] * text.num_hidden_layers
+        first, cache = decode(hidden[:, :past], mask[:, :past], positions[:, :past], cache)
         rest, cache = decode(hidden[:, past:-1], mask[:, :-1], positions[:, past:-1], cache)
         last, cache = decode(hidden[:, -1:], mask, positions[:, -1:], cache)
         logits = torch.cat((first, rest, last), dim=1)
@@ -67,4 +71,4 @@ def test_a_placeholder_without_a_row_is_embedded(checkpoint: Callable[[str], Pat
 def test_a_model_in_training_mode_is_refused(checkpoint: Callable[[str], Path]) -> None:
     model = FastVLMForConditionalGeneration.from_pretrained(checkpoint("qwen2_untied")).train()
     with pytest.raises(RuntimeError, match="call eval"):
-        programs.export_prefill(model)
+        programs.export_decode(model)

@@ -95,7 +95,7 @@ def export(
     for title, error in done.report.errors.items():
         notice(f"{title}: relative error {error:.2e} against PyTorch in float32")
     if done.report.checked_in is None:
-        warn("the files were not checked: their runtime does not run on this machine")
+        warn("the files were not checked: their runtime is not installed, or does not run on this machine")
     for note in done.report.notes:
         notice(f"note: {note}")
     if Source(directory, name).may_be_apples:

@@ -54,7 +54,7 @@ def _licence(source: Source) -> str:
 def _exactness(precisions: tuple[str, ...], report: Report) -> str:
     lines = [f"Precision: {', '.join(precisions)}." if precisions else "The weights keep the checkpoint's precision."]
     if report.checked_in is None:
-        lines.append("The files were not run: their runtime does not run on the machine that wrote them.")
+        lines.append("The files were not run: their runtime was not installed, or does not run on that machine.")
     else:
         lines.append(f"Checked in {report.checked_in}.")
     text = " ".join(lines)

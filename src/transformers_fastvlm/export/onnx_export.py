@@ -86,8 +86,8 @@ def _leave_the_file(model: Any) -> None:
 
 def _limits(source: Source) -> list[str]:
     limits = [
-        "transformers.js replaces only the first `<image>` of a prompt: for several images write each placeholder as "
-        "often as its image has tokens.",
+        "transformers.js expands only the first `<image>` of a prompt: for several images write each further "
+        "placeholder as often as its image has tokens.",
         "transformers.js does not resize with Pillow's filter, and uses the canvas in browsers: its pixel values "
         "differ a little from this package's.",
     ]

@@ -69,7 +69,25 @@ def decoder_graph(model: Any, dtype: torch.dtype | None = None) -> Any:
     outputs |= {f"present.{i}.{kind}": {0: _BATCH, 2: "total_sequence_length"} for i in layers for kind in kinds}
     graph = _graph(model, dtype, programs.export_decode, inputs, outputs)
     _choose_positions(graph.graph)
+    _divide_by_roots(graph.graph)
     return graph
+
+
+def _divide_by_roots(graph: Any) -> None:
+    """Replace x * (1 / sqrt(y)) by x / sqrt(y), as which onnxruntime knows the norm and computes it at once."""
+    import onnx_ir as ir
+
+    for inverse in [node for node in graph if node.op_type == "Reciprocal"]:
+        for product in inverse.outputs[0].consumers():
+            if product.op_type != "Mul" or inverse.inputs[0].producer().op_type != "Sqrt":
+                continue
+            (factor,) = [value for value in product.inputs if value is not inverse.outputs[0]]
+            quotient = ir.node("Div", [factor, inverse.inputs[0]])
+            ir.convenience.replace_nodes_and_values(
+                graph, product, [product], [quotient], product.outputs, quotient.outputs
+            )
+        if not inverse.outputs[0].uses():
+            graph.remove(inverse, safe=True)
 
 
 def _choose_positions(graph: Any) -> None:

@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache
 
 from .. import compat
+from .grouped_attention import grouped_attention
 
 __all__ = [
     "Decoder",
@@ -27,7 +28,6 @@ __all__ = [
     "export_decode",
     "export_embedding",
     "export_encoder",
-    "export_prefill",
     "export_projector",
     "export_vision",
 ]
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
             inputs_embeds: (batch, length, hidden).
             attention_mask: int64 (batch, past + length), 1 for tokens and 0 for padding.
             position_ids: int64 (batch, length).
-            past_key_values: of earlier tokens, one pair a layer; an empty list before the first token.
+            past_key_values: of earlier tokens, one pair a layer; of no tokens before the first.
 
         Returns:
             logits (batch, length, vocabulary), and keys and values of all tokens, all in float32.
@@ -166,40 +166,28 @@ def export_embedding(model: Any) -> ExportedProgram:
     return _export(TokenEmbedding, model, (ids,), ({0: Dim("batch"), 1: Dim("length")},))
 
 
-def export_prefill(model: Any) -> ExportedProgram:
-    """Return the program of `Decoder` for a prompt; call it as program.module()(embeds, mask, positions, [])."""
-    return _export_decoder(model, past=0)
-
-
 def export_decode(model: Any) -> ExportedProgram:
-    """Return the program of `Decoder` for one or several further tokens after earlier ones.
+    """Return the program of `Decoder`, for a prompt, with a past of no tokens, and for further tokens after it.
 
     torch.export bounds the mask's length: earlier and new tokens together must be at least 4.
     """
-    return _export_decoder(model, past=_EXAMPLE_PAST)
-
-
-def _export_decoder(model: Any, past: int) -> ExportedProgram:
     text = model.config.text_config
-    batch, length = _EXAMPLE_BATCH, _EXAMPLE_LENGTH
+    batch, length, past = _EXAMPLE_BATCH, _EXAMPLE_LENGTH, _EXAMPLE_PAST
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers = text.num_hidden_layers if past else 0
     keys = torch.zeros((batch, text.num_key_value_heads, past, head_size))
-    positions = torch.arange(past, past + length).expand(batch, -1).contiguous()
     arguments = (
         torch.zeros((batch, length, text.hidden_size)),
         torch.ones((batch, past + length), dtype=torch.long),
-        positions,
-        [(keys.clone(), keys.clone()) for _ in range(layers)],
+        torch.arange(past, past + length).expand(batch, -1).contiguous(),
+        [(keys.clone(), keys.clone()) for _ in range(text.num_hidden_layers)],
     )
     batch_dim, length_dim = Dim("batch"), Dim("length")
-    # The mask has past + length columns, which a Dim cannot express, so its size is a separate dimension.
-    total = Dim.AUTO if past else length_dim
     kept = {0: batch_dim, 2: Dim("past")}
     shapes = (
         {0: batch_dim, 1: length_dim},
-        {0: batch_dim, 1: total},
+        {0: batch_dim, 1: Dim.AUTO},  # past + length, which a Dim cannot express
         {0: batch_dim, 1: length_dim},
-        [(kept, kept) for _ in range(layers)],
+        [(kept, kept) for _ in range(text.num_hidden_layers)],
     )
-    return _export(Decoder, model, arguments, shapes)
+    with grouped_attention(model.get_decoder()):
+        return _export(Decoder, model, arguments, shapes)
