@@ -69,12 +69,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     medians = {name: median(found) for name, found in rates.items()}
     texts = {name: [one.text for turn in given[name][1:] for one in turn] for name in engines}
-    others = [name for name in engines if name != "vllm"]
+    others = [name for name in engines if name != "vllm" and "vllm" in engines]
     return {
         "tokens_a_second": {name: round(rate, 2) for name, rate in medians.items()},
         "tokens_a_second_of_each_round": {name: [round(rate, 2) for rate in found] for name, found in rates.items()},
         "vllm_to": {name: round(medians["vllm"] / medians[name], 3) for name in others},
-        "tokens": sum(tokens["vllm"]),
+        "tokens": sum(next(iter(tokens.values()))),
         "answers_that_differ": {
             name: sum(a != b for a, b in zip(texts["vllm"], texts[name], strict=True)) for name in others
         },
