@@ -48,23 +48,14 @@ def batch(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images answered together. A killed run loses at most two batches.")
     ] = 16,
-    image_column: Annotated[str, typer.Option(help="Column of a table with the paths or the bytes of images.")] = (
-        "image"
-    ),
-    image_folder: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that a table's paths are relative to and may not leave. Default: the table's folder."
-        ),
-    ] = None,
-    every: Annotated[float, typer.Option(help="Seconds between the sampled frames of a video.")] = 5.0,
+    image_column: options.ImageColumn = "image",
+    image_folder: options.ImageFolder = None,
+    every: options.Every = 5.0,
     srt: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Also write the captions of each video as FOLDER/NAME.srt."),
     ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard earlier progress and replace the output.")
-    ] = False,
+    restart: options.Restart = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DtypeName.auto,
     size: options.Size = None,

@@ -68,19 +68,10 @@ def embed(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Rows embedded together. A killed run loses at most one batch.")
     ] = 16,
-    image_column: Annotated[str, typer.Option(help="Column of a table with the paths or the bytes of images.")] = (
-        "image"
-    ),
-    image_folder: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that a table's paths are relative to and may not leave. Default: the table's folder."
-        ),
-    ] = None,
-    every: Annotated[float, typer.Option(help="Seconds between the sampled frames of a video.")] = 5.0,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard earlier progress and replace the output.")
-    ] = False,
+    image_column: options.ImageColumn = "image",
+    image_folder: options.ImageFolder = None,
+    every: options.Every = 5.0,
+    restart: options.Restart = False,
     device: options.Device = "auto",
     dtype: options.Dtype = options.DtypeName.auto,
     size: options.Size = None,

@@ -143,6 +143,13 @@ MaxPixels = Annotated[
     int | None,
     typer.Option(min=1, help="Maximum pixels of an image. Default: 89 million."),
 ]
+ImageColumn = Annotated[str, typer.Option(help="Column of a table with the paths or the bytes of images.")]
+ImageFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder that a table's paths are relative to and may not leave. Default: the table's folder."),
+]
+Every = Annotated[float, typer.Option(help="Seconds between the sampled frames of a video.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Discard earlier progress and replace the output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
