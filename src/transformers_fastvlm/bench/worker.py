@@ -6,7 +6,6 @@ one JSON object for each to the original standard output. Output of libraries go
 """
 
 import json
-import logging
 import os
 import sys
 import time
@@ -19,8 +18,6 @@ __all__ = ["Runner", "main"]
 
 def main() -> None:
     """Serve until standard input ends."""
-    # As the command does: PyTorch comments on torchao's types when Transformers imports it.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -158,7 +155,3 @@ def _decoding(compiled: bool, device: Any) -> dict[str, Any]:
     config = CompileConfig(mode="reduce-overhead" if device.type == "cuda" else "default")
     config._compile_all_devices = True
     return {"cache_implementation": "static", "compile_config": config}
-
-
-if __name__ == "__main__":
-    main()

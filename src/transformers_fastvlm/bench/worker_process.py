@@ -22,6 +22,15 @@ _KINDS = {
 """Errors of a process that are raised again with their class; all others become a RuntimeError."""
 
 
+# As the command does: PyTorch comments on torchao's types when Transformers, and so this package, is imported.
+_START = f"""
+import logging
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+from {__package__}.worker import main
+main()
+"""
+
+
 class WorkerProcess:
     """A process of `worker.py`, with one line of JSON for each request and answer.
 
@@ -40,7 +49,7 @@ class WorkerProcess:
         root = str(Path(__file__).parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
         self.name = name
-        command = [sys.executable, "-m", f"{__package__}.worker"]
+        command = [sys.executable, "-c", _START]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         assert self._process.stdin is not None and self._process.stdout is not None
