@@ -43,7 +43,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Your own questions, instead of --tasks: a .jsonl, .json or .parquet file with image, question and "
-            "answer, or a folder saved by Hugging Face's datasets."
+            "answer, a folder with such files, or one saved by Hugging Face's datasets."
         ),
     ] = None,
     metric: Annotated[MetricName, typer.Option(help="Metric for answers to --data.")] = MetricName.exact,
