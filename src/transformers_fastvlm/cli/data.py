@@ -45,7 +45,10 @@ class ConversationName(enum.StrEnum):
 def check(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="A .json, .jsonl or .parquet file, a folder of them, or a Hugging Face data set (name or folder)."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="A .json, .jsonl or .parquet file, a folder of them, or a Hugging Face data set (name or folder).",
+        ),
     ],
     image_folder: Annotated[
         Path | None, typer.Option(help="Folder that the rows' paths are relative to. Default: the file's folder.")
